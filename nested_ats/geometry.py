@@ -1,0 +1,75 @@
+"""Where a cell of an attention map lies in the image, and the order in which cells are listed.
+
+A view of an image at some downsample is seen by an attention network of receptive field RF. With valid
+convolutions its map starts (RF - 1) / 2 pixels inside the view, and its cells divide what is left evenly
+(`cell_centers`, the paper's implementation). `NestedATS` reads every view with that margin around it, so that
+its cells tile the view exactly and no border of the image is without one.
+
+Coordinates are y, x; ``_l0`` marks pixels of the finest level, others are in pixels of the view.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_CURVE_BITS = 16  # cells of a map are numbered on a 65,536 x 65,536 curve
+
+
+def cell_centers(cells: int, view: float, receptive_field: float = 1) -> Tensor:
+    """Centres of the cells of a map along one axis, in pixels of the view.
+
+    Cell k of `cells` covers ``(RF - 1) / 2 + [k, k + 1) * step`` with ``step = (view - (RF - 1)) / cells``.
+
+    Returns
+    -------
+    (cells,) float64
+    """
+    step = (view - (receptive_field - 1)) / cells
+    return (receptive_field - 1) / 2 + (torch.arange(cells, dtype=torch.float64) + 0.5) * step
+
+
+def box_starts(centers_l0: Tensor, downsample: float, size: int) -> Tensor:
+    """First pixel of boxes of `size` pixels centred on points, at a level.
+
+    Parameters
+    ----------
+    centers_l0
+        (..., 2) float64, y and x in level-0 pixels.
+    downsample
+        Of the level that the box is read from, >= 1.
+    size
+        Side of the box in that level's pixels.
+
+    Returns
+    -------
+    (..., 2) int64, may be negative: boxes may leave the image.
+    """
+    return (centers_l0 / downsample - size / 2).floor().long()
+
+
+@lru_cache(maxsize=256)
+def curve_order(height: int, width: int) -> Tensor:
+    """Indices ``y * width + x`` of a map's cells along a Hilbert curve, so that list neighbours are neighbours.
+
+    The curve is the same for every map, so a map's order does not depend on what it is batched with.
+
+    Returns
+    -------
+    (height * width,) int64
+    """
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = y.reshape(-1), x.reshape(-1)
+    distance = torch.zeros_like(x)
+    for bit in reversed(range(_CURVE_BITS)):
+        side = 1 << bit
+        right, down = (x & side) > 0, (y & side) > 0
+        distance += side * side * ((3 * right.long()) ^ down.long())
+        x, y = x & (side - 1), y & (side - 1)
+        # Turn the quadrant, so that the four sub-curves join end to start.
+        flip = right & ~down
+        x, y = torch.where(flip, side - 1 - x, x), torch.where(flip, side - 1 - y, y)
+        x, y = torch.where(down, x, y), torch.where(down, y, x)
+    return distance.argsort()

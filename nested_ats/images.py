@@ -1,0 +1,141 @@
+"""What the model asks of an image: its levels, and boxes of pixels from one of them.
+
+`Image` is the whole protocol; the model never sees a store. `ArrayImage` serves it from memory, the pipeline's
+adapter serves it from a slide.
+
+Shape letters: B batch, N boxes, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Map = Callable[..., Iterable[Any]]
+
+
+class Image(Protocol):
+    """An image at several resolutions; level 0 is the finest."""
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """Height and width of every level, in its pixels."""
+        ...
+
+    @property
+    def downsamples(self) -> Sequence[float]:
+        """Level-0 pixels per pixel of every level, >= 1."""
+        ...
+
+    def read(self, level: int, boxes: Tensor) -> Tensor:
+        """Read boxes of one size.
+
+        Parameters
+        ----------
+        level
+            Index into `shapes`.
+        boxes
+            (N, 4) int64: y, x, height, width in the level's pixels, all of one size. Pixels off the image are
+            padded.
+
+        Returns
+        -------
+        (N, C, height, width): uint8 or uint16 over their full range, or floating point.
+        """
+        ...
+
+
+class ArrayImage:
+    """An image in memory, with levels by 2x2 mean (odd edges average the pixels there are).
+
+    Parameters
+    ----------
+    pixels
+        (C, H, W), uint8 over its full range or floating point.
+    levels
+        Number of levels, the first being `pixels` itself.
+    background
+        Value of pixels off the image, on the scale of `scale_pixels`.
+    """
+
+    def __init__(self, pixels: Tensor, *, levels: int = 1, background: float = 0.0) -> None:
+        pixels = scale_pixels(pixels)
+        self._background = background
+        self._levels = [pixels]
+        for _ in range(levels - 1):
+            coarser = functional.avg_pool2d(self._levels[-1], 2, ceil_mode=True, count_include_pad=False)
+            self._levels.append(coarser)
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """Height and width of every level."""
+        return [(level.shape[-2], level.shape[-1]) for level in self._levels]
+
+    @property
+    def downsamples(self) -> Sequence[float]:
+        """1, 2, 4, ..."""
+        return [float(2**i) for i in range(len(self._levels))]
+
+    def read(self, level: int, boxes: Tensor) -> Tensor:
+        """(N, C, h, w) of (N, 4) boxes; see `Image.read`."""
+        return torch.stack([self._box(self._levels[level], *box) for box in boxes.tolist()])
+
+    def _box(self, pixels: Tensor, y: int, x: int, h: int, w: int) -> Tensor:
+        height, width = pixels.shape[-2:]
+        out = pixels.new_full((pixels.shape[0], h, w), self._background)
+        top, left = max(y, 0), max(x, 0)
+        bottom, right = max(min(y + h, height), top), max(min(x + w, width), left)
+        out[:, top - y : bottom - y, left - x : right - x] = pixels[:, top:bottom, left:right]
+        return out
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """Pixels as floating point: unsigned integers divided by their largest value, floats as they are."""
+    if pixels.is_floating_point():
+        return pixels
+    largest = {torch.uint8: 255.0, torch.uint16: 65535.0}.get(pixels.dtype)
+    if largest is None:
+        raise ValueError(f"pixels must be uint8, uint16 or floating point, not {pixels.dtype}")
+    return pixels.float() / largest
+
+
+def find_level(image: Image, downsample: float) -> int:
+    """Level of `image` with the given downsample.
+
+    Raises
+    ------
+    ValueError
+        No level is within 1 % of it.
+    """
+    for level, have in enumerate(image.downsamples):
+        if abs(have / downsample - 1) < 0.01:
+            return level
+    there = ", ".join(f"{d:g}" for d in image.downsamples)
+    raise ValueError(f"the image has no level at downsample {downsample:g} (it has {there})")
+
+
+def read_batch(images: Sequence[Image], downsample: float, boxes: Tensor, map_: Map = map) -> Tensor:
+    """Read the same number of equal boxes from every image.
+
+    Parameters
+    ----------
+    images
+        B of them.
+    downsample
+        Of the level to read.
+    boxes
+        (B, N, 4) int64: y, x, height, width.
+    map_
+        How to run over the images: `map`, or an executor's `map` to read them concurrently.
+
+    Returns
+    -------
+    (B, N, C, height, width) as the images give them.
+    """
+    levels = [find_level(image, downsample) for image in images]
+    reads = map_(lambda image, level, rows: image.read(level, rows), images, levels, boxes.cpu())
+    return torch.stack(list(reads))

@@ -1,0 +1,34 @@
+"""The training loss (paper, equation 21).
+
+Shape letters: B batch, Q classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def attention_sampling_loss(
+    logits: Tensor, labels: Tensor, entropy: Tensor, *, entropy_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy less the weighted entropy of the attention, for each sample.
+
+    Parameters
+    ----------
+    logits
+        (B, Q).
+    labels
+        (B,) int64 in [0, Q).
+    entropy
+        (B,) nats, of the attention over all leaves.
+    entropy_weight
+        Lambda, >= 0; the paper has 0.01 and 0.05.
+
+    Returns
+    -------
+    loss, cross_entropy
+        (B,) each: what to minimise, and its first term.
+    """
+    cross_entropy = functional.cross_entropy(logits, labels, reduction="none")
+    return cross_entropy - entropy_weight * entropy, cross_entropy

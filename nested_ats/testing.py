@@ -1,0 +1,68 @@
+"""Enumerate what a sampler can draw: to prove an estimator unbiased exactly, not by simulation.
+
+Shape letters: K units, M outcomes.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from nested_ats.sampling import Method
+
+
+def outcomes(method: Method, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """List all outcomes of `draw` on one row of weights.
+
+    Parameters
+    ----------
+    method
+        The sampler.
+    weights
+        (K,) double, more than n of them positive; those of zero are never drawn.
+    n
+        Units drawn.
+
+    Returns
+    -------
+    noise, probabilities
+        (M, noise_size) to hand to `draw`, one row for each of the M outcomes, and (M,), which sum to one.
+    """
+    w = weights / weights.sum()
+    units = w.nonzero().flatten().tolist()
+    if method == "multinomial":
+        upper = w.cumsum(0)
+        middle = upper - w / 2
+        drawn = torch.tensor(list(itertools.product(units, repeat=n)))
+        return middle[drawn], w[drawn].prod(-1)
+    if method == "desraj":
+        drawn = torch.tensor(list(itertools.permutations(units, n)))
+        before = w[drawn].cumsum(-1) - w[drawn]
+        probabilities = (w[drawn] / (1 - before)).prod(-1)
+        # Gumbel scores that order the units as wanted: log w - log(-log u) = -place.
+        place = torch.full((len(drawn), len(w)), float(len(w)), dtype=w.dtype)
+        place.scatter_(-1, drawn, torch.arange(n, dtype=w.dtype).expand(len(drawn), n))
+        return torch.exp(-w * place.exp()).clamp_max(1 - 2.0**-53), probabilities
+    # systematic: the outcome changes where the cumulated probabilities pass an integer; u uniform in between.
+    breaks = _systematic_breaks(w, n)
+    return ((breaks[:-1] + breaks[1:]) / 2)[:, None], breaks.diff()
+
+
+def _systematic_breaks(w: Tensor, n: int) -> Tensor:
+    pi = inclusion(w[w > 0], n)
+    parts = (pi * (pi < 1)).cumsum(0) % 1.0
+    return torch.cat([parts, torch.tensor([0.0, 1.0], dtype=w.dtype)]).sort().values
+
+
+def inclusion(w: Tensor, n: int) -> Tensor:
+    """Inclusion probabilities (K,) of `systematic`: proportional to weight, capped at one by repeated capping."""
+    capped = torch.zeros_like(w, dtype=torch.bool)
+    while True:
+        rest = w[~capped].sum()
+        pi = torch.where(capped, 1.0, (n - capped.sum()) * w / rest)
+        over = (pi >= 1) & ~capped
+        if not over.any():
+            return pi
+        capped |= over

@@ -1,0 +1,43 @@
+"""Small trees in double precision, on which every outcome can be enumerated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., NestedATS]:
+    """Model of any depth in which every view is a row of three cells (the whole image) or of two (regions)."""
+
+    def build(depth: int, *, method: str = "systematic", samples: int = 2) -> NestedATS:
+        levels = [LevelConfig(downsample=2**depth, samples=samples, stride=4, channels=(3,))]
+        levels += [
+            LevelConfig(downsample=2 ** (depth - i), size=8, samples=samples, stride=4, channels=(3,))
+            for i in range(1, depth)
+        ]
+        torch.manual_seed(depth)
+        config = ModelConfig(levels=tuple(levels), patch_size=24, features=4, method=method)
+        model = NestedATS(config, in_channels=1, classes=3).double()
+        with torch.no_grad():  # attention worth sampling: far from uniform
+            for network in model.attention:
+                network.layers[-1].weight.mul_(12)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def tiny_image() -> Callable[[int], ArrayImage]:
+    """Image of one cell by three at the first level of `tiny_model(depth)`, too low for a second row at any."""
+
+    def build(depth: int) -> ArrayImage:
+        generator = torch.Generator().manual_seed(depth)
+        pixels = torch.rand(1, 2**depth, 12 * 2**depth, generator=generator, dtype=torch.float64)
+        return ArrayImage(pixels, levels=depth + 1)
+
+    return build

@@ -1,0 +1,142 @@
+"""The samplers against exact enumeration, the authors' published cases, and their own promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nested_ats.sampling import METHODS, draw, fold_in, noise_size, uniform
+from nested_ats.testing import inclusion, outcomes
+
+POPULATIONS = {
+    "mild": [0.3, 0.25, 0.2, 0.15, 0.1],
+    "one capped": [0.7, 0.1, 0.1, 0.05, 0.05],
+    "two capped": [0.02, 0.5, 0.03, 0.4, 0.05],
+    "equal": [0.2, 0.2, 0.2, 0.2, 0.2],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", POPULATIONS)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_total_is_unbiased_over_all_outcomes(method, name, n):
+    weights = torch.tensor(POPULATIONS[name], dtype=torch.float64) * 3  # they need not sum to one
+    noise, probabilities = outcomes(method, weights, n)
+    assert probabilities.sum() == pytest.approx(1, abs=1e-12)
+    drawn = draw(weights.expand(len(noise), -1), n, method=method, noise=noise)
+    each = torch.zeros(len(noise), 5, dtype=torch.float64).scatter_add_(-1, drawn.indices, drawn.z)
+    torch.testing.assert_close(probabilities @ each, torch.ones(5, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_z_times_weight_sums_to_the_total(method):
+    torch.manual_seed(0)
+    weights = torch.rand(50, 200, dtype=torch.float64) ** 6
+    drawn = draw(weights, 20, method=method)
+    total = (drawn.z * weights.gather(-1, drawn.indices)).sum(-1)
+    torch.testing.assert_close(total, weights.sum(-1), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("method", ["systematic", "desraj"])
+def test_no_unit_is_drawn_twice(method):
+    torch.manual_seed(0)
+    for power in (0, 1, 10, 60):
+        weights = torch.rand(200, 64) ** power
+        indices = draw(weights, 16, method=method).indices
+        assert (indices.diff(dim=-1) > 0).all()
+
+
+def test_systematic_draws_with_exactly_the_inclusion_probability():
+    weights = torch.rand(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** 4
+    pi = inclusion(weights, 8)
+    draws = 20_000
+    drawn = draw(weights.expand(draws, -1), 8, keys=torch.arange(draws))
+    counts = torch.zeros(30, dtype=torch.float64).index_add_(
+        0, drawn.indices.flatten(), torch.ones(draws * 8, dtype=torch.float64)
+    )
+    error = (pi * (1 - pi) / draws).sqrt()
+    assert ((counts / draws - pi).abs() <= 4.5 * error + 1e-12).all()
+    torch.testing.assert_close(drawn.z, 1 / pi[drawn.indices])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_few_units_are_all_taken_once(method):
+    weights = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.0, 0.2], [1.0, 0, 0, 0, 0, 0]])
+    for n in (3, 4, 8):
+        drawn = draw(weights, n, method=method, keys=torch.tensor([5, 6]))
+        assert drawn.indices.shape == drawn.z.shape == (2, n)
+        assert drawn.indices[0, :3].tolist() == [1, 3, 5]
+        assert drawn.z.tolist() == [[1.0] * 3 + [0.0] * (n - 3), [1.0] + [0.0] * (n - 1)]
+        # Empty slots repeat a drawn unit, so that they cost no further read.
+        assert set(drawn.indices[0].tolist()) == {1, 3, 5}
+        assert set(drawn.indices[1].tolist()) == {0}
+
+
+class TestAuthorsCases:
+    """Facts from the tests of the authors' released code."""
+
+    def test_uniform_counts(self):
+        weights = torch.full((10_000, 10), 0.1)
+        indices = draw(weights, 1, method="multinomial", keys=torch.arange(10_000)).indices
+        counts = indices.flatten().bincount(minlength=10)
+        assert ((counts - 1000).abs() <= 100).all()
+
+    def test_one_hot_with_replacement(self):
+        weights = torch.eye(10)[3].expand(100, -1)
+        assert (draw(weights, 5, method="multinomial").indices == 3).all()
+
+    @pytest.mark.parametrize("method", ["systematic", "desraj"])
+    def test_ten_of_ten_are_distinct(self, method):
+        indices = draw(torch.rand(50, 10) + 0.1, 10, method=method).indices
+        assert (indices == torch.arange(10)).all()
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_forward_error_over_repetitions(self, method):
+        generator = torch.Generator().manual_seed(0)
+        attention = torch.rand(100, generator=generator).softmax(0)
+        features = torch.rand(100, 8, generator=generator) * 0.1
+        drawn = draw(attention.expand(1000, -1), 10, method=method, keys=torch.arange(1000))
+        values = (drawn.z * attention[drawn.indices])[..., None] * features[drawn.indices]
+        assert (values.sum(1).mean(0) - attention @ features).abs().max() < 0.01
+
+
+def test_same_key_same_draw_whatever_the_batch():
+    weights = torch.rand(4, 40)
+    keys = torch.tensor([11, 12, 13, 14])
+    for method in METHODS:
+        together = draw(weights, 6, method=method, keys=keys)
+        alone = draw(weights[2:3], 6, method=method, keys=keys[2:3])
+        padded = draw(torch.nn.functional.pad(weights[2:3], (0, 9)), 6, method=method, keys=keys[2:3])
+        assert torch.equal(together.indices[2:3], alone.indices)
+        assert torch.equal(alone.indices, padded.indices)
+
+
+def test_uniform_numbers_are_uniform_and_uncorrelated():
+    numbers = uniform(torch.arange(1000), 100)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert numbers.mean() == pytest.approx(0.5, abs=0.005)
+    counts = (numbers * 20).long().flatten().bincount(minlength=20)
+    assert ((counts - 5000).abs() < 5 * 5000**0.5).all()
+    neighbours = torch.corrcoef(torch.stack([numbers[:-1, 0], numbers[1:, 0]]))[0, 1]
+    assert abs(neighbours) < 0.15
+    assert not torch.equal(fold_in(torch.arange(5), 0), fold_in(torch.arange(5), 1))
+
+
+def test_noise_size_is_what_draw_takes():
+    assert [noise_size(method, 7, 3) for method in METHODS] == [1, 7, 3]
+
+
+@pytest.mark.parametrize(
+    "weights", [[[0.0, 0.0]], [[0.5, -0.1]], [[float("nan"), 1.0]], [[float("inf"), 1.0]], [[1.0, 0.0], [0.0, 0.0]]]
+)
+def test_impossible_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="weights"):
+        draw(torch.tensor(weights), 1)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="n must"):
+        draw(torch.ones(1, 3), 0)
+    with pytest.raises(ValueError, match="method"):
+        draw(torch.ones(1, 3), 1, method="poisson")
