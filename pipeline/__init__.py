@@ -1,0 +1,1 @@
+"""The product: stages from images to predictions, configuration, and the command line."""

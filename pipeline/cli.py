@@ -1,0 +1,387 @@
+"""The command line. Commands import what they need when they run, so that ``--help`` answers at once.
+
+Exit codes: 0 all went well, 1 internal error, 2 usage or configuration, 3 some slides failed, 4 nothing usable,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from pipeline.manifest import Entry
+
+SOME_FAILED, NOTHING_USABLE, INTERRUPTED = 3, 4, 130
+
+
+class _Group(TyperGroup):
+    """Turns the errors that a user can cause, and interrupts, into a line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted; run the same command again to go on from the last checkpoint")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:  # noqa: BLE001 - told apart there, and raised again where it is not ours
+            raise typer.Exit(_explain(error)) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Classify gigapixel images from one label per image, reading only where it matters.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+synth = typer.Typer(help="Make a data set to try things on, offline.", no_args_is_help=True)
+app.add_typer(synth, name="synth")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop at the first slide that fails.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Cluster = Annotated[
+    str, typer.Option("--cluster", help="none: this process; local: Ray workers on this machine; or a Ray address.")
+]
+Workers = Annotated[int, typer.Option(min=1, help="Ray workers.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a training run.")]
+Slides = Annotated[list[str], typer.Argument(help="A manifest, or pyramids by path or URL.")]
+Split = Annotated[str | None, typer.Option(help="Slides of this split only: train, val or test.")]
+Draws = Annotated[int | None, typer.Option(min=1, help="Independent draws to average; default: as configured.")]
+Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 16,32; default: as trained.")]
+
+
+@synth.command("signs")
+def synth_signs(
+    out: Out,
+    count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 700,
+    size: Annotated[int, typer.Option(min=64, help="Side of a scene in pixels.")] = 1024,
+    signs: Annotated[int, typer.Option(min=1, help="Sign discs to a scene.")] = 3,
+    test: Annotated[float, typer.Option(min=0, max=1, help="Share of test scenes.")] = 0.2,
+    label: Annotated[str, typer.Option(help="Give every scene this label: none, 50, 70 or 80.")] = "",
+    compression: Annotated[str, typer.Option(help="deflate, jpeg, lzw, zstd or none.")] = "deflate",
+    seed: Seed = 0,
+) -> None:
+    """Write textured scenes with small number signs; the label is the number (as the paper's speed limits)."""
+    from pipeline.progress import progress
+    from pipeline.synthetic import write_signs
+    from pipeline.synthetic_signs import LABELS
+
+    with progress("synth") as update:
+        manifest = write_signs(
+            out,
+            count=count,
+            size=size,
+            seed=seed,
+            signs=signs,
+            splits=(1 - test, 0.0, test),
+            labels=[label] if label else LABELS,
+            compression=None if compression == "none" else compression,
+            progress=lambda done, total: update(done, total, ""),
+        )
+    print(manifest)
+
+
+@synth.command("mnist")
+def synth_mnist(
+    out: Out,
+    images: Annotated[Path | None, typer.Option(help="IDX file of digits; default: scikit-learn's.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="IDX file of their labels.")] = None,
+    size: Annotated[int, typer.Option(min=64, help="Side of an image in pixels.")] = 1500,
+    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 5000,
+    test: Annotated[int, typer.Option(min=0, help="Test images.")] = 1000,
+    noise: Annotated[int, typer.Option(min=0, help="Noise patches to an image.")] = 50,
+    seed: Seed = 0,
+) -> None:
+    """Write Megapixel MNIST by the paper's recipe (section 4.2)."""
+    from pipeline.progress import progress
+    from pipeline.synthetic import write_megapixel_mnist
+
+    with progress("synth") as update:
+        manifest = write_megapixel_mnist(
+            out,
+            images=images,
+            labels=labels,
+            size=size,
+            train=train,
+            test=test,
+            noise=noise,
+            seed=seed,
+            progress=lambda done, total: update(done, total, ""),
+        )
+    print(manifest)
+
+
+@app.command()
+def convert(
+    sources: Annotated[list[str], typer.Argument(help="TIFF files, folders of them, or one manifest.")],
+    out: Out,
+    codec: Annotated[str, typer.Option(help="lz4 reads fastest, zstd is smaller.")] = "lz4",
+    mpp: Annotated[float | None, typer.Option(min=0, help="Micrometres per pixel, over what files say.")] = None,
+    min_level_size: Annotated[
+        int, typer.Option(min=1, help="Levels go on down to this longer side, in pixels.")
+    ] = 64,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a processor.")] = None,
+    overwrite: Overwrite = False,
+    fail_fast: FailFast = False,
+) -> None:
+    """Turn TIFFs into OME-Zarr pyramids and write a manifest of them."""
+    from pipeline.convert import MANIFEST, convert_all, find_images
+    from pipeline.errors import UsageError
+    from storage import ConvertOptions
+
+    try:
+        options = ConvertOptions(codec=codec, mpp=mpp, min_level_size=min_level_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    conversions = convert_all(
+        find_images(sources), out, options=options, workers=workers, overwrite=overwrite, fail_fast=fail_fast
+    )
+    failures = [(c.entry.slide_id, c.error) for c in conversions if c.report is None]
+    new = [c.report for c in conversions if c.report and not c.report.up_to_date]
+    raw, stored = sum(r.raw_bytes for r in new), sum(r.stored_bytes for r in new)
+    kept = len(conversions) - len(new) - len(failures)
+    print(f"{len(new)} converted ({raw / 1e6:.0f} MB raw, {stored / 1e6:.0f} MB stored), {kept} up to date")
+    if len(failures) < len(conversions):
+        print(out / MANIFEST)
+    _end(failures, len(conversions))
+
+
+@app.command()
+def info(
+    sources: Annotated[list[str], typer.Argument(help="Images or pyramids, by path or URL.")], as_json: AsJson = False
+) -> None:
+    """Show the size, levels, channels and pixel size of images."""
+    from pipeline.info import describe
+    from storage import StorageError
+
+    found, failures = [], []
+    for source in sources:
+        try:
+            found.append(describe(source))
+        except StorageError as error:
+            failures.append((source, str(error)))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for about in found:
+            _print_info(about)
+    _end(failures, len(sources))
+
+
+@app.command()
+def train(
+    manifest: Annotated[Path, typer.Option(help="CSV or Parquet: slide_id, path, label, ...")],
+    out: Out,
+    config: Annotated[Path | None, typer.Option(help="YAML; default: the built-in configuration.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Override, as in train.epochs=10.")] = None,
+    cluster: Cluster = "none",
+    workers: Workers = 1,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    fail_fast: FailFast = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the configuration, stop.")
+    ] = False,
+) -> None:
+    """Train a model from one label per slide; the same command goes on with an interrupted run."""
+    from pipeline.config import dump_config, load_config
+    from pipeline.manifest import read_manifest
+
+    chosen = load_config(config, settings)
+    entries = read_manifest(manifest, labelled=True)
+    _check_cluster(cluster, workers, device)
+    if dry_run:
+        print(dump_config(chosen), end="")
+        return
+    from pipeline.train import train as run
+
+    metrics, failures = run(
+        entries,
+        chosen,
+        out,
+        address=cluster,
+        workers=workers,
+        device=device,
+        overwrite=overwrite,
+        fail_fast=fail_fast,
+    )
+    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    print(out)
+    _end([(failure.slide_id, failure.error) for failure in failures], len(entries))
+
+
+@app.command()
+def predict(
+    run: Run,
+    slides: Slides,
+    out: Out,
+    split: Split = None,
+    draws: Draws = None,
+    samples: Samples = "",
+    cluster: Cluster = "none",
+    workers: Workers = 1,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Classify slides; run again, it classifies only what is missing."""
+    from pipeline.predict import TABLE
+    from pipeline.predict import predict as classify
+
+    _check_cluster(cluster, workers, device)
+    rows = classify(
+        _entries(slides, split),
+        run,
+        out,
+        draws=draws,
+        samples=_numbers(samples),
+        address=cluster,
+        workers=workers,
+        device=device,
+        overwrite=overwrite,
+    )
+    print(out / f"{TABLE}.csv")
+    _end([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder that predict wrote.")],
+    split: Split = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare predictions with the labels of the manifest."""
+    from pipeline.evaluate import evaluate as measure
+    from pipeline.report import describe_metrics
+
+    metrics = measure(predictions, split=split, seed=seed)
+    if as_json:
+        print(json.dumps(metrics, indent=2))
+        return
+    for name, value in describe_metrics(metrics):
+        print(f"{name:18} {value}")
+
+
+@app.command()
+def heatmap(
+    run: Run,
+    slides: Slides,
+    out: Out,
+    split: Split = None,
+    draws: Draws = None,
+    samples: Samples = "",
+    device: Device = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many slides only.")] = None,
+) -> None:
+    """Show where the model looks: OME-Zarr attention map, picture, and patches as GeoJSON."""
+    from pipeline.heatmap import PICTURE, heatmaps
+    from pipeline.predict import prediction_settings
+
+    settings = prediction_settings(run, draws=draws, samples=_numbers(samples), device=device)
+    done = heatmaps(_entries(slides, split)[:limit], settings, out)
+    for one in done:
+        if not one.error:
+            print(f"{one.folder / PICTURE}  {one.prediction}, attention up to {one.peak:.4g} times uniform")
+    _end([(one.slide_id, one.error) for one in done if one.error], len(done))
+
+
+@app.command()
+def report(
+    run: Run,
+    predictions: Annotated[Path, typer.Argument(help="Folder of predictions that were evaluated.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
+    heatmaps: Annotated[Path | None, typer.Option(help="Folder that heatmap wrote.")] = None,
+) -> None:
+    """Write one self-contained HTML page: training, results, slides and heatmaps."""
+    from pipeline.report import report as write
+
+    print(write(run, predictions, out, heatmaps=heatmaps))
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    app()
+    raise SystemExit(0)
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong in one line where a user can mend it; let anything else show itself whole."""
+    from cluster import ClusterError
+    from nested_ats import NestedATSError
+    from pipeline.errors import PipelineError
+    from storage import StorageError
+
+    if not isinstance(error, (PipelineError, StorageError, ClusterError, NestedATSError)):
+        raise error
+    _say(f"error: {error}")
+    return error.exit_code if isinstance(error, PipelineError) else NOTHING_USABLE
+
+
+def _end(failures: Sequence[tuple[str, str]], total: int) -> None:
+    """Name the slides that failed and exit with the code that says so."""
+    if not failures:
+        return
+    _say(f"{len(failures)} of {total} failed:")
+    width = max(len(name) for name, _ in failures)
+    for name, error in failures:
+        _say(f"  {name:{width}}  {error}")
+    raise typer.Exit(SOME_FAILED if len(failures) < total else NOTHING_USABLE)
+
+
+def _entries(slides: Sequence[str], split: str | None) -> list[Entry]:
+    from pipeline.errors import UsageError
+    from pipeline.manifest import Entry, read_manifest, slide_name
+
+    if len(slides) == 1 and Path(slides[0]).suffix in (".csv", ".parquet"):
+        entries = read_manifest(Path(slides[0]))
+    else:
+        paths = [place if "://" in place else str(Path(place).absolute()) for place in slides]
+        entries = [Entry(slide_id=slide_name(path), path=path) for path in paths]
+    chosen = [entry for entry in entries if split in (None, entry.split)]
+    if not chosen:
+        raise UsageError(f"{slides[0]}: no slide in split {split!r}")
+    return chosen
+
+
+def _numbers(text: str) -> list[int]:
+    from pipeline.errors import UsageError
+
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise UsageError(f"--samples {text}: give whole numbers with commas between, as in 16,32") from None
+
+
+def _check_cluster(address: str, workers: int, device: str) -> None:
+    from pipeline.errors import UsageError
+
+    if address == "none" and workers > 1:
+        raise UsageError(f"--workers {workers}: several workers need --cluster local or the address of a cluster")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {device}: choose auto, cpu or cuda")
+
+
+def _print_info(about: dict[str, Any]) -> None:
+    height, width = about["size"]
+    size = f"{height} x {width} pixels, {len(about['channels'])} channels of {about['dtype']}"
+    mpp = f"{about['mpp']:g} micrometres per pixel" if about["mpp"] else "pixel size unknown"
+    print(f"{about['path']}: {about['kind']}, {size}, {mpp}")
+    for number, level in enumerate(about.get("levels", [])):
+        height, width = level["size"]
+        print(f"  level {number}: {height} x {width}, downsample {level['downsample']:g}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

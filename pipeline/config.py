@@ -1,0 +1,173 @@
+"""Configuration: one YAML file, checked before any work; every key has a default but the manifest.
+
+`ModelConfig` lives beside the model; what the pipeline adds is here. Unknown keys are refused with the nearest
+known name. `digest` identifies what a run computes, so that a run is never resumed under another configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from nested_ats import LevelConfig, ModelConfig
+from pipeline.errors import UsageError
+
+DEFAULT_LEVELS = (
+    LevelConfig(downsample=16, samples=8, stride=8),
+    LevelConfig(downsample=4, size=64, samples=8, stride=8),
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainConfig(_Section):
+    """How the model is trained."""
+
+    epochs: int = Field(default=30, ge=1)  # passes over the training slides
+    batch_size: int = Field(default=16, ge=1)  # slides a step, over all workers together
+    learning_rate: float = Field(default=1e-3, gt=0)  # of Adam (paper, appendix H)
+    weight_decay: float = Field(default=0.0, ge=0)  # decoupled (AdamW)
+    entropy_weight: float = Field(default=0.01, ge=0)  # lambda of the paper's equation 21
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: by the inverse prior of the class
+    checkpoint_minutes: float = Field(
+        default=5.0, gt=0
+    )  # at most this much work is lost; every epoch ends with one too
+
+
+class DataConfig(_Section):
+    """How slides are read."""
+
+    background: float = Field(default=0.0, ge=0, le=1)  # pixels off the slide: 0 is black, 1 white
+    validation: float = Field(default=0.0, ge=0, lt=1)  # share of slides held out, where the manifest has no split
+    test: float = Field(default=0.2, ge=0, lt=1)  # likewise
+
+
+class PredictConfig(_Section):
+    """How slides are classified."""
+
+    draws: int = Field(default=4, ge=1)  # independent draws, averaged; their scatter is the standard error
+
+
+class Config(_Section):
+    """A whole run."""
+
+    seed: int = 0  # of the weights, the order of slides and every draw
+    model: ModelConfig = ModelConfig(levels=DEFAULT_LEVELS)
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
+    """Read a configuration.
+
+    Parameters
+    ----------
+    path
+        A YAML file, or none for the defaults.
+    settings
+        ``a.b=value`` overrides, values as YAML; list elements by number (``model.levels.0.samples=16``).
+
+    Raises
+    ------
+    UsageError
+        The file is missing or not YAML, or a key or value is wrong; all problems are named.
+    """
+    raw = _read_yaml(path) if path else {}
+    where = str(path) if path else "configuration"
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting}: write it as key=value, as in --set train.epochs=10")
+        _override(raw, key.split("."), yaml.safe_load(value), setting)
+    return parse_config(raw, where)
+
+
+def parse_config(raw: dict[str, Any], where: str) -> Config:
+    """Check a configuration given as plain values; `where` names it in errors (UsageError)."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise UsageError(f"{where}: {problems}") from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain lists, mappings and scalars."""
+    values: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+    return values
+
+
+def digest(value: Any) -> str:
+    """Short hash of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; give the configuration's path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: a configuration is a mapping of keys to values, not a {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
+    # Lists are overridden in place, so the defaults have to be there to be changed.
+    if keys[:2] == ["model", "levels"] and len(keys) > 2:
+        model = raw.setdefault("model", {})
+        model.setdefault("levels", plain(Config())["model"]["levels"])
+    node: Any = raw
+    for i, key in enumerate(keys):
+        step: Any = key
+        if isinstance(node, list):
+            if not (key.isdecimal() and int(key) < len(node)):
+                raise UsageError(f"--set {setting}: {'.'.join(keys[:i])} has no element {key}")
+            step = int(key)
+        elif not isinstance(node, dict):
+            raise UsageError(f"--set {setting}: {'.'.join(keys[:i])} is a value and has no keys")
+        if i == len(keys) - 1:
+            node[step] = value
+        else:
+            node = node.setdefault(step, {}) if isinstance(node, dict) else node[step]
+
+
+def _explain(problem: Any) -> str:
+    place = [str(part) for part in problem["loc"]]
+    name = ".".join(place)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = difflib.get_close_matches(place[-1], _known_keys(), n=1)
+        return f"unknown key {name}" + (f" (did you mean {near[0]}?)" if near else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
+
+
+def _known_keys() -> set[str]:
+    keys: set[str] = set()
+    nodes: list[Any] = [plain(Config())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            keys |= node.keys()
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
+    return keys

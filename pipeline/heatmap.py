@@ -1,0 +1,240 @@
+"""``heatmap``: where the model looked, as an image beside the slide, a picture, and objects for QuPath.
+
+All three are aligned by level-0 coordinates: the map is a multiscale OME-Zarr with the slide's own scale, the
+picture lays slide and map out in level-0 pixels, and the GeoJSON's polygons are in level-0 pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nested_ats import Prediction
+from nested_ats.maps import attention_map
+from pipeline.errors import PipelineError
+from pipeline.files import file_name, make_folder, write_atomic
+from pipeline.manifest import Entry
+from pipeline.predict import Classifier, Settings
+from pipeline.progress import progress
+from pipeline.slides import SlideImage, check_slide, find_pyramid
+from storage import Slide, StorageError, write_pyramid
+
+MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
+_PICTURE_PIXELS = 1600  # longer side of the slide in the picture
+_SHOWN_PATCHES = 8
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One drawn patch."""
+
+    y_l0: float  # top
+    x_l0: float  # left
+    side_l0: float
+    weight: float  # z times attention: its share of the slide's feature
+    attention: float
+    draw: int
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """What was written for one slide, or why not."""
+
+    slide_id: str
+    folder: Path
+    prediction: str = ""
+    peak: float = 0.0  # of the attention, in times the uniform one
+    error: str = ""
+
+
+def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list[Heatmap]:
+    """Write the heatmap of every slide into ``folder/SLIDE``; one that fails is reported and the others go on.
+
+    Parameters
+    ----------
+    entries
+        Slides.
+    settings
+        As for the predictions that the heatmaps explain: equal settings draw equal patches.
+    folder
+        Made where it is missing.
+
+    Raises
+    ------
+    nested_ats.ModelFileError
+        The model cannot be loaded.
+    UsageError
+        `folder` cannot be written to.
+    """
+    classifier = Classifier(settings)
+    make_folder(folder)
+    done = []
+    with progress("heatmap") as update:
+        for number, entry in enumerate(entries):
+            place = folder / file_name(entry.slide_id)
+            try:
+                done.append(_heatmap(classifier, entry, make_folder(place)))
+            except (StorageError, PipelineError) as error:
+                done.append(Heatmap(entry.slide_id, place, error=str(error)))
+            update(number + 1, len(entries), entry.slide_id)
+    return done
+
+
+def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
+    path = find_pyramid(entry)
+    model = classifier.model
+    check_slide(path, model.config, model.in_channels)
+    with Slide(path) as slide:
+        prediction = classifier.estimate(entry, SlideImage(slide, background=classifier.settings.background))
+        density, pitch = attention_map(prediction.outputs, slide.shape_yx)
+        # In times the uniform attention: one number means the same on slides of any size.
+        heat = (density * density.numel()).float().numpy()
+        best = int(prediction.probabilities[0].argmax())
+        words = f"{classifier.classes[best]} ({prediction.probabilities[0, best]:.0%})"
+        patches = drawn_patches(prediction, model.config.patch_size * model.config.patch_downsample)
+        write_pyramid(
+            folder / MAP,
+            heat[None],
+            name=f"attention of {entry.slide_id}",
+            mpp=slide.mpp,
+            downsample=pitch,
+            channels=("attention, times uniform",),
+            overwrite=True,
+        )
+        write_atomic(folder / PICTURE, draw_picture(slide, heat, pitch, patches, f"{entry.slide_id}: {words}"))
+    write_atomic(folder / OBJECTS, json.dumps(to_geojson(patches)) + "\n")
+    return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()))
+
+
+def drawn_patches(prediction: Prediction, side_l0: float) -> list[Patch]:
+    """Patches of all draws for the first image, heaviest first; `side_l0` in level-0 pixels."""
+    patches = []
+    for number, output in enumerate(prediction.outputs):
+        last = output.phases[-1]
+        weights = (last.z[0] * last.attention[0]).tolist()
+        rows = zip(last.centers_l0[0].tolist(), weights, last.attention[0].tolist(), strict=True)
+        patches += [
+            Patch(y - side_l0 / 2, x - side_l0 / 2, side_l0, weight, attention, number)
+            for (y, x), weight, attention in rows
+            if weight > 0
+        ]
+    return sorted(patches, key=lambda patch: -patch.weight)
+
+
+def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
+    """Patches as a GeoJSON collection that QuPath imports: polygons of x, y in level-0 pixels."""
+    features = []
+    for patch in patches:
+        left, top, right, bottom = patch.x_l0, patch.y_l0, patch.x_l0 + patch.side_l0, patch.y_l0 + patch.side_l0
+        ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+        features.append(
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {
+                    "objectType": "annotation",
+                    "name": f"draw {patch.draw}",
+                    "classification": {"name": "sampled patch", "color": [230, 60, 30]},
+                    "measurements": {"weight": patch.weight, "attention": patch.attention},
+                },
+            }
+        )
+    return {"type": "FeatureCollection", "features": features}
+
+
+def draw_picture(
+    slide: Slide, heat: NDArray[np.float32], pitch: float, patches: Sequence[Patch], title: str
+) -> bytes:
+    """Draw the slide under its attention, with colour bar, scale bar and the heaviest patches; returns a PNG.
+
+    Parameters
+    ----------
+    slide
+        Open.
+    heat
+        Attention in times the uniform one, pixels of `pitch` level-0 pixels.
+    pitch
+        Level-0 pixels of a pixel of `heat`.
+    patches
+        Heaviest first.
+    title
+        Of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    height, width = slide.shape_yx
+    figure = Figure(figsize=(9, 9 * min(max(height / width, 0.4), 2) + 1.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[6, 1])[:, 0]
+    axes = top.subplots()
+    axes.imshow(_thumbnail(slide), extent=(0, width, height, 0), interpolation="nearest")
+    # Colour from the uniform attention upwards, so that what is colder than chance shows the slide itself.
+    peak = max(float(heat.max()), 1.1)
+    scale = LogNorm(1, peak)
+    alpha = np.clip(0.25 + 0.6 * np.ma.filled(scale(np.maximum(heat, 1)), 0), 0, 1) * (heat > 1)
+    # The map's last row and column reach past the slide where the pitch does not divide it.
+    extent = (0, heat.shape[1] * pitch, heat.shape[0] * pitch, 0)
+    shown = axes.imshow(heat, extent=extent, norm=scale, cmap="inferno", alpha=alpha, interpolation="nearest")
+    axes.scatter(
+        [patch.x_l0 + patch.side_l0 / 2 for patch in patches],
+        [patch.y_l0 + patch.side_l0 / 2 for patch in patches],
+        s=60,
+        facecolors="none",
+        edgecolors="cyan",
+        linewidths=0.8,
+    )
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], title=f"{title}; attention 1 to {peak:.3g}")
+    top.colorbar(shown, ax=axes, label="attention, times uniform", shrink=0.8)
+    _scale_bar(axes, slide)
+    for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
+        place.axis("off")
+        if patch is not None:
+            side = round(patch.side_l0)
+            pixels = slide.read(0, (round(patch.y_l0), round(patch.x_l0), side, side))
+            place.imshow(_to_rgb(pixels))
+            place.set_title(f"{patch.weight:.3f}", fontsize=8)
+    bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _thumbnail(slide: Slide) -> NDArray[Any]:
+    fitting = [i for i, level in enumerate(slide.levels) if max(level.shape_yx) <= _PICTURE_PIXELS]
+    level = fitting[0] if fitting else len(slide.levels) - 1
+    return _to_rgb(slide.read(level, (0, 0, *slide.levels[level].shape_yx)))
+
+
+def _to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:
+    """(C, H, W) -> (H, W, 3) or (H, W, 1) that matplotlib shows as it is: three channels as RGB, else the first."""
+    image = np.moveaxis(pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, 0), 0, -1)
+    if image.dtype == np.uint8:
+        return image
+    # Other types have no agreed range to show: stretch to what is there.
+    image = image.astype(np.float32)
+    low, high = float(image.min()), float(image.max())
+    return (image - low) / max(high - low, 1e-12)
+
+
+def _scale_bar(axes: Any, slide: Slide) -> None:
+    """Draw a bar of a round length of about a fifth of the slide's width."""
+    height, width = slide.shape_yx
+    unit = slide.mpp or 1.0
+    wanted = width * unit / 5
+    power = 10 ** np.floor(np.log10(wanted))
+    length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
+    metric = f"{length:g} µm" if length < 1000 else f"{length / 1000:g} mm"
+    label = f"{length:g} px" if slide.mpp is None else metric
+    x, y = 0.03 * width, 0.96 * height
+    for colour, line in (("black", 5), ("white", 3)):
+        axes.plot([x, x + length / unit], [y, y], color=colour, linewidth=line, solid_capstyle="butt")
+    box = {"facecolor": "black", "alpha": 0.6, "pad": 2, "edgecolor": "none"}
+    axes.text(x, y - 0.015 * height, label, color="white", fontsize=9, bbox=box)

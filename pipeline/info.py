@@ -1,0 +1,42 @@
+"""``info``: what an image or a pyramid is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storage import Slide, TiffImage
+
+
+def describe(location: str) -> dict[str, Any]:
+    """Describe an image file, or a pyramid by path or URL, without reading its pixels.
+
+    Raises
+    ------
+    storage.StorageError
+        It is neither, or it is damaged.
+    """
+    if "://" not in location and Path(location).is_file():
+        with TiffImage(location) as image:
+            channels, height, width = image.shape
+            return {
+                "path": location,
+                "kind": "image",
+                "size": [height, width],
+                "channels": list(image.channels or range(channels)),
+                "dtype": str(image.dtype),
+                "mpp": image.mpp_yx[0] if image.mpp_yx else None,
+            }
+    with Slide(location) as slide:
+        levels = [
+            {"size": list(level.shape_yx), "downsample": level.downsample, "mpp": level.mpp} for level in slide.levels
+        ]
+        return {
+            "path": location,
+            "kind": "pyramid",
+            "size": list(slide.shape_yx),
+            "channels": list(slide.channels),
+            "dtype": str(slide.dtype),
+            "mpp": slide.mpp,
+            "levels": levels,
+        }

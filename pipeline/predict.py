@@ -1,0 +1,284 @@
+"""``predict``: classify slides with a trained model, in this process or on a pool of workers.
+
+Each slide's result is a file of its own, written whole as the slide finishes; the table is made of them at the end.
+Running the command again classifies only what is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cluster
+from nested_ats import Image, NestedATS, Prediction, load_model
+from nested_ats import predict as estimate
+from pipeline.config import digest
+from pipeline.errors import UsageError
+from pipeline.files import file_name, make_folder, write_atomic, write_json
+from pipeline.manifest import Entry
+from pipeline.progress import progress
+from pipeline.runs import MODEL, read_run
+from pipeline.slides import SlideImage, check_slide, draw_key, find_pyramid
+from storage import Slide
+
+RESULTS, TABLE, ABOUT = "slides", "predictions", "predict.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, besides the slide, decides a prediction."""
+
+    model: str  # folder of the model
+    device: str  # auto, cpu or cuda
+    draws: int  # independent draws, averaged
+    samples: tuple[int, ...]  # units drawn at each level; empty: as trained
+    background: float  # of pixels off the slide
+    seed: int
+
+
+def predict(
+    entries: Sequence[Entry],
+    run: Path,
+    folder: Path,
+    *,
+    draws: int | None = None,
+    samples: Sequence[int] = (),
+    address: str = "none",
+    workers: int = 1,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> list[dict[str, Any]]:
+    """Classify slides.
+
+    Parameters
+    ----------
+    entries
+        Slides; labels are carried into the table where there are any.
+    run
+        Folder of a training run that has finished.
+    folder
+        Where predictions.csv, predictions.parquet and one JSON a slide go.
+    draws
+        Independent draws to average; by default as configured.
+    samples
+        Units to draw at each level instead of those trained with.
+    address, workers
+        ``none`` for this process, else Ray workers.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    overwrite
+        Classify again what is there.
+
+    Returns
+    -------
+    One row a slide, in the order of `entries`, as in the table; failed slides have an ``error``.
+
+    Raises
+    ------
+    UsageError
+        `run` is no finished run, `samples` does not fit the model, or `folder` holds other predictions.
+    """
+    settings = prediction_settings(run, draws=draws, samples=samples, device=device)
+    fingerprint = _fingerprint(settings)
+    results = make_folder(folder / RESULTS)
+    _check_folder(folder, fingerprint, overwrite=overwrite)
+    write_json(folder / ABOUT, {"settings": asdict(settings), "fingerprint": fingerprint})
+    rows = {entry.slide_id: _read_result(results, entry) for entry in entries}
+    todo = [entry for entry in entries if rows[entry.slide_id] is None]
+    tasks = cluster.run_tasks(
+        partial(Classifier, settings),
+        todo,
+        key=lambda entry: entry.slide_id,
+        address=address,
+        workers=workers,
+        gpus_per_worker=1 / workers if address != "none" and _device(device) == "cuda" else 0.0,
+    )
+    with progress("predict") as update, closing(tasks):
+        for outcome in tasks:
+            entry = outcome.item
+            if outcome.result is None:
+                rows[entry.slide_id] = {"status": "failed", "error": outcome.error}
+            else:
+                write_json(results / f"{file_name(entry.slide_id)}.json", outcome.result)
+                rows[entry.slide_id] = outcome.result
+            update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
+    table = [{**_identity(entry), **(rows[entry.slide_id] or {})} for entry in entries]
+    write_table(folder, table)
+    return table
+
+
+class Classifier:
+    """A model loaded once, that classifies one slide at a time.
+
+    Parameters
+    ----------
+    settings
+        Which model, and how.
+
+    Raises
+    ------
+    nested_ats.ModelFileError
+        The model cannot be loaded.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        model, self.classes = load_model(Path(settings.model))
+        self.settings = settings
+        self.model = with_samples(model, settings.samples).to(_device(settings.device))
+
+    def estimate(self, entry: Entry, image: Image) -> Prediction:
+        """Classify an image; equal slides and settings draw equal patches."""
+        settings = self.settings
+        keys = [draw_key(settings.seed, "predict", entry.slide_id, i) for i in range(settings.draws)]
+        return estimate(self.model, [image], torch.tensor([keys]))
+
+    def __call__(self, entry: Entry) -> dict[str, Any]:
+        """Classify a slide and return its row of the table, without the slide's identity.
+
+        Raises
+        ------
+        storage.StorageError, DataError
+            The slide cannot be read, or has not what the model reads.
+        """
+        began = time.monotonic()
+        path = find_pyramid(entry)
+        check_slide(path, self.model.config, self.model.in_channels)
+        with Slide(path) as slide:
+            prediction = self.estimate(entry, SlideImage(slide, background=self.settings.background))
+            read = slide.statistics
+        probabilities, errors = prediction.probabilities[0].tolist(), prediction.standard_error[0].tolist()
+        return {
+            "prediction": self.classes[max(range(len(probabilities)), key=probabilities.__getitem__)],
+            **{f"prob_{name}": p for name, p in zip(self.classes, probabilities, strict=True)},
+            **{f"se_{name}": None if math.isnan(e) else e for name, e in zip(self.classes, errors, strict=True)},
+            "requests": read.requests,
+            "bytes_read": read.bytes_read,
+            "seconds": round(time.monotonic() - began, 4),
+            "status": "ok",
+            "error": "",
+        }
+
+
+def prediction_settings(
+    run: Path, *, draws: int | None = None, samples: Sequence[int] = (), device: str = "auto"
+) -> Settings:
+    """Settings for a finished run, as it was configured but for what is given.
+
+    Raises
+    ------
+    UsageError
+        `run` is no finished run, or `samples` does not fit its model.
+    """
+    about = read_run(run)
+    if not (run / MODEL).exists():
+        raise UsageError(f"{run}: training has not finished; run nested-ats train again to go on with it")
+    model, _ = load_model(run / MODEL)
+    with_samples(model, samples)
+    config = about["config"]
+    return Settings(
+        model=str((run / MODEL).absolute()),
+        device=device,
+        draws=draws or config["predict"]["draws"],
+        samples=tuple(samples),
+        background=config["data"]["background"],
+        seed=config["seed"],
+    )
+
+
+def with_samples(model: NestedATS, samples: Sequence[int]) -> NestedATS:
+    """Return the model with another budget; its weights do not depend on it.
+
+    Raises
+    ------
+    UsageError
+        There is not one positive number for each level.
+    """
+    if not samples:
+        return model
+    levels = model.config.levels
+    if len(samples) != len(levels) or min(samples) < 1:
+        raise UsageError(f"--samples: the model has {len(levels)} levels; give that many positive numbers")
+    config = replace(model.config, levels=tuple(replace(a, samples=n) for a, n in zip(levels, samples, strict=True)))
+    other = NestedATS(config, in_channels=model.in_channels, classes=model.classes)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write predictions.csv and predictions.parquet."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    # The identity comes first and the status last, whatever the first row has.
+    names.sort(key=lambda name: name in ("status", "error"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / f"{TABLE}.csv", text.getvalue())
+    buffer = pa.BufferOutputStream()
+    parquet.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), buffer)
+    write_atomic(folder / f"{TABLE}.parquet", buffer.getvalue().to_pybytes())
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the table that `predict` wrote.
+
+    Raises
+    ------
+    UsageError
+        There is none.
+    """
+    from pyarrow import parquet
+
+    path = folder / f"{TABLE}.parquet"
+    if not path.exists():
+        raise UsageError(f"{folder}: no {path.name} here; give the --out of nested-ats predict")
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def _fingerprint(settings: Settings) -> str:
+    weights = digest((Path(settings.model) / "model.safetensors").read_bytes().hex())
+    return digest({**asdict(settings), "model": weights, "device": ""})
+
+
+def _check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
+    about = folder / ABOUT
+    same = about.exists() and json.loads(about.read_text()).get("fingerprint") == fingerprint
+    there = list((folder / RESULTS).glob("*.json"))
+    if there and not same and not overwrite:
+        raise UsageError(
+            f"{folder}: holds predictions of another model or other settings; give another --out, or --overwrite"
+        )
+    if overwrite:
+        for path in there:
+            path.unlink()
+
+
+def _read_result(results: Path, entry: Entry) -> dict[str, Any] | None:
+    path = results / f"{file_name(entry.slide_id)}.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def _identity(entry: Entry) -> dict[str, str]:
+    return {"slide_id": entry.slide_id, "case_id": entry.case_id, "label": entry.label, "split": entry.split}
+
+
+def _device(device: str) -> str:
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

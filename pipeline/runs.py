@@ -1,0 +1,127 @@
+"""The folder of a training run: its configuration, its state, its metrics and its model.
+
+    run.json                what the run is: configuration, classes, slides, versions
+    config.yaml             the resolved configuration, as one can hand it to --config
+    state.safetensors       weights, optimizer and position: where training goes on
+    metrics.jsonl           one line an epoch
+    tensorboard/            the same as curves
+    model/                  the trained model, once training has finished
+
+The state is one file, replaced in one step, so weights, optimizer and position always belong together, whichever
+number of workers wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nested_ats import ModelFileError
+from nested_ats.checkpoint import read_tensors
+from pipeline.errors import UsageError
+from pipeline.files import write_atomic
+
+RUN, CONFIG, STATE, METRICS, MODEL = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl", "model"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training has come."""
+
+    epoch: int = 0  # epochs finished
+    step: int = 0  # steps finished of the epoch under way
+
+
+def save_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, totals: Tensor
+) -> None:
+    """Replace the state of a run.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    model, optimizer
+        Their state is written whole.
+    position
+        After the last step taken.
+    totals
+        Sums of the epoch under way.
+    """
+    from safetensors.torch import save
+
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    tensors |= {"totals": totals, "position": torch.tensor([position.epoch, position.step])}
+    write_atomic(folder / STATE, save({name: value.cpu().contiguous() for name, value in tensors.items()}))
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Position, Tensor] | None:
+    """Put back the last state of a run, where there is one.
+
+    Returns
+    -------
+    position, totals
+        As they were saved; none for a run without a state.
+
+    Raises
+    ------
+    UsageError
+        The state is damaged or is that of another model.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        tensors = read_tensors(path)
+        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                states.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        epoch, step = tensors["position"].tolist()
+        return Position(epoch, step), tensors["totals"]
+    except (ModelFileError, RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"{path}: not a state of this run ({reason}); start again with --overwrite") from error
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a run is: the content of its run.json.
+
+    Raises
+    ------
+    UsageError
+        The folder is not that of a run.
+    """
+    path = folder / RUN
+    try:
+        run: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{folder}: no training run here ({RUN} is missing); give the --out of nested-ats train"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable: {error}") from error
+    return run
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Metrics of every finished epoch, in order; a line cut short by a crash is left out."""
+    path = folder / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            break
+    return metrics

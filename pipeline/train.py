@@ -1,0 +1,219 @@
+"""``train``: from a manifest of pyramids and labels to a model."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cluster
+from pipeline.config import Config, digest, dump_config, plain
+from pipeline.errors import DataError, UsageError
+from pipeline.files import make_folder, write_atomic, write_json
+from pipeline.manifest import Entry
+from pipeline.progress import OnProgress, progress
+from pipeline.runs import CONFIG, RUN, read_metrics, read_run
+from pipeline.slides import check_slide, find_pyramid
+from pipeline.splits import assign_splits
+from pipeline.training import plain_entries, train_worker
+from storage import StorageError
+
+_PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A slide that was left out, and why."""
+
+    slide_id: str
+    error: str
+
+
+def train(
+    entries: Sequence[Entry],
+    config: Config,
+    folder: Path,
+    *,
+    address: str = "none",
+    workers: int = 1,
+    device: str = "auto",
+    overwrite: bool = False,
+    fail_fast: bool = False,
+) -> tuple[dict[str, float], list[Failure]]:
+    """Train a model, or go on with a run that was interrupted.
+
+    Parameters
+    ----------
+    entries
+        Slides with labels; their split is assigned where the manifest has none.
+    config
+        The resolved configuration.
+    folder
+        Of the run (see `pipeline.runs`). A run of the same configuration and slides found there goes on.
+    address
+        ``none`` trains in this process, ``local`` on Ray workers of this machine, else on those of a cluster.
+    workers
+        Number of Ray workers.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    overwrite
+        Start again, whatever is in `folder`.
+    fail_fast
+        Stop at the first slide that cannot be used, instead of leaving it out.
+
+    Returns
+    -------
+    metrics, failures
+        Of the last epoch; and the slides left out.
+
+    Raises
+    ------
+    UsageError
+        `folder` holds another run, or the labels or splits allow no training.
+    DataError
+        No slide, or with `fail_fast` not every slide, can be used; or the loss became infinite.
+    """
+    entries = assign_splits(entries, validation=config.data.validation, test=config.data.test, seed=config.seed)
+    entries, channels, failures = _usable(entries, config, fail_fast=fail_fast)
+    classes = _classes(entries)
+    arguments = {
+        "config": plain(config),
+        "entries": plain_entries([entry for entry in entries if entry.split != "test"]),
+        "classes": classes,
+        "channels": channels,
+        "folder": str(folder.absolute()),
+    }
+    _prepare(folder, config, arguments, entries, overwrite=overwrite)
+    use_gpu = address != "none" and device != "cpu" and _has_gpu()
+    with progress("train") as update:
+        # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
+        function = partial(train_worker, on_step=update) if address == "none" else train_worker
+        with _follow(folder, config, update) if address != "none" else nullcontext():
+            metrics = cluster.fit(
+                function,
+                arguments,
+                address=address,
+                workers=workers,
+                use_gpu=use_gpu,
+                device=device,
+                name=folder.name,
+                storage_path=folder / "ray",
+            )
+    return metrics, failures
+
+
+def _usable(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> tuple[list[Entry], int, list[Failure]]:
+    """Entries whose pyramid opens and has what the model reads, and the number of channels they share."""
+    usable: list[Entry] = []
+    failures: list[Failure] = []
+    channels: int | None = None
+    for entry in entries:
+        try:
+            channels = check_slide(find_pyramid(entry), config.model, channels)
+            usable.append(entry)
+        except (StorageError, DataError) as error:
+            if fail_fast:
+                raise DataError(f"slide {entry.slide_id}: {error}") from error
+            failures.append(Failure(entry.slide_id, str(error)))
+    if channels is None:
+        raise DataError(f"no slide can be used; the first: {failures[0].error}")
+    return usable, channels, failures
+
+
+def _classes(entries: Sequence[Entry]) -> list[str]:
+    training = {entry.label for entry in entries if entry.split == "train"}
+    if len(training) < 2:
+        found = ", ".join(sorted(training)) or "none"
+        raise UsageError(f"training slides need at least two different labels (found: {found})")
+    unknown = sorted({entry.label for entry in entries} - training)
+    if unknown:
+        raise UsageError(f"labels of validation or test slides that no training slide has: {', '.join(unknown)}")
+    return sorted(training)
+
+
+def _prepare(
+    folder: Path, config: Config, arguments: dict[str, Any], entries: Sequence[Entry], *, overwrite: bool
+) -> None:
+    """Make the folder of a run, or see that the run found there is this one."""
+    # Where slides lie and how long training goes on do not make another run: data may move, epochs may be added.
+    identity = {**arguments, "folder": "", "entries": [(e.slide_id, e.label, e.split) for e in entries]}
+    identity["config"] = {**plain(config), "train": {**plain(config)["train"], "epochs": 0, "checkpoint_minutes": 0}}
+    fingerprint = digest(identity)
+    if not (folder / RUN).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UsageError(f"{folder}: not empty and not a training run; give another --out")
+    elif overwrite:
+        shutil.rmtree(folder)
+    elif read_run(folder).get("fingerprint") != fingerprint:
+        raise UsageError(
+            f"{folder}: holds a run of another configuration or other slides (see {folder / CONFIG}); "
+            "give another --out, or --overwrite to start again"
+        )
+    make_folder(folder)
+    write_atomic(folder / CONFIG, dump_config(config))
+    run = {
+        "fingerprint": fingerprint,
+        "classes": arguments["classes"],
+        "channels": arguments["channels"],
+        "config": plain(config),
+        "versions": versions(),
+        "entries": [asdict(entry) for entry in entries],
+    }
+    write_json(folder / RUN, run)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the results, and the commit of this code."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    git = shutil.which("git")
+    if git:
+        here = Path(__file__).parent
+        commit = subprocess.run(  # noqa: S603 - fixed arguments
+            [git, "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
+        if commit.returncode == 0:
+            found["commit"] = commit.stdout.strip()
+    return found
+
+
+@contextmanager
+def _follow(folder: Path, config: Config, update: OnProgress) -> Iterator[None]:
+    """Show the epochs that workers elsewhere have finished, from the run's metrics."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen = -1
+        while not done.wait(1.0):
+            metrics = read_metrics(folder)
+            if metrics and len(metrics) != seen:
+                seen = len(metrics)
+                last = metrics[-1]
+                words = f"epoch {seen} loss {last['cross_entropy']:.3f} accuracy {last['accuracy']:.3f}"
+                update(seen, config.train.epochs, words)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,288 @@
+"""The training loop: the same lines on one process and on N workers.
+
+It talks to a small context (rank, world size, sums over workers) and knows nothing of Ray. Three things make a run
+independent of the number of workers and of interruptions: a step's slides are a function of (seed, epoch, step) and
+are dealt out to the workers in turn; each slide's draws are keyed by (seed, epoch, slide); and the loss of each
+slide is divided by the number of slides of the whole step, so the sum of the workers' gradients is the gradient that
+one worker would have computed.
+
+Shape letters: B slides of one worker in one step, Q classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from cluster import Context
+from nested_ats import NestedATS, attention_sampling_loss, save_model
+from pipeline.config import Config, parse_config
+from pipeline.errors import DataError
+from pipeline.files import write_atomic
+from pipeline.manifest import Entry
+from pipeline.runs import METRICS, MODEL, Position, load_state, read_metrics, save_state
+from pipeline.slides import SlideCache, SlideImage, draw_key
+
+_READERS = 8  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
+
+
+OnStep = Callable[[int, int, str], None]  # steps done, steps in all, a few words
+
+
+def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep | None = None) -> dict[str, float]:
+    """Train on one worker of a group; the entry point that `cluster.fit` calls.
+
+    Parameters
+    ----------
+    context
+        The worker's place in its group.
+    arguments
+        ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``classes``,
+        ``channels`` and ``folder`` of the run.
+    on_step
+        Told of every step.
+
+    Returns
+    -------
+    Metrics of the last epoch.
+
+    Raises
+    ------
+    DataError
+        The loss is no longer finite; the last state stands.
+    """
+    config = parse_config(arguments["config"], "configuration")
+    entries = [Entry(**row) for row in arguments["entries"]]
+    trainer = Trainer(
+        context, config, entries, arguments["classes"], arguments["channels"], Path(arguments["folder"])
+    )
+    return trainer.run(on_step or (lambda *_: None))
+
+
+class Trainer:
+    """One worker's part of a training run; the parameters are those of `train_worker`."""
+
+    def __init__(
+        self,
+        context: Context,
+        config: Config,
+        entries: Sequence[Entry],
+        classes: Sequence[str],
+        channels: int,
+        folder: Path,
+    ) -> None:
+        self.context, self.config, self.classes, self.folder = context, config, list(classes), folder
+        self.training = [entry for entry in entries if entry.split == "train"]
+        self.validation = [entry for entry in entries if entry.split == "val"]
+        self.slides = SlideCache(background=config.data.background)
+        torch.manual_seed(config.seed)
+        self.model = NestedATS(config.model, in_channels=channels, classes=len(classes)).to(context.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+        )
+        self.class_weights = self._class_weights().to(context.device)
+        self.totals = torch.zeros(len(_TOTALS), dtype=torch.float64)
+        self.saved_at = time.monotonic()
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return math.ceil(len(self.training) / self.config.train.batch_size)
+
+    def run(self, on_step: OnStep) -> dict[str, float]:
+        """Train from the last state to the last epoch and write the model."""
+        position = self._resume()
+        metrics: dict[str, float] = {}
+        with ThreadPoolExecutor(_READERS) as readers, _Curves(self.folder, position, self.context) as curves:
+            for epoch in range(position.epoch, self.config.train.epochs):
+                start = position.step if epoch == position.epoch else 0
+                metrics = self._epoch(epoch, start, readers, on_step)
+                curves.write(metrics)
+                self.context.report(metrics)
+        if self.context.rank == 0:
+            save_model(self.folder / MODEL, self.model, classes=self.classes)
+        return metrics or dict(read_metrics(self.folder)[-1])
+
+    def _resume(self) -> Position:
+        state = load_state(self.folder, self.model, self.optimizer)
+        position, self.totals = state or (Position(), self.totals)
+        if self.context.rank == 0:
+            # An epoch's line is written before its state: a line that the state does not know of is written again.
+            lines = read_metrics(self.folder)[: position.epoch]
+            write_atomic(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        return position
+
+    def _epoch(self, epoch: int, start: int, readers: ThreadPoolExecutor, on_step: OnStep) -> dict[str, float]:
+        began = time.monotonic()
+        self.model.train()
+        for step, (batch, images, views) in self._batches(epoch, start, readers):
+            self._step(epoch, batch, images, views, readers)
+            done = Position(epoch, step + 1)
+            if (
+                done.step < self.steps
+                and time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes
+            ):
+                self._save(done)
+            words = f"epoch {epoch + 1}/{self.config.train.epochs} {_describe(_means(self.totals))}"
+            on_step(epoch * self.steps + step + 1, self.config.train.epochs * self.steps, words)
+        metrics = {"epoch": epoch + 1, **_means(self.totals), "seconds": time.monotonic() - began}
+        if self.validation:
+            metrics |= self._validate(epoch, readers)
+        self.totals = torch.zeros_like(self.totals)
+        if self.context.rank == 0:
+            with (self.folder / METRICS).open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        self._save(Position(epoch + 1, 0))
+        return metrics
+
+    def _batches(
+        self, epoch: int, start: int, readers: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, tuple[list[Entry], list[SlideImage], list[Tensor]]]]:
+        """Give this worker's slides of every step, with their coarse views read one step ahead."""
+        order = torch.randperm(
+            len(self.training), generator=torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
+        ).tolist()
+        size = self.config.train.batch_size
+
+        def load(step: int) -> tuple[list[Entry], list[SlideImage], list[Future[Tensor]]]:
+            rows = order[step * size : (step + 1) * size][self.context.rank :: self.context.world_size]
+            batch = [self.training[row] for row in rows]
+            images = [self.slides.open(entry.path) for entry in batch]
+            return batch, images, [readers.submit(self.model.coarse_view, image) for image in images]
+
+        ahead = load(start) if start < self.steps else None
+        for step in range(start, self.steps):
+            assert ahead is not None  # noqa: S101 - start < steps
+            batch, images, views = ahead
+            ahead = load(step + 1) if step + 1 < self.steps else None
+            yield step, (batch, images, [view.result() for view in views])
+
+    def _step(
+        self,
+        epoch: int,
+        batch: list[Entry],
+        images: list[SlideImage],
+        views: list[Tensor],
+        readers: ThreadPoolExecutor,
+    ) -> None:
+        """One step of the whole group; a worker without slides takes part with a gradient of zero."""
+        self.optimizer.zero_grad()
+        sums = torch.zeros(len(_TOTALS), device=self.context.device)
+        if batch:
+            keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in batch])
+            output = self.model(images, keys, views=views, map_=readers.map)
+            labels = self._labels(batch)
+            loss, cross_entropy = attention_sampling_loss(
+                output.logits, labels, output.entropy, entropy_weight=self.config.train.entropy_weight
+            )
+            loss = self.class_weights[labels] * loss
+            torch.autograd.backward(loss.sum())
+            correct = output.logits.argmax(-1) == labels
+            sums = torch.stack(
+                [
+                    part.detach().sum()
+                    for part in (loss, cross_entropy, correct, output.entropy, torch.ones_like(loss))
+                ]
+            )
+        self.totals += self._reduce(sums).cpu()
+        self.optimizer.step()
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        """Sum gradients and `sums` over the workers, in one message, and average the gradients over the slides."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients] + [sums.to(gradients[0].dtype)])
+        self.context.all_reduce(flat)
+        if not bool(flat.isfinite().all()):
+            raise DataError(
+                f"{self.folder}: the loss or its gradient is no longer finite; the last state stands: "
+                "lower train.learning_rate and start again with --overwrite"
+            )
+        *parts, sums = torch.split(flat, [p.numel() for p in parameters] + [len(sums)])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = (part / sums[-1]).view_as(parameter)
+        return sums
+
+    @torch.no_grad()
+    def _validate(self, epoch: int, readers: ThreadPoolExecutor) -> dict[str, float]:
+        self.model.eval()
+        totals = torch.zeros(len(_TOTALS), device=self.context.device)
+        mine = self.validation[self.context.rank :: self.context.world_size]
+        size = max(1, self.config.train.batch_size // self.context.world_size)
+        for begin in range(0, len(mine), size):
+            batch = mine[begin : begin + size]
+            keys = torch.tensor([draw_key(self.config.seed, "validation", epoch, entry.slide_id) for entry in batch])
+            output = self.model([self.slides.open(entry.path) for entry in batch], keys, map_=readers.map)
+            labels = self._labels(batch)
+            loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
+            correct = output.logits.argmax(-1) == labels
+            parts = (loss, cross_entropy, correct, output.entropy, torch.ones_like(loss))
+            totals += torch.stack([part.sum() for part in parts])
+        self.context.all_reduce(totals)
+        means = _means(totals)
+        return {"val_cross_entropy": means["cross_entropy"], "val_accuracy": means["accuracy"]}
+
+    def _save(self, position: Position) -> None:
+        self.saved_at = time.monotonic()
+        if self.context.rank == 0:
+            save_state(self.folder, self.model, self.optimizer, position, self.totals)
+
+    def _labels(self, batch: Sequence[Entry]) -> Tensor:
+        return torch.tensor([self.classes.index(entry.label) for entry in batch], device=self.context.device)
+
+    def _class_weights(self) -> Tensor:
+        """Weight of each class, with mean one over the training slides."""
+        counts = torch.tensor([sum(e.label == name for e in self.training) for name in self.classes]).float()
+        if self.config.train.class_weights == "none":
+            return torch.ones_like(counts)
+        return len(self.training) / (len(self.classes) * counts.clamp_min(1))
+
+
+_TOTALS = ("loss", "cross_entropy", "accuracy", "entropy", "slides")
+
+
+def _means(totals: Tensor) -> dict[str, float]:
+    """Means over the slides of an epoch, so far."""
+    values = (totals / totals[-1]).tolist()
+    return dict(zip(_TOTALS[:-1], values[:-1], strict=True))
+
+
+def _describe(means: Mapping[str, float]) -> str:
+    return f"loss {means['cross_entropy']:.3f} accuracy {means['accuracy']:.3f} entropy {means['entropy']:.2f}"
+
+
+class _Curves:
+    """TensorBoard curves, written by rank 0; those of epochs that will be done again are dropped."""
+
+    def __init__(self, folder: Path, position: Position, context: Context) -> None:
+        self.writer = None
+        if context.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=position.epoch + 1)
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if self.writer and name != "epoch":
+                self.writer.add_scalar(name, value, int(metrics["epoch"]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def plain_entries(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Entries as plain values, to be sent to workers."""
+    return [asdict(entry) for entry in entries]
