@@ -1,0 +1,125 @@
+"""What a training loop knows about its surroundings: rank, size, device, and three collectives.
+
+Notable: the loop never sees Ray. It receives a `Context`; the single-process one does nothing where there is
+nothing to do, so that one machine and a cluster execute the same lines.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.errors import WorkerLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Context(Protocol):
+    """One worker's view of its group.
+
+    Every method must be called the same number of times, in the same order, on every rank.
+
+    Attributes
+    ----------
+    rank
+        Number of this worker, 0 <= rank < world_size.
+    world_size
+        Number of workers, >= 1.
+    device
+        Torch device of this worker: ``"cpu"`` or, for example, ``"cuda:0"``.
+    """
+
+    rank: int
+    world_size: int
+    device: str
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Replace ``tensor`` (any shape, on `device`) by its sum over all ranks, in place."""
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Replace ``tensor`` (any shape, on `device`) by that of rank 0, in place."""
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Make ``metrics`` known outside the worker; rank 0's are the ones shown."""
+
+
+class LocalContext:
+    """The context of a single process: a group of one, whose collectives have nothing to do."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.rank = 0
+        self.world_size = 1
+        self.device = device
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Leave ``tensor`` as it is: it is the sum over one rank."""
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Leave ``tensor`` as it is: it is rank 0's."""
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Log ``metrics`` at level INFO."""
+        logger.info("%s", dict(metrics))
+
+
+class RayContext:
+    """The context inside a Ray Train worker; collectives are torch.distributed's (gloo or NCCL).
+
+    A collective that fails, fails because a peer is gone or hangs: it raises `WorkerLostError`, by which the driver
+    tells it from the training function's own errors and restarts the group.
+    """
+
+    def __init__(self) -> None:
+        import ray.train.torch
+
+        ray_context = ray.train.get_context()
+        self.rank: int = ray_context.get_world_rank()
+        self.world_size: int = ray_context.get_world_size()
+        self.device = str(ray.train.torch.get_device())
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum over all ranks, in place."""
+        import torch.distributed as dist
+
+        self._collective(lambda: dist.all_reduce(tensor))
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Copy from rank 0, in place."""
+        import torch.distributed as dist
+
+        self._collective(lambda: dist.broadcast(tensor, src=0))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        import torch.distributed as dist
+
+        self._collective(dist.barrier)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Hand ``metrics`` to Ray Train, which waits for all ranks to do so."""
+        import ray.exceptions
+        import ray.train
+
+        try:
+            ray.train.report(dict(metrics))
+        except ray.exceptions.RayError as error:
+            raise WorkerLostError(f"rank {self.rank} lost its peers in a report") from error
+
+    def _collective(self, run: Callable[[], object]) -> None:
+        try:
+            run()
+        except RuntimeError as error:
+            # gloo raises a plain RuntimeError for "connection closed by peer" and for its timeout.
+            first_line = str(error).partition("\n")[0]
+            raise WorkerLostError(f"rank {self.rank} lost its peers in a collective: {first_line}") from error

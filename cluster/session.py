@@ -1,0 +1,133 @@
+"""A Ray session for the length of a `with` block, or none at all.
+
+Notable: a session that this process already holds is used again, so nested calls and a test-run-wide head both
+work; what was started here is shut down here, and nothing else ever is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cluster.errors import ClusterError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+OBJECT_STORE_BYTES = 200_000_000  # workers fetch their own chunks, so the store carries only small messages
+CONNECT_TIMEOUT_S = 10.0
+
+# Read by Ray when it is imported or initialised; a value that the user has set wins.
+_DRIVER_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's coming default; without it every worker with 0 GPUs gets a FutureWarning.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+_open_address: str | None = None
+
+
+@contextmanager
+def session(address: str, *, num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[None]:
+    """Hold a Ray session while the block runs.
+
+    Parameters
+    ----------
+    address
+        ``"none"``: no Ray at all. ``"local"``: a new Ray instance on this machine, never somebody else's.
+        Otherwise the running cluster to connect to: ``"auto"``, ``"host:port"`` or ``"ray://host:port"``.
+    num_cpus, num_gpus
+        Logical resources of a new local instance; by default what the machine has.
+
+    Raises
+    ------
+    ClusterError
+        Ray is not installed, the cluster cannot be reached, or another session is open in this process.
+    """
+    global _open_address  # noqa: PLW0603 - Ray's own session is one per process, too
+    if address in ("none", _open_address):
+        yield
+        return
+    if _open_address is not None:
+        raise ClusterError(f"cannot open {address!r}: a session with {_open_address!r} is open in this process")
+    ray = require_ray()
+    _start(ray, address, num_cpus, num_gpus)
+    _open_address = address
+    try:
+        yield
+    finally:
+        _open_address = None
+        ray.shutdown()
+
+
+def require_ray() -> ModuleType:
+    """Import Ray with this project's environment.
+
+    Raises
+    ------
+    ClusterError
+        Ray is not installed; the message says how to install it.
+    """
+    for name, value in _DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError(
+            "Ray is not installed: run pip install 'nested-ats[cluster]', or use the address 'none'"
+        ) from error
+    module: ModuleType = ray
+    return module
+
+
+def _start(ray: ModuleType, address: str, num_cpus: int | None, num_gpus: int | None) -> None:
+    options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        options |= {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    else:
+        _probe(address)
+    try:
+        ray.init(runtime_env={"env_vars": _worker_environment(address)}, **options)
+    except (Exception, SystemExit) as error:
+        raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}") from error
+
+
+def _worker_environment(address: str) -> dict[str, str]:
+    """Environment of every worker process: one compute thread each, and our packages on its path."""
+    variables = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # Ray Train's health check, also the pace of `Context.report`, is 2 s by default; and its workers leave the
+        # driver's working directory, so that a relative path would mean something else than without Ray.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        # A group with a dead member must not wait half a minute for it to say goodbye.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    }
+    if address == "local":
+        root = str(Path(__file__).resolve().parent.parent)
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return variables
+
+
+def _probe(address: str) -> None:
+    """Fail within seconds if nothing listens: Ray itself tries for minutes, and then ends the process."""
+    target = urlsplit(address if "://" in address else f"ray://{address}")
+    if target.port is None:
+        return  # "auto": Ray looks for a running instance on this machine, without waiting
+    try:
+        socket.create_connection((target.hostname or "", target.port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address!r} ({one_line(error)}); is it running and the port right?"
+        ) from error

@@ -1,0 +1,170 @@
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import Outcome, WorkerLostError, run_tasks
+
+
+class ModelError(Exception):
+    pass
+
+
+def make_divider():
+    return lambda item: 10 // item
+
+
+def make_local_failure():
+    def work(item):
+        if item == "stop":
+            raise KeyboardInterrupt
+        return item
+
+    return work
+
+
+def test_local_failure_of_an_item_leaves_the_others():
+    outcomes = list(run_tasks(make_divider, [1, 0, 5]))
+    error = "ZeroDivisionError: integer division or modulo by zero"
+    assert outcomes == [Outcome(1, 10, None, 1), Outcome(0, None, error, 1), Outcome(5, 2, None, 1)]
+
+
+def test_local_interrupt_stops():
+    outcomes = run_tasks(make_local_failure, ["a", "stop", "b"])
+    assert next(outcomes).result == "a"
+    with pytest.raises(KeyboardInterrupt):
+        next(outcomes)
+
+
+def test_local_worker_is_made_once_and_only_for_items():
+    made = []
+
+    def make():
+        made.append(1)
+        return str
+
+    assert list(run_tasks(make, [])) == []
+    assert made == []
+    assert len(list(run_tasks(make, [1, 2, 3]))) == 3
+    assert made == [1]
+
+
+def test_local_close_leaves_the_rest_undone():
+    done = []
+    outcomes = run_tasks(lambda: done.append, [1, 2, 3])
+    next(outcomes)
+    outcomes.close()
+    assert done == [1]
+
+
+def test_local_factory_error_is_raised():
+    def make():
+        raise ModelError("weights.safetensors: missing")
+
+    with pytest.raises(ModelError, match="missing"):
+        list(run_tasks(make, [1]))
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"workers": 2}, {"attempts": 0}])
+def test_wrong_numbers_are_refused(wrong):
+    with pytest.raises(ValueError, match="worker"):
+        run_tasks(make_divider, [1], **wrong)
+
+
+def make_scripted():
+    """Return a function that does what the item says: (action, folder)."""
+
+    def work(item):
+        action, folder = item
+        if action == "raise":
+            raise ModelError("slide 3:\n no tissue")
+        if action == "unpicklable":
+            return threading.Lock()
+        if action == "sleep":
+            time.sleep(600)
+        if action == "die" or (action == "die once" and not (Path(folder) / "died").exists()):
+            (Path(folder) / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+    return work
+
+
+def run_actions(actions, folder, **options):
+    """Outcomes by action, after a check that every item has exactly one."""
+    items = [(action, str(folder)) for action in actions]
+    options = {"address": "local", "workers": 2, "key": lambda item: item[0]} | options
+    outcomes = list(run_tasks(make_scripted, items, **options))
+    assert sorted(outcome.item for outcome in outcomes) == sorted(items)
+    return {outcome.item[0]: outcome for outcome in outcomes}
+
+
+@pytest.mark.ray
+def test_items_that_raise_fail_at_once_and_alone(head, tmp_path):
+    outcomes = run_actions(["a", "raise", "unpicklable", "b", "c"], tmp_path)
+    assert (outcomes["raise"].error, outcomes["raise"].attempts) == ("ModelError: slide 3: no tissue", 1)
+    assert "pickle" in outcomes["unpicklable"].error
+    assert outcomes["unpicklable"].attempts == 1
+    assert all(outcomes[name].result and outcomes[name].error is None for name in "abc")
+
+
+@pytest.mark.ray
+def test_item_that_kills_its_workers_fails_after_its_attempts(head, tmp_path):
+    outcomes = run_actions(["die", "a", "b", "c"], tmp_path, attempts=2)
+    assert outcomes["die"].error == "die: its worker died (attempt 2)"
+    assert (outcomes["die"].result, outcomes["die"].attempts) == (None, 2)
+    assert all(outcomes[name].result and outcomes[name].attempts == 1 for name in "abc")
+
+
+@pytest.mark.ray
+def test_item_that_kills_one_worker_succeeds_in_the_next(head, tmp_path):
+    outcomes = run_actions(["die once", "a"], tmp_path)
+    assert outcomes["die once"].result
+    assert outcomes["die once"].attempts == 2
+
+
+@pytest.mark.ray
+def test_item_that_hangs_is_ended(head, tmp_path):
+    outcomes = run_actions(["sleep", "a", "b"], tmp_path, timeout_s=1.0, attempts=2)
+    assert outcomes["sleep"].error == "sleep: it took longer than 1 s (attempt 2)"
+    assert outcomes["a"].result
+    assert outcomes["b"].result
+
+
+@pytest.mark.ray
+def test_costliest_starts_first(head):
+    outcomes = run_tasks(lambda: str, [1, 3, 2], address="local", cost=float)
+    assert [outcome.item for outcome in outcomes] == [3, 2, 1]
+
+
+@pytest.mark.ray
+def test_closing_ends_the_workers(head, tmp_path, wait_until, gone):
+    items = [("a", ""), ("sleep", ""), ("sleep", "")]
+    outcomes = run_tasks(make_scripted, items, address="local")
+    pid = next(outcomes).result
+    assert not gone(pid)
+    outcomes.close()
+    wait_until(lambda: gone(pid))
+
+
+def make_nothing():
+    raise ModelError("weights.safetensors: missing")
+
+
+def make_dead():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_factory_error_is_raised_with_its_type(head):
+    with pytest.raises(ModelError, match=r"^weights.safetensors: missing$"):
+        list(run_tasks(make_nothing, [1, 2], address="local", workers=2))
+
+
+@pytest.mark.ray
+def test_workers_that_die_while_starting_end_the_run(head):
+    with pytest.raises(WorkerLostError, match="3 workers in a row"):
+        list(run_tasks(make_dead, [1, 2], address="local"))

@@ -1,0 +1,102 @@
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cluster import ClusterError, run_tasks, session
+
+WITHOUT_RAY = """
+import sys, tempfile, cluster
+with cluster.session("none"):
+    outcomes = list(cluster.run_tasks(lambda: str, [1, 2]))
+    folder = tempfile.gettempdir()
+    value = cluster.fit(lambda context, arguments: context.world_size, {}, device="cpu", storage_path=folder)
+assert [o.result for o in outcomes] == ["1", "2"] and value == 1
+assert not any(name == "ray" or name.startswith("ray.") for name in sys.modules)
+"""
+RAY_MISSING = """
+import sys, cluster
+sys.modules["ray"] = None
+try:
+    with cluster.session("local"): pass
+except cluster.ClusterError as error:
+    assert "pip install 'nested-ats[cluster]'" in str(error), error
+else:
+    raise AssertionError
+"""
+UNREACHABLE = """
+import sys, cluster
+try:
+    with cluster.session(sys.argv[1]): pass
+except cluster.ClusterError as error:
+    assert sys.argv[1] in str(error), error
+else:
+    raise AssertionError
+"""
+
+
+def run_python(code, *arguments):
+    """Run in a fresh process; its standard error is the assertion's message."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_ray_is_not_imported_without_an_address():
+    run_python(WITHOUT_RAY)
+
+
+def test_missing_ray_is_named_with_the_fix():
+    run_python(RAY_MISSING)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_unreachable_cluster_is_refused_at_once(form):
+    with socket.socket() as unused:  # bound, but nobody listens
+        unused.bind(("127.0.0.1", 0))
+        run_python(UNREACHABLE, form.format(unused.getsockname()[1]))
+
+
+@pytest.mark.ray
+def test_nested_session_is_the_same_one(head):
+    import ray
+
+    before = ray.get_runtime_context().get_job_id()
+    with session("local"):
+        assert ray.get_runtime_context().get_job_id() == before
+    assert ray.is_initialized()
+
+
+@pytest.mark.ray
+def test_second_address_is_refused(head):
+    with pytest.raises(ClusterError, match="'local' is open"), session("127.0.0.1:1"):
+        pass
+
+
+def look_around():
+    def look(_item):
+        import cluster
+
+        return {"threads": os.environ["OMP_NUM_THREADS"], "path": os.environ["PYTHONPATH"], "room": cluster.__file__}
+
+    return look
+
+
+@pytest.mark.ray
+def test_workers_import_our_packages_and_use_one_thread(head):
+    import cluster
+
+    (outcome,) = run_tasks(look_around, [0], address="local")
+    assert outcome.error is None
+    root = os.path.dirname(os.path.dirname(cluster.__file__))
+    assert outcome.result["path"].split(os.pathsep)[0] == root
+    assert outcome.result["room"] == cluster.__file__
+    assert outcome.result["threads"] == os.environ.get("OMP_NUM_THREADS", "1")
