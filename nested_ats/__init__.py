@@ -5,7 +5,7 @@ the estimators under it and stand alone. Images are read through the `Image` pro
 """
 
 from nested_ats.checkpoint import load_model, save_model
-from nested_ats.errors import ModelFileError, NestedATSError
+from nested_ats.errors import ImpossibleWeightsError, ModelFileError, NestedATSError
 from nested_ats.evaluation import Prediction, predict
 from nested_ats.expectation import entropy, expectation
 from nested_ats.images import ArrayImage, Image, read_batch
@@ -17,6 +17,7 @@ __all__ = [
     "ArrayImage",
     "Draw",
     "Image",
+    "ImpossibleWeightsError",
     "LevelConfig",
     "ModelConfig",
     "ModelFileError",

@@ -22,14 +22,14 @@ class LeNetEncoder(nn.Module):
         self.features = channels
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, channels, 5),
+            nn.MaxPool2d(2),  # before the ReLU, which it commutes with: a quarter of the work
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(channels, channels, 5),
-            nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(channels, channels, 3),
             nn.ReLU(),
+            nn.Conv2d(channels, channels, 3),
             nn.AdaptiveMaxPool2d(1),
+            nn.ReLU(),
             nn.Flatten(),
         )
 

@@ -5,5 +5,9 @@ class NestedATSError(Exception):
     """Root of the errors of this package."""
 
 
+class ImpossibleWeightsError(NestedATSError, ValueError):
+    """Weights that nothing can be drawn by, such as the attention of a model that has diverged."""
+
+
 class ModelFileError(NestedATSError):
     """A saved model is missing, damaged or not one of ours."""

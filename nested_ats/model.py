@@ -184,6 +184,7 @@ class NestedATS(nn.Module):
         )
         self.encoder = ENCODERS[config.encoder](in_channels=in_channels, channels=config.features)
         self.head = nn.Linear(self.encoder.features, classes)
+        self.to(memory_format=torch.channels_last)  # a third faster on CPUs, and what tensor cores want
 
     def coarse_view(self, image: Image) -> Tensor:
         """Read the view of the whole image that the first level looks at.
@@ -292,7 +293,7 @@ class NestedATS(nn.Module):
         config = self.config
         boxes = _boxes(centers_l0, config.patch_downsample, config.patch_size)
         patches = self._prepare(read_batch(images, config.patch_downsample, boxes, map_))
-        features: Tensor = self.encoder(patches.flatten(0, 1))
+        features: Tensor = self.encoder(patches.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         return functional.normalize(features, dim=-1).reshape(*patches.shape[:2], -1)
 
     def _open(self, depth: int, images: Sequence[Image], centers_l0: Tensor, map_: Map) -> Population:
@@ -309,7 +310,7 @@ class NestedATS(nn.Module):
     def _look(self, depth: int, views: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, k) and centres (B, k, 2) of the cells of (B, C, H, W) views at (B, 2) origins, in order."""
         network, downsample = self._network(depth), self.config.levels[depth].downsample
-        logits: Tensor = network(self._prepare(views))
+        logits: Tensor = network(self._prepare(views).contiguous(memory_format=torch.channels_last))
         rows, columns = logits.shape[-2:]
         order = curve_order(rows, columns)
         y, x = cell_centers(rows, rows * network.stride), cell_centers(columns, columns * network.stride)
@@ -327,7 +328,8 @@ class NestedATS(nn.Module):
 
     def _prepare(self, pixels: Tensor) -> Tensor:
         weight = self.head.weight
-        return (scale_pixels(pixels.to(weight.device)).to(weight.dtype) - self.config.mean) / self.config.std
+        pixels = scale_pixels(pixels.to(weight.device)).to(weight.dtype)
+        return (pixels - self.config.mean) / self.config.std
 
     def _draw(self, weights: Tensor, n: int, keys: Tensor) -> Draw:
         return draw(weights, n, method=self.config.method, keys=keys.to(weights.device))

@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from nested_ats.errors import ImpossibleWeightsError
+
 Method = Literal["systematic", "desraj", "multinomial"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -77,8 +79,10 @@ def draw(
 
     Raises
     ------
+    ImpossibleWeightsError
+        A negative, NaN or infinite weight, or a row without a positive one; also a ValueError.
     ValueError
-        `n` < 1, an unknown method, a negative, NaN or infinite weight, or a row without a positive one.
+        `n` < 1, or an unknown method.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
@@ -88,7 +92,7 @@ def draw(
     total = w.sum(-1)
     # One reduction checks all four: a negative, a NaN or an infinite weight, and a row of zeros.
     if not bool(((w.amin(-1) >= 0) & (total > 0) & total.isfinite()).all()):
-        raise ValueError("weights must be non-negative and finite, with a positive one in every row")
+        raise ImpossibleWeightsError("weights must be non-negative and finite, with a positive one in every row")
     if noise is None:
         if keys is None:
             keys = torch.randint(-(2**63), 2**63 - 1, w.shape[:1], device=w.device)

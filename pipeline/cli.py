@@ -385,3 +385,7 @@ def _print_info(about: dict[str, Any]) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cluster import Context
-from nested_ats import NestedATS, attention_sampling_loss, save_model
+from nested_ats import ImpossibleWeightsError, NestedATS, attention_sampling_loss, save_model
 from pipeline.config import Config, parse_config
 from pipeline.errors import DataError
 from pipeline.files import write_atomic
@@ -179,7 +179,10 @@ class Trainer:
         sums = torch.zeros(len(_TOTALS), device=self.context.device)
         if batch:
             keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in batch])
-            output = self.model(images, keys, views=views, map_=readers.map)
+            try:
+                output = self.model(images, keys, views=views, map_=readers.map)
+            except ImpossibleWeightsError:
+                raise self._diverged() from None
             labels = self._labels(batch)
             loss, cross_entropy = attention_sampling_loss(
                 output.logits, labels, output.entropy, entropy_weight=self.config.train.entropy_weight
@@ -203,14 +206,17 @@ class Trainer:
         flat = torch.cat([gradient.flatten() for gradient in gradients] + [sums.to(gradients[0].dtype)])
         self.context.all_reduce(flat)
         if not bool(flat.isfinite().all()):
-            raise DataError(
-                f"{self.folder}: the loss or its gradient is no longer finite; the last state stands: "
-                "lower train.learning_rate and start again with --overwrite"
-            )
+            raise self._diverged()
         *parts, sums = torch.split(flat, [p.numel() for p in parameters] + [len(sums)])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = (part / sums[-1]).view_as(parameter)
         return sums
+
+    def _diverged(self) -> DataError:
+        return DataError(
+            f"{self.folder}: the loss or its gradient is no longer finite; the last state stands: "
+            "lower train.learning_rate and start again with --overwrite"
+        )
 
     @torch.no_grad()
     def _validate(self, epoch: int, readers: ThreadPoolExecutor) -> dict[str, float]:

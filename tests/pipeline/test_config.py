@@ -1,0 +1,76 @@
+"""Configuration: overrides, and every mistake named at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import Config, digest, dump_config, load_config, plain
+from pipeline.errors import UsageError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_round_trip(tmp_path):
+    config = load_config(None)
+    assert config == Config()
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_file_and_overrides(tmp_path):
+    path = write(tmp_path, "train: {epochs: 3}\nmodel:\n  levels: [{downsample: 8, samples: 4, stride: 2}]\n")
+    config = load_config(path, ["train.epochs=5", "model.levels.0.samples=9", "model.encoder=resnet", "seed=7"])
+    assert config.train.epochs == 5
+    assert config.model.levels[0].samples == 9
+    assert config.model.levels[0].stride == 2
+    assert config.model.encoder == "resnet"
+    assert config.seed == 7
+
+
+def test_override_of_a_default_level():
+    assert load_config(None, ["model.levels.1.samples=32"]).model.levels[1].samples == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epoch: 3}", r"unknown key train\.epoch \(did you mean epochs\?\)"),
+        ("model: {levels: [{downsample: 8, sample: 4}]}", r"unknown key model\.levels\.0\.sample .*samples"),
+        ("trian: {}", "unknown key trian.*train"),
+        ("train: {epochs: 0}", r"train\.epochs: .*greater than or equal to 1"),
+        ("train: {epochs: many}", r"train\.epochs: .*integer"),
+        ("model: {patch_size: 8, encoder: vgg, levels: [{downsample: 8, samples: 4}]}", "encoder: must be one of"),
+        ("model: {levels: []}", "at least one"),
+        ("[1, 2]", "mapping"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message) as error:
+        load_config(write(tmp_path, text))
+    assert "config.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_mistakes_at_once(tmp_path):
+    with pytest.raises(UsageError, match="epochs.*batch_sise"):
+        load_config(write(tmp_path, "train: {epochs: -1, batch_sise: 2}"))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UsageError, match=r"nothing\.yaml: cannot be read"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("setting", ["train.epochs", "model.levels.5.samples=3", "seed.a=1"])
+def test_wrong_overrides(setting):
+    with pytest.raises(UsageError, match="--set"):
+        load_config(None, [*(["seed=1"] if setting.startswith("seed") else []), setting])
+
+
+def test_digest_tells_configurations_apart():
+    assert digest(plain(Config())) == digest(plain(Config()))
+    assert digest(plain(Config(seed=1))) != digest(plain(Config()))

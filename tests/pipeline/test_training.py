@@ -1,0 +1,212 @@
+"""Training: what was interrupted ends as what was not, and nothing is half-written or mixed up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster import LocalContext
+from pipeline.config import parse_config, plain
+from pipeline.errors import DataError, UsageError
+from pipeline.manifest import read_manifest
+from pipeline.runs import METRICS, STATE, read_metrics
+from pipeline.train import train
+from pipeline.training import plain_entries, train_worker
+
+
+def arguments(config, manifest, folder):
+    folder.mkdir(exist_ok=True)
+    entries = [entry for entry in read_manifest(manifest) if entry.split == "train"]
+    return {
+        "config": plain(config),
+        "entries": plain_entries(entries),
+        "classes": ["bar", "box"],
+        "channels": 3,
+        "folder": str(folder),
+    }
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(config, pyramids, tmp_path_factory):
+    """Folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_worker(LocalContext(), arguments(config, pyramids, folder))
+    return folder
+
+
+class Stop(Exception):
+    """Stands for whatever may end a process."""
+
+
+def stop_at(step):
+    def on_step(done, total, words):
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+def test_a_seed_makes_a_run_repeatable(config, pyramids, whole, tmp_path):
+    train_worker(LocalContext(), arguments(config, pyramids, tmp_path / "run"))
+    assert_same(weights(tmp_path / "run"), weights(whole))
+    other = parse_config({**plain(config), "seed": 4}, "")
+    train_worker(LocalContext(), arguments(other, pyramids, tmp_path / "other"))
+    assert not torch.equal(weights(tmp_path / "other")["head.weight"], weights(whole)["head.weight"])
+
+
+@pytest.mark.parametrize("minutes", [5.0, 1e-9])  # states at the ends of epochs only, or after every step
+@pytest.mark.parametrize("step", [1, 4, 5, 9])
+def test_an_interrupted_run_ends_as_one_that_was_not(config, pyramids, whole, tmp_path, step, minutes):
+    config = parse_config({**plain(config), "train": {**plain(config)["train"], "checkpoint_minutes": minutes}}, "")
+    job = arguments(config, pyramids, tmp_path / "run")
+    with pytest.raises(Stop):
+        train_worker(LocalContext(), job, stop_at(step))
+    assert not (tmp_path / "run" / "model").exists()
+    train_worker(LocalContext(), job)
+    assert_same(weights(tmp_path / "run"), weights(whole))
+    resumed, straight = read_metrics(tmp_path / "run"), read_metrics(whole)
+    assert [line["epoch"] for line in resumed] == [1, 2, 3]
+    for one, other in zip(resumed, straight, strict=True):
+        assert one["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=1e-6)
+
+
+def test_a_metrics_line_without_its_state_is_written_again(config, pyramids, tmp_path):
+    job = arguments(config, pyramids, tmp_path / "run")
+    with pytest.raises(Stop):
+        train_worker(LocalContext(), job, stop_at(5))
+    with (tmp_path / "run" / METRICS).open("a") as file:
+        file.write('{"epoch": 2, "cross_entropy": 9}\n{"epo')
+    train_worker(LocalContext(), job)
+    assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert all(line["cross_entropy"] < 9 for line in read_metrics(tmp_path / "run"))
+
+
+def test_more_epochs_go_on_and_other_settings_are_refused(config, pyramids, tmp_path):
+    entries, folder = read_manifest(pyramids), tmp_path / "run"
+    train(entries, config, folder)
+    first = (folder / STATE).read_bytes()
+    longer = parse_config({**plain(config), "train": {**plain(config)["train"], "epochs": 4}}, "")
+    metrics, failures = train(entries, longer, folder)
+    assert metrics["epoch"] == 4
+    assert not failures
+    assert len(read_metrics(folder)) == 4
+    assert (folder / STATE).read_bytes() != first
+    other = parse_config({**plain(config), "train": {**plain(config)["train"], "learning_rate": 0.1}}, "")
+    with pytest.raises(UsageError, match="another configuration.*--overwrite"):
+        train(entries, other, folder)
+    with pytest.raises(UsageError, match="other slides"):
+        train(entries[1:], config, folder)
+    metrics, _ = train(entries, other, folder, overwrite=True)
+    assert metrics["epoch"] == 3
+
+
+def test_a_folder_of_something_else_is_left_alone(config, pyramids, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not a training run"):
+        train(read_manifest(pyramids), config, tmp_path, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"\x80\x04K\x01."])
+def test_a_damaged_state_is_refused(config, pyramids, tmp_path, damage):
+    train(read_manifest(pyramids), config, tmp_path / "run")
+    (tmp_path / "run" / STATE).write_bytes(damage)
+    with pytest.raises(UsageError, match="--overwrite"):
+        train(read_manifest(pyramids), config, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_state(config, pyramids, tmp_path):
+    wild = parse_config({**plain(config), "train": {**plain(config)["train"], "learning_rate": 1e30}}, "")
+    with pytest.raises(DataError, match="no longer finite.*last state stands"):
+        train(read_manifest(pyramids), wild, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_slides_that_cannot_be_used_are_left_out_and_named(config, pyramids, tmp_path):
+    entries = read_manifest(pyramids)
+    bad = [
+        entries[0].__class__(slide_id="gone", path=str(tmp_path / "gone.ome.zarr"), label="bar", split="train"),
+        entries[0].__class__(slide_id="file", path=str(pyramids), label="box", split="train"),
+    ]
+    metrics, failures = train([*bad, *entries], config, tmp_path / "run")
+    assert metrics["epoch"] == 3
+    assert {failure.slide_id for failure in failures} == {"gone", "file"}
+    assert "nested-ats convert" in next(f.error for f in failures if f.slide_id == "file")
+    with pytest.raises(DataError, match="slide gone"):
+        train([*bad, *entries], config, tmp_path / "other", fail_fast=True)
+    with pytest.raises(DataError, match="no slide can be used"):
+        train(bad, config, tmp_path / "none")
+
+
+def test_labels_that_allow_no_training(config, pyramids, tmp_path):
+    entries = read_manifest(pyramids)
+    with pytest.raises(UsageError, match="two different labels"):
+        train([entry for entry in entries if entry.label == "bar"], config, tmp_path / "run")
+    strange = [*entries, entries[0].__class__(slide_id="x", path=entries[0].path, label="ring", split="test")]
+    with pytest.raises(UsageError, match="no training slide has: ring"):
+        train(strange, config, tmp_path / "run")
+
+
+def test_a_level_the_slides_lack_is_named(config, pyramids, tmp_path):
+    deep = plain(config)
+    deep["model"]["levels"] = [{"downsample": 64, "samples": 2, "stride": 1}]
+    with pytest.raises(DataError, match="no level at downsample 64"):
+        train(read_manifest(pyramids), parse_config(deep, ""), tmp_path / "run")
+
+
+def test_balanced_class_weights_have_mean_one(config, pyramids, tmp_path):
+    from pipeline.training import Trainer
+
+    balanced = parse_config({**plain(config), "train": {"class_weights": "balanced"}}, "")
+    entries = [e for e in read_manifest(pyramids) if e.split == "train"][:7]  # 4 bars, 3 boxes
+    trainer = Trainer(LocalContext(), balanced, entries, ["bar", "box"], 3, tmp_path)
+    assert trainer.class_weights.tolist() == pytest.approx([7 / 8, 7 / 6])
+
+
+def start(pyramids, folder, epochs=40):
+    command = [sys.executable, "-m", "pipeline.cli", "train", "--manifest", str(pyramids), "--out", str(folder)]
+    command += ["--config", str(folder.parent / "config.yaml"), "--set", f"train.epochs={epochs}"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_the_command_goes_on_after_a_signal(config, pyramids, tmp_path, kind):
+    (tmp_path / "config.yaml").write_text(json.dumps(plain(config)))
+    process = start(pyramids, tmp_path / "run")
+    deadline = time.monotonic() + 100
+    while len(read_metrics(tmp_path / "run")) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, kind)
+    _, errors = process.communicate(timeout=60)
+    done = len(read_metrics(tmp_path / "run"))
+    assert 2 <= done < 40, errors
+    if kind == signal.SIGINT:
+        assert process.returncode == 130
+        assert "run the same command again" in errors
+        assert "Traceback" not in errors
+    process = start(pyramids, tmp_path / "run")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == list(range(1, 41))
+    longer = parse_config({**plain(config), "train": {**plain(config)["train"], "epochs": 40}}, "")
+    train_worker(LocalContext(), arguments(longer, pyramids, tmp_path / "straight"))
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
