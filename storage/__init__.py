@@ -1,0 +1,56 @@
+"""Pyramids: TIFF to OME-Zarr 0.5, and random boxes from them, local or by URL. See README.md."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storage.converter import ConvertOptions, ConvertReport, convert, write_pyramid
+    from storage.errors import (
+        ConversionError,
+        CorruptImageError,
+        MissingImageError,
+        NotAPyramidError,
+        StorageError,
+        TransferError,
+        UnsupportedImageError,
+    )
+    from storage.slide import Level, ReadStatistics, Slide
+    from storage.tiff import TiffImage, write_tiff
+
+__all__ = [
+    "ConversionError",
+    "ConvertOptions",
+    "ConvertReport",
+    "CorruptImageError",
+    "Level",
+    "MissingImageError",
+    "NotAPyramidError",
+    "ReadStatistics",
+    "Slide",
+    "StorageError",
+    "TiffImage",
+    "TransferError",
+    "UnsupportedImageError",
+    "convert",
+    "write_pyramid",
+    "write_tiff",
+]
+
+# Names are fetched from their modules at first use (PEP 562): a plain import costs nothing.
+_MODULES = {
+    "converter": ("ConvertOptions", "ConvertReport", "convert", "write_pyramid"),
+    "slide": ("Level", "ReadStatistics", "Slide"),
+    "tiff": ("TiffImage", "write_tiff"),
+    "errors": tuple(name for name in __all__ if name.endswith("Error")),
+}
+_HOMES = {name: f"storage.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'storage' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,27 @@
+"""Caps on untrusted input, checked before anything is decoded or allocated.
+
+A TIFF header of one kilobyte may claim 60000 x 60000 pixels, and a tile of a few bytes may claim gigabytes; the
+caps bound what a file can make this process allocate. They leave room for every scanner format we know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Largest values accepted from a file; above them the image is refused."""
+
+    ifds: int = 4096  # image file directories in one TIFF
+    ifd_entries: int = 4096  # tags in one directory
+    channels: int = 64  # all channels of a pixel lie in one chunk
+    side: int = 2**24  # pixels along y or x
+    samples: int = 2**40  # channels x height x width
+    segment_bytes: int = 256 * 2**20  # one decoded tile or strip
+    ratio: int = 20_000  # decoded bytes of the image per byte of file
+    ratio_free_bytes: int = 64 * 2**20  # images decoding to less than this may have any ratio
+    metadata_bytes: int = 64 * 2**20  # one zarr.json
+
+
+LIMITS = Limits()

@@ -1,0 +1,217 @@
+"""The zarr v3 ``sharding_indexed`` file: the one place that encodes and decodes it.
+
+A shard is a square of ``grid x grid`` chunks, each ``(channels, chunk, chunk)`` and encoded on its own as
+``bytes(little) -> blosc -> crc32c``; its index, ``(offset, length)`` as two little-endian uint64 per chunk in
+row-major order plus a crc32c, ends the file. A chunk of only zeros is not stored: both its numbers are 2^64-1.
+Specification: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+
+from storage.errors import CorruptImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+assert sys.byteorder == "little", "chunks are stored little-endian and decoded in place"  # noqa: S101
+
+# Blosc's own threads would multiply with those of Dask and of the reader; zarr 3 never uses them either.
+blosc.use_threads = False
+
+EMPTY = 2**64 - 1
+CHECKSUM_BYTES = 4
+MIN_CHUNK_BYTES = 16 + CHECKSUM_BYTES  # a blosc header and the checksum
+# The crc32c of any data followed by its own crc32c: checks both without cutting them apart.
+CHECKSUM_RESIDUE = 0x48674BC7
+_BLOSC_SIZES = struct.Struct("<4xI4xI")  # decoded and encoded bytes, in the blosc header
+
+
+@dataclass(frozen=True, slots=True)
+class BloscCodec:
+    """Configuration of the zarr v3 blosc codec, with its names.
+
+    https://zarr-specs.readthedocs.io/en/latest/v3/codecs/blosc/index.html
+    """
+
+    cname: str
+    clevel: int
+    shuffle: str  # "noshuffle" or "shuffle"
+    typesize: int  # bytes
+    blocksize: int = 0  # chosen by blosc
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """How the shards of one array are cut and encoded; ``chunk`` divides ``shard`` (both in pixels)."""
+
+    channels: int
+    chunk: int
+    shard: int
+    dtype: np.dtype[Any]
+    codec: BloscCodec
+
+    @property
+    def grid(self) -> int:
+        """Chunks along one side of a shard."""
+        return self.shard // self.chunk
+
+    @property
+    def chunk_shape(self) -> tuple[int, int, int]:
+        """Shape of a decoded chunk, (C, chunk, chunk)."""
+        return (self.channels, self.chunk, self.chunk)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a decoded chunk."""
+        return self.channels * self.chunk * self.chunk * self.dtype.itemsize
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index at the end of a shard, its checksum included."""
+        return self.grid * self.grid * 16 + CHECKSUM_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedShard:
+    """The bytes of a shard file in order, their total length and their crc32c; no pieces: store no file."""
+
+    pieces: list[bytes]
+    length: int
+    crc32c: int
+
+
+def encode_shard(pixels: NDArray[Any], layout: ShardLayout) -> EncodedShard:
+    """Encode the part of one shard that lies inside the image.
+
+    Parameters
+    ----------
+    pixels
+        (C, h, w) with h, w <= ``layout.shard``; less at the lower and right edges of the image, where the chunks
+        are padded with zeros.
+    layout
+        Cut and codec.
+
+    Returns
+    -------
+    EncodedShard
+        Without pieces when every pixel is zero.
+    """
+    index = np.full((layout.grid, layout.grid, 2), EMPTY, dtype="<u8")
+    pieces: list[bytes] = []
+    offset = 0
+    for row, column, chunk in _chunks(pixels, layout):
+        if not chunk[0, 0, 0] and not chunk.any():  # the first pixel spares most chunks the full look
+            continue
+        encoded = _encode_chunk(chunk, layout.codec)
+        pieces += encoded
+        length = len(encoded[0]) + CHECKSUM_BYTES
+        index[row, column] = offset, length
+        offset += length
+    if not pieces:
+        return EncodedShard([], 0, 0)
+    raw = index.tobytes()
+    pieces += [raw, _checksum(raw)]
+    checksum = 0
+    for piece in pieces:
+        checksum = google_crc32c.extend(checksum, piece)
+    return EncodedShard(pieces, offset + layout.index_bytes, checksum)
+
+
+def decode_index(tail: bytes, layout: ShardLayout) -> NDArray[np.int64]:
+    """Offsets and lengths of the chunks of a shard, checked.
+
+    Parameters
+    ----------
+    tail
+        The last ``layout.index_bytes`` of the shard file.
+    layout
+        Cut and codec.
+
+    Returns
+    -------
+    (grid * grid, 2) int64
+        Offset and length in bytes of each chunk in row-major order; (-1, -1) where the chunk is all zeros.
+
+    Raises
+    ------
+    CorruptImageError
+        The index is cut short or fails its checksum.
+    """
+    if len(tail) != layout.index_bytes:
+        raise CorruptImageError("the shard is truncated")
+    if google_crc32c.value(tail) != CHECKSUM_RESIDUE:
+        raise CorruptImageError("the checksum of the shard index does not match")
+    return np.frombuffer(tail, "<i8", count=layout.grid * layout.grid * 2).reshape(-1, 2)
+
+
+def decode_chunk(data: bytes, out: NDArray[Any]) -> None:
+    """Verify and decode one stored chunk into ``out``, a contiguous (C, chunk, chunk) array.
+
+    Raises
+    ------
+    CorruptImageError
+        The chunk is cut short, fails its checksum or does not decode to the size of ``out``.
+    """
+    if len(data) < MIN_CHUNK_BYTES or google_crc32c.value(data) != CHECKSUM_RESIDUE:
+        raise CorruptImageError("the checksum of the chunk does not match")
+    decoded, encoded = _BLOSC_SIZES.unpack_from(data)
+    if decoded != out.nbytes or encoded != len(data) - CHECKSUM_BYTES:
+        raise CorruptImageError("the chunk does not decode to the size of a chunk")
+    try:
+        blosc.decompress(data, out)  # it reads no further than the encoded size
+    except (RuntimeError, ValueError) as error:
+        raise CorruptImageError(f"the chunk does not decode ({error})") from error
+
+
+def decode_shard(data: bytes, layout: ShardLayout, shape_yx: tuple[int, int]) -> NDArray[Any]:
+    """Decode a whole shard file to the (C, h, w) pixels that lie inside the image; ``shape_yx`` is (h, w)."""
+    height, width = shape_yx
+    pixels = np.zeros((layout.channels, height, width), layout.dtype)
+    index = decode_index(data[-layout.index_bytes :], layout).tolist()
+    buffer = np.empty(layout.chunk_shape, layout.dtype)
+    step = layout.chunk
+    for row in range(-(-height // step)):
+        for column in range(-(-width // step)):
+            offset, length = index[row * layout.grid + column]
+            if offset < 0:
+                continue
+            decode_chunk(data[offset : offset + length], buffer)
+            part = pixels[:, row * step : (row + 1) * step, column * step : (column + 1) * step]
+            part[...] = buffer[:, : part.shape[1], : part.shape[2]]
+    return pixels
+
+
+def _chunks(pixels: NDArray[Any], layout: ShardLayout) -> Iterator[tuple[int, int, NDArray[Any]]]:
+    """Row, column and contiguous zero-padded pixels of each chunk that touches the image."""
+    step = layout.chunk
+    _, height, width = pixels.shape
+    for y in range(0, height, step):
+        for x in range(0, width, step):
+            part = pixels[:, y : y + step, x : x + step]
+            if part.shape == layout.chunk_shape:
+                yield y // step, x // step, np.ascontiguousarray(part)
+            else:
+                chunk = np.zeros(layout.chunk_shape, layout.dtype)
+                chunk[:, : part.shape[1], : part.shape[2]] = part
+                yield y // step, x // step, chunk
+
+
+def _encode_chunk(chunk: NDArray[Any], codec: BloscCodec) -> list[bytes]:
+    shuffle = blosc.SHUFFLE if codec.shuffle == "shuffle" else blosc.NOSHUFFLE
+    body = blosc.compress(chunk, codec.cname.encode(), codec.clevel, shuffle, codec.blocksize, codec.typesize)
+    return [body, _checksum(body)]
+
+
+def _checksum(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")

@@ -1,0 +1,73 @@
+"""A first look at a TIFF's directories, before any library reads it.
+
+tifffile follows what a header says; this walk bounds it first: the chain of directories must lie inside the file,
+be short and not circular, and no tag may claim more bytes than the file has. It reads directories only, never
+pixels, so a hostile file is refused at once and in little memory.
+TIFF 6.0, section 2; BigTIFF: https://www.awaresystems.be/imaging/tiff/bigtiff.html
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING
+
+from storage.errors import CorruptImageError, UnsupportedImageError
+
+if TYPE_CHECKING:
+    from storage.limits import Limits
+
+# Bytes per value of each TIFF field type; unknown types count as one byte.
+TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+def check_directories(fd: int, name: str, limits: Limits) -> None:
+    """Walk the main chain of image file directories.
+
+    Raises
+    ------
+    UnsupportedImageError
+        Not a TIFF, or more directories or tags than ``limits`` allows.
+    CorruptImageError
+        A directory or a tag points past the end of the file, or the chain is circular.
+    """
+    size = os.fstat(fd).st_size
+    head = os.pread(fd, 16, 0)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    version = struct.unpack(order + "H", head[2:4])[0] if order and len(head) >= 8 else 0
+    if order is None or version not in (42, 43):
+        raise UnsupportedImageError(f"{name}: {'empty file' if not size else 'not a TIFF file'}")
+    big = version == 43
+    if big and len(head) < 16:
+        raise CorruptImageError(f"{name}: truncated in its header")
+    offset = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
+    seen: set[int] = set()
+    while offset:
+        if offset in seen:
+            raise CorruptImageError(f"{name}: its image directories form a circle")
+        if len(seen) >= limits.ifds:
+            raise UnsupportedImageError(f"{name}: more than {limits.ifds} image directories")
+        seen.add(offset)
+        offset = _check_directory(fd, name, offset, order, big=big, size=size, limits=limits)
+    if not seen:
+        raise CorruptImageError(f"{name}: a TIFF header without an image")
+
+
+def _check_directory(fd: int, name: str, offset: int, order: str, *, big: bool, size: int, limits: Limits) -> int:
+    """Check one directory and return the offset of the next, 0 at the end."""
+    count_format, entry_format, next_format = ("Q", "HHQ8x", "Q") if big else ("H", "HHI4x", "I")
+    count_bytes, entry_bytes = struct.calcsize("<" + count_format), struct.calcsize("<" + entry_format)
+    head = os.pread(fd, count_bytes, offset) if offset < size else b""
+    if len(head) < count_bytes:
+        raise CorruptImageError(f"{name}: truncated, an image directory lies past the end of the file")
+    count = struct.unpack(order + count_format, head)[0]
+    if count > limits.ifd_entries:
+        raise UnsupportedImageError(f"{name}: {count} tags in one image directory")
+    tail_bytes = struct.calcsize("<" + next_format)
+    body = os.pread(fd, count * entry_bytes + tail_bytes, offset + count_bytes)
+    if len(body) < count * entry_bytes + tail_bytes:
+        raise CorruptImageError(f"{name}: truncated inside an image directory")
+    for tag, kind, values in struct.iter_unpack(order + entry_format, body[: count * entry_bytes]):
+        if values * TYPE_BYTES.get(kind, 1) > size:
+            raise CorruptImageError(f"{name}: tag {tag} claims more bytes than the file has")
+    return int(struct.unpack(order + next_format, body[-tail_bytes:])[0])

@@ -1,0 +1,94 @@
+"""Other people's readers and validators on our pyramids."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+
+from storage import ConvertOptions, convert, write_pyramid
+
+CASES = [
+    ((3, 150, 200), "uint8", "lz4"),
+    ((3, 150, 200), "uint8", "zstd"),
+    ((4, 90, 70), "uint16", "lz4"),
+    ((1, 65, 33), "float32", "zstd"),
+    ((1, 1, 1), "uint8", "lz4"),
+]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def pyramid(request, tmp_path, textured):
+    shape, dtype, codec = request.param
+    pixels = textured(shape, dtype)
+    options = ConvertOptions(codec=codec, chunk=16, shard=64)
+    write_pyramid(tmp_path / "p.ome.zarr", pixels, options=options, mpp=0.25 if dtype == "uint8" else None)
+    return tmp_path / "p.ome.zarr", pixels
+
+
+def test_zarr_python(pyramid):
+    path, pixels = pyramid
+    group = zarr.open_group(path, mode="r")
+    np.testing.assert_array_equal(group["0"][:], pixels)
+    np.testing.assert_array_equal(zarr.open_array(path / "0", mode="r")[:], pixels)
+    assert group["0"].metadata.dimension_names == ("c", "y", "x")
+
+
+def test_tensorstore(pyramid):
+    path, pixels = pyramid
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/0"}}
+    np.testing.assert_array_equal(tensorstore.open(spec).result().read().result(), pixels)
+
+
+def test_ome_zarr_models(pyramid):
+    from ome_zarr_models.v05 import Image
+
+    path, _ = pyramid
+    image = Image.from_zarr(zarr.open_group(path, mode="r"))
+    multiscale = image.attributes.ome.multiscales[0]
+    assert [axis.name for axis in multiscale.axes] == ["c", "y", "x"]
+    assert len(multiscale.datasets) >= 2
+
+
+def test_ngff_zarr_validator(pyramid):
+    import ngff_zarr
+
+    path, pixels = pyramid
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        multiscales = ngff_zarr.from_ngff_zarr(str(path), validate=True, version="0.5")
+    np.testing.assert_array_equal(np.asarray(multiscales.images[0].data), pixels)
+
+
+def test_ome_zarr_py(pyramid):
+    from ome_zarr.io import parse_url
+    from ome_zarr.reader import Reader
+
+    path, pixels = pyramid
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nodes = list(Reader(parse_url(str(path), mode="r"))())
+    assert len(nodes) == 1
+    np.testing.assert_array_equal(np.asarray(nodes[0].data[0]), pixels)
+
+
+def test_peers_find_a_flipped_bit_too(pyramid):
+    path, pixels = pyramid
+    if pixels.size == 1:
+        pytest.skip("the only chunk is empty")
+    shard = next(p for p in sorted((path / "0").rglob("*")) if p.is_file() and p.name != "zarr.json")
+    data = bytearray(shard.read_bytes())
+    data[30] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"(?i)checksum"):
+        zarr.open_array(path / "0", mode="r")[:]
+
+
+def test_svs_in_default_layout(svs, tmp_path):
+    convert(svs, tmp_path / "p.ome.zarr")
+    ours = zarr.open_array(tmp_path / "p.ome.zarr/1", mode="r")[:]
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path}/p.ome.zarr/1"}}
+    np.testing.assert_array_equal(tensorstore.open(spec).result().read().result(), ours)
+    shutil.rmtree(tmp_path / "p.ome.zarr")

@@ -1,0 +1,216 @@
+"""Interrupted, repeated and competing conversions."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from storage import ConversionError, ConvertOptions, MissingImageError, Slide, convert, write_pyramid
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def clean(tiff, tmp_path, small):
+    """Source, and the files of a conversion that nothing disturbed."""
+    source, _ = tiff(300, 200)
+    convert(source, tmp_path / "clean.zarr", options=small)
+    return source, {
+        name: data.replace(b'"clean"', b'"p"') for name, data in contents(tmp_path / "clean.zarr").items()
+    }
+
+
+def interrupted(after, error):
+    calls = []
+
+    def progress(done, total):
+        calls.append(done)
+        if len(calls) > after:
+            raise error
+
+    return progress
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("after", [0, 1, 7, 15, 23])
+def test_rerun_after_an_interrupt_equals_a_clean_run(clean, tmp_path, small, after, workers):
+    source, expected = clean
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            source,
+            tmp_path / "p.zarr",
+            options=small,
+            workers=workers,
+            progress=interrupted(after, KeyboardInterrupt()),
+        )
+    assert not (tmp_path / "p.zarr").exists()
+    report = convert(source, tmp_path / "p.zarr", options=small, workers=workers)
+    assert report.shards_reused >= after + 1
+    assert contents(tmp_path / "p.zarr") == expected
+    assert not (tmp_path / "p.zarr.partial").exists()
+
+
+def test_damaged_shards_of_an_earlier_run_are_not_trusted(clean, tmp_path, small):
+    source, expected = clean
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "p.zarr", options=small, workers=1, progress=interrupted(10, KeyboardInterrupt()))
+    partial = tmp_path / "p.zarr.partial"
+    shards = [p for p in sorted(partial.rglob("*")) if p.is_file() and "/c/" in str(p)]
+    shards[0].unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    flipped = bytearray(shards[2].read_bytes())
+    flipped[3] ^= 1
+    shards[2].write_bytes(flipped)
+    (shards[3].parent / "9.77.tmp").write_bytes(b"left over")
+    with open(partial / "journal.jsonl", "ab") as journal:
+        journal.write(b'{"level": 0, "y"')
+    report = convert(source, tmp_path / "p.zarr", options=small)
+    assert report.shards_reused == 11 - 3
+    assert contents(tmp_path / "p.zarr") == expected
+
+
+def test_another_source_or_other_options_start_anew(clean, tiff, tmp_path, small):
+    source, _ = clean
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "p.zarr", options=small, workers=1, progress=interrupted(5, KeyboardInterrupt()))
+    other = ConvertOptions(codec="zstd", chunk=16, shard=64, min_level_size=8)
+    assert convert(source, tmp_path / "p.zarr", options=other).shards_reused == 0
+
+
+def test_same_source_again_is_up_to_date(clean, tmp_path, small):
+    source, _ = clean
+    before = contents(tmp_path / "clean.zarr")
+    report = convert(source, tmp_path / "clean.zarr", options=small)
+    assert report.up_to_date
+    assert report.mpp is None
+    assert contents(tmp_path / "clean.zarr") == before
+
+
+def test_other_contents_are_replaced_only_if_asked(clean, tmp_path, small, textured):
+    source, _ = clean
+    target = tmp_path / "clean.zarr"
+    with pytest.raises(ConversionError, match="other options"):
+        convert(source, target)
+    with pytest.raises(ConversionError, match="another source"):
+        write_pyramid(target, textured((1, 9, 9)))
+    write_pyramid(target, textured((1, 9, 9)), overwrite=True)
+    with Slide(target) as slide:
+        assert slide.shape_yx == (9, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.zarr", "image.tif"]
+
+
+def test_a_target_that_is_no_pyramid_is_not_touched(clean, tmp_path, small):
+    source, _ = clean
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/keep.txt").write_text("x")
+    with pytest.raises(ConversionError, match="not a sound pyramid"):
+        convert(source, tmp_path / "notes", options=small)
+    assert (tmp_path / "notes/keep.txt").read_text() == "x"
+
+
+def test_a_damaged_target_can_be_replaced(clean, tmp_path, small):
+    source, expected = clean
+    convert(source, tmp_path / "p.zarr", options=small)
+    (tmp_path / "p.zarr/zarr.json").write_bytes(b"{")
+    with pytest.raises(ConversionError, match="not a sound pyramid"):
+        convert(source, tmp_path / "p.zarr", options=small)
+    convert(source, tmp_path / "p.zarr", options=small, overwrite=True)
+    assert contents(tmp_path / "p.zarr") == expected
+
+
+def test_a_second_converter_is_refused(clean, tmp_path, small):
+    source, _ = clean
+    refused = []
+
+    def progress(done, total):
+        if not refused:
+            with pytest.raises(ConversionError, match="another conversion") as error:
+                convert(source, tmp_path / "p.zarr", options=small)
+            refused.append(error)
+
+    convert(source, tmp_path / "p.zarr", options=small, workers=1, progress=progress)
+    assert refused
+    assert convert(source, tmp_path / "p.zarr", options=small).up_to_date
+
+
+SLOWLY = """
+import sys, time
+from storage import ConvertOptions, convert
+options = ConvertOptions(chunk=16, shard=64, min_level_size=8)
+convert(*sys.argv[1:], options=options, workers=1, progress=lambda *_: time.sleep(0.01))
+"""
+
+
+def test_killed_and_run_again_equals_a_clean_run(clean, tmp_path, small):
+    source, expected = clean
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, source, tmp_path / "p.zarr"])
+    journal = tmp_path / "p.zarr.partial/journal.jsonl"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 6):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    report = convert(source, tmp_path / "p.zarr", options=small)
+    assert report.shards_reused >= 6
+    assert contents(tmp_path / "p.zarr") == expected
+
+
+def test_two_processes_make_one_pyramid(clean, tmp_path, small):
+    source, expected = clean
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2) as pool:
+        results = [pool.apply_async(convert, (source, tmp_path / "p.zarr"), {"options": small}) for _ in range(2)]
+        outcomes = []
+        for result in results:
+            try:
+                outcomes.append(result.get(60).up_to_date)
+            except ConversionError:
+                outcomes.append("refused")
+    assert outcomes.count(False) == 1
+    assert contents(tmp_path / "p.zarr") == expected
+
+
+def test_full_disk_is_a_conversion_error_and_resumable(clean, tmp_path, small, monkeypatch):
+    source, expected = clean
+    flush, calls = os.fsync, []
+
+    def full(fd):
+        calls.append(fd)
+        if len(calls) == 9:
+            raise OSError(28, "No space left on device")
+        flush(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConversionError, match="No space left"):
+        convert(source, tmp_path / "p.zarr", options=small, workers=1)
+    assert not (tmp_path / "p.zarr").exists()
+    monkeypatch.undo()
+    assert convert(source, tmp_path / "p.zarr", options=small).shards_reused > 0
+    assert contents(tmp_path / "p.zarr") == expected
+
+
+def test_unwritable_places_are_found_before_any_work(clean, tmp_path, small, monkeypatch):
+    source, _ = clean
+    monkeypatch.setattr("storage.converter.Build.run", lambda *_: pytest.fail("work was begun"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConversionError, match="cannot be written"):
+        convert(source, tmp_path / "file/p.zarr", options=small)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConversionError, match="Permission denied"):
+        convert(source, tmp_path / "p.zarr", options=small)
+
+
+def test_missing_source_leaves_no_trace(tmp_path):
+    with pytest.raises(MissingImageError, match="does not exist"):
+        convert(tmp_path / "no.tif", tmp_path / "p.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_urls_as_targets_are_refused(clean, small):
+    with pytest.raises(ConversionError, match="local folders"):
+        convert(clean[0], "s3://bucket/p.zarr", options=small)
