@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ _FORMAT = "nested-ats/1"
 
 
 def save_model(folder: Path, model: NestedATS, *, classes: Sequence[str]) -> None:
-    """Write a model into a folder, which is made where it is missing.
+    """Write a model into a folder, which appears when it is whole.
 
     Parameters
     ----------
     folder
-        Where `WEIGHTS` and `CONFIG` go.
+        Where `WEIGHTS` and `CONFIG` go; an earlier model there is replaced.
     model
         The network; its weights are written as they are.
     classes
@@ -35,7 +36,9 @@ def save_model(folder: Path, model: NestedATS, *, classes: Sequence[str]) -> Non
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     description = {
         "format": _FORMAT,
@@ -43,8 +46,10 @@ def save_model(folder: Path, model: NestedATS, *, classes: Sequence[str]) -> Non
         "in_channels": model.in_channels,
         "classes": list(classes),
     }
-    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-    save_file(weights, folder / WEIGHTS)
+    (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+    save_file(weights, partial / WEIGHTS)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def load_model(folder: Path) -> tuple[NestedATS, list[str]]:

@@ -299,7 +299,7 @@ def _sprite(radius: int, kind: DiscKind) -> tuple[NDArray[np.uint16], NDArray[np
 @cache
 def _number(radius: int, number: str) -> NDArray[np.float64]:
     """Return the ink of a two-digit number, (S, S) in [0, 1], centred in a disc of that radius."""
-    height, width, gap = 0.5 * radius, 0.28 * radius, 0.2 * radius
+    height, width, gap = 0.58 * radius, 0.33 * radius, 0.2 * radius
     ink = np.zeros((2 * radius + 3, 2 * radius + 3))
     for digit, x_centre in zip(number, (-(width + gap) / 2, (width + gap) / 2), strict=True):
         strokes = [

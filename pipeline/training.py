@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cluster import Context
-from nested_ats import ImpossibleWeightsError, NestedATS, attention_sampling_loss, save_model
+from nested_ats import ImpossibleWeightsError, NestedATS, Output, attention_sampling_loss, save_model
 from pipeline.config import Config, parse_config
 from pipeline.errors import DataError
 from pipeline.files import write_atomic
@@ -124,7 +124,7 @@ class Trainer:
     def _epoch(self, epoch: int, start: int, readers: ThreadPoolExecutor, on_step: OnStep) -> dict[str, float]:
         began = time.monotonic()
         self.model.train()
-        for step, (batch, images, views) in self._batches(epoch, start, readers):
+        for step, batch, images, views in self._batches(epoch, start, readers):
             self._step(epoch, batch, images, views, readers)
             done = Position(epoch, step + 1)
             if (
@@ -146,7 +146,7 @@ class Trainer:
 
     def _batches(
         self, epoch: int, start: int, readers: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, tuple[list[Entry], list[SlideImage], list[Tensor]]]]:
+    ) -> Iterator[tuple[int, list[Entry], list[SlideImage], list[Tensor]]]:
         """Give this worker's slides of every step, with their coarse views read one step ahead."""
         order = torch.randperm(
             len(self.training), generator=torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
@@ -164,7 +164,7 @@ class Trainer:
             assert ahead is not None  # noqa: S101 - start < steps
             batch, images, views = ahead
             ahead = load(step + 1) if step + 1 < self.steps else None
-            yield step, (batch, images, [view.result() for view in views])
+            yield step, batch, images, [view.result() for view in views]
 
     def _step(
         self,
@@ -189,13 +189,7 @@ class Trainer:
             )
             loss = self.class_weights[labels] * loss
             torch.autograd.backward(loss.sum())
-            correct = output.logits.argmax(-1) == labels
-            sums = torch.stack(
-                [
-                    part.detach().sum()
-                    for part in (loss, cross_entropy, correct, output.entropy, torch.ones_like(loss))
-                ]
-            )
+            sums = _sums(loss, cross_entropy, output, labels)
         self.totals += self._reduce(sums).cpu()
         self.optimizer.step()
 
@@ -230,9 +224,7 @@ class Trainer:
             output = self.model([self.slides.open(entry.path) for entry in batch], keys, map_=readers.map)
             labels = self._labels(batch)
             loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
-            correct = output.logits.argmax(-1) == labels
-            parts = (loss, cross_entropy, correct, output.entropy, torch.ones_like(loss))
-            totals += torch.stack([part.sum() for part in parts])
+            totals += _sums(loss, cross_entropy, output, labels)
         self.context.all_reduce(totals)
         means = _means(totals)
         return {"val_cross_entropy": means["cross_entropy"], "val_accuracy": means["accuracy"]}
@@ -254,6 +246,13 @@ class Trainer:
 
 
 _TOTALS = ("loss", "cross_entropy", "accuracy", "entropy", "slides")
+
+
+def _sums(loss: Tensor, cross_entropy: Tensor, output: Output, labels: Tensor) -> Tensor:
+    """What `_TOTALS` names, summed over the slides of a batch."""
+    correct = output.logits.argmax(-1) == labels
+    parts = (loss, cross_entropy, correct, output.entropy, torch.ones_like(loss))
+    return torch.stack([part.detach().sum() for part in parts])
 
 
 def _means(totals: Tensor) -> dict[str, float]:

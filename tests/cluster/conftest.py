@@ -1,30 +1,12 @@
-import shutil
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
 
 import psutil
 import pytest
 
-from cluster import session
-
-
-@pytest.fixture(scope="session")
-def _head():
-    """One local Ray instance of two CPUs for the whole run, away from the user's home."""
-    home = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths must stay short
-    with ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HOME", home)
-            patch.setenv("RAY_TMPDIR", home)
-            stack.enter_context(session("local", num_cpus=2, num_gpus=0))
-        yield
-    shutil.rmtree(home, ignore_errors=True)
-
 
 @pytest.fixture
-def head(_head, request):
+def head(ray_head, request):
     """The running instance; the functions of the test module travel to its workers by value."""
     from ray import cloudpickle
 

@@ -154,25 +154,25 @@ class TestFiles:
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', "\x80\x04K\x01."])
     def test_not_a_description(self, model, tmp_path, content):
-        save_model(tmp_path, model, classes=list("abcd"))
-        (tmp_path / "config.json").write_text(content)
+        save_model(tmp_path / "m", model, classes=list("abcd"))
+        (tmp_path / "m" / "config.json").write_text(content)
         with pytest.raises(ModelFileError, match=r"config\.json"):
-            load_model(tmp_path)
+            load_model(tmp_path / "m")
 
     def test_weights_that_do_not_fit(self, model, tmp_path):
-        save_model(tmp_path, model, classes=list("abcd"))
-        description = json.loads((tmp_path / "config.json").read_text())
+        save_model(tmp_path / "m", model, classes=list("abcd"))
+        description = json.loads((tmp_path / "m" / "config.json").read_text())
         description["classes"] = ["a", "b"]
-        (tmp_path / "config.json").write_text(json.dumps(description))
+        (tmp_path / "m" / "config.json").write_text(json.dumps(description))
         with pytest.raises(ModelFileError, match="do not fit"):
-            load_model(tmp_path)
+            load_model(tmp_path / "m")
 
     def test_truncated_or_pickled_weights(self, model, tmp_path):
-        save_model(tmp_path, model, classes=list("abcd"))
-        weights = tmp_path / "model.safetensors"
+        save_model(tmp_path / "m", model, classes=list("abcd"))
+        weights = tmp_path / "m" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
         with pytest.raises(ModelFileError, match="safetensors"):
-            load_model(tmp_path)
+            load_model(tmp_path / "m")
         torch.save(model.state_dict(), weights)
         with pytest.raises(ModelFileError, match="safetensors"):
-            load_model(tmp_path)
+            load_model(tmp_path / "m")
