@@ -40,7 +40,8 @@ class AttentionNetwork(nn.Module):
             layers += [nn.Conv2d(before, after, 3), nn.ReLU()]
         if stride > 1:
             layers.append(nn.MaxPool2d(stride))
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 1))
+        # No bias: softmax does not see it, and an optimizer would let it drift on rounding noise.
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 1, bias=False))
 
     def forward(self, view: Tensor) -> Tensor:
         """(B, C, H + 2 margin, W + 2 margin) with H, W multiples of the stride -> (B, H / s, W / s) logits."""

@@ -48,8 +48,12 @@ def save_model(folder: Path, model: NestedATS, *, classes: Sequence[str]) -> Non
     }
     (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     save_file(weights, partial / WEIGHTS)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_model(folder: Path) -> tuple[NestedATS, list[str]]:

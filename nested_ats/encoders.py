@@ -8,8 +8,6 @@ Shape letters: P patches, C channels, H W pixels, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,14 +15,17 @@ from torch.nn import functional
 class LeNetEncoder(nn.Module):
     """Convolutions in the manner of LeNet-1 with a global max-pool at the end (appendix H.1); D = `channels`."""
 
+    smallest_patch = 24  # pixels
+    channel_multiple = 2
+
     def __init__(self, *, in_channels: int, channels: int = 32) -> None:
         super().__init__()
         self.features = channels
         self.layers = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 5),
+            nn.Conv2d(in_channels, channels // 2, 5),
             nn.MaxPool2d(2),  # before the ReLU, which it commutes with: a quarter of the work
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 5),
+            nn.Conv2d(channels // 2, channels, 5),
             nn.MaxPool2d(2),
             nn.ReLU(),
             nn.Conv2d(channels, channels, 3),
@@ -59,6 +60,9 @@ class _ResidualBlock(nn.Module):
 class ResNetEncoder(nn.Module):
     """A ResNet of 8 layers (appendix H.3) with group normalisation; D = 4 `channels`, `channels` % 8 == 0."""
 
+    smallest_patch = 8  # pixels
+    channel_multiple = 8
+
     def __init__(self, *, in_channels: int, channels: int = 32) -> None:
         super().__init__()
         self.features = 4 * channels
@@ -79,7 +83,7 @@ class ResNetEncoder(nn.Module):
         return features
 
 
-ENCODERS: dict[str, Callable[..., LeNetEncoder | ResNetEncoder]] = {
+ENCODERS: dict[str, type[LeNetEncoder | ResNetEncoder]] = {
     "lenet": LeNetEncoder,
     "resnet": ResNetEncoder,
 }

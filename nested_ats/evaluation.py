@@ -46,7 +46,6 @@ def predict(model: NestedATS, images: Sequence[Image], keys: Tensor, *, map_: Ma
     map_
         How reads run over the images.
     """
-    model.eval()
     views = list(map_(model.coarse_view, images))
     first = model.attend(images, views)
     outputs = tuple(model.sample(images, first, key, map_=map_) for key in keys.T)

@@ -50,7 +50,7 @@ def box_starts(centers_l0: Tensor, downsample: float, size: int) -> Tensor:
     return (centers_l0 / downsample - size / 2).floor().long()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def curve_order(height: int, width: int) -> Tensor:
     """Indices ``y * width + x`` of a map's cells along a Hilbert curve, so that list neighbours are neighbours.
 

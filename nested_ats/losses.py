@@ -10,7 +10,12 @@ from torch.nn import functional
 
 
 def attention_sampling_loss(
-    logits: Tensor, labels: Tensor, entropy: Tensor, *, entropy_weight: float
+    logits: Tensor,
+    labels: Tensor,
+    entropy: Tensor,
+    *,
+    entropy_weight: float,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy less the weighted entropy of the attention, for each sample.
 
@@ -24,11 +29,13 @@ def attention_sampling_loss(
         (B,) nats, of the attention over all leaves.
     entropy_weight
         Lambda, >= 0; the paper has 0.01 and 0.05.
+    class_weights
+        (Q,), factors of the cross-entropy by label; the paper weighs by the inverse prior in section 4.4.
 
     Returns
     -------
     loss, cross_entropy
         (B,) each: what to minimise, and its first term.
     """
-    cross_entropy = functional.cross_entropy(logits, labels, reduction="none")
+    cross_entropy = functional.cross_entropy(logits, labels, weight=class_weights, reduction="none")
     return cross_entropy - entropy_weight * entropy, cross_entropy

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from nested_ats.model import Output, Phase
 
+_CELLS = 10_000  # spread at once
+
 
 def attention_map(
     outputs: Sequence[Output], shape_l0: tuple[int, int], *, row: int = 0, pitch_l0: float | None = None
@@ -69,21 +71,15 @@ def _unopened(phases: Sequence[Phase], row: int) -> list[Tensor]:
 def _spread(total: Tensor, mass: Tensor, centers_l0: Tensor, extent: float, pitch: float) -> None:
     """Add the mass of square cells to a map by the area that they share with its pixels, off-image area left out."""
     held = mass > 0
-    parts = math.ceil(extent / pitch - 1e-9)  # cut into squares no larger than a pixel, which touch at most 2 x 2
-    side = extent / parts
-    offsets = (torch.arange(parts, dtype=torch.float64) + 0.5) * side - extent / 2
-    grid = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1).flatten(0, 1)
-    starts = (centers_l0[held][:, None] + grid - side / 2) / pitch  # (cells, parts^2, 2) in pixels of the map
-    first = starts.floor()
-    beyond = (starts + side / pitch - first - 1).clamp_min(0) * pitch / side  # share in the next pixel
-    shares, places = [], []
-    for dy in (0, 1):
-        for dx in (0, 1):
-            y, x = first[..., 0] + dy, first[..., 1] + dx
-            share = (beyond[..., 0] if dy else 1 - beyond[..., 0]) * (beyond[..., 1] if dx else 1 - beyond[..., 1])
-            within = (y >= 0) & (y < total.shape[0]) & (x >= 0) & (x < total.shape[1])
-            shares.append(share * within)
-            places.append((y * total.shape[1] + x) * within)
-    share, place = torch.stack(shares), torch.stack(places).long()
-    weights = mass[held][:, None] * share / share.sum((0, 2), keepdim=True)[0].clamp_min(1e-12)
-    total.view(-1).index_add_(0, place.flatten(), weights.flatten())
+    size = torch.tensor(total.shape)[:, None]
+    steps = torch.arange(math.ceil(extent / pitch) + 1)  # pixels that a cell may touch along an axis
+    for weight, center in zip(torch.split(mass[held], _CELLS), torch.split(centers_l0[held], _CELLS), strict=True):
+        low = (center - extent / 2)[..., None]  # (cells, 2, 1)
+        pixel = (low / pitch).floor().long() + steps  # (cells, 2, steps)
+        overlap = torch.minimum((pixel + 1) * pitch, low + extent) - torch.maximum(pixel * pitch, low)
+        overlap = overlap.clamp_min(0) * ((pixel >= 0) & (pixel < size))
+        y, x = (overlap / overlap.sum(-1, keepdim=True).clamp_min(1e-12)).unbind(1)
+        row, column = pixel.clamp_min(0).minimum(size - 1).unbind(1)
+        places = row[:, :, None] * total.shape[1] + column[:, None, :]
+        values = weight[:, None, None] * y[:, :, None] * x[:, None, :]
+        total.view(-1).index_add_(0, places.flatten(), values.flatten())

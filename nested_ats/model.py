@@ -87,6 +87,13 @@ class ModelConfig:
                 )
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder: must be one of {', '.join(ENCODERS)}, not {self.encoder!r}")
+        encoder = ENCODERS[self.encoder]
+        if self.patch_size < encoder.smallest_patch:
+            raise ValueError(f"patch_size: {self.encoder} needs at least {encoder.smallest_patch} pixels")
+        if self.features < 1 or self.features % encoder.channel_multiple:
+            raise ValueError(f"features: {self.encoder} needs a positive multiple of {encoder.channel_multiple}")
+        if not self.std > 0:
+            raise ValueError("std: must be positive")
         if self.method not in METHODS:
             raise ValueError(f"method: must be one of {', '.join(METHODS)}, not {self.method!r}")
 
@@ -325,7 +332,9 @@ class NestedATS(nn.Module):
         sizes = torch.tensor([image.shapes[0] for image in images], dtype=torch.float64)[:, None, None]
         inside = ((centers > -extent / 2) & (centers < sizes + extent / 2)).all(-1)
         logits = log_attention.masked_fill(~inside.to(log_attention.device), -torch.inf)
-        return Population(logits.log_softmax(-1), centers, extent)
+        # In bf16 the probabilities of many cells would not sum to one.
+        precision = torch.promote_types(logits.dtype, torch.float32)
+        return Population(logits.log_softmax(-1, dtype=precision), centers, extent)
 
     def _prepare(self, pixels: Tensor) -> Tensor:
         weight = self.head.weight

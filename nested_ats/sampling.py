@@ -8,7 +8,7 @@ gradient, at any depth and without a hand-written backward pass (see `nested_ats
 Shape letters: B batch, K units of the population, n units drawn.
 
 The random numbers are a pure function of a key (SplitMix64), so that the same slide draws the same patches
-whatever its batch, its worker or its device.
+whatever its batch and its worker.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Draw(NamedTuple):
         (B, n) int64, in [0, K). Where a row has fewer than n units to give, the empty slots come last, repeat
         a drawn index (so that they cost no extra read) and have z = 0.
     z
-        (B, n), >= 0, without gradient; ``sum z_i y_i`` over the n slots is unbiased for ``sum y_i`` over K.
+        (B, n) of the weights' type (double for integers), >= 0, without gradient; ``sum z_i y_i`` over the n
+        slots is unbiased for ``sum y_i`` over K.
     """
 
     indices: Tensor
@@ -82,13 +83,15 @@ def draw(
     ImpossibleWeightsError
         A negative, NaN or infinite weight, or a row without a positive one; also a ValueError.
     ValueError
-        `n` < 1, or an unknown method.
+        `n` < 1, an unknown method, or wrong shapes.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     w = weights.detach().double()
+    if w.ndim != 2 or not w.shape[-1] or (keys is not None and keys.shape != w.shape[:1]):
+        raise ValueError(f"weights must be (B, K) with K > 0, and keys (B,), not {tuple(w.shape)}")
     total = w.sum(-1)
     # One reduction checks all four: a negative, a NaN or an infinite weight, and a row of zeros.
     if not bool(((w.amin(-1) >= 0) & (total > 0) & total.isfinite()).all()):
@@ -99,7 +102,7 @@ def draw(
         noise = uniform(keys, noise_size(method, w.shape[-1], n))
     indices, z = _SAMPLERS[method](w, n, noise.double())
     indices, z = _sort(indices, z, w.shape[-1])
-    return Draw(indices, z.to(weights.dtype))
+    return Draw(indices, z.to(weights.dtype) if weights.is_floating_point() else z)
 
 
 def noise_size(method: Method, population: int, n: int) -> int:
@@ -147,10 +150,7 @@ def _systematic(w: Tensor, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     slot = torch.arange(n, device=w.device).expand(w.shape[0], n)
     step = cumulated[:, -1:] / (n - c).clamp_min(1)
     points = (noise[:, :1] + slot - c) * step
-    drawn = torch.searchsorted(cumulated, points.contiguous(), right=True)
-    # Rounding may put the last point on the total: then it falls in the last unit that can be drawn.
-    last = torch.where(pool > 0, torch.arange(w.shape[-1], device=w.device), 0).amax(-1, keepdim=True)
-    drawn = drawn.minimum(last)
+    drawn = _locate(cumulated, points, pool)
     z = rest / ((n - c) * pool.gather(-1, drawn))
     z = torch.where(rest > 0, z, 0.0)
 
@@ -179,11 +179,18 @@ def _multinomial(w: Tensor, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     every, ones = _desraj(w, n, torch.zeros_like(w))
     cumulated = w.cumsum(-1)
     total = cumulated[:, -1:]
-    indices = torch.searchsorted(cumulated, (noise * total).contiguous(), right=True)
-    last = torch.where(w > 0, torch.arange(w.shape[-1], device=w.device), 0).amax(-1, keepdim=True)
-    indices = indices.minimum(last)
+    indices = _locate(cumulated, noise * total, w)
     z = total / (n * w.gather(-1, indices))
     return torch.where(few, every, indices), torch.where(few, ones, z)
+
+
+def _locate(cumulated: Tensor, points: Tensor, w: Tensor) -> Tensor:
+    """Units (B, n) in whose stretch of the (B, K) cumulated weights the (B, n) points fall."""
+    units = torch.arange(w.shape[-1], device=w.device).expand_as(w)
+    # Rounding may put a point past the total, or a parallel sum into a stretch of no length: the unit before it.
+    drawable = torch.where(w > 0, units, 0).cummax(-1).values
+    found = torch.searchsorted(cumulated, points.contiguous(), right=True)
+    return drawable.gather(-1, found.clamp_max(w.shape[-1] - 1))
 
 
 def _sort(indices: Tensor, z: Tensor, population: int) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class PredictConfig(_Section):
 class Config(_Section):
     """A whole run."""
 
-    seed: int = 0  # of the weights, the order of slides and every draw
+    seed: int = Field(default=0, ge=0, lt=2**63)  # of the weights, the order of slides and every draw
     model: ModelConfig = ModelConfig(levels=DEFAULT_LEVELS)
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()

@@ -5,6 +5,7 @@
     state.safetensors       weights, optimizer and position: where training goes on
     metrics.jsonl           one line an epoch
     tensorboard/            the same as curves
+    ray/                    book-keeping of Ray, where it trained
     model/                  the trained model, once training has finished
 
 The state is one file, replaced in one step, so weights, optimizer and position always belong together, whichever
@@ -14,6 +15,7 @@ number of workers wrote them.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ from nested_ats.checkpoint import read_tensors
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
 
-RUN, CONFIG, STATE, METRICS, MODEL = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl", "model"
+RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
+MODEL, CURVES, WORKERS = "model", "tensorboard", "ray"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,16 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable: {error}") from error
     return run
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run wrote and nothing else; run.json goes last, so that until then the folder is a run."""
+    for name in (STATE, METRICS, MODEL, CURVES, WORKERS, CONFIG, RUN):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

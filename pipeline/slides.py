@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nested_ats import ModelConfig
+from nested_ats.images import find_level
 from pipeline.errors import DataError
 from pipeline.manifest import Entry
 from storage import Slide
@@ -68,7 +69,10 @@ class SlideCache:
             It cannot be opened.
         """
         with self._lock:
-            image = self._slides.pop(path, None) or SlideImage(Slide(path), background=self._background)
+            image = self._slides.pop(path, None)
+        # Opened without the lock: it may wait for a store. Two threads may then open one slide, which does no harm.
+        image = image or SlideImage(Slide(path), background=self._background)
+        with self._lock:
             self._slides[path] = image
             if len(self._slides) > _OPEN_SLIDES:
                 # Not closed here: another thread may be reading it; its descriptors go with the last reference.
@@ -99,13 +103,14 @@ def check_slide(path: str, model: ModelConfig, channels: int | None = None) -> i
         found = len(slide.channels)
         if channels is not None and found != channels:
             raise DataError(f"{path}: {found} channels where the model has {channels}; convert slides of one kind")
-        have = [level.downsample for level in slide.levels]
-    for downsample in (*(level.downsample for level in model.levels), model.patch_downsample):
-        if not any(abs(there / downsample - 1) < 0.01 for there in have):
+        try:
+            for downsample in (*(level.downsample for level in model.levels), model.patch_downsample):
+                find_level(SlideImage(slide), downsample)
+        except ValueError as error:
             raise DataError(
-                f"{path}: no level at downsample {downsample:g} (it has {', '.join(f'{d:g}' for d in have)}); "
-                "set the model's downsamples to levels there are, or convert with a smaller --min-level-size"
-            )
+                f"{path}: {error}; set the model's downsamples to levels there are, "
+                "or convert with a smaller --min-level-size"
+            ) from error
     return found
 
 

@@ -42,7 +42,7 @@ DISTRACTOR_RINGS = tuple(ring for ring in RING_RGB if ring != SIGN_RING)
 # The labels' numbers twice, so that half of the distractors bear one of them.
 DISTRACTOR_NUMBERS = ("50", "70", "80", "50", "70", "80", "20", "30", "40", "60", "90", "10")
 RADII = (18, 19, 20, 21, 22)
-MAX_SHIFT = 3
+MAX_SHIFT = 2
 SHADES = (0.84, 0.88, 0.92, 0.96, 1.0)
 DISTRACTORS_PER_MEGAPIXEL = 8
 
@@ -228,12 +228,12 @@ def _textures() -> tuple[NDArray[np.uint8], ...]:
     """Return three periodic (P, P, 3) textures: large patches of colour, clouds, grain.
 
     Their periods have no common divisor, so their sum repeats only after 2048 × 625 × 567 pixels. The values
-    stay below 90, 50 and 36, so that uint8 sums of all three and a tint never overflow.
+    stay below 67, 25 and 27, so that uint8 sums of all three and a tint never overflow.
     """
     rng = np.random.default_rng(20190513)
-    patches = _field(rng, 2048, 140.0)[..., None] * 55 + np.stack([_field(rng, 2048, 90.0) for _ in "rgb"], -1) * 34
-    clouds = _field(rng, 625, 9.0)[..., None] * np.array([49, 49, 49])
-    grain = _field(rng, 567, 1.0)[..., None] * 25 + np.stack([_field(rng, 567, 1.5) for _ in "rgb"], -1) * 10
+    patches = _field(rng, 2048, 140.0)[..., None] * 50 + np.stack([_field(rng, 2048, 90.0) for _ in "rgb"], -1) * 16
+    clouds = _field(rng, 625, 9.0)[..., None] * np.array([24, 24, 24])
+    grain = _field(rng, 567, 1.0)[..., None] * 16 + np.stack([_field(rng, 567, 1.5) for _ in "rgb"], -1) * 10
     return tuple(texture.astype(np.uint8) for texture in (patches, clouds, grain))
 
 
@@ -299,7 +299,7 @@ def _sprite(radius: int, kind: DiscKind) -> tuple[NDArray[np.uint16], NDArray[np
 @cache
 def _number(radius: int, number: str) -> NDArray[np.float64]:
     """Return the ink of a two-digit number, (S, S) in [0, 1], centred in a disc of that radius."""
-    height, width, gap = 0.58 * radius, 0.33 * radius, 0.2 * radius
+    height, width, gap = 0.68 * radius, 0.38 * radius, 0.2 * radius
     ink = np.zeros((2 * radius + 3, 2 * radius + 3))
     for digit, x_centre in zip(number, (-(width + gap) / 2, (width + gap) / 2), strict=True):
         strokes = [

@@ -20,7 +20,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import OnProgress, progress
-from pipeline.runs import CONFIG, RUN, read_metrics, read_run
+from pipeline.runs import CONFIG, RUN, WORKERS, clear_run, read_metrics, read_run
 from pipeline.slides import check_slide, find_pyramid
 from pipeline.splits import assign_splits
 from pipeline.training import plain_entries, train_worker
@@ -105,7 +105,7 @@ def train(
                 use_gpu=use_gpu,
                 device=device,
                 name=folder.name,
-                storage_path=folder / "ray",
+                storage_path=folder / WORKERS,
             )
     return metrics, failures
 
@@ -144,21 +144,23 @@ def _prepare(
 ) -> None:
     """Make the folder of a run, or see that the run found there is this one."""
     # Where slides lie and how long training goes on do not make another run: data may move, epochs may be added.
-    identity = {**arguments, "folder": "", "entries": [(e.slide_id, e.label, e.split) for e in entries]}
+    learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
+    identity = {**arguments, "folder": "", "entries": learnt}
     identity["config"] = {**plain(config), "train": {**plain(config)["train"], "epochs": 0, "checkpoint_minutes": 0}}
     fingerprint = digest(identity)
-    if not (folder / RUN).exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder}: not empty and not a training run; give another --out")
-    elif overwrite:
-        shutil.rmtree(folder)
-    elif read_run(folder).get("fingerprint") != fingerprint:
-        raise UsageError(
-            f"{folder}: holds a run of another configuration or other slides (see {folder / CONFIG}); "
-            "give another --out, or --overwrite to start again"
-        )
     make_folder(folder)
-    write_atomic(folder / CONFIG, dump_config(config))
+    if (folder / RUN).exists():
+        if "fingerprint" not in read_run(folder):
+            raise UsageError(f"{folder / RUN}: not that of a training run; give another --out")
+        if overwrite:
+            clear_run(folder)
+        elif read_run(folder)["fingerprint"] != fingerprint:
+            raise UsageError(
+                f"{folder}: holds a run of another configuration or of other slides, or some of its slides cannot be "
+                "used now (see run.json); give another --out, or --overwrite to start again"
+            )
+    elif any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        raise UsageError(f"{folder}: not empty and not a training run; give another --out")
     run = {
         "fingerprint": fingerprint,
         "classes": arguments["classes"],
@@ -168,6 +170,7 @@ def _prepare(
         "entries": [asdict(entry) for entry in entries],
     }
     write_json(folder / RUN, run)
+    write_atomic(folder / CONFIG, dump_config(config))
 
 
 def versions() -> dict[str, str]:
@@ -201,7 +204,7 @@ def _follow(folder: Path, config: Config, update: OnProgress) -> Iterator[None]:
             if metrics and len(metrics) != seen:
                 seen = len(metrics)
                 last = metrics[-1]
-                words = f"epoch {seen} loss {last['cross_entropy']:.3f} accuracy {last['accuracy']:.3f}"
+                words = f"epoch {seen} cross-entropy {last['cross_entropy']:.3f} accuracy {last['accuracy']:.3f}"
                 update(seen, config.train.epochs, words)
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from pipeline.config import Config, parse_config
 from pipeline.errors import DataError
 from pipeline.files import write_atomic
 from pipeline.manifest import Entry
-from pipeline.runs import METRICS, MODEL, Position, load_state, read_metrics, save_state
+from pipeline.runs import CURVES, METRICS, MODEL, Position, load_state, read_metrics, save_state
 from pipeline.slides import SlideCache, SlideImage, draw_key
 
 _READERS = 8  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
@@ -102,7 +103,12 @@ class Trainer:
         """Train from the last state to the last epoch and write the model."""
         position = self._resume()
         metrics: dict[str, float] = {}
-        with ThreadPoolExecutor(_READERS) as readers, _Curves(self.folder, position, self.context) as curves:
+        if self.context.rank == 0 and position.epoch < self.config.train.epochs:
+            shutil.rmtree(self.folder / MODEL, ignore_errors=True)  # that of a shorter run, which this one extends
+        with (
+            ThreadPoolExecutor(_READERS) as readers,
+            _Curves(self.folder, position, self.context) as curves,
+        ):
             for epoch in range(position.epoch, self.config.train.epochs):
                 start = position.step if epoch == position.epoch else 0
                 metrics = self._epoch(epoch, start, readers, on_step)
@@ -110,21 +116,33 @@ class Trainer:
                 self.context.report(metrics)
         if self.context.rank == 0:
             save_model(self.folder / MODEL, self.model, classes=self.classes)
-        return metrics or dict(read_metrics(self.folder)[-1])
+        return metrics or (read_metrics(self.folder) or [{}])[-1]
 
     def _resume(self) -> Position:
         state = load_state(self.folder, self.model, self.optimizer)
         position, self.totals = state or (Position(), self.totals)
+        self._check_agreement(position)
         if self.context.rank == 0:
             # An epoch's line is written before its state: a line that the state does not know of is written again.
             lines = read_metrics(self.folder)[: position.epoch]
             write_atomic(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
         return position
 
+    def _check_agreement(self, position: Position) -> None:
+        """See that all workers start from one state: they might not share the disk that it lies on."""
+        weights = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+        mine = torch.tensor([position.epoch, position.step, weights.double().sum()], device=self.context.device)
+        every = mine.clone()
+        self.context.all_reduce(every)
+        if not torch.allclose(every, mine * self.context.world_size, rtol=1e-5, atol=1e-3):
+            raise DataError(
+                f"{self.folder}: the workers found different states; put --out on a disk that all of them share"
+            )
+
     def _epoch(self, epoch: int, start: int, readers: ThreadPoolExecutor, on_step: OnStep) -> dict[str, float]:
         began = time.monotonic()
         self.model.train()
-        for step, batch, images, views in self._batches(epoch, start, readers):
+        for step, batch, images, views in self._batches(epoch, start):
             self._step(epoch, batch, images, views, readers)
             done = Position(epoch, step + 1)
             if (
@@ -144,27 +162,28 @@ class Trainer:
         self._save(Position(epoch + 1, 0))
         return metrics
 
-    def _batches(
-        self, epoch: int, start: int, readers: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, list[Entry], list[SlideImage], list[Tensor]]]:
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, list[Entry], list[SlideImage], list[Tensor]]]:
         """Give this worker's slides of every step, with their coarse views read one step ahead."""
         order = torch.randperm(
             len(self.training), generator=torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
         ).tolist()
         size = self.config.train.batch_size
 
-        def load(step: int) -> tuple[list[Entry], list[SlideImage], list[Future[Tensor]]]:
-            rows = order[step * size : (step + 1) * size][self.context.rank :: self.context.world_size]
-            batch = [self.training[row] for row in rows]
-            images = [self.slides.open(entry.path) for entry in batch]
-            return batch, images, [readers.submit(self.model.coarse_view, image) for image in images]
+        def load(entry: Entry) -> tuple[SlideImage, Tensor]:
+            image = self.slides.open(entry.path)
+            return image, self.model.coarse_view(image)
 
-        ahead = load(start) if start < self.steps else None
-        for step in range(start, self.steps):
-            assert ahead is not None  # noqa: S101 - start < steps
-            batch, images, views = ahead
-            ahead = load(step + 1) if step + 1 < self.steps else None
-            yield step, batch, images, [view.result() for view in views]
+        def submit(step: int) -> list[tuple[Entry, Future[tuple[SlideImage, Tensor]]]]:
+            rows = order[step * size : (step + 1) * size][self.context.rank :: self.context.world_size]
+            return [(self.training[row], ahead.submit(load, self.training[row])) for row in rows]
+
+        # Threads of their own, so that a step's reads do not queue behind the next one's.
+        with ThreadPoolExecutor(_READERS) as ahead:
+            following = submit(start)
+            for step in range(start, self.steps):
+                current, following = following, submit(step + 1)
+                loaded = [future.result() for _, future in current]
+                yield step, [entry for entry, _ in current], [i for i, _ in loaded], [view for _, view in loaded]
 
     def _step(
         self,
@@ -179,19 +198,31 @@ class Trainer:
         sums = torch.zeros(len(_TOTALS), device=self.context.device)
         if batch:
             keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in batch])
-            try:
-                output = self.model(images, keys, views=views, map_=readers.map)
-            except ImpossibleWeightsError:
-                raise self._diverged() from None
+            output = self._forward(images, keys, readers, views)
             labels = self._labels(batch)
             loss, cross_entropy = attention_sampling_loss(
-                output.logits, labels, output.entropy, entropy_weight=self.config.train.entropy_weight
+                output.logits,
+                labels,
+                output.entropy,
+                entropy_weight=self.config.train.entropy_weight,
+                class_weights=self.class_weights,
             )
-            loss = self.class_weights[labels] * loss
             torch.autograd.backward(loss.sum())
             sums = _sums(loss, cross_entropy, output, labels)
         self.totals += self._reduce(sums).cpu()
         self.optimizer.step()
+
+    def _forward(
+        self,
+        images: list[SlideImage],
+        keys: Tensor,
+        readers: ThreadPoolExecutor,
+        views: list[Tensor] | None = None,
+    ) -> Output:
+        try:
+            return self.model(images, keys, views=views, map_=readers.map)  # type: ignore[no-any-return]
+        except ImpossibleWeightsError:
+            raise self._diverged() from None
 
     def _reduce(self, sums: Tensor) -> Tensor:
         """Sum gradients and `sums` over the workers, in one message, and average the gradients over the slides."""
@@ -208,8 +239,8 @@ class Trainer:
 
     def _diverged(self) -> DataError:
         return DataError(
-            f"{self.folder}: the loss or its gradient is no longer finite; the last state stands: "
-            "lower train.learning_rate and start again with --overwrite"
+            f"{self.folder}: the loss or its gradient is no longer finite; the last state stands: lower "
+            "train.learning_rate, or look for NaN in floating-point slides, and start again with --overwrite"
         )
 
     @torch.no_grad()
@@ -221,11 +252,13 @@ class Trainer:
         for begin in range(0, len(mine), size):
             batch = mine[begin : begin + size]
             keys = torch.tensor([draw_key(self.config.seed, "validation", epoch, entry.slide_id) for entry in batch])
-            output = self.model([self.slides.open(entry.path) for entry in batch], keys, map_=readers.map)
+            output = self._forward([self.slides.open(entry.path) for entry in batch], keys, readers)
             labels = self._labels(batch)
             loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
             totals += _sums(loss, cross_entropy, output, labels)
         self.context.all_reduce(totals)
+        if not bool(totals.isfinite().all()):
+            raise self._diverged()
         means = _means(totals)
         return {"val_cross_entropy": means["cross_entropy"], "val_accuracy": means["accuracy"]}
 
@@ -262,7 +295,9 @@ def _means(totals: Tensor) -> dict[str, float]:
 
 
 def _describe(means: Mapping[str, float]) -> str:
-    return f"loss {means['cross_entropy']:.3f} accuracy {means['accuracy']:.3f} entropy {means['entropy']:.2f}"
+    return (
+        f"cross-entropy {means['cross_entropy']:.3f} accuracy {means['accuracy']:.3f} entropy {means['entropy']:.2f}"
+    )
 
 
 class _Curves:
@@ -273,7 +308,7 @@ class _Curves:
         if context.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=position.epoch + 1)
+            self.writer = SummaryWriter(str(folder / CURVES), purge_step=position.epoch + 1)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -41,6 +41,15 @@ def test_missing_level_names_those_there_are():
         find_level(ArrayImage(torch.zeros(1, 8, 8), levels=3), 16)
 
 
+def test_a_downsample_that_would_drift_over_a_large_image_is_not_taken():
+    class Drifting:
+        downsamples = (1.0, 8.07)
+        shapes = ((100_000, 100_000), (12_391, 12_391))
+
+    with pytest.raises(ValueError, match="downsample 8 "):
+        find_level(Drifting(), 8)
+
+
 def test_batch_reads_each_image_its_own_boxes():
     images = [ArrayImage(torch.full((1, 8, 8), float(i))) for i in range(3)]
     boxes = torch.zeros(3, 2, 4, dtype=torch.int64)

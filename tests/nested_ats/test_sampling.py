@@ -135,7 +135,18 @@ def test_impossible_weights_are_refused(weights):
         draw(torch.tensor(weights), 1)
 
 
+def test_whole_numbers_are_weights_too():
+    drawn = draw(torch.tensor([[1, 2, 3, 4]]), 2, keys=torch.tensor([0]))
+    weights = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
+    assert (drawn.z * weights[drawn.indices]).sum().item() == pytest.approx(10)
+
+
 def test_wrong_arguments_are_refused():
+    for shape in [(3,), (1, 0), (1, 2, 3)]:
+        with pytest.raises(ValueError, match=r"\(B, K\)"):
+            draw(torch.ones(shape), 1)
+    with pytest.raises(ValueError, match="keys"):
+        draw(torch.ones(3, 4), 1, keys=torch.tensor([1]))
     with pytest.raises(ValueError, match="n must"):
         draw(torch.ones(1, 3), 0)
     with pytest.raises(ValueError, match="method"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,71 @@ def test_a_folder_of_something_else_is_left_alone(config, pyramids, tmp_path):
     with pytest.raises(UsageError, match="not a training run"):
         train(read_manifest(pyramids), config, tmp_path, overwrite=True)
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_overwrite_removes_a_run_and_nothing_else(config, pyramids, tmp_path):
+    entries, folder = read_manifest(pyramids), tmp_path / "run"
+    train(entries, config, folder)
+    (folder / "predictions").mkdir()
+    (folder / "predictions" / "mine.csv").write_text("mine")
+    train(entries, config, folder, overwrite=True)
+    assert (folder / "predictions" / "mine.csv").read_text() == "mine"
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="not that of a training run"):
+        train(entries, config, stranger, overwrite=True)
+
+
+@pytest.mark.parametrize("left", [[], ["run.json"], ["run.json", "config.yaml"], [".run.json.123.tmp"]])
+def test_a_run_killed_as_it_began_can_be_started_again(config, pyramids, tmp_path, left):
+    entries, folder = read_manifest(pyramids), tmp_path / "run"
+    train(entries, config, folder)
+    for path in list(folder.iterdir()):
+        if path.name not in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in left:
+        (folder / name).touch()
+    assert train(entries, config, folder)[0]["epoch"] == 3
+
+
+def test_an_extended_run_has_no_model_until_it_has_ended(config, pyramids, tmp_path):
+    job = arguments(config, pyramids, tmp_path / "run")
+    train_worker(LocalContext(), job)
+    job["config"] = {**job["config"], "train": {**job["config"]["train"], "epochs": 5}}
+    with pytest.raises(Stop):
+        train_worker(LocalContext(), job, stop_at(10))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+class OtherState(LocalContext):
+    """One of two workers, whose peer has come to another epoch."""
+
+    def all_reduce(self, tensor):
+        tensor.add_(tensor + torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_workers_with_different_states_do_not_train_together(config, pyramids, tmp_path):
+    context = OtherState()
+    context.world_size = 2
+    with pytest.raises(DataError, match="different states.*share"):
+        train_worker(context, arguments(config, pyramids, tmp_path / "run"))
+
+
+def test_divergence_seen_in_validation_is_named(config, pyramids, tmp_path):
+    wild = parse_config({**plain(config), "train": {"learning_rate": 1e30, "epochs": 1, "batch_size": 64}}, "")
+    job = arguments(wild, pyramids, tmp_path / "run")
+    job["entries"] = [{**row, "split": "val" if i < 2 else "train"} for i, row in enumerate(job["entries"])]
+    with pytest.raises(DataError, match="no longer finite"):
+        train_worker(LocalContext(), job)
+
+
+def test_validation_is_measured_and_written(config, pyramids, tmp_path):
+    job = arguments(config, pyramids, tmp_path / "run")
+    job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
+    metrics = train_worker(LocalContext(), job)
+    assert metrics["val_accuracy"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+    assert 0 < metrics["val_cross_entropy"] < 3
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", b"\x80\x04K\x01."])
