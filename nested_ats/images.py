@@ -112,7 +112,7 @@ def find_level(image: Image, downsample: float) -> int:
         No level has it, to within half of the level's pixels over the whole image.
     """
     for level, (have, shape) in enumerate(zip(image.downsamples, image.shapes, strict=True)):
-        if abs(have / downsample - 1) * max(shape) <= 0.5:
+        if abs(have / downsample - 1) * max(shape) < 0.5:
             return level
     there = ", ".join(f"{d:g}" for d in image.downsamples)
     raise ValueError(f"the image has no level at downsample {downsample:g} (it has {there})")

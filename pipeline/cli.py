@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.manifest import Entry
 
 SOME_FAILED, NOTHING_USABLE, INTERRUPTED = 3, 4, 130
+_OUR_ERRORS = ("pipeline.errors", "storage.errors", "cluster.errors", "nested_ats.errors")
 
 
 class _Group(TyperGroup):
@@ -49,7 +50,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop at the first slide that fails.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Seed = Annotated[int, typer.Option(help="Equal seeds give equal results.")]
+Seed = Annotated[int, typer.Option(min=0, help="Equal seeds give equal results.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Cluster = Annotated[
     str, typer.Option("--cluster", help="none: this process; local: Ray workers on this machine; or a Ray address.")
@@ -70,7 +71,9 @@ def synth_signs(
     signs: Annotated[int, typer.Option(min=1, help="Sign discs to a scene.")] = 3,
     test: Annotated[float, typer.Option(min=0, max=1, help="Share of test scenes.")] = 0.2,
     label: Annotated[str, typer.Option(help="Give every scene this label: none, 50, 70 or 80.")] = "",
-    compression: Annotated[str, typer.Option(help="deflate, jpeg, lzw, zstd or none.")] = "deflate",
+    compression: Annotated[
+        Literal["deflate", "jpeg", "lzw", "zstd", "none"], typer.Option(help="Of the TIFFs.")
+    ] = "deflate",
     seed: Seed = 0,
 ) -> None:
     """Write textured scenes with small number signs; the label is the number (as the paper's speed limits)."""
@@ -289,6 +292,7 @@ def heatmap(
     from pipeline.heatmap import PICTURE, heatmaps
     from pipeline.predict import prediction_settings
 
+    _check_cluster("none", 1, device)
     settings = prediction_settings(run, draws=draws, samples=_numbers(samples), device=device)
     done = heatmaps(_entries(slides, split)[:limit], settings, out)
     for one in done:
@@ -318,12 +322,10 @@ def main() -> NoReturn:
 
 def _explain(error: Exception) -> int:
     """Say what went wrong in one line where a user can mend it; let anything else show itself whole."""
-    from cluster import ClusterError
-    from nested_ats import NestedATSError
     from pipeline.errors import PipelineError
-    from storage import StorageError
 
-    if not isinstance(error, (PipelineError, StorageError, ClusterError, NestedATSError)):
+    # Told by where they are defined: importing all rooms, and torch, would make a misspelt option wait for seconds.
+    if type(error).__module__ not in _OUR_ERRORS:
         raise error
     _say(f"error: {error}")
     return error.exit_code if isinstance(error, PipelineError) else NOTHING_USABLE
@@ -333,6 +335,9 @@ def _end(failures: Sequence[tuple[str, str]], total: int) -> None:
     """Name the slides that failed and exit with the code that says so."""
     if not failures:
         return
+    if total == 1:
+        _say(f"error: {failures[0][1]}")
+        raise typer.Exit(NOTHING_USABLE)
     _say(f"{len(failures)} of {total} failed:")
     width = max(len(name) for name, _ in failures)
     for name, error in failures:
@@ -341,14 +346,12 @@ def _end(failures: Sequence[tuple[str, str]], total: int) -> None:
 
 
 def _entries(slides: Sequence[str], split: str | None) -> list[Entry]:
+    from pipeline.convert import name_slides
     from pipeline.errors import UsageError
-    from pipeline.manifest import Entry, read_manifest, slide_name
+    from pipeline.manifest import read_manifest
 
-    if len(slides) == 1 and Path(slides[0]).suffix in (".csv", ".parquet"):
-        entries = read_manifest(Path(slides[0]))
-    else:
-        paths = [place if "://" in place else str(Path(place).absolute()) for place in slides]
-        entries = [Entry(slide_id=slide_name(path), path=path) for path in paths]
+    is_manifest = len(slides) == 1 and Path(slides[0]).suffix in (".csv", ".parquet")
+    entries = read_manifest(Path(slides[0])) if is_manifest else name_slides(slides)
     chosen = [entry for entry in entries if split in (None, entry.split)]
     if not chosen:
         raise UsageError(f"{slides[0]}: no slide in split {split!r}")
@@ -371,6 +374,11 @@ def _check_cluster(address: str, workers: int, device: str) -> None:
         raise UsageError(f"--workers {workers}: several workers need --cluster local or the address of a cluster")
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device}: choose auto, cpu or cuda")
+    if device == "cuda" and address in ("none", "local"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("--device cuda: this machine has no GPU that PyTorch sees; choose auto or cpu")
 
 
 def _print_info(about: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from nested_ats import LevelConfig, ModelConfig
 from pipeline.errors import UsageError
@@ -48,6 +48,12 @@ class DataConfig(_Section):
     background: float = Field(default=0.0, ge=0, le=1)  # pixels off the slide: 0 is black, 1 white
     validation: float = Field(default=0.0, ge=0, lt=1)  # share of slides held out, where the manifest has no split
     test: float = Field(default=0.2, ge=0, lt=1)  # likewise
+
+    @model_validator(mode="after")
+    def _leave_some_to_train(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together must leave slides to train on")
+        return self
 
 
 class PredictConfig(_Section):
@@ -87,7 +93,11 @@ def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}: write it as key=value, as in --set train.epochs=10")
-        _override(raw, key.split("."), yaml.safe_load(value), setting)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {setting}: {value} is not a YAML value") from None
+        _override(raw, key.split("."), parsed, setting)
     return parse_config(raw, where)
 
 
@@ -131,10 +141,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
-    # Lists are overridden in place, so the defaults have to be there to be changed.
-    if keys[:2] == ["model", "levels"] and len(keys) > 2:
-        model = raw.setdefault("model", {})
-        model.setdefault("levels", plain(Config())["model"]["levels"])
+    # A model has no default levels of its own: they have to be there, to be kept or changed one by one.
+    if keys[0] == "model" and isinstance(raw.setdefault("model", {}), dict):
+        raw["model"].setdefault("levels", plain(Config())["model"]["levels"])
     node: Any = raw
     for i, key in enumerate(keys):
         step: Any = key

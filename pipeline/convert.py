@@ -14,6 +14,7 @@ from storage import ConvertOptions, ConvertReport, StorageError, convert
 
 MANIFEST = "manifest.csv"
 _IMAGES = (".tif", ".tiff", ".svs")
+_PYRAMID = ".ome.zarr"
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,33 @@ def find_images(sources: Sequence[str]) -> list[Entry]:
     """
     if len(sources) == 1 and Path(sources[0]).suffix in (".csv", ".parquet"):
         return read_manifest(Path(sources[0]))
-    files: list[Path] = []
+    files: list[str] = []
     for source in sources:
         path = Path(source)
-        if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in _IMAGES and not p.name.startswith("."))
-        else:
-            files.append(path)
+        files += sorted(str(p) for p in path.rglob("*") if _is_image(p)) if path.is_dir() else [source]
     if not files:
         raise UsageError(f"{', '.join(sources)}: no image here ({', '.join(_IMAGES)})")
-    entries = [Entry(slide_id=slide_name(path.name), path=str(path.absolute())) for path in files]
-    names: dict[str, str] = {}
-    for entry in entries:
-        other = names.setdefault(entry.slide_id, entry.path)
-        if other != entry.path:
+    return name_slides(files)
+
+
+def name_slides(places: Sequence[str]) -> list[Entry]:
+    """Entries of paths or URLs, named after their files; a place given twice is one slide.
+
+    Raises
+    ------
+    UsageError
+        Two of them would be one slide.
+    """
+    slides: dict[str, Entry] = {}
+    for place in places:
+        path = place if "://" in place else str(Path(place).absolute())
+        entry = Entry(slide_id=slide_name(path), path=path)
+        other = slides.setdefault(entry.slide_id, entry).path
+        if other != path:
             raise UsageError(
-                f"{entry.path} and {other} would both be slide {entry.slide_id}; name them apart in a manifest"
+                f"{path} and {other} would both be slide {entry.slide_id}; name them apart in a manifest"
             )
-    return entries
+    return list(slides.values())
 
 
 def convert_all(
@@ -64,10 +74,10 @@ def convert_all(
     overwrite: bool = False,
     fail_fast: bool = False,
 ) -> list[Conversion]:
-    """Convert slides into ``folder/SLIDE.ome.zarr`` and write ``folder/manifest.csv`` of those that are there.
+    """Convert slides into ``folder/SLIDE.ome.zarr`` and write ``folder/manifest.csv`` of all that are there.
 
-    Slides that were converted before are kept, one that was interrupted goes on; one that fails is reported and
-    the others go on.
+    The manifest that an earlier call wrote is added to: labels that were filled in by hand stay. Slides that were
+    converted before are kept, one that was interrupted goes on; one that fails is reported and the others go on.
 
     Parameters
     ----------
@@ -87,11 +97,12 @@ def convert_all(
     Raises
     ------
     UsageError
-        `folder` cannot be written to.
+        `folder` cannot be written to, or holds a manifest of something else, which would be lost.
     DataError
         With `fail_fast`, a slide failed.
     """
     make_folder(folder)
+    known = _known(folder)
     conversions: list[Conversion] = []
     with progress("convert") as update:
         for number, entry in enumerate(entries):
@@ -100,7 +111,7 @@ def convert_all(
             def on_bytes(done: int, total: int, number: int = number, words: str = words) -> None:
                 update(number + done / max(total, 1), len(entries), words)
 
-            target = folder / f"{file_name(entry.slide_id)}.ome.zarr"
+            target = folder / f"{file_name(entry.slide_id)}{_PYRAMID}"
             chosen = replace(options, mpp=entry.mpp) if entry.mpp else options
             try:
                 report = convert(
@@ -114,6 +125,40 @@ def convert_all(
             update(number + 1, len(entries), words)
     done = [conversion.entry for conversion in conversions if conversion.report]
     if done:
-        # The pixel size is in the pyramid now.
-        write_manifest(folder / MANIFEST, [replace(entry, mpp=None) for entry in done])
+        write_manifest(folder / MANIFEST, _merge(known, done))
     return conversions
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGES and not path.name.startswith(".") and not path.is_dir()
+
+
+def _known(folder: Path) -> dict[str, Entry]:
+    """Rows of the manifest that is there; refuse one of something else, which would be lost."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        entries = read_manifest(path)
+    except UsageError as error:
+        raise UsageError(f"{error}; mend it or move it away: convert writes its own manifest there") from error
+    paths = [Path(entry.path) for entry in entries]
+    if not all(p.parent == folder.absolute() and p.name.endswith(_PYRAMID) for p in paths):
+        raise UsageError(f"{path}: would be replaced, and it is not a manifest of pyramids here; give another --out")
+    return {entry.slide_id: entry for entry in entries}
+
+
+def _merge(known: dict[str, Entry], done: Sequence[Entry]) -> list[Entry]:
+    """Rows of what was converted now or before; labels that were written into the manifest since are kept."""
+    rows = {name: entry for name, entry in known.items() if Path(entry.path).exists()}
+    for entry in done:
+        old = rows.get(entry.slide_id, entry)
+        rows[entry.slide_id] = replace(
+            entry,
+            label=entry.label or old.label,
+            case_id=entry.case_id or old.case_id,
+            split=entry.split or old.split,
+            fold=entry.fold or old.fold,
+            mpp=None,  # it is in the pyramid now
+        )
+    return list(rows.values())

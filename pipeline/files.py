@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import UsageError
 
+_LONGEST_NAME = 200  # characters: file systems allow 255 bytes, of which suffixes and temporary names need some
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it into place."""
+    """Write a file under a temporary name, flush it to the disk, and rename it into place.
+
+    Raises
+    ------
+    UsageError
+        It cannot be written; what was there before still is.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -20,8 +30,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be written: {error.strerror}; mend that, or choose another place"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,5 +62,12 @@ def make_folder(path: Path) -> Path:
 
 
 def file_name(slide_id: str) -> str:
-    """Name for a slide's files: its id, with what a file name may not hold percent-encoded."""
-    return quote(slide_id, safe=" ()+,=@") if slide_id.strip(".") else slide_id.replace(".", "%2E")
+    """Name for a slide's files: its id, with what a file name may not hold percent-encoded.
+
+    Different ids have different names, without a suffix or with the same one. A long id is cut and ends with a hash
+    of the whole; ``%-`` and a lone ``%`` mark what no percent-encoding gives.
+    """
+    name = quote(slide_id, safe=" ()+,=@") if slide_id.strip(".") else slide_id.replace(".", "%2E") or "%"
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 34]}%-{hashlib.sha256(slide_id.encode()).hexdigest()[:32]}"

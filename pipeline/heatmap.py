@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nested_ats import Prediction
+from nested_ats import ModelConfig, Prediction
+from nested_ats.geometry import box_starts
 from nested_ats.maps import attention_map
 from pipeline.errors import PipelineError
 from pipeline.files import file_name, make_folder, write_atomic
@@ -29,6 +31,7 @@ from storage import Slide, StorageError, write_pyramid
 MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
 _PICTURE_PIXELS = 1600  # longer side of the slide in the picture
 _SHOWN_PATCHES = 8
+_PATCH_PIXELS = 256  # a shown patch has at least so many pixels a side, where there are, and less than twice
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
         heat = (density * density.numel()).float().numpy()
         best = int(prediction.probabilities[0].argmax())
         words = f"{classifier.classes[best]} ({prediction.probabilities[0, best]:.0%})"
-        patches = drawn_patches(prediction, model.config.patch_size * model.config.patch_downsample)
+        patches = drawn_patches(prediction, model.config)
         write_pyramid(
             folder / MAP,
             heat[None],
@@ -113,16 +116,17 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
     return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()))
 
 
-def drawn_patches(prediction: Prediction, side_l0: float) -> list[Patch]:
-    """Patches of all draws for the first image, heaviest first; `side_l0` in level-0 pixels."""
+def drawn_patches(prediction: Prediction, model: ModelConfig) -> list[Patch]:
+    """Patches of all draws for the first image, heaviest first: the very boxes that the encoder saw."""
+    downsample, size = model.patch_downsample, model.patch_size
     patches = []
     for number, output in enumerate(prediction.outputs):
         last = output.phases[-1]
+        corners = (box_starts(last.centers_l0[0], downsample, size) * downsample).tolist()
         weights = (last.z[0] * last.attention[0]).tolist()
-        rows = zip(last.centers_l0[0].tolist(), weights, last.attention[0].tolist(), strict=True)
         patches += [
-            Patch(y - side_l0 / 2, x - side_l0 / 2, side_l0, weight, attention, number)
-            for (y, x), weight, attention in rows
+            Patch(y, x, size * downsample, weight, attention, number)
+            for (y, x), weight, attention in zip(corners, weights, last.attention[0].tolist(), strict=True)
             if weight > 0
         ]
     return sorted(patches, key=lambda patch: -patch.weight)
@@ -175,7 +179,8 @@ def draw_picture(
     figure = Figure(figsize=(9, 9 * min(max(height / width, 0.4), 2) + 1.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[6, 1])[:, 0]
     axes = top.subplots()
-    axes.imshow(_thumbnail(slide), extent=(0, width, height, 0), interpolation="nearest")
+    thumbnail, reach = _thumbnail(slide)
+    axes.imshow(thumbnail, extent=(0, reach[1], reach[0], 0), interpolation="nearest")
     # Colour from the uniform attention upwards, so that what is colder than chance shows the slide itself.
     peak = max(float(heat.max()), 1.1)
     scale = LogNorm(1, peak)
@@ -191,26 +196,43 @@ def draw_picture(
         edgecolors="cyan",
         linewidths=0.8,
     )
-    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], title=f"{title}; attention 1 to {peak:.3g}")
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axes.set_title(f"{title}; attention 1 to {peak:.3g}", parse_math=False)  # a slide's id may hold dollar signs
     top.colorbar(shown, ax=axes, label="attention, times uniform", shrink=0.8)
     _scale_bar(axes, slide)
     for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
         place.axis("off")
         if patch is not None:
-            side = round(patch.side_l0)
-            pixels = slide.read(0, (round(patch.y_l0), round(patch.x_l0), side, side))
-            place.imshow(_to_rgb(pixels))
+            place.imshow(_to_rgb(_read_patch(slide, patch)))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    with warnings.catch_warnings():
+        # Letters that the font lacks are shown as boxes; that is no reason to warn of every slide.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
-def _thumbnail(slide: Slide) -> NDArray[Any]:
+def _thumbnail(slide: Slide) -> tuple[NDArray[Any], tuple[float, float]]:
+    """Return the finest level that is small enough, and where it ends in level-0 pixels, y and x.
+
+    A level's last row and column may reach past the slide: its sides are rounded up.
+    """
     fitting = [i for i, level in enumerate(slide.levels) if max(level.shape_yx) <= _PICTURE_PIXELS]
-    level = fitting[0] if fitting else len(slide.levels) - 1
-    return _to_rgb(slide.read(level, (0, 0, *slide.levels[level].shape_yx)))
+    number = fitting[0] if fitting else len(slide.levels) - 1
+    level = slide.levels[number]
+    height, width = level.shape_yx
+    pixels = slide.read(number, (0, 0, height, width))
+    return _to_rgb(pixels), (height * level.downsample, width * level.downsample)
+
+
+def _read_patch(slide: Slide, patch: Patch) -> NDArray[Any]:
+    """(C, h, w) of a patch, from a level coarse enough that a large one is cheap."""
+    fine = [i for i, level in enumerate(slide.levels) if patch.side_l0 / level.downsample >= _PATCH_PIXELS]
+    number = fine[-1] if fine else 0
+    corner_and_side = (patch.y_l0, patch.x_l0, patch.side_l0, patch.side_l0)
+    return slide.read(number, [round(value / slide.levels[number].downsample) for value in corner_and_side])
 
 
 def _to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:

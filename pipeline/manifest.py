@@ -98,7 +98,7 @@ def slide_name(path: str) -> str:
     """Slide id of a file that has none: its name without the image suffix."""
     name = path.rstrip("/").rsplit("/", 1)[-1]
     for suffix in _SUFFIXES:
-        if name.lower().endswith(suffix):
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
     return name
 

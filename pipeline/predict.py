@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import cluster
-from nested_ats import Image, NestedATS, Prediction, load_model
+from nested_ats import Image, ImpossibleWeightsError, NestedATS, Prediction, load_model
 from nested_ats import predict as estimate
 from pipeline.config import digest
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import progress
@@ -110,7 +110,7 @@ def predict(
             if outcome.result is None:
                 rows[entry.slide_id] = {"status": "failed", "error": outcome.error}
             else:
-                write_json(results / f"{file_name(entry.slide_id)}.json", outcome.result)
+                write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **outcome.result})
                 rows[entry.slide_id] = outcome.result
             update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
     table = [{**_identity(entry), **(rows[entry.slide_id] or {})} for entry in entries]
@@ -138,10 +138,20 @@ class Classifier:
         self.model = with_samples(model, settings.samples).to(_device(settings.device))
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:
-        """Classify an image; equal slides and settings draw equal patches."""
+        """Classify an image; equal slides and settings draw equal patches.
+
+        Raises
+        ------
+        DataError
+            Attention or probabilities are not finite.
+        """
         settings = self.settings
         keys = [draw_key(settings.seed, "predict", entry.slide_id, i) for i in range(settings.draws)]
-        return estimate(self.model, [image], torch.tensor([keys]))
+        with suppress(ImpossibleWeightsError):
+            prediction = estimate(self.model, [image], torch.tensor([keys]))
+            if prediction.probabilities.isfinite().all():
+                return prediction
+        raise DataError(f"{entry.path}: what the model computes is not finite; has the slide pixels that are not?")
 
     def __call__(self, entry: Entry) -> dict[str, Any]:
         """Classify a slide and return its row of the table, without the slide's identity.
@@ -239,15 +249,25 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     Raises
     ------
     UsageError
-        There is none.
+        There is none, or it is damaged.
     """
+    import pyarrow as pa
     from pyarrow import parquet
 
     path = folder / f"{TABLE}.parquet"
     if not path.exists():
         raise UsageError(f"{folder}: no {path.name} here; give the --out of nested-ats predict")
-    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: not a Parquet file ({reason}); run nested-ats predict again") from error
     return rows
+
+
+def table_digest(folder: Path) -> str:
+    """Short hash of the table that `read_predictions` reads: tells whether it is the one that was evaluated."""
+    return digest((folder / f"{TABLE}.parquet").read_bytes().hex())
 
 
 def _fingerprint(settings: Settings) -> str:
@@ -256,24 +276,31 @@ def _fingerprint(settings: Settings) -> str:
 
 
 def _check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
-    about = folder / ABOUT
-    same = about.exists() and json.loads(about.read_text()).get("fingerprint") == fingerprint
+    about = _read_object(folder / ABOUT)
+    same = about is not None and about.get("fingerprint") == fingerprint
     there = list((folder / RESULTS).glob("*.json"))
     if there and not same and not overwrite:
         raise UsageError(
             f"{folder}: holds predictions of another model or other settings; give another --out, or --overwrite"
         )
     if overwrite:
-        for path in there:
-            path.unlink()
+        # The table too: stopped from here on, a run must not leave one that is not of these settings.
+        for path in (*there, folder / f"{TABLE}.csv", folder / f"{TABLE}.parquet"):
+            path.unlink(missing_ok=True)
 
 
 def _read_result(results: Path, entry: Entry) -> dict[str, Any] | None:
-    path = results / f"{file_name(entry.slide_id)}.json"
-    if not path.exists():
+    """Return an earlier result of this slide; none where there is none, a damaged one, or one of another file."""
+    result = _read_object(results / f"{file_name(entry.slide_id)}.json")
+    return result if result is not None and result.pop("path", None) == entry.path else None
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
         return None
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
+    return value if isinstance(value, dict) else None
 
 
 def _identity(entry: Entry) -> dict[str, str]:

@@ -43,12 +43,13 @@ def _bar(title: str) -> Iterator[OnProgress]:
 
 @contextmanager
 def _lines(title: str) -> Iterator[OnProgress]:
-    last = time.monotonic()
+    last, shown = time.monotonic(), ""
 
     def update(done: float, total: float, words: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _LINE_SECONDS or done >= total:
-            last = time.monotonic()
-            print(f"{title}: {done / max(total, 1e-9):.0%} {words}".rstrip(), file=sys.stderr, flush=True)
+        nonlocal last, shown
+        line = f"{title}: {done / max(total, 1e-9):.0%} {words}".rstrip()
+        if line != shown and (time.monotonic() - last >= _LINE_SECONDS or done >= total):
+            last, shown = time.monotonic(), line
+            print(line, file=sys.stderr, flush=True)
 
     yield update

@@ -12,9 +12,9 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.evaluate import METRICS
-from pipeline.files import write_atomic
+from pipeline.files import make_folder, write_atomic
 from pipeline.heatmap import PICTURE
-from pipeline.predict import read_predictions
+from pipeline.predict import read_predictions, table_digest
 from pipeline.runs import read_metrics, read_run
 
 _SHOWN_SLIDES = 50
@@ -45,15 +45,14 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     Raises
     ------
     UsageError
-        A folder is not what it should be, or the predictions were not evaluated.
+        A folder is not what it should be, the predictions were not evaluated, or `page` cannot be written.
     """
     about = read_run(run)
     rows = read_predictions(predictions)
-    if not (predictions / METRICS).exists():
-        raise UsageError(f"{predictions}: not evaluated yet; run nested-ats evaluate first")
-    metrics = json.loads((predictions / METRICS).read_text())
+    metrics = _read_metrics(predictions)
+    title = html.escape(run.absolute().name)
     parts = [
-        f"<h1>{html.escape(run.name)}</h1>",
+        f"<h1>{title}</h1>",
         "<h2>Results</h2>",
         _results(metrics),
         "<h2>Training</h2>",
@@ -64,7 +63,8 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
         "<h2>Run</h2>",
         f"<pre>{html.escape(json.dumps({k: about[k] for k in ('config', 'versions')}, indent=2))}</pre>",
     ]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)}</title>"
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
+    make_folder(page.parent)
     write_atomic(page, f"{head}<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
     return page
 
@@ -78,6 +78,16 @@ def describe_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         text += f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         rows.append((name.replace("_", " "), text))
     return [*rows, ("cross-entropy", f"{metrics['cross_entropy']:.3f}")]
+
+
+def _read_metrics(predictions: Path) -> dict[str, Any]:
+    try:
+        metrics: dict[str, Any] = json.loads((predictions / METRICS).read_text())
+    except (FileNotFoundError, ValueError):
+        raise UsageError(f"{predictions}: not evaluated yet; run nested-ats evaluate first") from None
+    if metrics.get("predictions") != table_digest(predictions):
+        raise UsageError(f"{predictions}: other predictions than were evaluated; run nested-ats evaluate again")
+    return metrics
 
 
 def _results(metrics: dict[str, Any]) -> str:
@@ -115,18 +125,22 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
 
 def _slides(rows: Sequence[dict[str, Any]]) -> str:
     """Failed slides first, then wrong ones, then the rest."""
-    order = sorted(rows, key=lambda row: (row["status"] == "ok", row.get("prediction") == row["label"]))
+    order = sorted(rows, key=lambda row: (row["status"] == "ok", not _is_wrong(row)))
     classes = [name for name in rows[0] if name.startswith("prob_")] if rows else []
     lines = []
     for row in order[:_SHOWN_SLIDES]:
-        wrong = row["status"] != "ok" or (row["label"] and row["prediction"] != row["label"])
         numbers = [f"{row[name]:.3f}" if row.get(name) is not None else "" for name in classes]
         cells = [row["slide_id"], row["label"], row.get("prediction") or row["error"], *numbers]
         body = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
-        lines.append(f"<tr{' class=wrong' if wrong else ''}>{body}</tr>")
+        lines.append(f"<tr{' class=wrong' if _is_wrong(row) else ''}>{body}</tr>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("slide", "label", "prediction", *classes))
     more = f"<p>{len(rows) - _SHOWN_SLIDES} more in the table.</p>" if len(rows) > _SHOWN_SLIDES else ""
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>{more}"
+
+
+def _is_wrong(row: dict[str, Any]) -> bool:
+    """Whether a slide failed, or has a label and another prediction."""
+    return bool(row["status"] != "ok" or (row["label"] and row["prediction"] != row["label"]))
 
 
 def _heatmaps(folder: Path | None) -> str:

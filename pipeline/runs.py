@@ -31,6 +31,8 @@ from pipeline.files import write_atomic
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
 MODEL, CURVES, WORKERS = "model", "tensorboard", "ray"
 
+_RUN_KEYS = {"fingerprint", "classes", "channels", "config", "versions", "entries"}
+
 
 @dataclass(frozen=True)
 class Position:
@@ -114,6 +116,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable: {error}") from error
+    if not isinstance(run, dict) or not run.keys() >= _RUN_KEYS:
+        raise UsageError(f"{path}: not that of a training run; give the --out of nested-ats train")
     return run
 
 

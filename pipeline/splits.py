@@ -23,16 +23,17 @@ def assign_splits(entries: Sequence[Entry], *, validation: float, test: float, s
     validation, test
         Shares of the cases, in [0, 1), of each label, rounded to whole cases.
     seed
-        Equal seeds give equal splits.
+        Equal seeds give equal splits, whatever the order of `entries`.
     """
     if any(entry.split for entry in entries):
         return list(entries)
     cases: dict[str, list[str]] = {}
     for entry in entries:
         cases.setdefault(_case(entry), []).append(entry.label)
+    # Sorted throughout, so that the order of the manifest's rows does not matter.
     by_label: dict[str, list[str]] = {}
     for case in sorted(cases):
-        by_label.setdefault(Counter(cases[case]).most_common(1)[0][0], []).append(case)
+        by_label.setdefault(Counter(sorted(cases[case])).most_common(1)[0][0], []).append(case)
     split = {}
     for label in sorted(by_label):
         members = by_label[label]

@@ -150,11 +150,10 @@ def _prepare(
     fingerprint = digest(identity)
     make_folder(folder)
     if (folder / RUN).exists():
-        if "fingerprint" not in read_run(folder):
-            raise UsageError(f"{folder / RUN}: not that of a training run; give another --out")
+        found = read_run(folder)
         if overwrite:
             clear_run(folder)
-        elif read_run(folder)["fingerprint"] != fingerprint:
+        elif found["fingerprint"] != fingerprint:
             raise UsageError(
                 f"{folder}: holds a run of another configuration or of other slides, or some of its slides cannot be "
                 "used now (see run.json); give another --out, or --overwrite to start again"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config, parse_config
-from pipeline.manifest import Entry, write_manifest
+from pipeline.manifest import Entry, read_manifest, write_manifest
+from pipeline.train import train
 from storage import write_pyramid
 
 SMALL = {
@@ -49,3 +50,11 @@ def pyramids(tmp_path_factory) -> Path:
         entries.append(Entry(slide_id=f"slide {i}", path=str(path), label=label, split=split))
     write_manifest(folder / "manifest.csv", entries)
     return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="session")
+def finished(config, pyramids, tmp_path_factory) -> Path:
+    """Folder of a run that has finished; nothing may change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(read_manifest(pyramids), config, folder)
+    return folder

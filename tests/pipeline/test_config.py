@@ -30,6 +30,10 @@ def test_file_and_overrides(tmp_path):
     assert config.seed == 7
 
 
+def test_override_of_the_model_keeps_the_default_levels():
+    assert load_config(None, ["model.encoder=resnet"]).model.levels == Config().model.levels
+
+
 def test_override_of_a_default_level():
     assert load_config(None, ["model.levels.1.samples=32"]).model.levels[1].samples == 32
 
@@ -46,6 +50,8 @@ def test_override_of_a_default_level():
         ("model: {levels: []}", "at least one"),
         ("[1, 2]", "mapping"),
         ("a: [", "not YAML"),
+        ("data: {test: 0.6, validation: 0.5}", "leave slides to train on"),
+        ("seed: 36893488147419103232", "seed"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message):
@@ -65,7 +71,7 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "nothing.yaml")
 
 
-@pytest.mark.parametrize("setting", ["train.epochs", "model.levels.5.samples=3", "seed.a=1"])
+@pytest.mark.parametrize("setting", ["train.epochs", "model.levels.5.samples=3", "seed.a=1", "seed=["])
 def test_wrong_overrides(setting):
     with pytest.raises(UsageError, match="--set"):
         load_config(None, [*(["seed=1"] if setting.startswith("seed") else []), setting])

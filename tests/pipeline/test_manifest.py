@@ -125,3 +125,10 @@ class TestSplits:
     def test_given_splits_stand(self):
         given = [Entry(slide_id="a", path="p", label="x", split="test")]
         assert assign_splits(given, validation=0.5, test=0.0, seed=0) == given
+
+    def test_the_order_of_rows_does_not_matter(self):
+        """A case with as many slides of one label as of another still counts under the same one."""
+        entries = [Entry(slide_id=str(i), path="p", label="ab"[i % 2], case_id=f"c{i // 2}") for i in range(40)]
+        one = {e.slide_id: e.split for e in assign_splits(entries, validation=0.2, test=0.3, seed=0)}
+        other = {e.slide_id: e.split for e in assign_splits(entries[::-1], validation=0.2, test=0.3, seed=0)}
+        assert one == other

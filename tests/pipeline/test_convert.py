@@ -1,0 +1,215 @@
+"""Converting: one bad slide costs one slide, and nothing of the user's is overwritten."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from pipeline.convert import MANIFEST, convert_all, find_images, name_slides
+from pipeline.errors import DataError, UsageError
+from pipeline.manifest import Entry, read_manifest, write_manifest
+from storage import ConvertOptions, MissingImageError, Slide, convert, write_tiff
+
+OPTIONS = ConvertOptions(min_level_size=16)
+
+
+@pytest.fixture
+def image():
+    """Write a small TIFF of random pixels and return its path."""
+
+    def write(path, *, seed=0, mpp=None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        write_tiff(path, [pixels], shape=pixels.shape, dtype="uint8", tile=64, mpp=mpp)
+        return path
+
+    return write
+
+
+def run(sources, folder, **settings):
+    return convert_all(find_images([str(source) for source in sources]), folder, options=OPTIONS, **settings)
+
+
+class TestSources:
+    def test_files_folders_and_subfolders(self, tmp_path, image):
+        image(tmp_path / "in" / "b.tif")
+        image(tmp_path / "in" / "deep" / "er" / "a.TIFF")
+        image(tmp_path / "in" / ".hidden.tif")
+        (tmp_path / "in" / "folder.tif").mkdir()
+        (tmp_path / "in" / "notes.txt").write_text("no image")
+        other = image(tmp_path / "c.svs.tif")
+        entries = find_images([str(tmp_path / "in"), str(other)])
+        assert [entry.slide_id for entry in entries] == ["b", "a", "c.svs"]
+        assert all(entry.path.startswith(str(tmp_path)) for entry in entries)
+
+    def test_relative_paths_become_absolute(self, tmp_path, image, monkeypatch):
+        image(tmp_path / "a.tif")
+        monkeypatch.chdir(tmp_path)
+        assert find_images(["a.tif"])[0].path == str(tmp_path / "a.tif")
+
+    def test_a_manifest_keeps_what_it_says(self, tmp_path, image):
+        image(tmp_path / "images" / "a.tif")
+        (tmp_path / "m.csv").write_text("slide_id,path,label,case_id,split\n007,images/a.tif,x,p1,val\n")
+        conversion = run([tmp_path / "m.csv"], tmp_path / "out")[0]
+        assert conversion.report.levels == 3
+        [entry] = read_manifest(tmp_path / "out" / MANIFEST, labelled=True)
+        assert (entry.slide_id, entry.label, entry.case_id, entry.split) == ("007", "x", "p1", "val")
+        assert entry.path == str(tmp_path / "out" / "007.ome.zarr")
+
+    def test_a_place_given_twice_is_one_slide(self, tmp_path, image):
+        path = image(tmp_path / "a.tif")
+        assert len(find_images([str(path), str(tmp_path), str(path)])) == 1
+        assert len(name_slides(["https://host/a.ome.zarr", "https://host/a.ome.zarr"])) == 1
+
+    @pytest.mark.parametrize("other", ["deep/a.tif", "a.tiff", "a.svs"])
+    def test_two_files_of_one_name_are_refused(self, tmp_path, image, other):
+        image(tmp_path / "a.tif")
+        image(tmp_path / other)
+        with pytest.raises(UsageError, match="would both be slide a; name them apart in a manifest"):
+            find_images([str(tmp_path)])
+
+    def test_a_folder_without_images(self, tmp_path):
+        with pytest.raises(UsageError, match=f"{tmp_path}: no image here"):
+            find_images([str(tmp_path)])
+
+
+class TestConvertAll:
+    def test_pixels_and_manifest(self, tmp_path, image):
+        image(tmp_path / "in" / "a b.tif")
+        run([tmp_path / "in"], tmp_path / "out")
+        expected = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        with Slide(tmp_path / "out" / "a b.ome.zarr") as slide:
+            assert np.array_equal(slide.read(0, (0, 0, 48, 64)), expected.transpose(2, 0, 1))
+        text = (tmp_path / "out" / MANIFEST).read_text()
+        assert text == "slide_id,path\na b,a b.ome.zarr\n"
+
+    def test_bad_files_are_named_and_the_others_go_on(self, tmp_path, image):
+        image(tmp_path / "in" / "a.tif")
+        (tmp_path / "in" / "bad.tif").write_text("no TIFF")
+        (tmp_path / "in" / "cut.tif").write_bytes(image(tmp_path / "x.tif").read_bytes()[:2000])
+        image(tmp_path / "in" / "z.tif", seed=1)
+        found = [*find_images([str(tmp_path / "in")]), *name_slides([str(tmp_path / "gone.tif")])]
+        conversions = convert_all(found, tmp_path / "out", options=OPTIONS)
+        errors = {c.entry.slide_id: c.error for c in conversions if c.report is None}
+        assert errors.keys() == {"bad", "cut", "gone"}
+        assert all(f"{name}.tif" in error for name, error in errors.items())
+        assert [e.slide_id for e in read_manifest(tmp_path / "out" / MANIFEST)] == ["a", "z"]
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.ome.zarr", MANIFEST, "z.ome.zarr"]
+        with pytest.raises(DataError, match="slide bad"):
+            convert_all(found, tmp_path / "other", options=OPTIONS, fail_fast=True)
+
+    def test_nothing_converted_leaves_no_manifest(self, tmp_path):
+        (tmp_path / "bad.tif").write_text("no TIFF")
+        assert run([tmp_path / "bad.tif"], tmp_path / "out")[0].error
+        assert not (tmp_path / "out" / MANIFEST).exists()
+
+    def test_again_it_does_what_is_missing(self, tmp_path, image, monkeypatch):
+        for name in "abc":
+            image(tmp_path / "in" / f"{name}.tif")
+        calls = []
+
+        def dies_at_b(source, target, **settings):
+            calls.append(target.name)
+            if target.name.startswith("b"):
+                raise KeyboardInterrupt
+            return convert(source, target, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.convert.convert", dies_at_b)
+            with pytest.raises(KeyboardInterrupt):
+                run([tmp_path / "in"], tmp_path / "out")
+        assert calls == ["a.ome.zarr", "b.ome.zarr"]
+        conversions = run([tmp_path / "in"], tmp_path / "out")
+        assert [c.report.up_to_date for c in conversions] == [True, False, False]
+        assert len(read_manifest(tmp_path / "out" / MANIFEST)) == 3
+
+    def test_another_source_of_the_same_name(self, tmp_path, image):
+        path = image(tmp_path / "a.tif")
+        run([path], tmp_path / "out")
+        image(path, seed=1)
+        assert "ask to overwrite" in run([path], tmp_path / "out")[0].error
+        assert run([path], tmp_path / "out", overwrite=True)[0].report
+
+    def test_pixel_size_comes_from_the_manifest_then_the_option_then_the_file(self, tmp_path, image):
+        image(tmp_path / "a.tif", mpp=0.5)
+        (tmp_path / "m.csv").write_text("slide_id,path,mpp\nown,a.tif,0.3\nnone,a.tif,\n")
+        for options, expected in ((OPTIONS, 0.5), (ConvertOptions(mpp=0.7), 0.7)):
+            folder = tmp_path / f"out {expected}"
+            convert_all(find_images([str(tmp_path / "m.csv")]), folder, options=options)
+            entries = read_manifest(folder / MANIFEST)
+            assert [entry.mpp for entry in entries] == [None, None]  # converted again, it is not overruled
+            for entry, mpp in zip(entries, (0.3, expected), strict=True):
+                with Slide(entry.path) as slide:
+                    assert slide.mpp == pytest.approx(mpp)
+
+    @pytest.mark.parametrize("slide_id", ["../up", "a/b", "..", "x" * 300, "日本"])
+    def test_no_id_leaves_the_folder(self, tmp_path, image, slide_id):
+        path = image(tmp_path / "a.tif")
+        folder = tmp_path / "deep" / "out"
+        [conversion] = convert_all([Entry(slide_id=slide_id, path=str(path))], folder, options=OPTIONS)
+        assert conversion.report, conversion.error
+        assert len(list(folder.iterdir())) == 2
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+        assert read_manifest(folder / MANIFEST)[0].slide_id == slide_id
+        assert Slide(read_manifest(folder / MANIFEST)[0].path).shape_yx == (48, 64)
+
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_a_manifest_of_images_is_not_overwritten(self, tmp_path, image, inside):
+        path = image(tmp_path / ("a.tif" if inside else "images/a.tif"))
+        write_manifest(tmp_path / MANIFEST, [Entry(slide_id="a", path=str(path), label="precious")])
+        before = (tmp_path / MANIFEST).read_text()
+        for source in (tmp_path / MANIFEST, path):
+            with pytest.raises(UsageError, match=r"manifest\.csv: would be replaced"):
+                run([source], tmp_path)
+        assert (tmp_path / MANIFEST).read_text() == before
+        assert not list(tmp_path.glob("*.zarr"))
+
+    @pytest.mark.parametrize("text", ["invoice,amount\n1,2\n", "", "slide_id,path,age\na,a.ome.zarr,7\n"])
+    def test_a_table_of_other_things_is_not_overwritten(self, tmp_path, image, text):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(UsageError, match=r"manifest\.csv: .*mend it or move it away"):
+            run([image(tmp_path / "a.tif")], tmp_path)
+        assert (tmp_path / MANIFEST).read_text() == text
+
+    def test_labels_filled_in_by_hand_stay(self, tmp_path, image):
+        """As the README has it: convert, give every row a label, and perhaps run the same command again."""
+        image(tmp_path / "in" / "a.tif")
+        image(tmp_path / "in" / "b.tif")
+        run([tmp_path / "in"], tmp_path / "out")
+        path = tmp_path / "out" / MANIFEST
+        text = "slide_id,path,label,case_id\na,a.ome.zarr,x,p\nb,b.ome.zarr,y,q\n"
+        path.write_text(text)
+        run([tmp_path / "in"], tmp_path / "out")
+        assert path.read_text() == text
+        run([image(tmp_path / "c.tif")], tmp_path / "out")
+        assert path.read_text() == text + "c,c.ome.zarr,,\n"
+        (tmp_path / "relabel.csv").write_text("slide_id,path,label\nb,in/b.tif,z\n")
+        run([tmp_path / "relabel.csv"], tmp_path / "out")
+        assert [(e.label, e.case_id) for e in read_manifest(path)] == [("x", "p"), ("z", "q"), ("", "")]
+
+    def test_pyramids_that_were_removed_leave_the_manifest(self, tmp_path, image):
+        for name in "ab":
+            image(tmp_path / "in" / f"{name}.tif")
+        run([tmp_path / "in"], tmp_path / "out")
+        shutil.rmtree(tmp_path / "out" / "a.ome.zarr")
+        run([tmp_path / "in" / "b.tif"], tmp_path / "out")
+        assert [entry.slide_id for entry in read_manifest(tmp_path / "out" / MANIFEST)] == ["b"]
+
+    def test_a_place_that_cannot_be_written_is_found_before_any_work(self, tmp_path, image, monkeypatch):
+        monkeypatch.setattr("pipeline.convert.convert", lambda *_, **__: pytest.fail("worked"))
+        with pytest.raises(UsageError, match="cannot be made"):
+            run([image(tmp_path / "a.tif")], tmp_path / "a.tif" / "out")
+
+    def test_pyramids_are_no_images(self, tmp_path, image):
+        run([image(tmp_path / "a.tif")], tmp_path / "out")
+        with pytest.raises(UsageError, match="no image here"):
+            find_images([str(tmp_path / "out")])
+
+    def test_a_storage_error_of_any_kind_is_of_its_slide(self, tmp_path, image, monkeypatch):
+        def fail(*_, **__):
+            raise MissingImageError("gone while it was read")
+
+        monkeypatch.setattr("pipeline.convert.convert", fail)
+        assert run([image(tmp_path / "a.tif")], tmp_path / "out")[0].error == "gone while it was read"

@@ -1,0 +1,345 @@
+"""Predicting: each slide once, nothing of another model mixed in, and what finished is kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from nested_ats import ModelFileError, NestedATS
+from pipeline import predict as module
+from pipeline.config import parse_config, plain
+from pipeline.errors import UsageError
+from pipeline.files import file_name
+from pipeline.manifest import Entry, read_manifest
+from pipeline.predict import Classifier, predict, prediction_settings, read_predictions, write_table
+from pipeline.train import train
+from storage import write_pyramid
+
+COLUMNS = ["slide_id", "case_id", "label", "split", "prediction", "prob_bar", "prob_box", "se_bar", "se_box"]
+COLUMNS += ["requests", "bytes_read", "seconds", "status", "error"]
+
+
+@pytest.fixture(scope="module")
+def entries(pyramids):
+    return [entry for entry in read_manifest(pyramids) if entry.split == "test"]
+
+
+@pytest.fixture(scope="module")
+def rows(finished, entries, tmp_path_factory):
+    return predict(entries, finished, tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def worked(monkeypatch):
+    """Ids of the slides that are classified, in order."""
+    ids = []
+    original = Classifier.__call__
+
+    def spy(self, entry):
+        ids.append(entry.slide_id)
+        return original(self, entry)
+
+    monkeypatch.setattr(Classifier, "__call__", spy)
+    return ids
+
+
+def numbers(rows):
+    """What is computed, without what was measured on the way."""
+    return [[row["prediction"], *(v for k, v in row.items() if k[:3] in ("pro", "se_"))] for row in rows]
+
+
+class TestTable:
+    def test_columns_and_values(self, finished, entries, tmp_path):
+        returned = predict(entries, finished, tmp_path)
+        assert read_predictions(tmp_path) == returned
+        assert parquet.read_table(tmp_path / "predictions.parquet").column_names == COLUMNS
+        with (tmp_path / "predictions.csv").open(newline="") as file:
+            text = list(csv.DictReader(file))
+        assert list(text[0]) == COLUMNS
+        for row, line, entry in zip(returned, text, entries, strict=True):
+            assert (row["slide_id"], row["label"], row["split"]) == (entry.slide_id, entry.label, "test")
+            assert row["prob_bar"] + row["prob_box"] == pytest.approx(1)
+            assert row["prediction"] == max(("bar", "box"), key=lambda name: row[f"prob_{name}"])
+            assert row["se_bar"] == pytest.approx(row["se_box"], abs=1e-6)
+            assert row["se_bar"] >= 0
+            assert row["requests"] > 0
+            assert row["bytes_read"] > 0
+            assert (row["status"], row["error"]) == ("ok", "")
+            assert float(line["prob_bar"]) == row["prob_bar"]
+
+    def test_a_single_draw_has_no_standard_error(self, finished, entries, tmp_path):
+        returned = predict(entries, finished, tmp_path, draws=1)
+        assert {row["se_bar"] for row in returned} == {None}
+        assert json.loads(next((tmp_path / "slides").iterdir()).read_text())["se_bar"] is None
+        assert read_predictions(tmp_path) == returned
+
+    def test_failed_slides_are_rows_and_are_tried_again(self, finished, entries, tmp_path, worked):
+        late = tmp_path / "late.ome.zarr"
+        bad = [Entry(slide_id="late", path=str(late), label="bar"), *entries[:1]]
+        first = predict(bad, finished, tmp_path / "out")
+        assert [row["status"] for row in first] == ["failed", "ok"]
+        assert str(late) in first[0]["error"]
+        table = read_predictions(tmp_path / "out")
+        assert table[0]["prob_bar"] is None
+        assert list(table[0])[:4] == COLUMNS[:4]
+        assert list(table[0])[-2:] == ["status", "error"]
+        shutil.copytree(entries[1].path, late)
+        again = predict(bad, finished, tmp_path / "out")
+        assert [row["status"] for row in again] == ["ok", "ok"]
+        assert worked == ["late", entries[0].slide_id, "late"]
+
+    def test_all_slides_failed(self, finished, tmp_path):
+        returned = predict([Entry(slide_id="x", path=str(tmp_path / "x"))], finished, tmp_path / "out")
+        assert returned[0]["status"] == "failed"
+        assert read_predictions(tmp_path / "out")[0]["error"] == returned[0]["error"]
+
+    @pytest.mark.parametrize("slide_id", ["../up", "a,b", 'say "hi"', "日本", "007"])
+    def test_awkward_ids(self, finished, entries, tmp_path, slide_id):
+        returned = predict([replace(entries[0], slide_id=slide_id)], finished, tmp_path / "out")
+        assert returned[0]["slide_id"] == slide_id
+        assert read_predictions(tmp_path / "out") == returned
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_a_damaged_table(self, finished, entries, tmp_path):
+        with pytest.raises(UsageError, match="give the --out of nested-ats predict"):
+            read_predictions(tmp_path)
+        write_table(tmp_path, [{"slide_id": "a", "status": "ok", "error": ""}])
+        path = tmp_path / "predictions.parquet"
+        for damage in (b"", b"no table", path.read_bytes()[:100]):
+            path.write_bytes(damage)
+            with pytest.raises(UsageError, match="not a Parquet file.*run nested-ats predict again"):
+                read_predictions(tmp_path)
+
+
+class TestSameAgain:
+    def test_equal_seeds_give_equal_results_in_any_order(self, finished, entries, rows, tmp_path):
+        again = predict(entries[::-1], finished, tmp_path)
+        assert numbers(again[::-1]) == numbers(rows)
+
+    def test_draws_are_averaged_and_more_change_the_result(self, finished, entries, rows, tmp_path):
+        assert numbers(predict(entries, finished, tmp_path, draws=3)) != numbers(rows)
+
+    def test_another_seed_draws_otherwise(self, finished, entries, rows):
+        classifier = Classifier(replace(prediction_settings(finished), seed=99))
+        assert [classifier(entry)["prob_bar"] for entry in entries] != [row["prob_bar"] for row in rows]
+
+    def test_the_slides_name_decides_the_draw_and_not_its_path(self, finished, entries, rows, tmp_path):
+        shutil.copytree(entries[0].path, tmp_path / "moved.ome.zarr")
+        moved = replace(entries[0], path=str(tmp_path / "moved.ome.zarr"))
+        assert numbers(predict([moved], finished, tmp_path / "out")) == numbers(rows[:1])
+
+
+class TestResume:
+    def test_only_what_is_missing_is_classified(self, finished, entries, rows, tmp_path, worked):
+        predict(entries, finished, tmp_path)
+        assert worked == [entry.slide_id for entry in entries]
+        (tmp_path / "slides" / f"{file_name(entries[2].slide_id)}.json").unlink()
+        again = predict(entries, finished, tmp_path)
+        assert worked[len(entries) :] == [entries[2].slide_id]
+        assert numbers(again) == numbers(rows)
+        table = (tmp_path / "predictions.parquet").read_bytes()
+        predict(entries, finished, tmp_path)
+        assert len(worked) == len(entries) + 1
+        assert (tmp_path / "predictions.parquet").read_bytes() == table
+
+    def test_an_interrupt_keeps_what_has_finished(self, finished, entries, rows, tmp_path, monkeypatch, worked):
+        spied = Classifier.__call__
+
+        def dies(self, entry):
+            if entry.slide_id == entries[2].slide_id:
+                raise KeyboardInterrupt
+            return spied(self, entry)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Classifier, "__call__", dies)
+            with pytest.raises(KeyboardInterrupt):
+                predict(entries, finished, tmp_path)
+        assert not (tmp_path / "predictions.csv").exists()
+        assert numbers(predict(entries, finished, tmp_path)) == numbers(rows)
+        assert worked == [entry.slide_id for entry in entries]
+
+    @pytest.mark.parametrize("damage", ["", "{", "[1]", "null", '{"status": "ok"}', '{"prediction": '])
+    def test_a_damaged_result_is_made_again(self, finished, entries, rows, tmp_path, damage):
+        predict(entries, finished, tmp_path)
+        (tmp_path / "slides" / f"{file_name(entries[0].slide_id)}.json").write_text(damage)
+        assert numbers(predict(entries, finished, tmp_path)) == numbers(rows)
+
+    @pytest.mark.parametrize("damage", ["", "[]", None])
+    def test_results_of_unknown_settings_are_refused(self, finished, entries, tmp_path, damage):
+        predict(entries, finished, tmp_path)
+        if damage is None:
+            (tmp_path / "predict.json").unlink()
+        else:
+            (tmp_path / "predict.json").write_text(damage)
+        with pytest.raises(UsageError, match="--overwrite"):
+            predict(entries, finished, tmp_path)
+
+    def test_results_of_slides_no_longer_asked_for_are_left_out(self, finished, entries, tmp_path, worked):
+        predict(entries, finished, tmp_path)
+        assert [row["slide_id"] for row in predict(entries[1:2], finished, tmp_path)] == [entries[1].slide_id]
+        assert [row["slide_id"] for row in read_predictions(tmp_path)] == [entries[1].slide_id]
+        assert len(predict(entries, finished, tmp_path)) == len(entries)
+        assert len(worked) == len(entries)
+
+    def test_another_file_under_an_old_name_is_classified(self, finished, entries, tmp_path):
+        """Two cohorts may both have a slide 1."""
+        first = predict(entries[:1], finished, tmp_path)
+        second = predict([replace(entries[1], slide_id=entries[0].slide_id)], finished, tmp_path)
+        assert first[0]["prob_bar"] != second[0]["prob_bar"]
+
+    def test_labels_are_those_of_the_manifest_now(self, finished, entries, tmp_path, worked):
+        predict(entries[:1], finished, tmp_path)
+        again = predict([replace(entries[0], label="ring", case_id="p")], finished, tmp_path)
+        assert (again[0]["label"], again[0]["case_id"]) == ("ring", "p")
+        assert len(worked) == 1
+
+
+class TestOtherSettings:
+    @pytest.mark.parametrize("other", [{"draws": 3}, {"samples": [2, 2]}])
+    def test_are_refused_and_overwrite_starts_again(self, finished, entries, tmp_path, other, worked):
+        first = predict(entries, finished, tmp_path)
+        with pytest.raises(UsageError, match="another model or other settings.*--overwrite"):
+            predict(entries, finished, tmp_path, **other)
+        assert read_predictions(tmp_path) == first
+        again = predict(entries, finished, tmp_path, overwrite=True, **other)
+        assert numbers(again) != numbers(first)
+        assert len(worked) == 2 * len(entries)
+
+    def test_another_model_is_refused(self, config, pyramids, finished, entries, tmp_path):
+        predict(entries, finished, tmp_path / "out")
+        short = {**plain(config), "train": {**plain(config)["train"], "epochs": 1}}
+        train(read_manifest(pyramids), parse_config(short, ""), tmp_path / "run")
+        with pytest.raises(UsageError, match="another model"):
+            predict(entries, tmp_path / "run", tmp_path / "out")
+
+    def test_the_same_model_elsewhere_is_the_same(self, finished, entries, tmp_path, worked):
+        predict(entries, finished, tmp_path / "out")
+        shutil.copytree(finished, tmp_path / "moved")
+        predict(entries, tmp_path / "moved", tmp_path / "out", device="cpu")
+        assert len(worked) == len(entries)
+
+    def test_overwriting_interrupted_leaves_no_table_of_the_old_settings(
+        self, finished, entries, tmp_path, monkeypatch
+    ):
+        predict(entries, finished, tmp_path)
+
+        def dies(self, entry):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Classifier, "__call__", dies)
+        with pytest.raises(KeyboardInterrupt):
+            predict(entries, finished, tmp_path, draws=3, overwrite=True)
+        with pytest.raises(UsageError, match="no predictions"):
+            read_predictions(tmp_path)
+
+    def test_the_budget_decides_what_is_read(self, finished, entries, rows, tmp_path, monkeypatch):
+        seen = []
+        encode = NestedATS.encode
+
+        def spy(self, images, centers, map_=map):
+            seen.append(centers.shape[1])
+            return encode(self, images, centers, map_)
+
+        monkeypatch.setattr(NestedATS, "encode", spy)
+        predict(entries[:1], finished, tmp_path, samples=[2, 7], draws=2)
+        assert seen == [7, 7]
+
+    @pytest.mark.parametrize("samples", [[4], [4, 4, 4], [0, 3], [3, -1]])
+    def test_budgets_that_do_not_fit(self, finished, entries, tmp_path, samples):
+        with pytest.raises(UsageError, match="2 levels; give that many positive numbers"):
+            predict(entries, finished, tmp_path / "out", samples=samples)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_budget_of_more_than_there_is_takes_all(self, finished, entries, tmp_path):
+        one, other = (
+            predict(entries[:1], finished, tmp_path / str(n), samples=[10_000, 10_000], draws=n)[0] for n in (1, 2)
+        )
+        assert one["prob_bar"] == pytest.approx(other["prob_bar"], abs=1e-5)
+        assert other["se_bar"] == pytest.approx(0, abs=1e-5)
+
+
+class TestSlidesThatDoNotFit:
+    def one(self, finished, tmp_path, pixels):
+        write_pyramid(tmp_path / "x.ome.zarr", pixels)
+        entry = Entry(slide_id="x", path=str(tmp_path / "x.ome.zarr"))
+        return predict([entry], finished, tmp_path / "out")[0]
+
+    def test_other_channels(self, finished, tmp_path):
+        row = self.one(finished, tmp_path, np.zeros((1, 100, 100), np.uint8))
+        assert "1 channels where the model has 3" in row["error"]
+
+    def test_a_missing_level(self, finished, tmp_path):
+        row = self.one(finished, tmp_path, np.zeros((3, 20, 20), np.uint8))
+        assert "no level at downsample 4" in row["error"]
+
+    @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+    def test_every_type_of_pixel_and_blank_slides(self, finished, tmp_path, dtype):
+        row = self.one(finished, tmp_path, np.zeros((3, 130, 90), dtype))
+        assert row["status"] == "ok", row["error"]
+
+    @pytest.mark.parametrize("where", [(0, 0), (65, 77)])
+    def test_a_pixel_that_is_no_number_fails_the_slide(self, finished, tmp_path, where):
+        pixels = np.full((3, 130, 90), 0.2, np.float32)
+        pixels[:, where[0], where[1]] = math.nan
+        row = self.one(finished, tmp_path, pixels)
+        assert row["status"] == "failed"
+        assert "x.ome.zarr: what the model computes is not finite" in row["error"]
+
+    def test_probabilities_that_are_no_numbers_fail_the_slide(self, finished, entries, tmp_path, monkeypatch):
+        original = module.estimate
+
+        def broken(*arguments):
+            prediction = original(*arguments)
+            return prediction._replace(probabilities=prediction.probabilities * math.nan)
+
+        monkeypatch.setattr(module, "estimate", broken)
+        [row] = predict(entries[:1], finished, tmp_path)
+        assert "not finite" in row["error"]
+
+    def test_an_image_that_was_not_converted(self, finished, pyramids, tmp_path):
+        [row] = predict([Entry(slide_id="x", path=str(pyramids))], finished, tmp_path)
+        assert "run nested-ats convert" in row["error"]
+
+    def test_a_damaged_chunk(self, finished, entries, tmp_path):
+        shutil.copytree(entries[0].path, tmp_path / "x.ome.zarr")
+        shard = tmp_path / "x.ome.zarr" / "2" / "c" / "0" / "0" / "0"
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 3] ^= 1
+        shard.write_bytes(data)
+        [row] = predict([replace(entries[0], path=str(tmp_path / "x.ome.zarr"))], finished, tmp_path / "out")
+        assert row["status"] == "failed"
+        assert "x.ome.zarr" in row["error"]
+
+
+class TestRuns:
+    def test_no_run(self, entries, tmp_path):
+        with pytest.raises(UsageError, match="no training run here"):
+            predict(entries, tmp_path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_an_unfinished_run(self, finished, entries, tmp_path):
+        shutil.copytree(finished, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "model")
+        with pytest.raises(UsageError, match="training has not finished"):
+            predict(entries, tmp_path / "run", tmp_path / "out")
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+    @pytest.mark.parametrize("damage", [None, b"", b"garbage", b"\x80\x04K\x01."])
+    def test_a_damaged_model(self, finished, entries, tmp_path, name, damage):
+        shutil.copytree(finished, tmp_path / "run")
+        path = tmp_path / "run" / "model" / name
+        path.unlink() if damage is None else path.write_bytes(damage)
+        with pytest.raises(ModelFileError, match=name):
+            predict(entries, tmp_path / "run", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_place_that_cannot_be_written(self, finished, entries, pyramids):
+        with pytest.raises(UsageError, match="choose another --out"):
+            predict(entries, finished, pyramids / "out")

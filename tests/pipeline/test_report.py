@@ -1,0 +1,208 @@
+"""The report: one page that needs nothing else, shows the worst first, and never shows another table's metrics."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.evaluate import evaluate
+from pipeline.heatmap import PICTURE, heatmaps
+from pipeline.manifest import read_manifest
+from pipeline.predict import predict, prediction_settings, write_table
+from pipeline.report import describe_metrics, report
+
+VOID = {"meta", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """Texts of the cells of every table, row by row, and of every attribute; refuses tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.attributes, self.open = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([("class", "wrong") in attrs])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+
+def row(slide_id, label, prediction, *, error=""):
+    about = {"slide_id": slide_id, "case_id": "", "label": label, "split": "test"}
+    if error:
+        return {**about, "status": "failed", "error": error}
+    p = 0.8 if prediction == "bar" else 0.2
+    return {**about, "prediction": prediction, "prob_bar": p, "prob_box": 1 - p, "status": "ok", "error": ""}
+
+
+@pytest.fixture
+def write(finished, tmp_path):
+    """Write a table, evaluate it, and return its report."""
+
+    def make(rows, **settings):
+        write_table(tmp_path, rows)
+        evaluate(tmp_path)
+        return report(finished, tmp_path, tmp_path / "page.html", **settings).read_text()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(finished, pyramids, tmp_path_factory):
+    """Text of the report of a real run with heatmaps."""
+    folder = tmp_path_factory.mktemp("report")
+    entries = [entry for entry in read_manifest(pyramids) if entry.split == "test"]
+    predict(entries, finished, folder / "predictions")
+    evaluate(folder / "predictions")
+    heatmaps(entries[:2], prediction_settings(finished), folder / "heatmaps")
+    page = report(finished, folder / "predictions", folder / "page.html", heatmaps=folder / "heatmaps")
+    return page.read_text()
+
+
+def test_is_self_contained(whole):
+    page = Page(whole)
+    places = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert len(places) == 3  # curves and two heatmaps
+    assert all(place.startswith("data:image/png;base64,") for place in places)
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", whole)
+    assert not re.search(r"https?:|file:|//|url\(|@import|<script|<link", text)
+
+
+def test_says_what_it_should(whole, finished):
+    for words in ("balanced accuracy", "cross-entropy", "predicted bar", "label box", "slide 10", "learning_rate"):
+        assert words in whole
+    assert f"<h1>{finished.name}</h1>" in whole
+
+
+def test_the_curves_are_drawn(whole):
+    assert 'src="data:image/png' in whole.split("<h2>Training</h2>")[1].split("<h2>Slides</h2>")[0]
+
+
+def test_failed_then_wrong_then_the_rest(write):
+    rows = [row("right", "bar", "bar"), row("unlabelled", "", "box"), row("wrong 1", "bar", "box")]
+    rows += [row("failed", "bar", "", error="file: gone"), row("wrong 2", "box", "bar"), row("right 2", "box", "box")]
+    table = Page(write(rows)).tables[-1]
+    assert [line[1] for line in table[1:]] == ["failed", "wrong 1", "wrong 2", "right", "unlabelled", "right 2"]
+    assert [line[0] for line in table[1:]] == [True, True, True, False, False, False]
+    assert table[1][3] == "file: gone"
+    assert table[2][1:] == ["wrong 1", "bar", "box", "0.200", "0.800"]
+
+
+def test_a_first_row_that_failed_does_not_hide_the_columns(write):
+    table = Page(write([row("failed", "bar", "", error="gone"), row("a", "bar", "bar")])).tables[-1]
+    assert table[0][1:] == ["slide", "label", "prediction", "prob_bar", "prob_box"]
+
+
+def test_many_slides_are_cut(write):
+    page = write([row(str(i), "bar", "bar") for i in range(70)] + [row("bad", "bar", "box")])
+    table = Page(page).tables[-1]
+    assert len(table) == 51
+    assert table[1][1] == "bad"
+    assert "21 more in the table" in page
+
+
+NASTY = "<script>alert('1')</script>&\""
+
+
+def test_ids_labels_and_errors_are_escaped(write):
+    rows = [row(NASTY, "bar", "bar"), row("x", "bar", "", error=NASTY), row("y", "", "bar")]
+    page = write(rows)
+    assert "<script" not in page
+    cells = [cell for line in Page(page).tables[-1] for cell in line[1:]]
+    assert cells.count(NASTY) == 2
+
+
+def test_class_names_and_the_run_are_escaped(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "a<b>c")
+    about = {"slide_id": "1", "case_id": "", "label": NASTY, "split": "test", "prediction": NASTY}
+    write_table(tmp_path, [{**about, f"prob_{NASTY}": 1.0, "prob_z": 0.0, "status": "ok", "error": ""}])
+    evaluate(tmp_path)
+    page = report(tmp_path / "a<b>c", tmp_path, tmp_path / "page.html").read_text()
+    Page(page)
+    assert "<script" not in page
+    assert "a<b>c" not in page
+
+
+def test_a_run_given_as_here(finished, write, monkeypatch, tmp_path):
+    write([row("a", "bar", "bar")])
+    monkeypatch.chdir(finished)
+    text = report(Path(), tmp_path, tmp_path / "page.html").read_text()
+    assert f"<h1>{finished.name}</h1>" in text
+
+
+def test_one_class(write):
+    page = write([row(str(i), "bar", "bar") for i in range(3)])
+    assert "undefined for one class" in page
+
+
+def test_intervals_are_shown():
+    metric = {"value": 0.5, "interval_95": [0.25, 0.75]}
+    metrics = {"slides": 1, "failed": 0, "cross_entropy": 1.0}
+    rows = dict(describe_metrics(metrics | dict.fromkeys(("accuracy", "balanced_accuracy", "auc"), metric)))
+    assert rows["balanced accuracy"] == "0.500 [0.250, 0.750]"
+
+
+class TestRefusals:
+    def test_not_evaluated(self, finished, tmp_path):
+        write_table(tmp_path, [row("a", "bar", "bar")])
+        for damage in (None, "", "{"):
+            if damage is not None:
+                (tmp_path / "metrics.json").write_text(damage)
+            with pytest.raises(UsageError, match="not evaluated yet; run nested-ats evaluate"):
+                report(finished, tmp_path, tmp_path / "page.html")
+
+    def test_predictions_that_changed_since(self, finished, tmp_path):
+        write_table(tmp_path, [row("a", "bar", "bar")])
+        evaluate(tmp_path)
+        write_table(tmp_path, [row("a", "bar", "box")])
+        with pytest.raises(UsageError, match="run nested-ats evaluate again"):
+            report(finished, tmp_path, tmp_path / "page.html")
+        evaluate(tmp_path)
+        assert report(finished, tmp_path, tmp_path / "page.html").exists()
+
+    def test_folders_that_are_something_else(self, finished, write, tmp_path):
+        write([row("a", "bar", "bar")])
+        page = tmp_path / "new.html"
+        with pytest.raises(UsageError, match="no training run here"):
+            report(tmp_path, tmp_path, page)
+        with pytest.raises(UsageError, match="no predictions"):
+            report(finished, finished, page)
+        with pytest.raises(UsageError, match="no heatmaps here"):
+            report(finished, tmp_path, page, heatmaps=tmp_path)
+        assert not page.exists()
+
+    def test_places_to_write_to(self, finished, write, tmp_path):
+        write([row("a", "bar", "bar")])
+        assert report(finished, tmp_path, tmp_path / "new" / "page.html").exists()
+        (tmp_path / "folder").mkdir()
+        for place in ("folder", "page.html/below.html"):
+            with pytest.raises(UsageError, match=r"cannot be (written|made)"):
+                report(finished, tmp_path, tmp_path / place)
+
+
+def test_only_so_many_heatmaps(write, tmp_path):
+    for i in range(20):
+        (tmp_path / "maps" / str(i)).mkdir(parents=True)
+        (tmp_path / "maps" / str(i) / PICTURE).write_bytes(b"png")
+    page = write([row("a", "bar", "bar")], heatmaps=tmp_path / "maps")
+    assert sum(tag == "img" for tag, *_ in Page(page).attributes) == 13
