@@ -36,14 +36,14 @@ _PATCH_PIXELS = 256  # a shown patch has at least so many pixels a side, where t
 
 @dataclass(frozen=True)
 class Patch:
-    """One drawn patch."""
+    """A place where patches were drawn, once or in several draws."""
 
     y_l0: float  # top
     x_l0: float  # left
     side_l0: float
-    weight: float  # z times attention: its share of the slide's feature
-    attention: float
-    draw: int
+    weight: float  # z times attention, averaged over the draws: its share of the slide's feature
+    attention: float  # of its leaf; of the strongest, where several leaves lie there
+    draws: int  # that drew it
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,27 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
 
 
 def drawn_patches(prediction: Prediction, model: ModelConfig) -> list[Patch]:
-    """Patches of all draws for the first image, heaviest first: the very boxes that the encoder saw."""
+    """Distinct patches of all draws for the first image, heaviest first: the very boxes that the encoder saw."""
     downsample, size = model.patch_downsample, model.patch_size
-    patches = []
+    places: dict[tuple[float, float], list[tuple[int, float, float]]] = {}
     for number, output in enumerate(prediction.outputs):
         last = output.phases[-1]
         corners = (box_starts(last.centers_l0[0], downsample, size) * downsample).tolist()
-        weights = (last.z[0] * last.attention[0]).tolist()
-        patches += [
-            Patch(y, x, size * downsample, weight, attention, number)
-            for (y, x), weight, attention in zip(corners, weights, last.attention[0].tolist(), strict=True)
-            if weight > 0
-        ]
+        attention = last.attention[0].tolist()
+        for (y, x), z, a in zip(corners, last.z[0].tolist(), attention, strict=True):
+            if z * a > 0:
+                places.setdefault((y, x), []).append((number, z * a, a))
+    patches = [
+        Patch(
+            y,
+            x,
+            size * downsample,
+            weight=sum(weight for _, weight, _ in drawn) / len(prediction.outputs),
+            attention=max(attention for _, _, attention in drawn),
+            draws=len({number for number, _, _ in drawn}),
+        )
+        for (y, x), drawn in places.items()
+    ]
     return sorted(patches, key=lambda patch: -patch.weight)
 
 
@@ -144,9 +153,9 @@ def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
                 "geometry": {"type": "Polygon", "coordinates": [ring]},
                 "properties": {
                     "objectType": "annotation",
-                    "name": f"draw {patch.draw}",
+                    "name": f"drawn {patch.draws} times",
                     "classification": {"name": "sampled patch", "color": [230, 60, 30]},
-                    "measurements": {"weight": patch.weight, "attention": patch.attention},
+                    "measurements": {"weight": patch.weight, "attention": patch.attention, "draws": patch.draws},
                 },
             }
         )

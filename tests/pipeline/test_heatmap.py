@@ -197,9 +197,10 @@ class TestObjects:
             assert about["objectType"] in ("annotation", "detection")
             assert all(0 <= channel <= 255 for channel in about["classification"]["color"])
             assert about["classification"]["name"]
-            assert all(isinstance(value, float) for value in about["measurements"].values())
+            assert all(isinstance(value, int | float) for value in about["measurements"].values())
             weights.append(about["measurements"]["weight"])
         assert weights == sorted(weights, reverse=True)
+        assert sum(weights) == pytest.approx(1, abs=1e-5)  # shares of the slide's feature, each place once
 
     def test_rings_turn_as_the_standard_says(self):
         """RFC 7946: an outer ring is counterclockwise (here with y down, so the shoelace sum is positive)."""
