@@ -88,7 +88,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = NestedATS(config.model, in_channels=channels, classes=len(classes)).to(context.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+            self.model.parameters(),
+            lr=config.train.learning_rate,
+            weight_decay=config.train.weight_decay,
+            # Gradients that are rounding noise alone (softmax does not see a shift of its logits) must not become
+            # steps of the size of lr, or the number of threads and workers would show in the weights.
+            eps=1e-6,
         )
         self.class_weights = self._class_weights().to(context.device)
         self.totals = torch.zeros(len(_TOTALS), dtype=torch.float64)
