@@ -57,6 +57,7 @@ class Recorder(SlideImage):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_step_reads_only_what_it_drew(gigapixel):
     config = Config().model
     torch.manual_seed(0)

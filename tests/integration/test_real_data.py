@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.data, pytest.mark.slow]
+pytestmark = [pytest.mark.data, pytest.mark.slow, pytest.mark.timeout(900)]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def nested_ats(*arguments):
     command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
 
 
 def test_an_aperio_slide_from_file_to_heatmap(data, tmp_path):
@@ -53,7 +53,7 @@ def test_megapixel_mnist_from_the_real_digits(data, tmp_path):
         tmp_path / "mnist",
     ]
     command += ["--train", "40", "--test", "20", "--set", "train.epochs=1"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "test error" in result.stdout
     predictions = (tmp_path / "mnist" / "predictions" / "predictions.csv").read_text().splitlines()

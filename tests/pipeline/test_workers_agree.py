@@ -11,7 +11,7 @@ from pipeline.predict import predict
 from pipeline.runs import read_metrics
 from pipeline.train import train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
