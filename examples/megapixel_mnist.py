@@ -2,8 +2,8 @@
 
     python examples/megapixel_mnist.py --digits ../shared/data/mnist --out runs/mnist
 
-Images are smaller than the paper's by default, so that a CPU does it in minutes; --size 1500 --noise 50 --train 5000
---test 1000 is the paper's set. Without --digits the digits are scikit-learn's.
+There are as many images as in the paper, but smaller by default, so that a CPU does it in minutes: --size 1500
+--noise 50 is the paper's set. Without --digits the digits are scikit-learn's.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("--digits", type=Path, help="folder of t10k-images-idx3-ubyte.gz and its labels")
     parser.add_argument("--size", type=int, default=384)
     parser.add_argument("--noise", type=int, default=8)
-    parser.add_argument("--train", type=int, default=2000)
-    parser.add_argument("--test", type=int, default=500)
+    parser.add_argument("--train", type=int, default=5000)
+    parser.add_argument("--test", type=int, default=1000)
     parser.add_argument("--set", action="append", default=[], help="override the configuration")
     chosen = parser.parse_args()
     out = chosen.out
