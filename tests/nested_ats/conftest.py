@@ -41,3 +41,20 @@ def tiny_image() -> Callable[[int], ArrayImage]:
         return ArrayImage(pixels, levels=depth + 1)
 
     return build
+
+
+@pytest.fixture
+def follow_brightness() -> Callable[[NestedATS, float], NestedATS]:
+    """Makes the attention of every level a function of the brightest pixel of a cell."""
+
+    def follow_brightness(model: NestedATS, sharpness: float) -> NestedATS:
+        with torch.no_grad():
+            for network in model.attention:
+                convolution, last = network.layers[0], network.layers[-1]
+                convolution.weight.zero_()
+                convolution.weight[0, 0, 1, 1] = 1.0
+                convolution.bias.zero_()
+                last.weight.fill_(sharpness)
+        return model
+
+    return follow_brightness

@@ -40,7 +40,7 @@ def test_curve_does_not_depend_on_the_size_of_the_map():
 
 
 @pytest.mark.parametrize("place", [(3, 5), (100, 40), (255, 255), (0, 383), (199, 301)])
-def test_a_bright_pixel_is_covered_by_the_cell_and_patch_it_draws(place):
+def test_a_bright_pixel_is_covered_by_the_cell_and_patch_it_draws(follow_brightness, place):
     """Attention that follows brightness, at two levels: the drawn cell contains the object, also at the border."""
     pixels = torch.zeros(1, 256, 384)
     y, x = place
@@ -54,14 +54,7 @@ def test_a_bright_pixel_is_covered_by_the_cell_and_patch_it_draws(place):
         mean=0.0,
         std=1.0,
     )
-    model = NestedATS(config, in_channels=1, classes=2)
-    with torch.no_grad():
-        for network in model.attention:
-            convolution, last = network.layers[0], network.layers[-1]
-            convolution.weight.zero_()
-            convolution.weight[0, 0, 1, 1] = 1.0  # passes the centre pixel on
-            convolution.bias.zero_()
-            last.weight.fill_(1000.0)
+    model = follow_brightness(NestedATS(config, in_channels=1, classes=2), 1000.0)
     output = model([ArrayImage(pixels, levels=4)], torch.tensor([1]))
     for phase, extent in zip(output.phases, (32, 8), strict=True):
         center = phase.centers_l0[0, 0]

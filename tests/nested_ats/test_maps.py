@@ -19,18 +19,6 @@ CONFIG = ModelConfig(
 )
 
 
-def follow_brightness(model: NestedATS, sharpness: float) -> NestedATS:
-    """Make the attention of every level a function of the brightest pixel of a cell."""
-    with torch.no_grad():
-        for network in model.attention:
-            convolution, last = network.layers[0], network.layers[-1]
-            convolution.weight.zero_()
-            convolution.weight[0, 0, 1, 1] = 1.0
-            convolution.bias.zero_()
-            last.weight.fill_(sharpness)
-    return model
-
-
 @pytest.mark.parametrize("size", [(256, 384), (250, 70), (33, 33), (5, 9)])
 @pytest.mark.parametrize("pitch", [None, 3.0, 32.0, 50.0])
 def test_the_map_is_a_distribution_of_the_image_s_shape(size, pitch):
@@ -46,7 +34,7 @@ def test_the_map_is_a_distribution_of_the_image_s_shape(size, pitch):
 
 
 @pytest.mark.parametrize("place", [(128, 200), (3, 5), (255, 0), (100, 380), (31, 32)])
-def test_the_map_peaks_where_the_object_is(place):
+def test_the_map_peaks_where_the_object_is(follow_brightness, place):
     pixels = torch.zeros(1, 256, 384)
     y, x = place
     pixels[0, max(y - 6, 0) : y + 7, max(x - 6, 0) : x + 7] = 1.0
@@ -61,7 +49,7 @@ def test_the_map_peaks_where_the_object_is(place):
     assert near.sum() > 0.99
 
 
-def test_unopened_cells_spread_evenly_and_opened_ones_by_their_own_map():
+def test_unopened_cells_spread_evenly_and_opened_ones_by_their_own_map(follow_brightness):
     """A flat image: the first level is uniform, so each unopened cell's pixels hold an equal share."""
     model = follow_brightness(NestedATS(CONFIG, in_channels=1, classes=2), 0.0)
     image = ArrayImage(torch.zeros(1, 256, 256), levels=4)

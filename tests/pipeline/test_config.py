@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.config import Config, digest, dump_config, load_config, plain
@@ -80,3 +82,7 @@ def test_wrong_overrides(setting):
 def test_digest_tells_configurations_apart():
     assert digest(plain(Config())) == digest(plain(Config()))
     assert digest(plain(Config(seed=1))) != digest(plain(Config()))
+
+
+def test_the_commented_example_states_the_defaults():
+    assert load_config(Path(__file__).parents[2] / "examples" / "signs.yaml") == Config()
