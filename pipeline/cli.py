@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from pipeline.manifest import Entry
 
-SOME_FAILED, NOTHING_USABLE, INTERRUPTED = 3, 4, 130
+USAGE, SOME_FAILED, NOTHING_USABLE, INTERRUPTED = 2, 3, 4, 130
 _OUR_ERRORS = ("pipeline.errors", "storage.errors", "cluster.errors", "nested_ats.errors")
 
 
@@ -328,7 +328,10 @@ def _explain(error: Exception) -> int:
     if type(error).__module__ not in _OUR_ERRORS:
         raise error
     _say(f"error: {error}")
-    return error.exit_code if isinstance(error, PipelineError) else NOTHING_USABLE
+    if isinstance(error, PipelineError):
+        return error.exit_code
+    # A bad model folder or cluster is a wrong argument; what storage refuses is data that cannot be used.
+    return NOTHING_USABLE if type(error).__module__ == "storage.errors" else USAGE
 
 
 def _end(failures: Sequence[tuple[str, str]], total: int) -> None:

@@ -349,7 +349,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
             file.seek(max(0, stat.st_size - SAMPLED_BYTES))
             digest.update(file.read(SAMPLED_BYTES))
     except FileNotFoundError:
-        raise MissingImageError(f"{path}: does not exist") from None
+        raise MissingImageError(f"{path}: does not exist; check the path") from None
     return {"name": path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ends_sha256": digest.hexdigest()}
 
 

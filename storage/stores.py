@@ -72,7 +72,7 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "does not exist"
+            what = "is a file, not a folder" if root.exists() else "does not exist; check the path"
             raise MissingImageError(f"{root}: {what}")
         self.name = str(root)
         self.concurrency = 1

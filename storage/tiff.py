@@ -89,7 +89,7 @@ class TiffImage:
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise MissingImageError(f"{self.path}: does not exist") from None
+            raise MissingImageError(f"{self.path}: does not exist; check the path") from None
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be opened ({error.strerror})") from error
         try:

@@ -36,7 +36,9 @@ def check_directories(fd: int, name: str, limits: Limits) -> None:
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     version = struct.unpack(order + "H", head[2:4])[0] if order and len(head) >= 8 else 0
     if order is None or version not in (42, 43):
-        raise UnsupportedImageError(f"{name}: {'empty file' if not size else 'not a TIFF file'}")
+        raise UnsupportedImageError(
+            f"{name}: {'empty file' if not size else 'not a TIFF file; give TIFF, BigTIFF, OME-TIFF or SVS'}"
+        )
     big = version == 43
     if big and len(head) < 16:
         raise CorruptImageError(f"{name}: truncated in its header")

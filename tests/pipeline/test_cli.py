@@ -91,7 +91,7 @@ except SystemExit as end:
         command = [sys.executable, "-m", "pipeline.cli", "info", "gone.tif"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 4
-        assert done.stderr == "error: gone.tif: does not exist\n"
+        assert done.stderr == "error: gone.tif: does not exist; check the path\n"
 
 
 # (exit code, words of the message, command); {x} are the places of `places`.
@@ -227,7 +227,10 @@ class TestSomeFailed:
         (tmp_path / "set" / "images" / "bad.tif").write_text("no image")
         result = cli("convert", "set/images", "--out", "out")
         assert result.exit_code == 3
-        assert complaints(result) == ["1 of 3 failed:", f"  bad  {tmp_path}/set/images/bad.tif: not a TIFF file"]
+        assert complaints(result) == [
+            "1 of 3 failed:",
+            f"  bad  {tmp_path}/set/images/bad.tif: not a TIFF file; give TIFF, BigTIFF, OME-TIFF or SVS",
+        ]
         assert "2 converted" in result.stdout
         assert (
             "0 converted (0 MB raw, 0 MB stored), 2 up to date" in cli("convert", "set/images", "--out", "out").stdout
