@@ -7,8 +7,9 @@ them at full resolution, which is the property of the Swedish traffic signs that
 
 Two things are notable. A scene is a function of the pixel's coordinates: every window renders by itself, and
 the same whatever the tiling, so a gigapixel scene is written tile by tile in bounded memory. And the number is
-hidden from low resolutions, where a network sees more than a person: every digit carries the same amount of ink,
-the number sits off the disc's centre by a few pixels at random, and dirt of the digits' size covers the disc.
+all but hidden at downsample 16, where a network sees more than a person (at 8 it can read it): every digit carries
+the same amount of ink, the number sits off the disc's centre by a few pixels at random, and dirt of the digits'
+size covers the disc.
 """
 
 from __future__ import annotations
