@@ -11,21 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
+
+from commands import run
 
 from pipeline.runs import read_metrics
 from pipeline.train import versions
-
-
-def run(*arguments: str | Path | int) -> None:
-    """Run a command of nested-ats."""
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-    print(f"$ nested-ats {shlex.join(command[3:])}", flush=True)
-    subprocess.run(command, check=True)
 
 
 def main() -> None:
@@ -62,10 +53,8 @@ def main() -> None:
     )
     run("convert", out / "images" / "manifest.csv", "--out", out / "pyramids")
     manifest = out / "pyramids" / "manifest.csv"
-    began = time.monotonic()
     config = Path(__file__).with_suffix(".yaml")
-    run("train", "--manifest", manifest, "--config", config, "--out", out / "run", *overrides)
-    seconds = time.monotonic() - began
+    seconds, _ = run("train", "--manifest", manifest, "--config", config, "--out", out / "run", *overrides)
     run("predict", out / "run", manifest, "--split", "test", "--out", out / "predictions", "--overwrite")
     run("evaluate", out / "predictions")
     metrics = json.loads((out / "predictions" / "metrics.json").read_text())

@@ -28,7 +28,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import progress
-from pipeline.runs import MODEL, read_run
+from pipeline.runs import MODEL, choose_device, read_run
 from pipeline.slides import SlideImage, check_slide, draw_key, find_pyramid
 from storage import Slide
 
@@ -102,7 +102,7 @@ def predict(
         key=lambda entry: entry.slide_id,
         address=address,
         workers=workers,
-        gpus_per_worker=1 / workers if address != "none" and _device(device) == "cuda" else 0.0,
+        gpus_per_worker=1 / workers if address != "none" and choose_device(device) == "cuda" else 0.0,
     )
     with progress("predict") as update, closing(tasks):
         for outcome in tasks:
@@ -135,7 +135,7 @@ class Classifier:
     def __init__(self, settings: Settings) -> None:
         model, self.classes = load_model(Path(settings.model))
         self.settings = settings
-        self.model = with_samples(model, settings.samples).to(_device(settings.device))
+        self.model = with_samples(model, settings.samples).to(choose_device(settings.device))
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:
         """Classify an image; equal slides and settings draw equal patches.
@@ -305,7 +305,3 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 def _identity(entry: Entry) -> dict[str, str]:
     return {"slide_id": entry.slide_id, "case_id": entry.case_id, "label": entry.label, "split": entry.split}
-
-
-def _device(device: str) -> str:
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -131,6 +131,11 @@ def clear_run(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def choose_device(device: str) -> str:
+    """``cuda`` where there is a GPU and `device` (auto, cpu or cuda) lets it be used, else ``cpu``."""
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Metrics of every finished epoch, in order; a line cut short by a crash is left out."""
     path = folder / METRICS

@@ -20,10 +20,10 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import OnProgress, progress
-from pipeline.runs import CONFIG, RUN, WORKERS, clear_run, read_metrics, read_run
+from pipeline.runs import CONFIG, RUN, WORKERS, choose_device, clear_run, read_metrics, read_run
 from pipeline.slides import check_slide, find_pyramid
 from pipeline.splits import assign_splits
-from pipeline.training import plain_entries, train_worker
+from pipeline.training import describe, plain_entries, train_worker
 from storage import StorageError
 
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
@@ -92,7 +92,7 @@ def train(
         "folder": str(folder.absolute()),
     }
     _prepare(folder, config, arguments, entries, overwrite=overwrite)
-    use_gpu = address != "none" and device != "cpu" and _has_gpu()
+    use_gpu = address != "none" and choose_device(device) == "cuda"
     with progress("train") as update:
         # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
         function = partial(train_worker, on_step=update) if address == "none" else train_worker
@@ -202,9 +202,7 @@ def _follow(folder: Path, config: Config, update: OnProgress) -> Iterator[None]:
             metrics = read_metrics(folder)
             if metrics and len(metrics) != seen:
                 seen = len(metrics)
-                last = metrics[-1]
-                words = f"epoch {seen} cross-entropy {last['cross_entropy']:.3f} accuracy {last['accuracy']:.3f}"
-                update(seen, config.train.epochs, words)
+                update(seen, config.train.epochs, f"epoch {seen} {describe(metrics[-1])}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -213,9 +211,3 @@ def _follow(folder: Path, config: Config, update: OnProgress) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

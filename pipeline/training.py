@@ -155,7 +155,7 @@ class Trainer:
                 and time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes
             ):
                 self._save(done)
-            words = f"epoch {epoch + 1}/{self.config.train.epochs} {_describe(_means(self.totals))}"
+            words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(_means(self.totals))}"
             on_step(epoch * self.steps + step + 1, self.config.train.epochs * self.steps, words)
         metrics = {"epoch": epoch + 1, **_means(self.totals), "seconds": time.monotonic() - began}
         if self.validation:
@@ -299,7 +299,8 @@ def _means(totals: Tensor) -> dict[str, float]:
     return dict(zip(_TOTALS[:-1], values[:-1], strict=True))
 
 
-def _describe(means: Mapping[str, float]) -> str:
+def describe(means: Mapping[str, float]) -> str:
+    """A few words on the metrics of an epoch, for a progress bar."""
     return (
         f"cross-entropy {means['cross_entropy']:.3f} accuracy {means['accuracy']:.3f} entropy {means['entropy']:.2f}"
     )

@@ -21,7 +21,6 @@ class Limits:
     segment_bytes: int = 256 * 2**20  # one decoded tile or strip
     ratio: int = 20_000  # decoded bytes of the image per byte of file
     ratio_free_bytes: int = 64 * 2**20  # images decoding to less than this may have any ratio
-    metadata_bytes: int = 64 * 2**20  # one zarr.json
 
 
 LIMITS = Limits()

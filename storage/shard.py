@@ -72,11 +72,6 @@ class ShardLayout:
         return (self.channels, self.chunk, self.chunk)
 
     @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a decoded chunk."""
-        return self.channels * self.chunk * self.chunk * self.dtype.itemsize
-
-    @property
     def index_bytes(self) -> int:
         """Bytes of the index at the end of a shard, its checksum included."""
         return self.grid * self.grid * 16 + CHECKSUM_BYTES
