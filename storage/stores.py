@@ -10,9 +10,12 @@ import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from storage.errors import MissingImageError, TransferError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 MAX_DESCRIPTORS = 64
 
@@ -112,25 +115,38 @@ class LocalStore:
         return opened
 
 
+def connect(url: str) -> ObjectStore:
+    """Open a URL (http, https, s3, gs, az) with obstore, which repeats failed requests a bounded number of times.
+
+    Credentials, regions and endpoints come from the environment as obstore documents (``AWS_ENDPOINT_URL`` and so on).
+
+    Raises
+    ------
+    TransferError
+        The URL is not of a kind that can be opened.
+    """
+    from datetime import timedelta
+
+    from obstore.store import from_url
+
+    try:
+        return from_url(
+            url,
+            client_options={"allow_http": True, "timeout": "60s"},
+            retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=60)},
+        )
+    except Exception as error:
+        raise TransferError(f"{url}: not a location that can be opened ({error})") from error
+
+
 class UrlStore:
     """An object store or web server that answers range requests."""
 
     def __init__(self, url: str) -> None:
-        from datetime import timedelta
-
-        from obstore.store import from_url
-
         self.name = url.rstrip("/")
         self.concurrency = 16
-        self.merge_gap = 64 * 1024
-        try:
-            self._store = from_url(
-                self.name,
-                client_options={"allow_http": True, "timeout": "60s"},
-                retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=60)},
-            )
-        except Exception as error:
-            raise TransferError(f"{self.name}: not a location that can be opened ({error})") from error
+        self.merge_gap = 256 * 1024
+        self._store = connect(self.name)
 
     def get(self, key: str) -> bytes:
         """Return the whole object."""
