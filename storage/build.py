@@ -1,46 +1,44 @@
-"""Builds the shards of a pyramid: one task per shard, run by Dask.
+"""Builds the shards of a pyramid in waves of small tasks that can run anywhere.
 
-A level-0 task reads its box from the source; a task of a coarser level decodes its up to four children and averages
-them. Tasks hand on receipts only, never pixels, and depend on nothing but files: so each can be repeated, skipped
-when its shard is already there, or run elsewhere, and memory is a few shards per worker whatever the image's size.
-A compressed TIFF in long strips is first decoded in bands of shard height to scratch files, each strip once.
+A task makes up to 2x2 shards of one level and the shard of the next level that is their average, so that pixels are
+decoded and averaged while they are in memory and only every second level is read back. Tasks of a wave depend on
+files of earlier waves only, never on each other; they are picklable, hand back receipts and no pixels, and can be
+repeated. Memory is thus a few shards per worker whatever the image's size, and any executor can run them: see
+``storage.executors``. A compressed TIFF in long strips is first decoded, band by band, to scratch files.
 
 Shape letters: C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from storage.errors import StorageError
 from storage.shard import decode_shard, encode_shard
+from storage.target import Receipt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from storage.ome_zarr import LevelInfo
-    from storage.target import PartialPyramid, Receipt
+    from storage.target import Output
 
 ShardKey = tuple[int, int, int]  # level, row, column
-# Tasks by name, each with the names of those it depends on; besides shards, bands are filled and dropped.
-Graph = dict["Hashable", "tuple[Callable[[], None], Sequence[Hashable]]"]
 BLOCK_ROWS = 128  # averaged at once
-SUM_TYPES = {"uint8": np.uint16, "uint16": np.uint32, "float32": np.float32}  # of four pixels
+SUM_TYPES = {"uint8": np.uint16, "uint16": np.uint32, "int16": np.int32}  # of four pixels; floats keep their type
 BAND_READ_BYTES = 32 * 2**20  # decoded at once when a band is filled
 
 
 class PixelSource(Protocol):
-    """Where level 0 comes from; ``read`` must be thread safe."""
+    """Where level 0 comes from; ``read`` must be thread safe, and the source picklable to leave this process."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -79,200 +77,279 @@ class ArraySource:
         return self.array[:, y : y + h, x : x + w]
 
 
+@dataclass(frozen=True)
 class Bands:
-    """Bands of ``rows`` image rows decoded to scratch files, cut in columns as wide as a shard.
+    """Bands of image rows decoded to scratch files, cut in columns as wide as a shard.
 
     A band's file holds, one after another, the (C, band rows, column width) blocks of its columns, so that one shard
-    is one read. Bands are as high as a shard, or higher where one strip is.
-    """
-
-    def __init__(self, source: PixelSource, folder: Path, shard: int, segment_rows: int) -> None:
-        self.rows = shard * -(-segment_rows // shard)
-        self._source = source
-        self._folder = folder
-        self._shard = shard
-        self._segment_rows = segment_rows
-
-    def fill(self, band: int) -> None:
-        """Decode one band, each of its strips once."""
-        channels, height, width = self._source.shape
-        top, bottom = band * self.rows, min((band + 1) * self.rows, height)
-        row_bytes = channels * width * self._source.dtype.itemsize
-        step = max(1, BAND_READ_BYTES // (row_bytes * self._segment_rows)) * self._segment_rows
-        self._folder.mkdir(exist_ok=True)
-        with open(self._path(band), "wb", buffering=0) as file:
-            y = top
-            while y < bottom:
-                y1 = min((y // step + 1) * step, bottom)  # strips end at multiples of their height
-                self._store(file.fileno(), self._source.read(y, 0, y1 - y, width), y - top, bottom - top)
-                y = y1
-
-    def _store(self, fd: int, pixels: NDArray[Any], row: int, band_rows: int) -> None:
-        channels, _, width = pixels.shape
-        item = pixels.itemsize
-        for x in range(0, width, self._shard):
-            columns = min(self._shard, width - x)
-            for c in range(channels):
-                block = np.ascontiguousarray(pixels[c, :, x : x + columns])
-                position = (channels * band_rows * x + (c * band_rows + row) * columns) * item
-                _pwrite_all(fd, block.data.cast("B"), position)
-
-    def read(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
-        """Return the (C, h, w) pixels of a shard; the box must be a shard's."""
-        channels, height, _ = self._source.shape
-        band = y // self.rows
-        band_rows = min(self.rows, height - band * self.rows)
-        dtype = self._source.dtype
-        out = np.empty((channels, h, w), dtype)
-        with open(self._path(band), "rb", buffering=0) as file:
-            for c in range(channels):
-                start = channels * band_rows * x + (c * band_rows + y - band * self.rows) * w
-                _pread_all(file.fileno(), out[c].data.cast("B"), start * dtype.itemsize)
-        return out
-
-    def drop(self, band: int) -> None:
-        """Delete a band whose shards are all written."""
-        self._path(band).unlink(missing_ok=True)
-
-    def _path(self, band: int) -> Path:
-        return self._folder / f"band-{band}"
-
-
-@dataclass
-class Build:
-    """One pyramid under construction: its levels, where level 0 comes from, where shards go.
-
-    ``done`` holds the receipts of finished shards, those of an earlier run included.
+    is one read. Bands hold whole rows of tasks, and at least one strip.
     """
 
     source: PixelSource
+    folder: Path
+    shard: int
+    segment_rows: int
+
+    @property
+    def rows(self) -> int:
+        """Height of a band."""
+        return 2 * self.shard * -(-self.segment_rows // (2 * self.shard))
+
+    def fills(self, band: int) -> list[Fill]:
+        """Return the tasks that decode a band; none cuts a strip in two, but for those at the band's own ends."""
+        channels, height, width = self.source.shape
+        row_bytes = channels * width * self.source.dtype.itemsize
+        step = max(1, BAND_READ_BYTES // (row_bytes * self.segment_rows)) * self.segment_rows
+        top, bottom = band * self.rows, min((band + 1) * self.rows, height)
+        cuts = [top, *range((top // step + 1) * step, bottom, step), bottom]
+        return [Fill(band, y0, y1) for y0, y1 in pairwise(cuts)]
+
+    def fill(self, band: int, y0: int, y1: int) -> None:
+        """Decode rows ``y0 .. y1`` of the image into a band."""
+        channels, height, width = self.source.shape
+        top = band * self.rows
+        band_rows = min(self.rows, height - top)
+        pixels = self.source.read(y0, 0, y1 - y0, width)
+        self.folder.mkdir(exist_ok=True)
+        fd = os.open(self.path(band), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            for x in range(0, width, self.shard):
+                columns = min(self.shard, width - x)
+                for c in range(channels):
+                    block = np.ascontiguousarray(pixels[c, :, x : x + columns])
+                    place = channels * band_rows * x + (c * band_rows + y0 - top) * columns
+                    _pwrite_all(fd, block.data.cast("B"), place * pixels.itemsize)
+        finally:
+            os.close(fd)
+
+    def read(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
+        """Return the (C, h, w) pixels of a shard; the box must be a shard's."""
+        channels, height, _ = self.source.shape
+        band = y // self.rows
+        band_rows = min(self.rows, height - band * self.rows)
+        out = np.empty((channels, h, w), self.source.dtype)
+        with open(self.path(band), "rb", buffering=0) as file:
+            for c in range(channels):
+                place = channels * band_rows * x + (c * band_rows + y - band * self.rows) * w
+                _pread_all(file.fileno(), out[c].data.cast("B"), place * out.itemsize)
+        return out
+
+    def path(self, band: int) -> Path:
+        """File of a band."""
+        return self.folder / f"band-{band}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Task: decode rows of the image into a band."""
+
+    band: int
+    y0: int
+    y1: int
+
+    def run(self, job: Job) -> list[Receipt]:
+        """Do it; there is nothing to report."""
+        assert job.bands is not None  # noqa: S101  there would be no such task
+        job.bands.fill(self.band, self.y0, self.y1)
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Task: make up to 2x2 shards of ``level`` and the shard (y, x) of the next level, their average.
+
+    ``finer`` are the receipts of the shards of the level before, of which those of ``level`` are made (none at level
+    0); ``done`` those of the block's own shards that an earlier run has made, which are read instead.
+    """
+
+    level: int
+    y: int
+    x: int
+    finer: tuple[Receipt, ...] = ()
+    done: tuple[Receipt, ...] = ()
+
+    def run(self, job: Job) -> list[Receipt]:
+        """Make the shards that are missing and return their receipts."""
+        done = {(r.level, r.y, r.x): r for r in self.done}
+        made: list[Receipt] = []
+        parent = Average(job, self.level + 1, self.y, self.x) if self.level + 1 < len(job.levels) else None
+        for key in children(job.levels, (self.level + 1, self.y, self.x)):
+            if key in done:
+                pixels = job.read_back(done[key])
+            else:
+                pixels = self._pixels(job, key)
+                made.append(job.write(key, pixels))
+            if parent is not None:
+                parent.add(key, pixels)
+        if parent is not None and parent.key not in done:
+            made.append(job.write(parent.key, parent.pixels))
+        return made
+
+    def _pixels(self, job: Job, key: ShardKey) -> NDArray[Any] | None:
+        """Pixels of one shard of ``level``, from the source or from the level before."""
+        if self.level == 0:
+            return job.read_source(key)
+        average = Average(job, *key)
+        finer = {(r.level, r.y, r.x): r for r in self.finer}
+        for child in children(job.levels, key):
+            average.add(child, job.read_back(finer[child]))
+        return average.pixels
+
+
+class Average:
+    """A shard filled with the averages of those of the finer level; ``pixels`` is None while all are zeros."""
+
+    def __init__(self, job: Job, level: int, y: int, x: int) -> None:
+        self.key = (level, y, x)
+        self.pixels: NDArray[Any] | None = None
+        self._info = job.levels[level]
+
+    def add(self, child: ShardKey, pixels: NDArray[Any] | None) -> None:
+        """Average the (C, h, w) pixels of one of the four; None stands for zeros."""
+        if pixels is None:
+            return
+        _, y, x = self.key
+        if self.pixels is None:
+            self.pixels = np.zeros((self._info.shape[0], *self._info.shard_shape(y, x)), self._info.layout.dtype)
+        half = self._info.layout.shard // 2
+        top, left = (child[1] - 2 * y) * half, (child[2] - 2 * x) * half
+        part = self.pixels[:, top : top + half, left : left + half]
+        downsample(pixels, out=part)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to run tasks: where pixels come from and where shards go."""
+
+    source: PixelSource
     levels: tuple[LevelInfo, ...]
-    partial: PartialPyramid
+    output: Output
     bands: Bands | None = None
-    progress: Callable[[int, int], None] | None = None
-    done: dict[ShardKey, Receipt] = field(default_factory=dict)
-    _done_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, workers: int) -> list[Receipt]:
-        """Build every shard that is not done yet and return the receipts of all, finest level first."""
-        for key in self.done:
-            self._report(key)
-        graph = self.graph()
-        single = all(level.shard_grid == (1, 1) for level in self.levels)
-        if workers == 1 or single:  # a chain of tasks is run here: Dask's threads would gain nothing
-            for action, _ in graph.values():
-                action()
-        else:
-            _run_dask(graph, workers)
-        return [self.done[key] for key in self.keys()]
+    def attempt(self, task: Task) -> list[Receipt] | Exception:
+        """Run a task; errors of files and disks are returned, so that they cross processes as they are."""
+        try:
+            return task.run(self)
+        except (StorageError, OSError) as error:
+            return error
 
-    def keys(self) -> list[ShardKey]:
-        """All shards, children before their parents."""
-        grids = [level.shard_grid for level in self.levels]
-        return [(i, y, x) for i, (rows, columns) in enumerate(grids) for y in range(rows) for x in range(columns)]
-
-    def children(self, key: ShardKey) -> list[ShardKey]:
-        """Return the one to four shards of the next finer level that a shard is averaged from."""
-        level, y, x = key
-        if level == 0:
-            return []
-        rows, columns = self.levels[level - 1].shard_grid
-        return [
-            (level - 1, i, j)
-            for i in range(2 * y, min(2 * y + 2, rows))
-            for j in range(2 * x, min(2 * x + 2, columns))
-        ]
-
-    def graph(self) -> Graph:
-        """Tasks left to do, in an order in which they can be run, each with the tasks it depends on."""
-        todo = [key for key in self.keys() if key not in self.done]
-        graph: Graph = {key: (partial(self.build, key), self.children(key)) for key in todo}
-        return graph if self.bands is None else self._with_bands(graph, self.bands)
-
-    def _with_bands(self, graph: Graph, bands: Bands) -> Graph:
-        """Add the filling of each band before its shards, and its deletion after them.
-
-        A band waits for the deletion of the last but one before it, so that at most two fill the disk.
-        """
-        shard = self.levels[0].layout.shard
-        by_band: dict[int, Graph] = {}
-        for key in [key for key in self.keys() if key[0] == 0 and key in graph]:
-            band = key[1] * shard // bands.rows
-            by_band.setdefault(band, {})[key] = (graph.pop(key)[0], [("fill", band)])
-        banded: Graph = {}
-        order = list(by_band)
-        for number, band in enumerate(order):
-            after: list[Hashable] = [("drop", order[number - 2])] if number > 1 else []
-            banded[("fill", band)] = (partial(bands.fill, band), after)
-            banded |= by_band[band]
-            banded[("drop", band)] = (partial(bands.drop, band), list(by_band[band]))
-        return banded | graph
-
-    def build(self, key: ShardKey) -> None:
-        """Compute, encode and store one shard."""
-        level, y, x = key
-        info = self.levels[level]
-        pixels = self._read_source(key) if level == 0 else self._average_children(key)
-        encoded = encode_shard(pixels, info.layout)
-        receipt = self.partial.write_shard(level, y, x, encoded)
-        self.done[key] = receipt
-        self._report(key)
-
-    def _report(self, key: ShardKey) -> None:
-        """Count a finished shard and tell the progress callback, from one thread at a time."""
-        info = self.levels[key[0]]
-        pixel_bytes = info.shape[0] * info.layout.dtype.itemsize
-        with self._lock:
-            self._done_bytes += pixel_bytes * math.prod(info.shard_shape(key[1], key[2]))
-            if self.progress is not None:
-                self.progress(self._done_bytes, sum(level.nbytes for level in self.levels))
-
-    def _read_source(self, key: ShardKey) -> NDArray[Any]:
+    def read_source(self, key: ShardKey) -> NDArray[Any]:
+        """Return the (C, h, w) pixels of a shard of level 0."""
         _, y, x = key
-        info = self.levels[0]
-        source = self.bands or self.source
-        return source.read(y * info.layout.shard, x * info.layout.shard, *info.shard_shape(y, x))
+        shard = self.levels[0].layout.shard
+        return (self.bands or self.source).read(y * shard, x * shard, *self.levels[0].shard_shape(y, x))
 
-    def _average_children(self, key: ShardKey) -> NDArray[Any]:
-        level, y, x = key
-        info, finer = self.levels[level], self.levels[level - 1]
-        pixels = np.zeros((info.shape[0], *info.shard_shape(y, x)), info.layout.dtype)
-        half = finer.layout.shard // 2
-        for child in self.children(key):
-            if self.done[child].empty:
+    def read_back(self, receipt: Receipt) -> NDArray[Any] | None:
+        """Return the pixels of a shard that was made before; None for zeros."""
+        if receipt.empty:
+            return None
+        level = self.levels[receipt.level]
+        return decode_shard(self.output.read(receipt.key), level.layout, level.shard_shape(receipt.y, receipt.x))
+
+    def write(self, key: ShardKey, pixels: NDArray[Any] | None) -> Receipt:
+        """Encode and store a shard; one of zeros is not stored."""
+        encoded = None if pixels is None else encode_shard(pixels, self.levels[key[0]].layout)
+        if encoded is None or not encoded.pieces:
+            return Receipt(*key, length=0, crc32c=0, index_crc32c=0)
+        index_crc32c = int.from_bytes(encoded.pieces[-1], "little")  # ends the file
+        tag = self.output.write(shard_path(key), encoded.pieces)
+        return Receipt(*key, encoded.length, encoded.crc32c, index_crc32c, tag)
+
+
+Task = Fill | Block
+
+
+def build(
+    job: Job,
+    done: dict[ShardKey, Receipt],
+    run: Callable[[Sequence[Task], Callable[[list[Receipt]], None]], None],
+    on_made: Callable[[list[Receipt]], None],
+) -> list[Receipt]:
+    """Build every shard that is not ``done`` and return the receipts of all, finest level first.
+
+    Parameters
+    ----------
+    job
+        Levels, source and output.
+    done
+        Shards of an earlier run; the new ones are added.
+    run
+        Runs the tasks of a wave in any order, calling its second argument with what each returns.
+    on_made
+        Called in this thread with the receipts of each finished task.
+    """
+
+    def finish(receipts: list[Receipt]) -> None:
+        done.update({(r.level, r.y, r.x): r for r in receipts})
+        on_made(receipts)
+
+    for level in range(0, len(job.levels), 2):
+        blocks = _blocks(job, level, done)
+        for band, wave in _by_band(blocks, job) if level == 0 else [(None, blocks)]:
+            if job.bands is not None and band is not None:
+                run(job.bands.fills(band), finish)
+            run(wave, finish)
+            if job.bands is not None and band is not None:
+                job.bands.path(band).unlink(missing_ok=True)
+    return [done[key] for key in shard_keys(job.levels)]
+
+
+def _blocks(job: Job, level: int, done: dict[ShardKey, Receipt]) -> list[Block]:
+    """Blocks of a level that lack a shard, row by row."""
+    rows, columns = job.levels[level].shard_grid
+    blocks = []
+    for y in range(-(-rows // 2)):
+        for x in range(-(-columns // 2)):
+            own = children(job.levels, (level + 1, y, x))
+            keys = [*own, (level + 1, y, x)] if level + 1 < len(job.levels) else own
+            if all(key in done for key in keys):
                 continue
-            _, i, j = child
-            data = self.partial.read(self.done[child].key)
-            part = downsample(decode_shard(data, finer.layout, finer.shard_shape(i, j)))
-            top, left = (i - 2 * y) * half, (j - 2 * x) * half
-            pixels[:, top : top + part.shape[1], left : left + part.shape[2]] = part
-        return pixels
+            finer = tuple(done[child] for key in own for child in children(job.levels, key)) if level else ()
+            blocks.append(Block(level, y, x, finer, tuple(done[key] for key in keys if key in done)))
+    return blocks
 
 
-def _run_dask(graph: Graph, workers: int) -> None:
-    """Run a graph on threads; on an error or an interrupt, wait for the tasks in flight, start no others."""
-    from dask.threaded import get
-
-    tasks = {key: (_call, action, [d for d in needs if d in graph]) for key, (action, needs) in graph.items()}
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="storage-convert")
-    try:
-        get(tasks, list(tasks), pool=pool, num_workers=workers)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _by_band(blocks: list[Block], job: Job) -> list[tuple[int | None, list[Block]]]:
+    """Group the blocks of level 0 by the band that they are cut from; one group where there are no bands."""
+    if job.bands is None:
+        return [(None, blocks)]
+    shards = job.bands.rows // job.levels[0].layout.shard
+    bands = sorted({2 * block.y // shards for block in blocks})
+    return [(band, [block for block in blocks if 2 * block.y // shards == band]) for band in bands]
 
 
-def _call(action: Callable[[], None], _needs: object) -> None:
-    action()
+def shard_keys(levels: Sequence[LevelInfo]) -> list[ShardKey]:
+    """All shards, finest level first, row by row."""
+    grids = [level.shard_grid for level in levels]
+    return [(i, y, x) for i, (rows, columns) in enumerate(grids) for y in range(rows) for x in range(columns)]
 
 
-def downsample(pixels: NDArray[Any]) -> NDArray[Any]:
+def children(levels: Sequence[LevelInfo], key: ShardKey) -> list[ShardKey]:
+    """Return the one to four shards of the next finer level that a shard is averaged from; none at level 0."""
+    level, y, x = key
+    if level == 0:
+        return []
+    rows, columns = levels[level - 1].shard_grid
+    return [
+        (level - 1, i, j) for i in range(2 * y, min(2 * y + 2, rows)) for j in range(2 * x, min(2 * x + 2, columns))
+    ]
+
+
+def shard_path(key: ShardKey) -> str:
+    """Where a shard lies below the pyramid's root."""
+    level, y, x = key
+    return f"{level}/c/0/{y}/{x}"
+
+
+def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
     """Mean of 2x2 pixels.
 
     Parameters
     ----------
     pixels
-        (C, H, W) uint8, uint16 or float32.
+        (C, H, W) uint8, uint16, int16, float32 or float64.
+    out
+        (C, ceil(H / 2), ceil(W / 2)) of the same type, to be filled; made if None.
 
     Returns
     -------
@@ -284,7 +361,8 @@ def downsample(pixels: NDArray[Any]) -> NDArray[Any]:
     if height % 2 or width % 2:
         pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2)), mode="edge")
     channels, height, width = pixels.shape
-    out = np.empty((channels, height // 2, width // 2), pixels.dtype)
+    if out is None:
+        out = np.empty((channels, height // 2, width // 2), pixels.dtype)
     for c in range(channels):
         for y in range(0, height, BLOCK_ROWS):  # in parts that stay in the processor's cache
             _mean_2x2(pixels[c, y : y + BLOCK_ROWS], out[c, y // 2 : (y + BLOCK_ROWS) // 2])
@@ -293,13 +371,16 @@ def downsample(pixels: NDArray[Any]) -> NDArray[Any]:
 
 def _mean_2x2(pixels: NDArray[Any], out: NDArray[Any]) -> None:
     """Average (H, W) into (H / 2, W / 2), both even: first pairs of rows, which lie side by side in memory."""
+    if pixels.dtype.kind == "f":
+        quarter = pixels.dtype.type(0.25)  # scaled before they are added, so that no sum overflows
+        rows = pixels[0::2] * quarter
+        rows += pixels[1::2] * quarter
+        np.add(rows[:, 0::2], rows[:, 1::2], out=out)
+        return
     rows = np.add(pixels[0::2], pixels[1::2], dtype=SUM_TYPES[pixels.dtype.name])
     total = rows[:, 0::2] + rows[:, 1::2]
-    if total.dtype.kind == "f":
-        np.multiply(total, np.float32(0.25), out=out)
-    else:
-        total += 2
-        np.right_shift(total, 2, out=out, casting="unsafe")
+    total += 2
+    np.right_shift(total, 2, out=out, casting="unsafe")
 
 
 def _pwrite_all(fd: int, data: memoryview, position: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +22,12 @@ from storage.errors import CorruptImageError, NotAPyramidError
 from storage.shard import BloscCodec, ShardLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-FORMAT = 1  # of the nested_ats block
+FORMAT = 2  # of the nested_ats block and of what lies in shards
+SHARD_COLUMNS = ("length", "crc32c", "index_crc32c")
 AXES = ("c", "y", "x")
 DTYPES = ("uint8", "uint16", "float32")
 RGB_COLORS = ("FF0000", "00FF00", "0000FF")
@@ -39,10 +40,11 @@ _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
 
 @dataclass(frozen=True)
 class ShardTable:
-    """Length in bytes (0: absent, all zeros) and crc32c of each shard file of a level, both (rows, columns)."""
+    """What is known of each shard file of a level, all (rows, columns)."""
 
-    length: NDArray[np.int64]
-    crc32c: NDArray[np.int64]
+    length: NDArray[np.int64]  # bytes; 0: absent, all its pixels are zero
+    crc32c: NDArray[np.int64]  # of the whole file
+    index_crc32c: NDArray[np.int64]  # of the index at its end
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _omero_json(info: PyramidInfo) -> dict[str, Any]:
 def _own_json(info: PyramidInfo) -> dict[str, Any]:
     tables = [level.shards for level in info.levels]
     shards = [
-        None if table is None else {"length": table.length.ravel().tolist(), "crc32c": table.crc32c.ravel().tolist()}
+        None if table is None else {key: getattr(table, key).ravel().tolist() for key in SHARD_COLUMNS}
         for table in tables
     ]
     return {"format": FORMAT, "provenance": info.provenance, "shards": shards}
@@ -247,14 +249,13 @@ def _parse_level(dataset: dict[str, Any], array: dict[str, Any], table: Any, whe
         scale_yx=(float(scale[1]), float(scale[2])),
         translation_yx=(float(translation[1]), float(translation[2])),
     )
-    return level if table is None else with_shards(level, table["length"], table["crc32c"])
+    return level if table is None else with_shards(level, *(table[key] for key in SHARD_COLUMNS))
 
 
-def with_shards(level: LevelInfo, length: Any, crc32c: Any) -> LevelInfo:
-    """Return the level with its shard table; both arguments hold one integer per shard in row-major order."""
-    grid = level.shard_grid
-    table = ShardTable(np.array(length, np.int64).reshape(grid), np.array(crc32c, np.int64).reshape(grid))
-    return LevelInfo(level.path, level.shape, level.layout, level.scale_yx, level.translation_yx, table)
+def with_shards(level: LevelInfo, *columns: Sequence[int]) -> LevelInfo:
+    """Return the level with its shard table, each column of which has one integer per shard in row-major order."""
+    arrays = [np.array(column, np.int64).reshape(level.shard_grid) for column in columns]
+    return replace(level, shards=ShardTable(*arrays))
 
 
 def _parse_layout(array: dict[str, Any], where: str) -> ShardLayout:

@@ -1,8 +1,11 @@
-"""A pyramid being written: locked, journalled, resumable, and moved to its name in one step.
+"""A pyramid being written: locked, journalled, resumable, and whole before it has its name.
 
-Everything goes to ``NAME.partial``. Each shard is written under a temporary name, flushed to disk, renamed, and only
-then entered in the journal; a rerun trusts a journalled shard only if its file still has that length and checksum.
-The partial folder itself is the lock (``flock`` on its descriptor), so a killed converter leaves none behind.
+Two protocols say what any place to write to must do (``Output`` for the workers, ``Partial`` for the one driver);
+here is the local folder, and ``storage.object_target`` has object stores.
+
+Locally, everything goes to ``NAME.partial``. Each shard is written under a temporary name, flushed to disk, renamed,
+and only then entered in the journal; a rerun trusts a journalled shard only if its file still has that length and
+checksum. The partial folder itself is the lock (``flock`` on its descriptor), so a killed converter leaves none.
 """
 
 from __future__ import annotations
@@ -15,19 +18,18 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import google_crc32c
 
 from storage.errors import ConversionError, CorruptImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from storage.shard import EncodedShard
+    from collections.abc import Iterator, Sequence
 
 JOURNAL = "journal.jsonl"
 SCRATCH = "scratch"
+MAX_PIECES = 512  # in one call; Linux takes 1024
 _numbers = itertools.count()
 
 
@@ -38,8 +40,10 @@ class Receipt:
     level: int
     y: int
     x: int
-    length: int
-    crc32c: int
+    length: int  # bytes
+    crc32c: int  # of the whole file
+    index_crc32c: int  # of the index that ends it, which a reader can check for the price of reading the index
+    tag: str = ""  # the object store's name for these very bytes
 
     @property
     def key(self) -> str:
@@ -52,13 +56,30 @@ class Receipt:
         return self.length == 0
 
 
-class PartialPyramid:
-    """The folder ``NAME.partial`` while this process holds its lock; use ``open_partial``."""
+class Output(Protocol):
+    """Where workers write shards; picklable and thread safe."""
 
-    def __init__(self, target: Path, partial: Path) -> None:
-        self.target = target
-        self.root = partial
-        self._folders: set[Path] = set()
+    def write(self, key: str, pieces: Sequence[bytes]) -> str:
+        """Store one file durably, whole or not at all, and return the store's tag of it (local folders: none)."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """Return a file written before."""
+        ...
+
+
+class Partial(Protocol):
+    """A pyramid being written, in the hands of the one driver that holds its lock."""
+
+    @property
+    def output(self) -> Output:
+        """Where workers write."""
+        ...
+
+    @property
+    def scratch(self) -> Path:
+        """Local folder, to be made if needed, for files that need not survive."""
+        ...
 
     def resume(self, job: dict[str, Any]) -> list[Receipt]:
         """Receipts of an earlier run of the same ``job``; what another job left behind is swept.
@@ -68,51 +89,112 @@ class PartialPyramid:
         job
             JSON values that tell the source and the options; shards of another job are not reused.
         """
-        receipts = list(self._read_journal(job))
-        self._sweep({receipt.key for receipt in receipts})
-        lines = [json.dumps({"job": job}), *(json.dumps(asdict(receipt)) for receipt in receipts)]
-        self.write(JOURNAL, [line.encode() + b"\n" for line in lines])
-        return receipts
+        ...
 
-    @property
-    def scratch(self) -> Path:
-        """Folder for files that need not survive."""
-        return self.root / SCRATCH
+    def record(self, receipts: Sequence[Receipt]) -> None:
+        """Enter finished shards in the journal."""
+        ...
 
-    def write_shard(self, level: int, y: int, x: int, shard: EncodedShard) -> Receipt:
-        """Store one shard durably, then enter it in the journal; safe to call from several threads."""
-        receipt = Receipt(level, y, x, shard.length, shard.crc32c)
-        if not receipt.empty:
-            self.write(receipt.key, shard.pieces)
-        self._append(json.dumps(asdict(receipt)))
-        return receipt
+    def verify(self, receipts: Sequence[Receipt], index_bytes: int) -> None:
+        """Check that every shard is there with its length and an index whose checksum holds.
 
-    def write(self, key: str, pieces: Iterable[bytes]) -> None:
+        Raises
+        ------
+        CorruptImageError
+            A shard is missing or damaged: the disk did not keep what was written.
+        """
+        ...
+
+    def commit(self, files: dict[str, bytes], *, overwrite: bool) -> None:
+        """Write the metadata, the root's last, and give the pyramid its name."""
+        ...
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        ...
+
+
+@contextlib.contextmanager
+def open_partial(target: str) -> Iterator[Partial]:
+    """Create or take over what is being written to a folder or URL, exclusively.
+
+    Raises
+    ------
+    ConversionError
+        Another converter holds it, or the place cannot be written, or no longer.
+    """
+    if "://" in target:
+        from storage.object_target import open_object_partial
+
+        with open_object_partial(target) as remote:
+            yield remote
+    else:
+        with _open_local(Path(target)) as local:
+            yield local
+
+
+@dataclass(frozen=True)
+class LocalOutput:
+    """Files below a folder, which workers on other machines must see under the same name."""
+
+    root: Path
+
+    def write(self, key: str, pieces: Sequence[bytes]) -> str:
         """Write one file under a temporary name, flush it to disk and rename it."""
         path = self.root / key
-        if path.parent not in self._folders:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._folders.add(path.parent)
-        temporary = path.with_name(f"{path.name}.{next(_numbers)}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                file.writelines(pieces)
-                file.flush()
+            with open(temporary, "wb", buffering=0) as file:
+                _write_all(file.fileno(), pieces)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        return ""
 
     def read(self, key: str) -> bytes:
         """Return a file written before."""
         return (self.root / key).read_bytes()
 
-    def commit(self, *, overwrite: bool) -> None:
-        """Give the finished pyramid its name in one step, replacing an older one only if ``overwrite``."""
+
+class LocalPartial:
+    """The folder ``NAME.partial`` while this process holds its lock."""
+
+    def __init__(self, target: Path, root: Path) -> None:
+        self.target = target
+        self.root = root
+        self.output = LocalOutput(root)
+        self.scratch = root / SCRATCH
+
+    def resume(self, job: dict[str, Any]) -> list[Receipt]:
+        """Receipts whose file still matches; see ``Partial``."""
+        receipts = list(self._read_journal(job))
+        self._sweep({receipt.key for receipt in receipts})
+        lines = [json.dumps({"job": job}), *(json.dumps(asdict(receipt)) for receipt in receipts)]
+        self.output.write(JOURNAL, [line.encode() + b"\n" for line in lines])
+        return receipts
+
+    def record(self, receipts: Sequence[Receipt]) -> None:
+        """Append to the journal; a line that a crash cuts short is skipped later."""
+        with open(self.root / JOURNAL, "ab") as file:
+            file.writelines(json.dumps(asdict(receipt)).encode() + b"\n" for receipt in receipts)
+
+    def verify(self, receipts: Sequence[Receipt], index_bytes: int) -> None:
+        """Check lengths and index checksums; see ``Partial``."""
+        for receipt in receipts:
+            if not receipt.empty:
+                _verify(self.root / receipt.key, receipt, index_bytes)
+
+    def commit(self, files: dict[str, bytes], *, overwrite: bool) -> None:
+        """Rename the finished folder, after an older pyramid was moved away if ``overwrite``."""
+        for key, data in files.items():
+            self.output.write(key, [data])
         (self.root / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        _flush_folder(self.root)
+        for folder, _, _ in os.walk(self.root):
+            _flush_folder(Path(folder))
         old = self.target.with_name(f"{self.target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if overwrite and self.target.exists():
@@ -124,14 +206,6 @@ class PartialPyramid:
     def discard(self) -> None:
         """Remove the partial folder."""
         shutil.rmtree(self.root)
-
-    def _append(self, line: str) -> None:
-        """Append one line in one write, which keeps lines of several threads whole."""
-        fd = os.open(self.root / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            os.write(fd, line.encode() + b"\n")
-        finally:
-            os.close(fd)
 
     def _read_journal(self, job: dict[str, Any]) -> Iterator[Receipt]:
         """Receipts whose file still matches; a line cut short by a crash is skipped."""
@@ -163,21 +237,15 @@ class PartialPyramid:
 
 
 @contextlib.contextmanager
-def open_partial(target: Path) -> Iterator[PartialPyramid]:
-    """Create or take over ``target``'s partial folder, exclusively.
-
-    Raises
-    ------
-    ConversionError
-        Another converter holds it, or the place cannot be written.
-    """
+def _open_local(target: Path) -> Iterator[LocalPartial]:
+    """Create or take over ``target``'s partial folder."""
     partial = target.with_name(target.name + ".partial")
     try:
         fd = _lock(partial, target)
     except OSError as error:
         raise ConversionError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from error
     try:
-        yield PartialPyramid(target, partial)
+        yield LocalPartial(target, partial)
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
         raise ConversionError(f"{target}: writing failed ({reason}); run again to go on from here") from error
@@ -215,6 +283,17 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
+def _write_all(fd: int, pieces: Sequence[bytes]) -> None:
+    """Write many pieces with few calls, however much each call takes."""
+    waiting = [memoryview(piece) for piece in reversed(pieces)]
+    while waiting:
+        written = os.writev(fd, waiting[: -MAX_PIECES - 1 : -1])
+        while waiting and written >= len(waiting[-1]):
+            written -= len(waiting.pop())
+        if written:
+            waiting[-1] = waiting[-1][written:]
+
+
 def _flush_folder(folder: Path) -> None:
     """Make renames inside a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -224,25 +303,14 @@ def _flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def verify(partial: PartialPyramid, receipts: Iterable[Receipt], index_bytes: dict[int, int]) -> None:
-    """Check that every shard file has its length and an index whose checksum holds.
-
-    Raises
-    ------
-    CorruptImageError
-        A shard is missing or damaged: the disk did not keep what was written.
-    """
-    for receipt in receipts:
-        if receipt.empty:
-            continue
-        path = partial.root / receipt.key
-        try:
-            with open(path, "rb") as file:
-                length = file.seek(0, os.SEEK_END)
-                file.seek(-min(length, index_bytes[receipt.level]), os.SEEK_END)
-                tail = file.read()
-        except FileNotFoundError:
-            length, tail = -1, b""
-        checksum = int(google_crc32c.value(tail[:-4])).to_bytes(4, "little")
-        if length != receipt.length or checksum != tail[-4:]:
-            raise CorruptImageError(f"{path}: damaged after it was written; convert again")
+def _verify(path: Path, receipt: Receipt, index_bytes: int) -> None:
+    try:
+        with open(path, "rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(-min(length, index_bytes), os.SEEK_END)
+            tail = file.read()
+    except FileNotFoundError:
+        length, tail = -1, b""
+    checksum = google_crc32c.value(tail[:-4])
+    if length != receipt.length or checksum != receipt.index_crc32c or tail[-4:] != checksum.to_bytes(4, "little"):
+        raise CorruptImageError(f"{path}: damaged after it was written; convert again")

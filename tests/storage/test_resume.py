@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import tifffile
 
 from storage import ConversionError, ConvertOptions, MissingImageError, Slide, convert, write_pyramid
 
@@ -196,7 +198,7 @@ def test_full_disk_is_a_conversion_error_and_resumable(clean, tmp_path, small, m
 
 def test_unwritable_places_are_found_before_any_work(clean, tmp_path, small, monkeypatch):
     source, _ = clean
-    monkeypatch.setattr("storage.converter.Build.run", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("storage.converter.build", lambda *_: pytest.fail("work was begun"))
     (tmp_path / "file").touch()
     with pytest.raises(ConversionError, match="cannot be written"):
         convert(source, tmp_path / "file/p.zarr", options=small)
@@ -211,6 +213,28 @@ def test_missing_source_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_urls_as_targets_are_refused(clean, small):
-    with pytest.raises(ConversionError, match="local folders"):
-        convert(clean[0], "s3://bucket/p.zarr", options=small)
+def test_a_journal_cut_short_loses_its_last_shard_only(clean, tmp_path, small):
+    source, expected = clean
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "p.zarr", options=small, progress=interrupted(9, KeyboardInterrupt()))
+    journal = tmp_path / "p.zarr.partial/journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines)[:-5])
+    assert convert(source, tmp_path / "p.zarr", options=small).shards_reused == len(lines) - 2
+    assert contents(tmp_path / "p.zarr") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "full"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_stopped_at_every_write_and_run_again_equals_a_clean_run(tmp_path, textured, strips, how):
+    settings = {"rowsperstrip": 80, "compression": "zstd"} if strips else {"tile": (32, 32)}
+    pixels = textured((3, 100, 80)).transpose(1, 2, 0)
+    tifffile.imwrite(tmp_path / "image.tif", pixels, photometric="rgb", **settings)
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "tests/storage/kill_loop.py", how, tmp_path / "image.tif", tmp_path / "work"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    stops, reused = map(int, done.stdout.split())
+    assert stops > 60
+    assert reused > stops // 2

@@ -1,0 +1,162 @@
+"""Where the tasks of a conversion run: threads, processes or a cluster of Dask, or whatever the caller brings.
+
+All of them run the same picklable tasks (``storage.build``) and hand receipts back to the one driver, which alone
+keeps the journal. Processes and clusters must see the source and the target under the same names.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor as FuturesExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import ConversionError
+
+if TYPE_CHECKING:
+    from storage.build import Job, Task
+    from storage.target import Receipt
+
+CustomExecutor = Callable[[Callable[[], Callable[[Any], Any]], Sequence[Any]], Iterable[Any]]
+"""``executor(make_worker, items)``: call ``make_worker()`` once in each worker, give each item to the function that
+it returned, and yield the results in any order. Both arguments are picklable, and so are results."""
+
+CONNECT_TIMEOUT_S = 10.0
+Executor = str | CustomExecutor
+Finish = Callable[["list[Receipt]"], None]
+Run = Callable[["Sequence[Task]", Finish], None]
+Work = Callable[[Any], Any]  # from a task to its receipts, or the error it met
+Take = Callable[[Any], None]
+Spread = Callable[["Sequence[Task]", Take], None]
+
+
+@contextmanager
+def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
+    """Give a function that runs the tasks of a wave, calling back with the receipts of each.
+
+    Parameters
+    ----------
+    executor
+        "threads", "processes", the address of a ``distributed`` scheduler (``tcp://host:port``), or a function as
+        described at ``CustomExecutor``.
+    workers
+        Threads or processes; clusters have their own number.
+    job
+        What the tasks need.
+
+    Raises
+    ------
+    ConversionError
+        The cluster does not answer or lost its workers.
+    """
+    if callable(executor):
+        yield partial(_run, job, partial(_custom, executor, partial(partial, run_pickled, pickle.dumps(job))))
+    elif executor == "threads":
+        with _pool(ThreadPoolExecutor(workers, thread_name_prefix="storage-convert")) as pool:
+            yield partial(_run, job, partial(_dask_threads, pool, job.attempt))
+    elif executor == "processes":
+        import multiprocessing
+
+        with _pool(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))) as pool:
+            yield partial(_run, job, partial(_dask_processes, pool, partial(run_pickled, pickle.dumps(job))))
+    elif "://" in executor:
+        with _client(executor) as client:
+            yield partial(_run, job, partial(_dask_cluster, client, partial(run_pickled, pickle.dumps(job))))
+    else:
+        raise ValueError(f"executor must be threads, processes, tcp://host:port or a function, not {executor!r}")
+
+
+def _run(job: Job, spread: Spread, tasks: Sequence[Task], finish: Finish) -> None:
+    """Run a wave; a single task is run here, as nothing would be gained elsewhere."""
+
+    def take(answer: list[Receipt] | Exception) -> None:
+        if isinstance(answer, Exception):
+            raise answer
+        finish(answer)
+
+    if len(tasks) == 1:
+        take(job.attempt(tasks[0]))
+    elif tasks:
+        spread(tasks, take)
+
+
+@contextmanager
+def _pool(pool: FuturesExecutor) -> Iterator[FuturesExecutor]:
+    """On an error or an interrupt, wait for the tasks in flight and start no others."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_pickled(job: bytes, task: Task) -> list[Receipt] | Exception:
+    """Run a task of a pickled job."""
+    return _load(job).attempt(task)
+
+
+@lru_cache(maxsize=1)
+def _load(job: bytes) -> Job:
+    loaded: Job = pickle.loads(job)  # noqa: S301  made by the driver of this very conversion
+    return loaded
+
+
+def _dask_threads(pool: FuturesExecutor, work: Work, tasks: Sequence[Task], take: Take) -> None:
+    from dask.threaded import get
+
+    get(_flat(work, tasks), list(range(len(tasks))), pool=pool, callbacks=[_after_each(take)])
+
+
+def _dask_processes(pool: FuturesExecutor, work: Work, tasks: Sequence[Task], take: Take) -> None:
+    from dask.multiprocessing import get
+
+    keys = list(range(len(tasks)))
+    get(_flat(work, tasks), keys, pool=pool, optimize_graph=False, callbacks=[_after_each(take)])
+
+
+def _flat(work: Work, tasks: Sequence[Task]) -> dict[int, Any]:
+    """Tasks without dependencies as a graph of Dask."""
+    return {number: (work, task) for number, task in enumerate(tasks)}
+
+
+def _after_each(take: Take) -> Any:
+    """Dask's callback after each task, in the driver's thread."""
+    from dask.callbacks import Callback, normalize_callback
+
+    return normalize_callback(Callback(posttask=lambda _key, answer, *_state: take(answer)))
+
+
+def _custom(executor: CustomExecutor, make_worker: Callable[[], Work], tasks: Sequence[Task], take: Take) -> None:
+    for answer in executor(make_worker, tasks):
+        take(answer)
+
+
+@contextmanager
+def _client(address: str) -> Iterator[Any]:
+    try:
+        from distributed import Client  # type: ignore[attr-defined]
+        from distributed.scheduler import KilledWorker
+    except ImportError:
+        raise ConversionError(f"{address}: needs Dask's scheduler; pip install distributed") from None
+    try:
+        client = Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{address}: no Dask scheduler answers there ({error})") from error
+    try:
+        with client:
+            yield client
+    except KilledWorker as error:
+        raise ConversionError(f"{address}: workers died again and again ({error})") from error
+
+
+def _dask_cluster(client: Any, work: Work, tasks: Sequence[Task], take: Take) -> None:
+    from distributed import as_completed
+
+    futures = client.map(work, tasks, pure=False)
+    try:
+        for _, answer in as_completed(futures, with_results=True):
+            take(answer)
+    finally:
+        client.cancel(futures)

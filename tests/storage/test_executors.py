@@ -1,0 +1,109 @@
+"""Threads, processes, a Dask cluster and a caller's own executor write the same bytes and raise the same errors."""
+
+import multiprocessing
+import pickle
+import socket
+
+import pytest
+import tifffile
+
+from storage import ConversionError, ConvertOptions, CorruptImageError, Slide, convert
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def clean(tiff, tmp_path, small):
+    """Source, and the files of its pyramid as one thread makes them."""
+    source, _ = tiff(300, 200)
+    (tmp_path / "clean").mkdir()
+    convert(source, tmp_path / "clean/p.zarr", options=small, workers=1)
+    return source, contents(tmp_path / "clean/p.zarr")
+
+
+@pytest.fixture
+def damage(tiff):
+    """A TIFF, the tile (1, 1) of which does not decode."""
+    path, _ = tiff(300, 200, name="damaged.tif")
+    with tifffile.TiffFile(path) as tif:
+        offset = tif.pages[0].dataoffsets[5]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 16] = b"\xff" * 16
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """Address of a Dask cluster of two processes on this machine."""
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+def pooled(make_worker, items):
+    """An executor of one's own: two spawned processes, answers as they come, everything pickled."""
+    make_worker, items = pickle.loads(pickle.dumps((make_worker, items)))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        yield from pool.imap_unordered(make_worker(), items)
+
+
+@pytest.mark.parametrize("executor", ["processes", "dask", pooled])
+def test_other_executors_write_the_same_bytes(clean, tmp_path, small, executor, request):
+    source, expected = clean
+    executor = request.getfixturevalue("scheduler") if executor == "dask" else executor
+    seen = []
+    report = convert(
+        source,
+        tmp_path / "p.zarr",
+        options=small,
+        executor=executor,
+        workers=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert contents(tmp_path / "p.zarr") == expected
+    assert len(seen) == report.shards
+    assert seen[-1] == (report.raw_bytes, report.raw_bytes)
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes", "dask", pooled])
+def test_errors_of_workers_arrive_as_they_are_and_leave_what_was_done(damage, tmp_path, small, executor, request):
+    executor = request.getfixturevalue("scheduler") if executor == "dask" else executor
+    with pytest.raises(CorruptImageError, match=r"damaged\.tif: segment \(1, 1\) of level 0 does not decode"):
+        convert(damage, tmp_path / "p.zarr", options=small, executor=executor, workers=2)
+    assert not (tmp_path / "p.zarr").exists()
+    assert (tmp_path / "p.zarr.partial").exists()
+
+
+def test_strips_are_banded_in_other_processes(tmp_path, textured, small):
+    pixels = textured((3, 300, 200))
+    tifffile.imwrite(
+        tmp_path / "s.tif", pixels.transpose(1, 2, 0), rowsperstrip=20, compression="zstd", photometric="rgb"
+    )
+    convert(tmp_path / "s.tif", tmp_path / "p.zarr", options=small, executor="processes", workers=2)
+    with Slide(tmp_path / "p.zarr") as slide:
+        assert (slide.read(0, (0, 0, 300, 200)) == pixels).all()
+
+
+def test_a_scheduler_that_does_not_answer(clean, tmp_path, small, monkeypatch):
+    monkeypatch.setattr("storage.executors.CONNECT_TIMEOUT_S", 0.5)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConversionError, match="no Dask scheduler answers"):
+            convert(clean[0], tmp_path / "p.zarr", options=small, executor=address)
+
+
+def test_unknown_executors_are_programming_errors(clean, tmp_path, small):
+    with pytest.raises(ValueError, match="threads, processes"):
+        convert(clean[0], tmp_path / "p.zarr", options=small, executor="magic")
+
+
+def test_a_wave_larger_than_the_workers_keeps_few_tasks_in_flight(tmp_path, textured):
+    """Level 0 of 60 blocks over 2 threads: the driver hands out tasks as workers come free, and all are done."""
+    tifffile.imwrite(tmp_path / "i.tif", textured((1, 600, 400))[0], tile=(32, 32))
+    options = ConvertOptions(chunk=16, shard=32, min_level_size=32)
+    assert convert(tmp_path / "i.tif", tmp_path / "p.zarr", options=options, workers=2).shards > 300
