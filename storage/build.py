@@ -1,9 +1,9 @@
 """Builds the shards of a pyramid in waves of small tasks that can run anywhere.
 
-A task makes up to 2x2 shards of one level and the shard of the next level that is their average, so that pixels are
-decoded and averaged while they are in memory and only every second level is read back. Tasks of a wave depend on
-files of earlier waves only, never on each other; they are picklable, hand back receipts and no pixels, and can be
-repeated. Memory is thus a few shards per worker whatever the image's size, and any executor can run them: see
+A task makes shards of one level and, in a large image, the shard of the next level that is the average of 2x2 of
+them, so that pixels are averaged while they are in memory and only every second level is read back. Tasks of a wave
+depend on files of earlier waves only, never on each other; they are picklable, hand back receipts and no pixels, and
+can be repeated. Memory is thus a few shards per worker whatever the image's size, and any executor can run them: see
 ``storage.executors``. A compressed TIFF in long strips is first decoded, band by band, to scratch files.
 
 Shape letters: C channels, H height, W width.
@@ -11,6 +11,7 @@ Shape letters: C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from storage.target import Output
 
 ShardKey = tuple[int, int, int]  # level, row, column
+PAIRED_SHARDS = 64  # of level 0, from which on there are tasks enough for tasks of five shards
 BLOCK_ROWS = 128  # averaged at once
 SUM_TYPES = {"uint8": np.uint16, "uint16": np.uint32, "int16": np.int32}  # of four pixels; floats keep their type
 BAND_READ_BYTES = 32 * 2**20  # decoded at once when a band is filled
@@ -156,53 +158,51 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Task: make up to 2x2 shards of ``level`` and the shard (y, x) of the next level, their average.
+    """Task: make neighbouring shards of one level and, unless ``parent`` is None, the shard that is their average.
 
-    ``finer`` are the receipts of the shards of the level before, of which those of ``level`` are made (none at level
-    0); ``done`` those of the block's own shards that an earlier run has made, which are read instead.
+    ``finer`` are the receipts of the shards of the level before, of which ``keys`` are made (none at level 0);
+    ``done`` those of the block's own shards that an earlier run has made, which are read instead.
     """
 
-    level: int
-    y: int
-    x: int
-    finer: tuple[Receipt, ...] = ()
-    done: tuple[Receipt, ...] = ()
+    keys: tuple[ShardKey, ...]
+    parent: ShardKey | None
+    finer: tuple[Receipt, ...]
+    done: tuple[Receipt, ...]
 
     def run(self, job: Job) -> list[Receipt]:
         """Make the shards that are missing and return their receipts."""
         done = {(r.level, r.y, r.x): r for r in self.done}
+        finer = {(r.level, r.y, r.x): r for r in self.finer}
         made: list[Receipt] = []
-        parent = Average(job, self.level + 1, self.y, self.x) if self.level + 1 < len(job.levels) else None
-        for key in children(job.levels, (self.level + 1, self.y, self.x)):
+        average = Average(job, self.parent) if self.parent else None
+        for key in self.keys:
             if key in done:
                 pixels = job.read_back(done[key])
             else:
-                pixels = self._pixels(job, key)
+                pixels = _average(job, key, finer) if key[0] else job.read_source(key)
                 made.append(job.write(key, pixels))
-            if parent is not None:
-                parent.add(key, pixels)
-        if parent is not None and parent.key not in done:
-            made.append(job.write(parent.key, parent.pixels))
+            if average is not None:
+                average.add(key, pixels)
+        if average is not None and average.key not in done:
+            made.append(job.write(average.key, average.pixels))
         return made
 
-    def _pixels(self, job: Job, key: ShardKey) -> NDArray[Any] | None:
-        """Pixels of one shard of ``level``, from the source or from the level before."""
-        if self.level == 0:
-            return job.read_source(key)
-        average = Average(job, *key)
-        finer = {(r.level, r.y, r.x): r for r in self.finer}
-        for child in children(job.levels, key):
-            average.add(child, job.read_back(finer[child]))
-        return average.pixels
+
+def _average(job: Job, key: ShardKey, finer: dict[ShardKey, Receipt]) -> NDArray[Any] | None:
+    """Pixels of a shard from the files of the finer level."""
+    average = Average(job, key)
+    for child in children(job.levels, key):
+        average.add(child, job.read_back(finer[child]))
+    return average.pixels
 
 
 class Average:
     """A shard filled with the averages of those of the finer level; ``pixels`` is None while all are zeros."""
 
-    def __init__(self, job: Job, level: int, y: int, x: int) -> None:
-        self.key = (level, y, x)
+    def __init__(self, job: Job, key: ShardKey) -> None:
+        self.key = key
         self.pixels: NDArray[Any] | None = None
-        self._info = job.levels[level]
+        self._info = job.levels[key[0]]
 
     def add(self, child: ShardKey, pixels: NDArray[Any] | None) -> None:
         """Average the (C, h, w) pixels of one of the four; None stands for zeros."""
@@ -283,8 +283,9 @@ def build(
         done.update({(r.level, r.y, r.x): r for r in receipts})
         on_made(receipts)
 
-    for level in range(0, len(job.levels), 2):
-        blocks = _blocks(job, level, done)
+    step = 2 if math.prod(job.levels[0].shard_grid) >= PAIRED_SHARDS else 1
+    for level in range(0, len(job.levels), step):
+        blocks = _blocks(job, level, done, paired=step == 2)
         for band, wave in _by_band(blocks, job) if level == 0 else [(None, blocks)]:
             if job.bands is not None and band is not None:
                 run(job.bands.fills(band), finish)
@@ -294,18 +295,20 @@ def build(
     return [done[key] for key in shard_keys(job.levels)]
 
 
-def _blocks(job: Job, level: int, done: dict[ShardKey, Receipt]) -> list[Block]:
-    """Blocks of a level that lack a shard, row by row."""
-    rows, columns = job.levels[level].shard_grid
+def _blocks(job: Job, level: int, done: dict[ShardKey, Receipt], *, paired: bool) -> list[Block]:
+    """Blocks of a level that lack a shard: 2x2 shards and their parent if ``paired``, else single shards."""
+    last = level == len(job.levels) - 1
+    rows, columns = job.levels[level if last or not paired else level + 1].shard_grid
     blocks = []
-    for y in range(-(-rows // 2)):
-        for x in range(-(-columns // 2)):
-            own = children(job.levels, (level + 1, y, x))
-            keys = [*own, (level + 1, y, x)] if level + 1 < len(job.levels) else own
-            if all(key in done for key in keys):
+    for y in range(rows):
+        for x in range(columns):
+            parent = None if last or not paired else (level + 1, y, x)
+            keys = tuple(children(job.levels, parent)) if parent else ((level, y, x),)
+            own = (*keys, parent) if parent else keys
+            if all(key in done for key in own):
                 continue
-            finer = tuple(done[child] for key in own for child in children(job.levels, key)) if level else ()
-            blocks.append(Block(level, y, x, finer, tuple(done[key] for key in keys if key in done)))
+            finer = tuple(done[child] for key in keys for child in children(job.levels, key))
+            blocks.append(Block(keys, parent, finer, tuple(done[key] for key in own if key in done)))
     return blocks
 
 
@@ -314,8 +317,8 @@ def _by_band(blocks: list[Block], job: Job) -> list[tuple[int | None, list[Block
     if job.bands is None:
         return [(None, blocks)]
     shards = job.bands.rows // job.levels[0].layout.shard
-    bands = sorted({2 * block.y // shards for block in blocks})
-    return [(band, [block for block in blocks if 2 * block.y // shards == band]) for band in bands]
+    bands = sorted({block.keys[0][1] // shards for block in blocks})
+    return [(band, [block for block in blocks if block.keys[0][1] // shards == band]) for band in bands]
 
 
 def shard_keys(levels: Sequence[LevelInfo]) -> list[ShardKey]:

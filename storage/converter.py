@@ -20,6 +20,7 @@ import numpy as np
 from storage.build import ArraySource, Bands, Job, PixelSource, build
 from storage.errors import ConversionError, NotAPyramidError, StorageError, TransferError
 from storage.executors import Executor, open_executor
+from storage.files import fingerprint
 from storage.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, parse_pyramid, with_shards
 from storage.shard import BloscCodec, ShardLayout
 from storage.stores import open_store
@@ -116,11 +117,11 @@ def convert(
     ConversionError
         The target exists, is being written by another process, or cannot be written.
     """
-    from storage.tiff import TiffImage as open_image  # TEMPORARY
+    from storage.raster import open_image
 
     options = options or ConvertOptions()
     place = os.fspath(target)
-    with open_image(source) as image:
+    with open_image(source, allow_sparse=options.allow_sparse) as image:
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
         info = _plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit="micrometer" if mpp_yx else None)
         info = replace(
@@ -372,14 +373,6 @@ def _report(info: PyramidInfo, target: str, started: float, *, reused: int | Non
         seconds=time.perf_counter() - started,
         up_to_date=reused is None,
     )
-
-
-def fingerprint(path):  # type: ignore  # TEMPORARY until storage/files.py exists
-    import hashlib
-
-    data = Path(path).read_bytes()
-    stat = os.stat(path)
-    return {"name": Path(path).name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ends_sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _value_range(array: NDArray[Any]) -> tuple[float, float]:

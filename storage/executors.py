@@ -136,7 +136,7 @@ def _custom(executor: CustomExecutor, make_worker: Callable[[], Work], tasks: Se
 @contextmanager
 def _client(address: str) -> Iterator[Any]:
     try:
-        from distributed import Client  # type: ignore[attr-defined]
+        from distributed import Client
         from distributed.scheduler import KilledWorker
     except ImportError:
         raise ConversionError(f"{address}: needs Dask's scheduler; pip install distributed") from None
@@ -145,7 +145,7 @@ def _client(address: str) -> Iterator[Any]:
     except (OSError, ValueError) as error:
         raise ConversionError(f"{address}: no Dask scheduler answers there ({error})") from error
     try:
-        with client:
+        with client, client.as_current():
             yield client
     except KilledWorker as error:
         raise ConversionError(f"{address}: workers died again and again ({error})") from error
