@@ -8,20 +8,27 @@ TIFF 6.0, section 2; BigTIFF: https://www.awaresystems.be/imaging/tiff/bigtiff.h
 
 from __future__ import annotations
 
-import os
 import struct
 from typing import TYPE_CHECKING
 
 from storage.errors import CorruptImageError, UnsupportedImageError
 
 if TYPE_CHECKING:
+    from storage.files import BlockReader
     from storage.limits import Limits
 
 # Bytes per value of each TIFF field type; unknown types count as one byte.
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
-def check_directories(fd: int, name: str, limits: Limits) -> None:
+NDPI_TAG = (65420).to_bytes(2, "little")  # NDPI is always little-endian
+REWRITE_SLIDE = (
+    "rewrite it as a tiled TIFF (with a libvips that has OpenSlide: "
+    "vips tiffsave IN OUT --tile --bigtiff --compression jpeg)"
+)
+
+
+def check_directories(reader: BlockReader, limits: Limits) -> None:
     """Walk the main chain of image file directories.
 
     Raises
@@ -31,14 +38,15 @@ def check_directories(fd: int, name: str, limits: Limits) -> None:
     CorruptImageError
         A directory or a tag points past the end of the file, or the chain is circular.
     """
-    size = os.fstat(fd).st_size
-    head = os.pread(fd, 16, 0)
+    name, size = reader.file.location, reader.file.size
+    head = reader.read_at(0, 16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     version = struct.unpack(order + "H", head[2:4])[0] if order and len(head) >= 8 else 0
     if order is None or version not in (42, 43):
-        raise UnsupportedImageError(
-            f"{name}: {'empty file' if not size else 'not a TIFF file; give TIFF, BigTIFF, OME-TIFF or SVS'}"
-        )
+        what = "empty file" if not size else "not a TIFF file; give TIFF, BigTIFF, OME-TIFF or SVS"
+        raise UnsupportedImageError(f"{name}: {what}")
+    if version == 42 and _is_ndpi(reader, head):
+        raise UnsupportedImageError(f"{name}: NDPI is not read; {REWRITE_SLIDE}")
     big = version == 43
     if big and len(head) < 16:
         raise CorruptImageError(f"{name}: truncated in its header")
@@ -50,23 +58,34 @@ def check_directories(fd: int, name: str, limits: Limits) -> None:
         if len(seen) >= limits.ifds:
             raise UnsupportedImageError(f"{name}: more than {limits.ifds} image directories")
         seen.add(offset)
-        offset = _check_directory(fd, name, offset, order, big=big, size=size, limits=limits)
+        offset = _check_directory(reader, offset, order, big=big, limits=limits)
     if not seen:
         raise CorruptImageError(f"{name}: a TIFF header without an image")
 
 
-def _check_directory(fd: int, name: str, offset: int, order: str, *, big: bool, size: int, limits: Limits) -> int:
+def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
+    """Tell whether the first directory has Hamamatsu's tag; beyond 4 GB its offset has eight bytes, as no TIFF's."""
+    for offset in (int.from_bytes(head[4:8], "little"), int.from_bytes(head[4:12], "little")):
+        count = int.from_bytes(reader.read_at(offset, 2), "little")
+        entries = reader.read_at(offset + 2, 12 * count)
+        if any(entries[i : i + 2] == NDPI_TAG for i in range(0, len(entries), 12)):
+            return True
+    return False
+
+
+def _check_directory(reader: BlockReader, offset: int, order: str, *, big: bool, limits: Limits) -> int:
     """Check one directory and return the offset of the next, 0 at the end."""
+    name, size = reader.file.location, reader.file.size
     count_format, entry_format, next_format = ("Q", "HHQ8x", "Q") if big else ("H", "HHI4x", "I")
     count_bytes, entry_bytes = struct.calcsize("<" + count_format), struct.calcsize("<" + entry_format)
-    head = os.pread(fd, count_bytes, offset) if offset < size else b""
+    head = reader.read_at(offset, count_bytes) if offset < size else b""
     if len(head) < count_bytes:
         raise CorruptImageError(f"{name}: truncated, an image directory lies past the end of the file")
     count = struct.unpack(order + count_format, head)[0]
     if count > limits.ifd_entries:
         raise UnsupportedImageError(f"{name}: {count} tags in one image directory")
     tail_bytes = struct.calcsize("<" + next_format)
-    body = os.pread(fd, count * entry_bytes + tail_bytes, offset + count_bytes)
+    body = reader.read_at(offset + count_bytes, count * entry_bytes + tail_bytes)
     if len(body) < count * entry_bytes + tail_bytes:
         raise CorruptImageError(f"{name}: truncated inside an image directory")
     for tag, kind, values in struct.iter_unpack(order + entry_format, body[: count * entry_bytes]):

@@ -49,8 +49,8 @@ def test_truncated_anywhere(tiff, tmp_path, bigtiff):
 @pytest.mark.parametrize(
     ("tag", "edit", "error"),
     [
-        (TAG_OFFSETS, lambda v: [0, *v[1:]], UnsupportedImageError),
-        (TAG_COUNTS, lambda v: [*v[:-1], 0], UnsupportedImageError),
+        (TAG_OFFSETS, lambda v: [0, *v[1:]], CorruptImageError),
+        (TAG_COUNTS, lambda v: [*v[:-1], 0], CorruptImageError),
         (TAG_OFFSETS, lambda v: [*v[:-1], 2**31], CorruptImageError),
         (TAG_COUNTS, lambda v: [*v[:-1], 65535], CorruptImageError),
         (TAG_OFFSETS, lambda v: [v[0], v[0] + 1, *v[2:]], CorruptImageError),
@@ -82,7 +82,7 @@ def test_claim_of_a_huge_image_with_few_tiles(tiff, size):
 
 def test_one_huge_blank_strip(tiff, textured, tmp_path):
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((4000, 4000), np.uint8), rowsperstrip=4000, compression="deflate")
-    with pytest.raises(UnsupportedImageError, match="rewrite it with tiles"):
+    with pytest.raises(UnsupportedImageError, match="rewrite it as a tiled TIFF"):
         TiffImage(tmp_path / "b.tif", limits=Limits(segment_bytes=2**20))
     with pytest.raises(UnsupportedImageError, match="claims"):
         TiffImage(tmp_path / "b.tif", limits=Limits(ratio=100, ratio_free_bytes=2**20))
@@ -113,17 +113,9 @@ def test_too_many_directories(tmp_path):
 @pytest.mark.parametrize(
     ("pixels", "settings", "reason"),
     [
-        (np.zeros((40, 40), np.int16), {}, "int16"),
-        (np.zeros((40, 40), np.float64), {}, "float64"),
         (np.zeros((40, 40), bool), {}, "bits|bool"),
-        (
-            np.zeros((40, 40), np.uint8),
-            {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)},
-            "photometric",
-        ),
-        (np.zeros((40, 40, 4), np.uint8), {"photometric": "separated"}, "photometric"),
         (np.zeros((40, 40, 70), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "channels"),
-        (np.zeros((40, 40, 3), np.uint8), {"photometric": "rgb", "compression": "webp"}, "compression"),
+        (np.zeros((40, 40, 3), np.uint8), {"photometric": "rgb", "compression": "jpegxl"}, "compression"),
         (
             np.zeros((16, 40, 40), np.uint8),
             {"photometric": "minisblack", "volumetric": True, "tile": (16, 16, 16)},

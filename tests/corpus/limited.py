@@ -1,0 +1,125 @@
+"""Opens and reads images under a memory limit, one request a line; run as a process of its own by ``test_corpus``.
+
+A request is `{"path": ...}`, answered by what became of the file, or `{"fuzz": seed, "first": n, "count": k}`,
+answered by the outcomes of its mutations n to n + k. Every answer is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import tifffile
+
+import storage.tiff
+from storage import StorageError, open_image
+
+ADDRESS_SPACE = 1536 * 2**20  # above what the imports took
+SAFE_BYTES = 128 * 2**20  # larger images are only read in part
+
+
+def memory(field: str) -> int:
+    """A line of the process's status in bytes: VmRSS now, VmHWM its peak, VmSize with what is only reserved."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+class Meter:
+    """Growth of the resident set's peak, in bytes, and processor seconds since it was made."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.before, self.start = memory("VmRSS"), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"growth": memory("VmHWM") - self.before, "seconds": time.process_time() - self.start}
+
+
+def reference(path: Path) -> np.ndarray:
+    """(C, H, W) pixels as the reference decoders give them."""
+    data = path.read_bytes()
+    if data.startswith((b"II", b"MM")):
+        pixels = tifffile.imread(path)
+        with tifffile.TiffFile(path) as tif:
+            axes = tif.series[0].axes
+    else:
+        pixels = imagecodecs.imread(path)
+        axes = "YXS"[: pixels.ndim]
+    if pixels.ndim == 2:
+        return pixels[None]
+    return pixels.transpose(2, 0, 1) if axes == "YXS" else pixels
+
+
+def look(path: Path) -> dict[str, Any]:
+    """Open a file and read its pixels."""
+    meter = Meter()
+    answer: dict[str, Any] = {"outcome": "refused", "message": ""}
+    try:
+        with open_image(path) as image:
+            answer |= {"outcome": "damaged", "first_look": meter.read()}
+            side = 10**9 if image.nbytes <= SAFE_BYTES else 64
+            pixels = image.read(0, 0, min(side, image.shape[1]), min(side, image.shape[2]))
+            answer |= {"outcome": "read", "nbytes": image.nbytes}
+    except StorageError as error:
+        answer["message"] = str(error)
+    except BaseException as error:  # noqa: BLE001  what must never happen is told, not raised
+        return answer | {"outcome": f"{type(error).__name__}: {error}"}
+    answer.setdefault("first_look", meter.read())
+    answer |= {"whole": meter.read()}
+    if answer["outcome"] == "read" and side == 10**9:
+        answer["equal"] = bool(np.array_equal(pixels, reference(path), equal_nan=pixels.dtype.kind == "f"))
+    return answer
+
+
+def mutate(data: bytes, number: int) -> bytes:
+    """Change a few bytes: half of the times near the start, where headers are, else anywhere."""
+    chance = random.Random(number)
+    out = bytearray(data)
+    end = min(600, len(out)) if chance.random() < 0.5 else len(out)
+    for _ in range(chance.randint(1, 4)):
+        out[chance.randrange(4, end)] = chance.choice([0, 1, 127, 128, 255, chance.randrange(256)])
+    if chance.random() < 0.1:
+        del out[chance.randrange(8, len(out)) :]
+    return bytes(out)
+
+
+def fuzz(seed: Path, first: int, count: int) -> dict[str, Any]:
+    """Look at mutations of a seed; the last one stays in a file, should this process die of it."""
+    data, path = seed.read_bytes(), seed.with_name(f"mutated-{seed.name}")
+    outcomes: Counter[str] = Counter()
+    wrong = []
+    for number in range(first, first + count):
+        path.write_bytes(mutate(data, number))
+        answer = look(path)
+        outcomes[answer["outcome"]] += 1
+        named = answer["outcome"] == "read" or path.name in answer["message"]
+        if not named or answer.get("equal") is False:
+            wrong.append((number, answer))
+    return {"outcomes": outcomes, "wrong": wrong}
+
+
+def main() -> None:
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    assert storage.tiff  # imported before the limit is set
+    limit = memory("VmSize") + ADDRESS_SPACE
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "path" in request:
+            answer = look(Path(request["path"]))
+        else:
+            answer = fuzz(Path(request["fuzz"]), request["first"], request["count"])
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

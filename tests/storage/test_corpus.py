@@ -1,0 +1,144 @@
+"""Every bad input of `tests/corpus`, and sound ones with bytes changed, in a process of little memory and time."""
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage import Slide, StorageError, convert, open_image
+
+CORPUS = Path(__file__).parent.parent / "corpus"
+SECONDS = 60.0  # for one request, on a busy machine
+MAX_GROWTH = 256 * 2**20  # bytes above the imports, at the first look
+ACCEPTED = {
+    "refused": {"refused"},
+    "damaged": {"refused", "damaged"},
+    "read": {"read"},
+    "any": {"refused", "damaged", "read"},
+}
+
+
+class Limited:
+    """A process that looks at files; started anew when one has killed it."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, **request):
+        """Return the answer, or what became of the process."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, CORPUS / "limited.py"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            line = self.process.stdout.readline() if selector.select(SECONDS) else ""
+        if line:
+            return json.loads(line)
+        self.close()
+        return {"outcome": "the process died or hung", "wrong": [request]}
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def limited():
+    process = Limited()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    subprocess.run([sys.executable, CORPUS / "make_corpus.py", folder], check=True, capture_output=True)
+    return folder
+
+
+def test_every_bad_input_ends_in_an_error_of_ours_or_in_the_right_pixels(limited, corpus):
+    expected = json.loads((corpus / "corpus.json").read_text())
+    assert len(expected) > 150
+    wrong = []
+    for name, outcome in expected.items():
+        answer = limited.ask(path=str(corpus / name))
+        sound = answer["outcome"] in ACCEPTED[outcome] and answer.get("equal", True)
+        named = answer["outcome"] == "read" or name in answer.get("message", "")
+        cheap = answer.get("first_look", {"growth": 0})["growth"] < MAX_GROWTH
+        if not (sound and named and cheap):
+            wrong.append((name, outcome, answer))
+    assert wrong == []
+
+
+def test_refusals_take_no_time(limited, corpus):
+    """Processor seconds of the first look, which another process on the machine does not lengthen."""
+    expected = json.loads((corpus / "corpus.json").read_text())
+    refused = [name for name, outcome in expected.items() if outcome == "refused"]
+    seconds = {name: limited.ask(path=str(corpus / name))["first_look"]["seconds"] for name in refused}
+    assert {name: value for name, value in seconds.items() if value >= 1.0} == {}
+
+
+def test_bad_inputs_leave_no_pyramid(corpus, tmp_path):
+    expected = json.loads((corpus / "corpus.json").read_text())
+    for name in [name for name, outcome in expected.items() if outcome in ("refused", "damaged")]:
+        with pytest.raises(StorageError, match=name):
+            convert(corpus / name, tmp_path / "p.zarr")
+        assert not (tmp_path / "p.zarr").exists()
+
+
+def test_sound_inputs_become_sound_pyramids(corpus, tmp_path):
+    """Their pixels as ``open_image`` gives them, which the first test holds against the reference decoders."""
+    expected = json.loads((corpus / "corpus.json").read_text())
+    sound = [name for name, outcome in expected.items() if outcome == "read"]
+    assert len(sound) > 15
+    for number, name in enumerate(sound):
+        report = convert(corpus / name, tmp_path / f"{number}.zarr")
+        with open_image(corpus / name) as image, Slide(tmp_path / f"{number}.zarr") as slide:
+            box = (0, 0, *image.shape[1:])
+            np.testing.assert_array_equal(slide.read(0, box), image.read(*box), err_msg=name)
+            assert (report.shape, report.dtype) == (image.shape, image.dtype.name)
+
+
+SEEDS = [
+    "deflate.tif", "big.tif", "lzw.tif", "jpeg.tif", "jpeg2000.tif", "webp.tif", "webp-lossy.tif", "zstd.tif",
+    "packbits.tif", "lzma.tif", "image.ome.tif", "image.png", "image.jpg", "progressive.jpg",
+]  # fmt: skip
+
+
+def assert_only_errors_of_ours(limited, seed, count):
+    counts = {"read": 0, "refused": 0, "damaged": 0}
+    for first in range(0, count, 50):
+        answer = limited.ask(fuzz=str(seed), first=first, count=50)
+        assert answer["wrong"] == []
+        for outcome, number in answer["outcomes"].items():
+            counts[outcome] += number
+    assert sum(counts.values()) == count
+    assert counts["refused"] + counts["damaged"] > count // 10
+
+
+def test_the_seeds_are_those_of_the_corpus(corpus):
+    assert {path.name for path in (corpus / "seeds").iterdir() if "mutated" not in path.name} == set(SEEDS)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_changed_bytes_raise_only_errors_of_ours(limited, corpus, name):
+    assert_only_errors_of_ours(limited, corpus / "seeds" / name, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEEDS)
+def test_more_changed_bytes_raise_only_errors_of_ours(limited, corpus, name):
+    assert_only_errors_of_ours(limited, corpus / "seeds" / name, 1000)

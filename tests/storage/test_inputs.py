@@ -1,0 +1,657 @@
+"""Every kind of input that is read: the same pixels as the reference decoder, from a path or a URL."""
+
+import io
+import itertools
+import os
+import pickle
+import re
+import struct
+import zlib
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from storage import (
+    CorruptImageError,
+    MissingImageError,
+    RasterImage,
+    StorageError,
+    TiffImage,
+    TransferError,
+    UnsupportedImageError,
+    open_image,
+)
+from storage.files import BLOCK_BYTES, BlockReader, LocalFile, fingerprint, open_file
+from storage.limits import Limits
+from storage.raster import ACCEPTED
+
+
+def whole(image):
+    return image.read(0, 0, *image.shape[1:])
+
+
+def as_chw(pixels, channels):
+    return pixels[None] if pixels.ndim == 2 else pixels if pixels.shape[0] == channels else pixels.transpose(2, 0, 1)
+
+
+def assert_equals_tifffile(path, **options):
+    with TiffImage(path, **options) as image:
+        expected = as_chw(tifffile.imread(path), image.shape[0])
+        np.testing.assert_array_equal(whole(image), expected)
+        assert image.dtype == expected.dtype
+        h, w = image.shape[1:]
+        np.testing.assert_array_equal(
+            image.read(h // 3, w // 4, h // 2, w // 2),
+            expected[:, h // 3 : h // 3 + h // 2, w // 4 : w // 4 + w // 2],
+        )
+        return expected
+
+
+@pytest.fixture
+def smooth(rng):
+    """(H, W, C) uint8 that lossy codecs keep recognisable."""
+
+    def make(height=100, width=130, channels=3):
+        cells = rng.integers(0, 255, (height // 16 + 1, width // 16 + 1, channels))
+        return np.kron(cells, np.ones((16, 16, 1))).astype(np.uint8)[:height, :width]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("channels", "settings"),
+    [
+        (3, {"compression": "jpeg2000", "compressionargs": {"level": 0}}),
+        (3, {"compression": "jpeg2000", "compressionargs": {"level": 40}}),
+        (3, {"compression": "jpeg2000", "compressionargs": {"codecformat": "jp2"}}),
+        (3, {"compression": 33005}),
+        (4, {"compression": "jpeg2000", "extrasamples": ["unassalpha"]}),
+        (3, {"compression": "webp", "compressionargs": {"lossless": True}}),
+        (3, {"compression": "webp", "compressionargs": {"level": 60, "lossless": False}}),
+        (4, {"compression": "webp", "extrasamples": ["unassalpha"]}),
+        (3, {"compression": "jpeg", "compressionargs": {"outcolorspace": "rgb"}}),
+        (3, {"compression": "jpeg", "compressionargs": {"subsampling": "420"}}),
+        (3, {"compression": "jpeg", "planarconfig": "separate"}),
+        (3, {"compression": "lzma"}),
+        (4, {"photometric": "separated"}),
+        (4, {"photometric": "separated", "compression": "zstd", "predictor": True}),
+        (4, {"photometric": "separated", "compression": "jpeg"}),
+    ],
+)
+def test_codecs_and_colours_equal_tifffile(tmp_path, smooth, channels, settings):
+    pixels = smooth(channels=channels)
+    if settings.get("planarconfig") == "separate":
+        pixels = pixels.transpose(2, 0, 1)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, **({"photometric": "rgb", "tile": (32, 48)} | settings))
+    expected = assert_equals_tifffile(tmp_path / "x.tif")
+    assert np.abs(expected.astype(int) - as_chw(pixels, channels)).mean() < 12  # the reference itself is sane
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compression"),
+    [
+        *itertools.product(["uint8", "uint16", "int16", "float32", "float64"], [None, "deflate"]),
+        ("uint16", "jpeg2000"),
+        ("int16", "jpeg2000"),
+    ],
+)
+def test_types_are_kept(tmp_path, rng, dtype, compression):
+    info = np.iinfo(dtype) if "int" in dtype else None
+    pixels = (
+        rng.integers(info.min, info.max, (70, 50), dtype, endpoint=True)
+        if info
+        else rng.normal(0, 1e9, (70, 50)).astype(dtype)
+    )
+    if not info:
+        pixels[3, 4], pixels[5, 6] = np.nan, -np.inf
+    order = "<" if compression == "jpeg2000" else ">"  # tifffile's encoder swaps bytes in the stream too
+    tifffile.imwrite(tmp_path / "x.tif", pixels, compression=compression, tile=(16, 32), byteorder=order)
+    np.testing.assert_array_equal(assert_equals_tifffile(tmp_path / "x.tif")[0], pixels)
+
+
+def test_white_is_zero_is_not_turned(tmp_path, smooth):
+    pixels = smooth(channels=1)[..., 0]
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="miniswhite")
+    np.testing.assert_array_equal(assert_equals_tifffile(tmp_path / "x.tif")[0], pixels)
+
+
+def test_abbreviated_jpeg_streams_with_shared_tables(tmp_path, smooth):
+    Image.fromarray(smooth()).save(tmp_path / "x.tif", compression="jpeg", quality=85)
+    with tifffile.TiffFile(tmp_path / "x.tif") as tif:
+        assert tif.pages[0].jpegtables
+    assert_equals_tifffile(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize(
+    ("channels", "settings", "names"),
+    [
+        (3, {"photometric": "rgb"}, ("R", "G", "B")),
+        (4, {"photometric": "rgb", "extrasamples": ["unassalpha"]}, ("R", "G", "B", "A")),
+        (4, {"photometric": "separated"}, ("C", "M", "Y", "K")),
+        (1, {"photometric": "minisblack"}, ("0",)),
+        (3, {"photometric": "minisblack", "planarconfig": "contig"}, ("0", "1", "2")),
+    ],
+)
+def test_channels_are_named_where_their_colours_are_known(tmp_path, smooth, channels, settings, names):
+    tifffile.imwrite(tmp_path / "x.tif", smooth(channels=channels), **settings)
+    with TiffImage(tmp_path / "x.tif") as image:
+        assert image.channels == names
+
+
+def test_sixty_four_channels_of_an_ome_tiff(tmp_path, textured):
+    pixels = textured((64, 40, 50), "uint16")
+    names = [f"marker {i}" for i in range(64)]
+    metadata = {"axes": "CYX", "Channel": {"Name": names}}
+    tifffile.imwrite(tmp_path / "x.ome.tif", pixels, tile=(16, 16), photometric="minisblack", metadata=metadata)
+    np.testing.assert_array_equal(assert_equals_tifffile(tmp_path / "x.ome.tif"), pixels)
+    with TiffImage(tmp_path / "x.ome.tif") as image:
+        assert image.channels == tuple(names)
+
+
+def test_images_are_pickled_by_their_place(tiff, tmp_path, smooth):
+    path, _ = tiff(80, 90)
+    Image.fromarray(smooth()).save(tmp_path / "x.png")
+    for place in (path, tmp_path / "x.png"):
+        with open_image(place) as image:
+            data = pickle.dumps(image)
+            assert len(data) < 1000
+            with pickle.loads(data) as again:
+                np.testing.assert_array_equal(whole(again), whole(image))
+
+
+# Refused, with the way out
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "uint32", "int32", "uint64", "complex64"])
+def test_types_that_are_refused_name_those_that_are_not(tmp_path, dtype):
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((20, 20), dtype))
+    with pytest.raises(UnsupportedImageError, match=f"{dtype}; only uint8, uint16, int16, float32, float64 are kept"):
+        TiffImage(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("orientation", range(9))
+def test_turned_images_are_refused(tmp_path, orientation):
+    pixels = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, extratags=[(274, "H", 1, orientation, True)])
+    if orientation < 2:  # 0 has no meaning
+        assert_equals_tifffile(tmp_path / "x.tif")
+        return
+    with pytest.raises(UnsupportedImageError, match="vips autorot"):
+        TiffImage(tmp_path / "x.tif")
+
+
+def test_colours_that_cannot_be_averaged_are_refused(tmp_path):
+    grey = np.zeros((20, 20), np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", grey, photometric="palette", colormap=np.zeros((3, 256), np.uint16))
+    with pytest.raises(UnsupportedImageError, match="palette.*vips tiffsave"):
+        TiffImage(tmp_path / "x.tif")
+
+
+def test_ycbcr_jpeg2000_of_aperio_is_refused(tmp_path, smooth):
+    tifffile.imwrite(tmp_path / "x.svs", smooth(), photometric="rgb", compression=33003, tile=(32, 32))
+    with pytest.raises(UnsupportedImageError, match="33003.*vips tiffsave"):
+        TiffImage(tmp_path / "x.svs")
+
+
+@pytest.mark.parametrize(("overlap", "refused"), [("0", False), ("-12", True), ("7", True)])
+def test_bif_with_overlapping_tiles_is_refused(tmp_path, smooth, overlap, refused):
+    xmp = f'<iScan/><EncodeInfo><TileJointInfo OverlapX="{overlap}" OverlapY="0"/></EncodeInfo>'.encode()
+    tifffile.imwrite(
+        tmp_path / "x.bif",
+        smooth(),
+        photometric="rgb",
+        tile=(32, 32),
+        description="level=0 mag=40 quality=90",
+        software="ScanOutputManager 1.0",
+        metadata=None,
+        extratags=[(700, "B", len(xmp), xmp, True)],
+    )
+    if not refused:
+        assert_equals_tifffile(tmp_path / "x.bif")
+        return
+    with pytest.raises(UnsupportedImageError, match="overlap"):
+        TiffImage(tmp_path / "x.bif")
+
+
+@pytest.mark.parametrize("beyond_4_gb", [False, True])
+def test_ndpi_is_refused_by_name(tmp_path, beyond_4_gb):
+    """Beyond 4 GB its first directory's offset has eight bytes, which as a TIFF's would point anywhere."""
+    start = 2**32 + 4096 if beyond_4_gb else 4096
+    with open(tmp_path / "x.ndpi", "wb") as file:
+        file.write(b"II*\0" + struct.pack("<Q", start))
+        file.seek(start)
+        file.write(
+            struct.pack("<H", 2)
+            + struct.pack("<HHII", 256, 4, 1, 64)
+            + struct.pack("<HHII", 65420, 4, 1, 1)
+            + bytes(8)
+        )
+    with pytest.raises(UnsupportedImageError, match="NDPI is not read.*vips tiffsave"):
+        TiffImage(tmp_path / "x.ndpi")
+
+
+def test_ome_tiff_over_several_files_is_refused(tmp_path, textured):
+    """tifffile would open the other file; its offsets mean nothing in this one."""
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, textured((2, 40, 40)), photometric="minisblack", metadata={"axes": "CYX"})
+    tifffile.imwrite(tmp_path / "b.ome.tif", textured((1, 40, 40)), photometric="minisblack")
+    with tifffile.TiffFile(path) as tif:
+        tag = tif.pages[0].tags[270]
+        place, length = tag.valueoffset, tag.count
+        xml = tif.pages[0].description
+    data = bytearray(path.read_bytes())
+    changed = re.sub(
+        r"<TiffData[^>]*/>",
+        '<TiffData IFD="0" FirstC="0" PlaneCount="1"/>'
+        '<TiffData IFD="0" FirstC="1" PlaneCount="1"><UUID FileName="b.ome.tif">urn:uuid:1</UUID></TiffData>',
+        xml,
+        count=1,
+    ).encode()
+    data[place : place + length] = bytes(length)
+    entry = data.index(struct.pack("<HHII", 270, 2, length, place))
+    data[entry : entry + 12] = struct.pack("<HHII", 270, 2, len(changed) + 1, len(data))
+    path.write_bytes(bytes(data) + changed + b"\0")
+    with pytest.raises(UnsupportedImageError, match="other files"):
+        TiffImage(path)
+
+
+def test_of_a_leica_scn_the_largest_image_is_read(tmp_path, smooth):
+    dimension = '<dimension sizeX="{1}" sizeY="{0}" r="0" ifd="{2}"/>'
+    image = "<image name='{3}'><pixels>" + dimension + "</pixels></image>"
+    xml = (
+        '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection>'
+        + image.format(32, 48, 0, "overview")
+        + image.format(100, 130, 1, "main")
+        + "</collection></scn>"
+    )
+    with tifffile.TiffWriter(tmp_path / "x.scn") as writer:
+        options = {"photometric": "rgb", "tile": (32, 32), "metadata": None}
+        writer.write(smooth(32, 48), description=xml, **options)
+        pixels = smooth(100, 130)
+        writer.write(pixels, **options)
+    with tifffile.TiffFile(tmp_path / "x.scn") as tif:
+        assert tif.is_scn
+        assert tif.series[0].name == "overview"
+    with TiffImage(tmp_path / "x.scn") as image:
+        np.testing.assert_array_equal(whole(image), pixels.transpose(2, 0, 1))
+
+
+# Sparse files
+
+
+def write_sparse(path, smooth, nodata=None):
+    tags = [] if nodata is None else [(42113, "s", 0, str(nodata), True)]
+    tiles = [tile if i not in (1, 4) else None for i, tile in enumerate(_tiles(smooth(96, 96), 32))]
+    tifffile.imwrite(
+        path,
+        iter(tiles),
+        shape=(96, 96, 3),
+        dtype="uint8",
+        tile=(32, 32),
+        photometric="rgb",
+        extratags=tags,
+        compression="deflate",
+    )
+
+
+def _tiles(pixels, side):
+    return [pixels[y : y + side, x : x + side] for y in range(0, 96, side) for x in range(0, 96, side)]
+
+
+@pytest.mark.parametrize("nodata", [None, 255])
+def test_sparse_files_are_read_only_if_asked(tmp_path, smooth, nodata):
+    write_sparse(tmp_path / "x.tif", smooth, nodata)
+    with pytest.raises(UnsupportedImageError, match="2 of its 9 tiles are not stored.*--allow-sparse"):
+        open_image(tmp_path / "x.tif")
+    expected = assert_equals_tifffile(tmp_path / "x.tif", allow_sparse=True)
+    assert (expected[:, :32, 32:64] == (nodata or 0)).all()
+    with open_image(tmp_path / "x.tif", allow_sparse=True) as image, pickle.loads(pickle.dumps(image)) as again:
+        np.testing.assert_array_equal(whole(again), expected)
+
+
+@pytest.mark.parametrize("tag", [324, 325])
+@pytest.mark.parametrize("allow_sparse", [False, True])
+def test_a_tile_with_only_an_offset_or_only_a_length_is_damage(tmp_path, smooth, tag, allow_sparse):
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, smooth(96, 96), tile=(32, 32), photometric="rgb")
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        values = list(tif.pages[0].tags[tag].value)
+        tif.pages[0].tags[tag].overwrite([0, *values[1:]])
+    with pytest.raises(CorruptImageError, match="only|no length|no offset"):
+        TiffImage(path, allow_sparse=allow_sparse)
+
+
+def test_philips_slides_are_told_of_allow_sparse(tmp_path, smooth):
+    level = (
+        '<DataObject ObjectType="PixelDataRepresentation">'
+        '<Attribute Name="DICOM_PIXEL_SPACING">"0.00025" "0.00025"</Attribute></DataObject>'
+    )
+    xml = (
+        f'<?xml version="1.0" ?><DataObject ObjectType="DPUfsImport"><Attribute>{level * 2}</Attribute></DataObject>'
+    )
+    tiles = _tiles(smooth(96, 96), 32)
+    tiles[3] = None
+    with tifffile.TiffWriter(tmp_path / "x.tiff") as writer:
+        options = {
+            "dtype": "uint8",
+            "tile": (32, 32),
+            "photometric": "rgb",
+            "software": "Philips DP v1.0",
+            "metadata": None,
+            "compression": "jpeg",
+        }
+        writer.write(iter(tiles), shape=(96, 96, 3), description=xml, **options)
+        writer.write(iter(tiles[:2] * 2), shape=(48, 48, 3), **options)
+    with tifffile.TiffFile(tmp_path / "x.tiff") as tif:
+        assert tif.is_philips
+    with pytest.raises(UnsupportedImageError, match="--allow-sparse"):
+        TiffImage(tmp_path / "x.tiff")
+    assert_equals_tifffile(tmp_path / "x.tiff", allow_sparse=True)
+
+
+# Inner streams that lie
+
+
+def first_tile(path):
+    with tifffile.TiffFile(path) as tif:
+        return tif.pages[0].dataoffsets[0], tif.pages[0].databytecounts[0]
+
+
+@pytest.mark.parametrize(
+    ("compression", "marker", "after", "lie"),
+    [
+        ("jpeg", b"\xff\xc0", 5, struct.pack(">HH", 60000, 60000)),
+        ("jpeg2000", b"\xff\x51", 6, struct.pack(">II", 60000, 60000)),
+        ("jpeg2000", b"\xff\x51", 22, struct.pack(">II", 1, 1)),  # one pixel a tile
+        ("jpeg2000", b"\xff\x51", 38, struct.pack(">H", 16384)),
+        ("webp", b"VP8L", 9, struct.pack("<I", 0x0FFFFFFF)),
+    ],
+)
+def test_a_tile_that_claims_more_than_its_place_is_not_decoded(
+    tmp_path, smooth, monkeypatch, compression, marker, after, lie
+):
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, smooth(192, 192), photometric="rgb", compression=compression, tile=(96, 96))
+    start, _ = first_tile(path)
+    data = bytearray(path.read_bytes())
+    place = data.index(marker, start) + after
+    data[place : place + len(lie)] = lie
+    path.write_bytes(data)
+    with TiffImage(path) as image:
+        monkeypatch.setattr(image, "_decode", lambda *_, **__: pytest.fail("it reached the decoder"))
+        with pytest.raises(CorruptImageError, match=r"x\.tif: segment \(0, 0\) of level 0 does not decode"):
+            image.read(0, 0, 8, 8)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000", "webp", "deflate", "zstd", "lzw"])
+def test_a_tile_that_is_cut_short_is_damage(tmp_path, rng, compression):
+    """A JPEG decoder fills what is missing with grey, and says nothing."""
+    path = tmp_path / "x.tif"
+    pixels = rng.integers(0, 255, (192, 192, 3), np.uint8)
+    tifffile.imwrite(path, pixels, photometric="rgb", compression=compression, tile=(96, 96))
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        counts = list(tif.pages[0].tags[325].value)
+        tif.pages[0].tags[325].overwrite([counts[0] - 400, *counts[1:]])
+    with TiffImage(path) as image, pytest.raises(CorruptImageError, match="does not decode"):
+        image.read(0, 0, 96, 96)
+
+
+def test_a_tile_of_another_type_is_damage(tmp_path, smooth):
+    """A 16 bit stream under an 8 bit header would wrap round when it is copied."""
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, smooth(channels=1)[..., 0].astype(np.uint16) * 200, compression="jpeg2000", tile=(32, 32))
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tif.pages[0].tags[258].overwrite(8)
+    with TiffImage(path) as image, pytest.raises(CorruptImageError, match="other pixels than its header says"):
+        image.read(0, 0, 8, 8)
+
+
+# Files that lie elsewhere
+
+
+def test_a_tiff_is_read_over_http(web, tiff):
+    path, pixels = tiff(300, 260, tile=(32, 32))
+    with TiffImage(f"{web.url}/{path.name}") as image:
+        assert len(web.log) == 1  # one block holds the header
+        np.testing.assert_array_equal(whole(image), pixels)
+        assert len(web.log) <= 4  # 90 tiles that lie side by side
+        np.testing.assert_array_equal(image.read(100, 90, 50, 40), pixels[:, 100:150, 90:130])
+        with pickle.loads(pickle.dumps(image)) as again:
+            np.testing.assert_array_equal(again.read(9, 8, 7, 6), pixels[:, 9:16, 8:14])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"compression": None}, {"compression": None, "tile": None, "rowsperstrip": 300}]
+)
+def test_plain_pixels_over_http(web, tiff, settings):
+    path, pixels = tiff(300, 260, **settings)
+    with TiffImage(f"{web.url}/{path.name}") as image:
+        before = len(web.log)
+        np.testing.assert_array_equal(image.read(100, 90, 150, 140), pixels[:, 100:250, 90:230])
+        np.testing.assert_array_equal(image.read(1, 2, 200, 4), pixels[:, 1:201, 2:6])
+        assert len(web.log) - before <= 8
+
+
+def test_names_with_blanks_and_rasters_over_http(web, tmp_path, smooth):
+    Image.fromarray(smooth()).save(tmp_path / "a b.png")
+    with open_image(f"{web.url}/a%20b.png") as image:
+        np.testing.assert_array_equal(whole(image), smooth_of(tmp_path / "a b.png"))
+
+
+def smooth_of(path):
+    return np.asarray(Image.open(path)).transpose(2, 0, 1)
+
+
+def test_what_a_server_answers_becomes_errors_of_ours(web, tiff):
+    path, pixels = tiff(300, 260)
+    url = f"{web.url}/{path.name}"
+    with pytest.raises(MissingImageError, match=r"/other\.tif: does not exist"):
+        open_image(f"{web.url}/other.tif")
+    web.failures[:] = [403] * 50
+    with pytest.raises(TransferError, match=r"/image\.tif: the request failed"):
+        TiffImage(url)
+    web.failures[:] = [503]
+    with TiffImage(url) as image:
+        web.failures[:] = [503]
+        np.testing.assert_array_equal(image.read(0, 0, 70, 70), pixels[:, :70, :70])
+        web.failures[:] = [403] * 50
+        with pytest.raises(TransferError, match="request failed"):
+            image.read(0, 0, 9, 9)
+    with pytest.raises(TransferError, match="not a location"):
+        open_image("gopher://127.0.0.1/x.tif")
+
+
+def test_no_failure_to_read_a_header_is_swallowed(tmp_path, textured, monkeypatch):
+    """tifffile logs some errors, such as of ImageJ's tags, and goes on with what it can make of the rest."""
+    monkeypatch.setattr("storage.files.BLOCK_BYTES", 64)
+    monkeypatch.setattr("storage.files.KEPT_BLOCKS", 2)
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, textured((3, 40, 40)), imagej=True, metadata={"axes": "CYX", "Labels": ["a" * 100] * 3})
+    healthy = LocalFile.read_at
+    calls = []
+
+    def failing(self, offset, length):
+        calls.append(offset)
+        if len(calls) == fails_at:
+            raise TransferError("the wire is cut")
+        return healthy(self, offset, length)
+
+    TiffImage(path).close()
+    monkeypatch.setattr(LocalFile, "read_at", failing)
+    fails_at = 0
+    with TiffImage(path):
+        needed = len(calls)
+    assert needed > 10
+    for number in range(1, needed + 1):
+        calls.clear()
+        fails_at = number
+        with pytest.raises(TransferError, match="the wire is cut"):
+            TiffImage(path)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.integers(0, 3 * BLOCK_BYTES),
+    st.lists(st.tuples(st.sampled_from([0, 1, 2]), st.integers(-(2**16), 2**20), st.integers(-1, 2**20))),
+)
+def test_a_block_reader_reads_as_a_file_does(tmp_path_factory, size, steps):
+    path = tmp_path_factory.getbasetemp() / "blocks.bin"
+    path.write_bytes(np.random.default_rng(size).bytes(size))
+    file = open_file(path)
+    with BlockReader(file) as reader, io.BytesIO(path.read_bytes()) as expected:
+        for whence, offset, length in steps:
+            base = {0: 0, 1: expected.tell(), 2: size}[whence]
+            if base + offset < 0:
+                with pytest.raises(OSError, match="negative"):
+                    reader.seek(offset, whence)
+                continue
+            assert reader.seek(offset, whence) == expected.seek(offset, whence)
+            assert reader.read(length) == expected.read(length)
+            assert reader.tell() == expected.tell()
+    file.close()
+
+
+def test_fingerprints_tell_files_apart(web, tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(bytes(300_000))
+    os.utime(path, ns=(0, 10**18))
+    local, remote = fingerprint(path), fingerprint(f"{web.url}/x.bin")
+    assert set(local) == {"name", "bytes", "mtime_ns", "ends_sha256"}
+    assert set(remote) == {"name", "bytes", "last_modified", "ends_sha256"}
+    assert local["ends_sha256"] == remote["ends_sha256"]
+    assert (local["name"], local["bytes"], local["mtime_ns"]) == ("x.bin", 300_000, 10**18)
+    for place in (0, 299_999):
+        data = bytearray(300_000)
+        data[place] = 1
+        path.write_bytes(data)
+        os.utime(path, ns=(0, 10**18))
+        assert fingerprint(path) != local
+        assert fingerprint(f"{web.url}/x.bin") != remote
+    os.utime(path, ns=(0, 2 * 10**18))
+    assert fingerprint(f"{web.url}/x.bin")["last_modified"] != remote["last_modified"]
+    with pytest.raises(MissingImageError):
+        fingerprint(tmp_path / "y.bin")
+
+
+# Plain images
+
+
+def save(path, image, **settings):
+    image.save(path, **settings)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "P4", "P transparent", "I;16", "RGB interlaced"])
+def test_png_equals_pillow(tmp_path, smooth, mode):
+    colour = Image.fromarray(smooth())
+    image = {
+        "P": colour.quantize(200),
+        "P4": colour.quantize(4),
+        "P transparent": colour.quantize(16),
+        "I;16": Image.fromarray(smooth(channels=1)[..., 0].astype(np.uint16) * 257 - 3),
+    }.get(mode) or colour.convert(mode.split()[0])
+    path = save(tmp_path / "x.png", image, **({"transparency": b"\x10\x20"} if "transparent" in mode else {}))
+    target = {"P": "RGB", "P4": "RGB", "P transparent": "RGBA", "RGB interlaced": "RGB"}.get(mode)
+    expected = np.asarray(Image.open(path).convert(target) if target else Image.open(path))
+    with open_image(path) as opened:
+        assert isinstance(opened, RasterImage)
+        np.testing.assert_array_equal(
+            whole(opened), expected[None] if expected.ndim == 2 else expected.transpose(2, 0, 1)
+        )
+        assert opened.dtype == ("uint16" if mode == "I;16" else "uint8")
+        assert len(opened.channels) == opened.shape[0]
+        assert opened.mpp_yx is None
+        assert opened.direct
+        assert opened.segment_yx == opened.shape[1:]
+        np.testing.assert_array_equal(opened.read(3, 5, 40, 20), whole(opened)[:, 3:43, 5:25])
+        with pytest.raises(ValueError, match="leaves"):
+            opened.read(90, 0, 11, 1)
+    with pytest.raises(ValueError, match="closed"):
+        opened.read(0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_equals_its_decoder(tmp_path, smooth, mode, progressive):
+    path = save(tmp_path / "x.png", Image.fromarray(smooth()).convert(mode), format="JPEG", progressive=progressive)
+    expected = np.atleast_3d(imagecodecs.jpeg_decode(path.read_bytes())).transpose(2, 0, 1)
+    with open_image(path) as image:  # named PNG: the bytes decide
+        np.testing.assert_array_equal(whole(image), expected)
+    assert np.abs(expected - np.atleast_3d(Image.open(path)).transpose(2, 0, 1).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_rasters_lie_as_viewers_show_them(tmp_path, rng, orientation, kind):
+    exif = Image.Exif()
+    exif[274] = orientation
+    pixels = np.kron(rng.integers(0, 255, (5, 9)), np.ones((8, 8))).astype(np.uint8)
+    path = save(tmp_path / f"x.{kind}", Image.fromarray(pixels), exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    with open_image(path) as image:
+        assert image.shape == (1, *expected.shape)
+        assert np.abs(whole(image)[0].astype(int) - expected).max() <= 1
+
+
+def test_rasters_that_would_be_rescaled_or_guessed_are_refused(tmp_path, smooth):
+    colour = Image.fromarray(smooth())
+    with pytest.raises(UnsupportedImageError, match="1 bits, which would be rescaled"):
+        open_image(save(tmp_path / "x.png", colour.convert("1")))
+    with pytest.raises(UnsupportedImageError, match="CMYK.*vips colourspace"):
+        open_image(save(tmp_path / "x.jpg", colour.convert("CMYK")))
+    (tmp_path / "l.jpg").write_bytes(imagecodecs.ljpeg_encode(smooth(channels=1)[..., 0]))
+    with pytest.raises(UnsupportedImageError, match="lossless"):
+        open_image(tmp_path / "l.jpg")
+
+
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_claiming(width, height, data):
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "reason"),
+    [(40000, 40000, "over 1073741824"), (10000, 10000, "claims 300000000 bytes"), (0, 5, "without pixels")],
+)
+def test_png_claims_are_checked_before_decoding(tmp_path, monkeypatch, width, height, reason):
+    (tmp_path / "x.png").write_bytes(png_claiming(width, height, b"x" * 100))
+    monkeypatch.setattr(imagecodecs, "png_decode", lambda _: pytest.fail("it reached the decoder"))
+    with pytest.raises(StorageError, match=rf"x\.png: .*{reason}"):
+        open_image(tmp_path / "x.png")
+
+
+def test_large_rasters_are_refused(tmp_path, smooth):
+    path = save(tmp_path / "x.jpg", Image.fromarray(smooth()))
+    with pytest.raises(UnsupportedImageError, match="over 30000; rewrite it as a tiled TIFF"):
+        RasterImage(path, limits=Limits(raster_bytes=30_000))
+    with pytest.raises(UnsupportedImageError, match="tiled TIFFs only"):
+        RasterImage(path, limits=Limits(raster_bytes=100))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_rasters_cut_anywhere_are_damage(tmp_path, smooth, kind):
+    path = save(tmp_path / f"x.{kind}", Image.fromarray(smooth()))
+    data = path.read_bytes()
+    for keep in sorted({*range(8, 400, 7), *np.linspace(400, len(data) - 2, 40).astype(int)}):
+        path.write_bytes(data[:keep])
+        with pytest.raises(CorruptImageError, match=rf"x\.{kind}: "):
+            open_image(path)
+    path.write_bytes(data + b"what cameras append")
+    with open_image(path) as image:
+        assert image.shape == (3, 100, 130)
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"BM", b"hello", b"II\x2a", b"\xff\xd8", b"\x89PNG"])
+def test_unknown_kinds_are_told_what_is_read(tmp_path, data):
+    (tmp_path / "x.jpg").write_bytes(data)
+    with pytest.raises(UnsupportedImageError, match=ACCEPTED[:20].replace("(", r"\(")):
+        open_image(tmp_path / "x.jpg")
