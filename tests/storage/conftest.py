@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import tifffile
 
 from storage import ConvertOptions
+
+from .s3 import moto_port, s3  # noqa: F401  fixtures
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def textured():
     def make(shape, dtype="uint8", seed=0):
         rng = np.random.default_rng(seed)
         c, h, w = shape
-        top = {"uint8": 255, "uint16": 65535, "float32": 1.0}[dtype]
+        top = {"uint8": 255, "uint16": 65535, "int16": 32767}.get(dtype, 1.0)
         ramp = np.add.outer(np.arange(h) / max(h, 1), np.arange(w) / max(w, 1)) / 2
         image = (0.7 * ramp + 0.3 * rng.random((c, h, w))) * top
         image[:, : h // 3, : w // 3] = 0
@@ -80,11 +83,19 @@ def halve():
     return mean
 
 
+HANG_S = 1.0  # longer than clients of hanging servers wait in tests
+
+
 class _RangeHandler(SimpleHTTPRequestHandler):
-    """Serves files with single byte ranges and notes every request."""
+    """Serves files with single byte ranges and notes every request.
+
+    Each of ``failures`` spoils one request. A number is the status that it is answered with. "close": the connection
+    is closed without an answer. "hang": the answer comes after clients gave up. "cut": half of the promised body.
+    "short": half of the range, said to be so. "whole": the whole file, whatever range was asked for.
+    """
 
     log: list[tuple[str, str | None]]
-    failures: list[int]
+    failures: list[int | str]
 
     def __init__(self, *args, log, failures, **kwargs):
         self.log, self.failures = log, failures
@@ -93,37 +104,42 @@ class _RangeHandler(SimpleHTTPRequestHandler):
     def do_GET(self):
         wanted = self.headers.get("Range")
         self.log.append((self.path, wanted))
-        if self.failures:
-            self.send_error(self.failures.pop())
+        failure = self.failures.pop(0) if self.failures else None
+        if isinstance(failure, int):
+            self.send_error(failure)
+            return
+        if failure in ("close", "hang"):
+            time.sleep(HANG_S if failure == "hang" else 0)
             return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             self.send_error(404)
             return
         data = path.read_bytes()
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "")
-        if found and int(found[1]) >= len(data):
+        found = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted or "") if failure != "whole" else None
+        start = 0 if not found else int(found[1]) if found[1] else max(0, len(data) - int(found[2]))
+        if start >= len(data):
             self.send_error(416)
             return
-        part = data[int(found[1]) : int(found[2]) + 1] if found else data
+        part = data[start : int(found[2]) + 1] if found and found[1] and found[2] else data[start:]
+        part = part[: len(part) // 2] if failure == "short" else part
         self.send_response(206 if found else 200)
         self.send_header("Content-Length", str(len(part)))
         if found:
-            start = int(found[1])
             self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
         self.end_headers()
-        self.wfile.write(part)
+        self.wfile.write(part[: len(part) // 2] if failure == "cut" else part)
 
     def log_message(self, *args):
         pass
 
 
 class WebServer:
-    """Address and request log of a running server; ``failures`` holds status codes to answer with first."""
+    """Address and request log of a running server; ``failures`` spoils its first answers, see ``_RangeHandler``."""
 
     def __init__(self, folder: Path) -> None:
         self.log: list[tuple[str, str | None]] = []
-        self.failures: list[int] = []
+        self.failures: list[int | str] = []
         handler = partial(_RangeHandler, directory=str(folder), log=self.log, failures=self.failures)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
