@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -128,37 +129,112 @@ def synth_mnist(
 
 @app.command()
 def convert(
-    sources: Annotated[list[str], typer.Argument(help="TIFF files, folders of them, or one manifest.")],
-    out: Out,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Images (TIFF, SVS, PNG, JPEG) by path or URL, folders, 'patterns/**/*.tif', or a manifest."
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", help="Folder or s3://, gs:// URL to write to.")],
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="Manifest to write or add to; default: OUT/manifest.csv, for a URL ./manifest.csv."),
+    ] = None,
     codec: Annotated[str, typer.Option(help="lz4 reads fastest, zstd is smaller.")] = "lz4",
+    chunk: Annotated[int, typer.Option(help="Side in pixels of what is read at once.")] = 128,
+    shard: Annotated[int, typer.Option(help="Side in pixels of a file, a multiple of --chunk.")] = 2048,
     mpp: Annotated[float | None, typer.Option(min=0, help="Micrometres per pixel, over what files say.")] = None,
     min_level_size: Annotated[
         int, typer.Option(min=1, help="Levels go on down to this longer side, in pixels.")
     ] = 64,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a processor.")] = None,
+    allow_sparse: Annotated[
+        bool, typer.Option("--allow-sparse", help="Read TIFF tiles that are not stored as zeros.")
+    ] = False,
+    executor: Annotated[
+        str, typer.Option(help="threads, processes, or the tcp://HOST:PORT of a Dask scheduler.")
+    ] = "threads",
+    cluster: Cluster = "none",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads, processes or Ray workers; default: one a processor.")
+    ] = None,
     overwrite: Overwrite = False,
     fail_fast: FailFast = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look at the images, say what would be made, stop.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Turn TIFFs into OME-Zarr pyramids and write a manifest of them."""
-    from pipeline.convert import MANIFEST, convert_all, find_images
+    """Turn images into OME-Zarr pyramids and write a manifest of them; run again, it goes on where it was."""
+    from pipeline.convert import convert_all, find_images, manifest_path, plan_all, summary
     from pipeline.errors import UsageError
     from storage import ConvertOptions
 
+    if cluster != "none" and executor != "threads":
+        raise UsageError(f"--cluster {cluster} and --executor {executor}: give one of them")
+    if executor not in ("threads", "processes") and "://" not in executor:
+        raise UsageError(f"--executor {executor}: choose threads, processes or tcp://HOST:PORT")
     try:
-        options = ConvertOptions(codec=codec, mpp=mpp, min_level_size=min_level_size)
+        options = ConvertOptions(
+            codec=codec, chunk=chunk, shard=shard, min_level_size=min_level_size, mpp=mpp, allow_sparse=allow_sparse
+        )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    entries = find_images(sources)
+    if dry_run:
+        plans = plan_all(entries, out, options=options)
+        _print_all([asdict(plan) for plan in plans] if as_json else [plan.text for plan in plans if not plan.error])
+        _end([(plan.entry.slide_id, plan.error) for plan in plans if plan.error], len(plans))
+        return
     conversions = convert_all(
-        find_images(sources), out, options=options, workers=workers, overwrite=overwrite, fail_fast=fail_fast
+        entries,
+        out,
+        options=options,
+        manifest=manifest,
+        executor=executor,
+        address=cluster,
+        workers=workers,
+        overwrite=overwrite,
+        fail_fast=fail_fast,
     )
-    failures = [(c.entry.slide_id, c.error) for c in conversions if c.report is None]
-    new = [c.report for c in conversions if c.report and not c.report.up_to_date]
-    raw, stored = sum(r.raw_bytes for r in new), sum(r.stored_bytes for r in new)
-    kept = len(conversions) - len(new) - len(failures)
-    print(f"{len(new)} converted ({raw / 1e6:.0f} MB raw, {stored / 1e6:.0f} MB stored), {kept} up to date")
-    if len(failures) < len(conversions):
-        print(out / MANIFEST)
+    failures = [(one.entry.slide_id, one.error) for one in conversions if one.error]
+    listed = [manifest or manifest_path(out)] if len(failures) < len(conversions) else []
+    _print_all([asdict(one) for one in conversions] if as_json else [summary(conversions), *listed])
     _end(failures, len(conversions))
+
+
+@app.command()
+def validate(
+    pyramids: Annotated[
+        list[str], typer.Argument(help="Pyramids by path or URL, folders of them, 'patterns', or a manifest.")
+    ],
+    full: Annotated[
+        bool, typer.Option("--full", help="Decode every chunk, and compare each level with the next coarser one.")
+    ] = False,
+    source: Annotated[
+        str | None, typer.Option(help="Image that the pyramid was made from, to compare with; implies --full.")
+    ] = None,
+    sources: Annotated[
+        str | None, typer.Option(help="Folder or manifest of such images, found by slide name; implies --full.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a processor.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which pyramids are sound, and what is wrong with the others and where: checksums of all files, or more."""
+    from pipeline.errors import UsageError
+    from pipeline.validate import find_pyramids, find_sources, validate_all
+
+    entries = find_pyramids(pyramids)
+    if source is not None and (sources is not None or len(entries) > 1):
+        raise UsageError("--source is for one pyramid; for several give --sources, a folder or manifest of images")
+    images = None if sources is None else find_sources(sources)
+    if source is not None:
+        images = {entries[0].slide_id: source}
+    found = validate_all(entries, sources=images, full=full, workers=workers)
+    if as_json:
+        _print_all([{"sound": one.sound, **asdict(one)} for one in found])
+    else:
+        _print_all([line for one in found for line in one.lines()])
+    _end([(one.entry.slide_id, one.error or one.verdict) for one in found if not one.sound], len(found))
 
 
 @app.command()
@@ -392,6 +468,15 @@ def _print_info(about: dict[str, Any]) -> None:
     for number, level in enumerate(about.get("levels", [])):
         height, width = level["size"]
         print(f"  level {number}: {height} x {width}, downsample {level['downsample']:g}")
+
+
+def _print_all(values: Sequence[Any]) -> None:
+    """Print lines; or objects as one JSON array."""
+    if values and isinstance(values[0], dict):
+        print(json.dumps(values, indent=2))
+    else:
+        for line in values:
+            print(line)
 
 
 def _say(text: str) -> None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fcntl
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import cluster
 from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder
 from pipeline.manifest import Entry, read_manifest, slide_name, write_manifest
-from pipeline.progress import progress
-from storage import ConvertOptions, ConvertReport, StorageError, convert
+from pipeline.progress import SlideProgress, progress
+from storage import ConversionError, ConvertOptions, ConvertReport, StorageError, convert, open_image
+
+if TYPE_CHECKING:
+    from storage.executors import CustomExecutor, Executor
 
 MANIFEST = "manifest.csv"
-_IMAGES = (".tif", ".tiff", ".svs")
+# What counts as an image in a folder; a file that is named may be called anything.
+_TIFFS = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
+_IMAGES = (*_TIFFS, ".png", ".jpg", ".jpeg")
 _PYRAMID = ".ome.zarr"
 
 
@@ -26,23 +37,84 @@ class Conversion:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What would be done with one slide: its shape (C, H, W) and target, or why it cannot be converted."""
+
+    entry: Entry
+    target: str
+    shape: tuple[int, int, int] | None
+    error: str = ""
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        channels, height, width = self.shape or (0, 0, 0)
+        return f"{self.target}: {height} x {width} pixels, {channels} channels"
+
+
+def is_manifest(source: str) -> bool:
+    """Whether an argument of the command line is a manifest rather than a slide."""
+    return Path(source).suffix.lower() in (".csv", ".parquet")
+
+
 def find_images(sources: Sequence[str]) -> list[Entry]:
-    """Entries of files, of folders of TIFFs (with their subfolders), or of one manifest.
+    """Entries of files, URLs, folders of images (with their subfolders), patterns, or one manifest.
 
     Raises
     ------
     UsageError
-        Nothing is there, a manifest is wrong, or two files would be one slide.
+        Nothing is there, a manifest is wrong or not alone, or two files would be one slide.
     """
-    if len(sources) == 1 and Path(sources[0]).suffix in (".csv", ".parquet"):
+    if len(sources) == 1 and is_manifest(sources[0]):
         return read_manifest(Path(sources[0]))
     files: list[str] = []
     for source in sources:
-        path = Path(source)
-        files += sorted(str(p) for p in path.rglob("*") if _is_image(p)) if path.is_dir() else [source]
-    if not files:
-        raise UsageError(f"{', '.join(sources)}: no image here ({', '.join(_IMAGES)})")
+        if is_manifest(source):
+            raise UsageError(f"{source}: give a manifest alone, without other images")
+        found = expand(source, _is_image)
+        if not found:
+            raise UsageError(f"{source}: no image here ({', '.join(_IMAGES)})")
+        files += found
     return name_slides(files)
+
+
+def expand(source: str, wanted: Callable[[Path], bool]) -> list[str]:
+    """Return what an argument stands for, sorted: what is wanted below a folder or a pattern; else just itself.
+
+    Parameters
+    ----------
+    source
+        A path, a pattern with ``*``, ``?``, ``[...]`` or ``**``, or a URL.
+    wanted
+        Whether to take a file or folder.
+    """
+    path = Path(source)
+    if "://" in source or (path.exists() and (not path.is_dir() or wanted(path))):
+        return [source]
+    if path.is_dir():
+        return _search(path, wanted)
+    if not glob.has_magic(source):
+        return [source]
+    found: set[str] = set()
+    for place in glob.glob(source, recursive=True):
+        if wanted(Path(place)):
+            found.add(place)
+        elif Path(place).is_dir():
+            found |= set(_search(Path(place), wanted))
+    return sorted(place for place in found if found.isdisjoint(map(str, Path(place).parents)))
+
+
+def _search(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
+    """Files and folders wanted below a folder; those, pyramids and hidden folders are not looked into."""
+    found: set[Path] = set()
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        found |= {here / name for name in [*files, *folders] if wanted(here / name)}
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and ".zarr" not in name and here / name not in found
+        ]
+    return sorted(map(str, found))
 
 
 def name_slides(places: Sequence[str]) -> list[Entry]:
@@ -65,30 +137,53 @@ def name_slides(places: Sequence[str]) -> list[Entry]:
     return list(slides.values())
 
 
+def plan_all(entries: Sequence[Entry], out: str | Path, *, options: ConvertOptions) -> list[Plan]:
+    """Look at every image without decoding or writing anything."""
+    plans = []
+    for entry in entries:
+        target = _target(out, entry)
+        try:
+            with open_image(entry.path, allow_sparse=options.allow_sparse) as image:
+                plans.append(Plan(entry, target, image.shape))
+        except StorageError as error:
+            plans.append(Plan(entry, target, None, str(error)))
+    return plans
+
+
 def convert_all(
     entries: Sequence[Entry],
-    folder: Path,
+    out: str | Path,
     *,
     options: ConvertOptions,
+    manifest: Path | None = None,
+    executor: str = "threads",
+    address: str = "none",
     workers: int | None = None,
     overwrite: bool = False,
     fail_fast: bool = False,
 ) -> list[Conversion]:
-    """Convert slides into ``folder/SLIDE.ome.zarr`` and write ``folder/manifest.csv`` of all that are there.
+    """Convert slides into ``out/SLIDE.ome.zarr`` and write a manifest of all that are there.
 
-    The manifest that an earlier call wrote is added to: labels that were filled in by hand stay. Slides that were
-    converted before are kept, one that was interrupted goes on; one that fails is reported and the others go on.
+    The manifest that an earlier call wrote is added to: labels that were filled in by hand stay, and so do slides
+    that another process converts at the same time. Slides that were converted before are kept, one that was
+    interrupted goes on; one that fails is reported and the others go on.
 
     Parameters
     ----------
     entries
         Slides; an mpp of theirs overrules that of `options`.
-    folder
-        Made where it is missing.
+    out
+        Folder, made where it is missing, or URL.
     options
         Codec and layout.
+    manifest
+        CSV file to write or add to; by default `manifest_path` of `out`.
+    executor
+        As for `storage.convert`.
+    address
+        ``none``, or the Ray cluster to use instead of `executor`, as for `cluster.session`.
     workers
-        Threads; by default one a processor.
+        Threads, processes or Ray workers; by default one a processor.
     overwrite
         Replace pyramids of another source or other options.
     fail_fast
@@ -97,60 +192,140 @@ def convert_all(
     Raises
     ------
     UsageError
-        `folder` cannot be written to, or holds a manifest of something else, which would be lost.
+        `out` cannot be written to, or `manifest` is one of something else, which would be lost.
     DataError
         With `fail_fast`, a slide failed.
+    cluster.ClusterError
+        There is no such cluster.
     """
-    make_folder(folder)
-    known = _known(folder)
+    if not _is_url(out):
+        make_folder(Path(out))
+    manifest = manifest or manifest_path(out)
+    make_folder(manifest.parent)
+    _known(manifest, out)
     conversions: list[Conversion] = []
-    with progress("convert") as update:
-        for number, entry in enumerate(entries):
-            words = f"{entry.slide_id} ({number + 1}/{len(entries)})"
-
-            def on_bytes(done: int, total: int, number: int = number, words: str = words) -> None:
-                update(number + done / max(total, 1), len(entries), words)
-
-            target = folder / f"{file_name(entry.slide_id)}{_PYRAMID}"
-            chosen = replace(options, mpp=entry.mpp) if entry.mpp else options
-            try:
-                report = convert(
-                    entry.path, target, options=chosen, workers=workers, progress=on_bytes, overwrite=overwrite
-                )
-                conversions.append(Conversion(replace(entry, path=str(target.absolute())), report))
-            except StorageError as error:
-                if fail_fast:
-                    raise DataError(f"slide {entry.slide_id}: {error}") from error
-                conversions.append(Conversion(entry, None, str(error)))
-            update(number + 1, len(entries), words)
-    done = [conversion.entry for conversion in conversions if conversion.report]
-    if done:
-        write_manifest(folder / MANIFEST, _merge(known, done))
+    workers = workers or len(os.sched_getaffinity(0))
+    spread: Executor = executor if address == "none" else ray_executor(address, workers)
+    try:
+        with cluster.session(address), progress("convert") as update:
+            shown = SlideProgress(update, len(entries))
+            for entry in entries:
+                shown.begin(entry.slide_id)
+                target = _target(out, entry)
+                try:
+                    report = convert(
+                        entry.path,
+                        target,
+                        options=replace(options, mpp=entry.mpp) if entry.mpp else options,
+                        executor=spread,
+                        workers=workers,
+                        progress=shown.on_bytes,
+                        overwrite=overwrite,
+                    )
+                    conversions.append(Conversion(replace(entry, path=target), report))
+                except StorageError as error:
+                    if fail_fast:
+                        raise DataError(f"slide {entry.slide_id}: {error}") from error
+                    conversions.append(Conversion(entry, None, str(error)))
+                shown.end()
+    finally:  # also when it is interrupted: what is there is in the manifest
+        _add_to_manifest(manifest, out, [conversion.entry for conversion in conversions if conversion.report])
     return conversions
+
+
+def summary(conversions: Sequence[Conversion]) -> str:
+    """One line: how many slides, how many bytes."""
+    reports = [conversion.report for conversion in conversions if conversion.report]
+    new = [report for report in reports if not report.up_to_date]
+    raw, stored = sum(report.raw_bytes for report in new), sum(report.stored_bytes for report in new)
+    sizes = f"{raw / 1e6:.0f} MB raw, {stored / 1e6:.0f} MB stored"
+    return f"{len(new)} converted ({sizes}), {len(reports) - len(new)} up to date"
+
+
+def ray_executor(address: str, workers: int) -> CustomExecutor:
+    """Give the function through which `storage.convert` runs its tasks on Ray workers.
+
+    Parameters
+    ----------
+    address
+        Of the cluster, as for `cluster.session`.
+    workers
+        Largest number of workers, of one CPU each.
+    """
+
+    def run(make_worker: Callable[[], Callable[[Any], Any]], items: Sequence[Any]) -> Iterator[Any]:
+        with closing(cluster.run_tasks(make_worker, items, address=address, workers=workers)) as outcomes:
+            for outcome in outcomes:
+                if outcome.error is not None:
+                    raise ConversionError(f"a Ray worker failed ({outcome.error}); run again to go on from here")
+                yield outcome.result
+
+    return run
+
+
+def manifest_path(out: str | Path) -> Path:
+    """Where the manifest of a folder of pyramids is; for a URL, in the working directory."""
+    return Path(MANIFEST) if _is_url(out) else Path(out) / MANIFEST
+
+
+def _is_url(out: str | Path) -> bool:
+    return "://" in str(out)
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGES and not path.name.startswith(".") and not path.is_dir()
 
 
-def _known(folder: Path) -> dict[str, Entry]:
+def _root(out: str | Path) -> str:
+    """Absolute path or URL below which pyramids go."""
+    return str(out).rstrip("/") if _is_url(out) else str(Path(out).absolute())
+
+
+def _target(out: str | Path, entry: Entry) -> str:
+    return f"{_root(out)}/{file_name(entry.slide_id)}{_PYRAMID}"
+
+
+def _known(manifest: Path, out: str | Path) -> dict[str, Entry]:
     """Rows of the manifest that is there; refuse one of something else, which would be lost."""
-    path = folder / MANIFEST
-    if not path.exists():
+    if not manifest.exists():
         return {}
     try:
-        entries = read_manifest(path)
+        entries = read_manifest(manifest)
     except UsageError as error:
         raise UsageError(f"{error}; mend it or move it away: convert writes its own manifest there") from error
-    paths = [Path(entry.path) for entry in entries]
-    if not all(p.parent == folder.absolute() and p.name.endswith(_PYRAMID) for p in paths):
-        raise UsageError(f"{path}: would be replaced, and it is not a manifest of pyramids here; give another --out")
+    if not all(e.path.endswith(_PYRAMID) and e.path.rpartition("/")[0] == _root(out) for e in entries):
+        raise UsageError(
+            f"{manifest}: would be replaced, and it is not a manifest of pyramids in {out}; "
+            "give another --out or --manifest"
+        )
     return {entry.slide_id: entry for entry in entries}
 
 
+def _add_to_manifest(manifest: Path, out: str | Path, done: Sequence[Entry]) -> None:
+    """Write the rows of what was converted now or before, as it is in the manifest by now."""
+    if done:
+        with _locked(manifest.parent):
+            write_manifest(manifest, _merge(_known(manifest, out), done))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time read a manifest in this folder and replace it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a network file system that cannot lock folders: then only chance protects
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def _merge(known: dict[str, Entry], done: Sequence[Entry]) -> list[Entry]:
-    """Rows of what was converted now or before; labels that were written into the manifest since are kept."""
-    rows = {name: entry for name, entry in known.items() if Path(entry.path).exists()}
+    """Rows of what was converted now or before; labels that were written into the manifest since are kept.
+
+    Rows of folders that are gone are dropped; those of URLs are not looked up.
+    """
+    rows = {name: entry for name, entry in known.items() if "://" in entry.path or Path(entry.path).exists()}
     for entry in done:
         old = rows.get(entry.slide_id, entry)
         rows[entry.slide_id] = replace(

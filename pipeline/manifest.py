@@ -18,7 +18,10 @@ from pipeline.files import write_atomic
 
 SPLITS = ("train", "val", "test")
 _ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
-_SUFFIXES = (".ome.zarr", ".ome.tiff", ".ome.tif", ".tiff", ".tif", ".svs", ".zarr")
+_SUFFIXES = (
+    *(".ome.zarr", ".zarr", ".ome.tiff", ".ome.tif", ".ome.btf", ".ome.tf2", ".ome.tf8", ".tiff", ".tif"),
+    *(".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff", ".png", ".jpg", ".jpeg"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

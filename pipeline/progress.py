@@ -1,15 +1,18 @@
-"""Progress bars on standard error; where that is no terminal, a line now and then."""
+"""Progress on standard error: a bar, or where that is no terminal a line now and then, both with the time left."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 OnProgress = Callable[[float, float, str], None]  # done, in all, a few words
 
 _LINE_SECONDS = 10.0
+_EARLY_SECONDS = 5.0  # before that, the time left is not worth saying
+_RATE_SECONDS = 30.0  # that a throughput is averaged over
 
 
 @contextmanager
@@ -22,6 +25,81 @@ def progress(title: str) -> Iterator[OnProgress]:
     """
     with _bar(title) if sys.stderr.isatty() else _lines(title) as update:
         yield update
+
+
+class SlideProgress:
+    """Progress over slides that are each worked on byte by byte, with the throughput.
+
+    Parameters
+    ----------
+    update
+        What `progress` yields.
+    count
+        Slides in all.
+    clock
+        Seconds, from any start.
+    """
+
+    def __init__(self, update: OnProgress, count: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._update = update
+        self._count = count
+        self._clock = clock
+        self._ended = self._bytes = self._before = 0  # slides; bytes of all slides, and of those before this one
+        self._past = deque([(clock(), 0)])  # seconds, and bytes done until then
+        self._words = ""
+
+    def begin(self, name: str) -> None:
+        """Go to the next slide."""
+        self._name = f"{name} ({self._ended + 1}/{self._count})"
+        self._words = self._name
+        self._before = self._bytes
+
+    def on_bytes(self, done: int, total: int) -> None:
+        """Show how many decoded bytes of the slide are done."""
+        self._bytes = self._before + done
+        rate = self._rate()
+        self._words = self._name + (f", {rate / 1e6:.0f} MB/s" if rate else "")
+        self._update(self._ended + done / max(total, 1), self._count, self._words)
+
+    def end(self) -> None:
+        """Count the slide as done."""
+        self._ended += 1
+        self._update(self._ended, self._count, self._words)
+
+    def _rate(self) -> float:
+        """Bytes a second of late."""
+        now = self._clock()
+        if now - self._past[-1][0] >= 1:
+            self._past.append((now, self._bytes))
+        while len(self._past) > 2 and now - self._past[1][0] >= _RATE_SECONDS:
+            self._past.popleft()
+        (start, before), (end, after) = self._past[0], self._past[-1]
+        return (after - before) / (end - start) if end > start else 0.0
+
+
+def progress_line(title: str, done: float, total: float, words: str, seconds: float) -> str:
+    """One line of progress: "convert: 25% slide-7 (2/8), 310 MB/s, 12 min left".
+
+    Parameters
+    ----------
+    title
+        Name of the work.
+    done, total
+        In any unit.
+    words
+        What it is at.
+    seconds
+        How long it took to come from nothing to `done`.
+    """
+    share = done / max(total, 1e-9)
+    left = seconds / share - seconds if share > 0 and seconds >= _EARLY_SECONDS else 0.0
+    return f"{title}: {share:.0%} {words}".rstrip() + (f", {_duration(left)} left" if left > 0 else "")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
@@ -43,13 +121,17 @@ def _bar(title: str) -> Iterator[OnProgress]:
 
 @contextmanager
 def _lines(title: str) -> Iterator[OnProgress]:
-    last, shown = time.monotonic(), ""
+    start = last = time.monotonic()
+    shown = ""
 
     def update(done: float, total: float, words: str) -> None:
         nonlocal last, shown
-        line = f"{title}: {done / max(total, 1e-9):.0%} {words}".rstrip()
-        if line != shown and (time.monotonic() - last >= _LINE_SECONDS or done >= total):
-            last, shown = time.monotonic(), line
+        now = time.monotonic()
+        if now - last < _LINE_SECONDS and done < total:
+            return
+        line = progress_line(title, done, total, words, now - start)
+        if line != shown:
+            last, shown = now, line
             print(line, file=sys.stderr, flush=True)
 
     yield update

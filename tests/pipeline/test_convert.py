@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from http.client import HTTPConnection
+from pathlib import Path
 
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 
-from pipeline.convert import MANIFEST, convert_all, find_images, name_slides
+from pipeline.convert import MANIFEST, _locked, convert_all, find_images, name_slides, plan_all
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import Entry, read_manifest, write_manifest
 from storage import ConvertOptions, MissingImageError, Slide, convert, write_tiff
@@ -70,6 +74,37 @@ class TestSources:
         with pytest.raises(UsageError, match="would both be slide a; name them apart in a manifest"):
             find_images([str(tmp_path)])
 
+    @pytest.mark.parametrize(
+        "suffix", [".btf", ".tf8", ".scn", ".bif", ".qptiff", ".ome.tif", ".png", ".JPG", ".jpeg"]
+    )
+    def test_kinds_of_images(self, tmp_path, suffix):
+        (tmp_path / f"a{suffix}").write_bytes(b"")
+        assert len(find_images([str(tmp_path)])) == 1
+
+    def test_patterns(self, tmp_path, image, monkeypatch):
+        for name in ("a.tif", "deep/b.tif", "deep/er/c.tiff", "deep/er/c.csv", "[x].tif"):
+            image(tmp_path / "in" / name)
+        monkeypatch.chdir(tmp_path)
+
+        def names(*sources):
+            return [entry.slide_id for entry in find_images(sources)]
+
+        assert names("in/*.tif") == ["[x]", "a"]
+        assert names("in/**/*.tif*") == ["[x]", "a", "b", "c"]
+        assert names("in/**") == ["[x]", "a", "b", "c"]
+        assert names("in/d*") == ["b", "c"]
+        assert names("in/[x].tif") == ["[x]"]  # a file of that name goes before the pattern
+        with pytest.raises(UsageError, match=r"in/\*\.svs: no image here"):
+            names("in/a.tif", "in/*.svs")
+
+    def test_urls_stay_as_they_are(self):
+        [entry] = find_images(["https://host/a*b/c.svs"])
+        assert (entry.slide_id, entry.path) == ("c", "https://host/a*b/c.svs")
+
+    def test_a_manifest_among_images(self, tmp_path, image):
+        with pytest.raises(UsageError, match="give a manifest alone"):
+            find_images([str(image(tmp_path / "a.tif")), "m.csv"])
+
     def test_a_folder_without_images(self, tmp_path):
         with pytest.raises(UsageError, match=f"{tmp_path}: no image here"):
             find_images([str(tmp_path)])
@@ -99,6 +134,7 @@ class TestConvertAll:
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.ome.zarr", MANIFEST, "z.ome.zarr"]
         with pytest.raises(DataError, match="slide bad"):
             convert_all(found, tmp_path / "other", options=OPTIONS, fail_fast=True)
+        assert [e.slide_id for e in read_manifest(tmp_path / "other" / MANIFEST)] == ["a"]
 
     def test_nothing_converted_leaves_no_manifest(self, tmp_path):
         (tmp_path / "bad.tif").write_text("no TIFF")
@@ -111,8 +147,8 @@ class TestConvertAll:
         calls = []
 
         def dies_at_b(source, target, **settings):
-            calls.append(target.name)
-            if target.name.startswith("b"):
+            calls.append(Path(target).name)
+            if calls[-1].startswith("b"):
                 raise KeyboardInterrupt
             return convert(source, target, **settings)
 
@@ -121,6 +157,7 @@ class TestConvertAll:
             with pytest.raises(KeyboardInterrupt):
                 run([tmp_path / "in"], tmp_path / "out")
         assert calls == ["a.ome.zarr", "b.ome.zarr"]
+        assert [e.slide_id for e in read_manifest(tmp_path / "out" / MANIFEST)] == ["a"]
         conversions = run([tmp_path / "in"], tmp_path / "out")
         assert [c.report.up_to_date for c in conversions] == [True, False, False]
         assert len(read_manifest(tmp_path / "out" / MANIFEST)) == 3
@@ -207,9 +244,85 @@ class TestConvertAll:
         with pytest.raises(UsageError, match="no image here"):
             find_images([str(tmp_path / "out")])
 
+    def test_what_another_process_adds_meanwhile_stays(self, tmp_path, image, monkeypatch):
+        first, second = image(tmp_path / "a.tif"), image(tmp_path / "b.tif", seed=1)
+
+        def while_another_runs(*args, **settings):
+            with monkeypatch.context() as patch:
+                patch.setattr("pipeline.convert.convert", convert)
+                run([second], tmp_path / "out")
+            return convert(*args, **settings)
+
+        monkeypatch.setattr("pipeline.convert.convert", while_another_runs)
+        run([first], tmp_path / "out")
+        assert [entry.slide_id for entry in read_manifest(tmp_path / "out" / MANIFEST)] == ["b", "a"]
+
+    def test_one_process_at_a_time_writes_the_manifest(self, tmp_path, image):
+        path = image(tmp_path / "a.tif")
+        (tmp_path / "out").mkdir()
+        with _locked(tmp_path / "out"):
+            other = threading.Thread(target=run, args=([path], tmp_path / "out"))
+            other.start()
+            other.join(0.5)
+            assert not (tmp_path / "out" / MANIFEST).exists()
+        other.join()
+        assert (tmp_path / "out" / MANIFEST).exists()
+
+    def test_the_manifest_may_lie_elsewhere(self, tmp_path, image):
+        run([image(tmp_path / "a.tif")], tmp_path / "out", manifest=tmp_path / "lists" / "m.csv")
+        assert not (tmp_path / "out" / MANIFEST).exists()
+        [entry] = read_manifest(tmp_path / "lists" / "m.csv")
+        assert entry.path == str(tmp_path / "out" / "a.ome.zarr")
+
+    def test_processes_make_the_same(self, tmp_path, image):
+        path = image(tmp_path / "a.tif")
+        for executor in ("threads", "processes"):
+            assert run([path], tmp_path / executor, executor=executor, workers=2)[0].report
+        name = "a.ome.zarr/0/c/0/0/0"
+        assert (tmp_path / "threads" / name).read_bytes() == (tmp_path / "processes" / name).read_bytes()
+
     def test_a_storage_error_of_any_kind_is_of_its_slide(self, tmp_path, image, monkeypatch):
         def fail(*_, **__):
             raise MissingImageError("gone while it was read")
 
         monkeypatch.setattr("pipeline.convert.convert", fail)
         assert run([image(tmp_path / "a.tif")], tmp_path / "out")[0].error == "gone while it was read"
+
+
+class TestPlanAll:
+    def test_looks_and_writes_nothing(self, tmp_path, image):
+        image(tmp_path / "in" / "a.tif")
+        (tmp_path / "in" / "bad.tif").write_text("no TIFF")
+        good, bad = plan_all(find_images([str(tmp_path / "in")]), tmp_path / "out", options=OPTIONS)
+        assert good.text == f"{tmp_path}/out/a.ome.zarr: 48 x 64 pixels, 3 channels"
+        assert "bad.tif" in bad.error
+        assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+class TestUrls:
+    @pytest.fixture
+    def bucket(self, monkeypatch):
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        values = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x"}
+        for name, value in (values | {"REGION": "us-east-1"}).items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        connection = HTTPConnection(host, port)
+        connection.request("PUT", "/bucket")
+        assert connection.getresponse().status == 200
+        connection.close()
+        yield "s3://bucket"
+        server.stop()
+
+    def test_out(self, tmp_path, image, bucket, monkeypatch):
+        """The manifest of a URL is written to the working directory, and added to like any other."""
+        monkeypatch.chdir(tmp_path)
+        for name in "ab":
+            [conversion] = run([image(tmp_path / f"{name}.tif")], f"{bucket}/out/")
+            assert conversion.report, conversion.error
+        entries = read_manifest(tmp_path / MANIFEST)
+        assert [entry.path for entry in entries] == [f"{bucket}/out/a.ome.zarr", f"{bucket}/out/b.ome.zarr"]
+        assert Slide(entries[0].path).shape_yx == (48, 64)
+        with pytest.raises(UsageError, match="not a manifest of pyramids in s3://bucket/other"):
+            run([tmp_path / "a.tif"], f"{bucket}/other")

@@ -1,0 +1,133 @@
+"""``validate``: which pyramids are sound, and what is wrong with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.convert import expand, find_images, is_manifest
+from pipeline.errors import UsageError
+from pipeline.files import file_name
+from pipeline.manifest import Entry, read_manifest, slide_name
+from pipeline.progress import SlideProgress, progress
+from storage import Problem, StorageError, validate
+
+_SHOWN = 20  # problems of one pyramid
+_NO_SOURCE = "no source image has its name"
+_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of OME-Zarr 0.5, and of 0.4
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was found in one pyramid; ``error`` says why it cannot be looked at."""
+
+    entry: Entry
+    problems: tuple[Problem, ...]
+    error: str = ""
+
+    @property
+    def sound(self) -> bool:
+        """Whether it can be used, as far as could be seen."""
+        return not self.error and all(problem.warning for problem in self.problems)
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        wrong = sum(not problem.warning for problem in self.problems)
+        return f"{self.entry.path}: " + (f"{wrong} problem{'s' if wrong > 1 else ''}" if wrong else "sound")
+
+    def lines(self) -> Iterator[str]:
+        """Verdict, and the first problems in columns: level, what and where, message."""
+        if not self.error:
+            yield self.verdict
+        for problem in self.problems[:_SHOWN]:
+            level = "" if problem.level is None else f"level {problem.level}"
+            where = "" if problem.place is None else f" {problem.place[0]}, {problem.place[1]}"
+            yield f"  {level:8}  {problem.what + where:14}  {problem.message}"
+        if len(self.problems) > _SHOWN:
+            yield f"  and {len(self.problems) - _SHOWN} more; --json shows all"
+
+
+def find_pyramids(places: Sequence[str]) -> list[Entry]:
+    """Entries of pyramids by path or URL, of folders of them, of patterns, or of one manifest.
+
+    Raises
+    ------
+    UsageError
+        Nothing is there, or a manifest is wrong or not alone.
+    """
+    if len(places) == 1 and is_manifest(places[0]):
+        return read_manifest(Path(places[0]))
+    found: list[str] = []
+    for place in places:
+        if is_manifest(place):
+            raise UsageError(f"{place}: give a manifest alone, without other pyramids")
+        here = expand(place, _is_pyramid)
+        if not here:
+            raise UsageError(f"{place}: no pyramid here")
+        found += here
+    return [Entry(slide_id=slide_name(place), path=place) for place in dict.fromkeys(found)]
+
+
+def find_sources(place: str) -> dict[str, str]:
+    """Paths of the images in a folder, pattern or manifest, by slide id and by the name of the slide's pyramid.
+
+    Raises
+    ------
+    UsageError
+        As for `find_images`.
+    """
+    images = find_images([place])
+    return {name: image.path for image in images for name in (file_name(image.slide_id), image.slide_id)}
+
+
+def validate_all(
+    entries: Sequence[Entry], *, sources: dict[str, str] | None = None, full: bool = False, workers: int | None = None
+) -> list[Validation]:
+    """Look at pyramids one after another.
+
+    Parameters
+    ----------
+    entries
+        Pyramids.
+    sources
+        Images by slide id to compare level 0 with, see `find_sources`; then `full` is meant.
+    full
+        As for `storage.validate`.
+    workers
+        Threads; by default one a processor.
+
+    Returns
+    -------
+    One Validation for each entry, in their order.
+    """
+    results = []
+    with progress("validate") as update:
+        shown = SlideProgress(update, len(entries))
+        for entry in entries:
+            shown.begin(entry.slide_id)
+            source = None if sources is None else sources.get(entry.slide_id)
+            lacking = [] if sources is None or source else [Problem(0, None, "unchecked", _NO_SOURCE)]
+            try:
+                found = validate(
+                    entry.path,
+                    source=source,
+                    full=full or sources is not None,
+                    progress=shown.on_bytes,
+                    workers=workers,
+                )
+                results.append(Validation(entry, (*lacking, *found)))
+            except StorageError as error:
+                results.append(Validation(entry, (), str(error)))
+            shown.end()
+    return results
+
+
+def _is_pyramid(path: Path) -> bool:
+    """Whether a folder is a pyramid or should be one; an unfinished one, unless the finished one is there too."""
+    if path.name.startswith(".") or not path.is_dir():
+        return False
+    if path.name.endswith(".partial"):
+        return path.with_suffix("").name.endswith(".zarr") and not path.with_suffix("").exists()
+    return path.name.endswith(".zarr") or any((path / name).is_file() for name in _METADATA)

@@ -1,0 +1,101 @@
+"""What progress says; the clock is the test's."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import progress as module
+from pipeline.progress import SlideProgress, progress, progress_line
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    monotonic = __call__
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "seconds", "text"),
+    [
+        (0, 4, 100, "convert: 0% a"),
+        (1, 4, 4, "convert: 25% a"),  # too early to say
+        (1, 4, 10, "convert: 25% a, 30 s left"),
+        (1, 4, 60, "convert: 25% a, 3 min left"),
+        (0.5, 4, 3600, "convert: 12% a, 7.0 h left"),
+        (4, 4, 3600, "convert: 100% a"),
+    ],
+)
+def test_line(done, total, seconds, text):
+    assert progress_line("convert", done, total, "a", seconds) == text
+
+
+def test_line_without_words():
+    assert progress_line("train", 1, 2, "", 10) == "train: 50%, 10 s left"
+
+
+class TestSlideProgress:
+    @pytest.fixture
+    def shown(self):
+        return []
+
+    @pytest.fixture
+    def slides(self, clock, shown):
+        return SlideProgress(lambda *values: shown.append(values), 2, clock)
+
+    def test_counts_slides_and_their_parts(self, slides, shown):
+        slides.begin("a")
+        slides.on_bytes(25, 100)
+        slides.end()
+        slides.begin("b")  # up to date: no bytes
+        slides.end()
+        assert shown == [(0.25, 2, "a (1/2)"), (1, 2, "a (1/2)"), (2, 2, "b (2/2)")]
+
+    def test_throughput_goes_over_slides(self, clock, slides, shown):
+        slides.begin("a")
+        clock.now = 2
+        slides.on_bytes(100_000_000, 100_000_000)
+        slides.end()
+        slides.begin("b")
+        clock.now = 4
+        slides.on_bytes(20_000_000, 40_000_000)
+        assert [words for _, _, words in shown] == ["a (1/2), 50 MB/s", "a (1/2), 50 MB/s", "b (2/2), 30 MB/s"]
+
+    def test_throughput_is_that_of_late(self, clock, slides, shown):
+        slides.begin("a")
+        for second in range(1, 200):
+            clock.now = second
+            slides.on_bytes(min(second, 100) * 10_000_000 + max(second - 100, 0) * 1_000_000, 10**10)
+        assert "10 MB/s" in shown[50][2]
+        assert "1 MB/s" in shown[-1][2]
+
+    def test_an_empty_image_divides_by_nothing(self, slides, shown):
+        slides.begin("a")
+        slides.on_bytes(0, 0)
+        assert shown == [(0, 2, "a (1/2)")]
+
+
+class TestLines:
+    """Where standard error is no terminal."""
+
+    def test_one_at_intervals_and_one_at_the_end(self, clock, monkeypatch, capsys):
+        monkeypatch.setattr(module, "time", clock)
+        with progress("convert") as update:
+            for second in range(41):
+                clock.now = float(second)
+                update(second, 40, f"slide-{second}")
+            update(40, 40, "slide-40")
+        assert capsys.readouterr().err.splitlines() == [
+            "convert: 25% slide-10, 30 s left",
+            "convert: 50% slide-20, 20 s left",
+            "convert: 75% slide-30, 10 s left",
+            "convert: 100% slide-40",
+        ]
