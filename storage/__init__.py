@@ -16,8 +16,11 @@ if TYPE_CHECKING:
         TransferError,
         UnsupportedImageError,
     )
+    from storage.raster import RasterImage, open_image
     from storage.slide import Level, ReadStatistics, Slide
-    from storage.tiff import TiffImage, write_tiff
+    from storage.tiff import TiffImage
+    from storage.tiff_write import write_tiff
+    from storage.validation import Problem, validate
 
 __all__ = [
     "ConversionError",
@@ -27,6 +30,8 @@ __all__ = [
     "Level",
     "MissingImageError",
     "NotAPyramidError",
+    "Problem",
+    "RasterImage",
     "ReadStatistics",
     "Slide",
     "StorageError",
@@ -34,6 +39,8 @@ __all__ = [
     "TransferError",
     "UnsupportedImageError",
     "convert",
+    "open_image",
+    "validate",
     "write_pyramid",
     "write_tiff",
 ]
@@ -42,7 +49,10 @@ __all__ = [
 _MODULES = {
     "converter": ("ConvertOptions", "ConvertReport", "convert", "write_pyramid"),
     "slide": ("Level", "ReadStatistics", "Slide"),
-    "tiff": ("TiffImage", "write_tiff"),
+    "raster": ("RasterImage", "open_image"),
+    "tiff": ("TiffImage",),
+    "tiff_write": ("write_tiff",),
+    "validation": ("Problem", "validate"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
 }
 _HOMES = {name: f"storage.{module}" for module, names in _MODULES.items() for name in names}

@@ -250,10 +250,10 @@ class Job:
         """Encode and store a shard; one of zeros is not stored."""
         encoded = None if pixels is None else encode_shard(pixels, self.levels[key[0]].layout)
         if encoded is None or not encoded.pieces:
-            return Receipt(*key, length=0, crc32c=0, index_crc32c=0)
+            return Receipt(*key, length=0, crc32=0, index_crc32c=0)
         index_crc32c = int.from_bytes(encoded.pieces[-1], "little")  # ends the file
         tag = self.output.write(shard_path(key), encoded.pieces)
-        return Receipt(*key, encoded.length, encoded.crc32c, index_crc32c, tag)
+        return Receipt(*key, encoded.length, encoded.crc32, index_crc32c, tag)
 
 
 Task = Fill | Block

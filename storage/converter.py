@@ -12,19 +12,20 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from storage.build import ArraySource, Bands, Job, PixelSource, build
-from storage.errors import ConversionError, NotAPyramidError, StorageError, TransferError
+from storage.errors import ConversionError, StorageError, TransferError
 from storage.executors import Executor, open_executor
 from storage.files import fingerprint
 from storage.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, parse_pyramid, with_shards
 from storage.shard import BloscCodec, ShardLayout
 from storage.stores import open_store
-from storage.target import Receipt, open_partial
+from storage.target import Receipt, open_partial, sweep_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,13 +122,14 @@ def convert(
 
     options = options or ConvertOptions()
     place = os.fspath(target)
+    identity = fingerprint(source)
     with open_image(source, allow_sparse=options.allow_sparse) as image:
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
         info = _plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit="micrometer" if mpp_yx else None)
         info = replace(
             info,
             channels=image.channels,
-            provenance={"source": fingerprint(source), "options": asdict(options), "format": FORMAT},
+            provenance={"source": identity, "options": asdict(options), "format": FORMAT},
         )
         return _write(
             image,
@@ -138,7 +140,13 @@ def convert(
             workers=workers or len(os.sched_getaffinity(0)),
             progress=progress,
             overwrite=overwrite,
+            check_source=partial(_check_unchanged, source, identity),
         )
+
+
+def _check_unchanged(source: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+    if fingerprint(source) != identity:
+        raise ConversionError(f"{os.fspath(source)}: was changed while it was converted; convert it again")
 
 
 def write_pyramid(
@@ -263,6 +271,7 @@ def _write(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     strip_rows: int | None = None,
+    check_source: Callable[[], None] = lambda: None,
 ) -> ConvertReport:
     """Build, verify and name a pyramid, or find that it is there.
 
@@ -270,28 +279,30 @@ def _write(
     """
     started = time.perf_counter()
     if (present := _already_there(target, info, overwrite=overwrite)) is not None:
+        sweep_leftovers(target)
         return _report(present, target, started, reused=None)
-    with open_partial(target) as partial:
+    with open_partial(target) as output:
         if (present := _already_there(target, info, overwrite=overwrite)) is not None:
-            partial.discard()  # another process finished it while this one waited for the lock
+            output.discard()  # another process finished it while this one waited for the lock
             return _report(present, target, started, reused=None)
-        done = {(r.level, r.y, r.x): r for r in partial.resume(_job(info))}
+        done = {(r.level, r.y, r.x): r for r in output.resume(_job(info))}
         reused = len(done)
         count = _counter(info, progress)
         count(list(done.values()))
 
         def on_made(receipts: list[Receipt]) -> None:
-            partial.record(receipts)
+            output.record(receipts)
             count(receipts)
 
         shard = info.levels[0].layout.shard
-        bands = Bands(source, partial.scratch, shard, strip_rows) if strip_rows else None
-        job = Job(source, info.levels, partial.output, bands)
+        bands = Bands(source, output.scratch, shard, strip_rows) if strip_rows else None
+        job = Job(source, info.levels, output.output, bands)
         with open_executor(executor, workers, job) as run:
             receipts = build(job, done, run, on_made)
-        partial.verify(receipts, info.levels[0].layout.index_bytes)
+        check_source()
+        output.verify(receipts, info.levels[0].layout.index_bytes)
         info = _with_receipts(info, receipts)
-        partial.commit(metadata_files(info), overwrite=overwrite)
+        output.commit(metadata_files(info), overwrite=overwrite)
     return _report(info, target, started, reused=reused)
 
 
@@ -314,17 +325,14 @@ def _counter(info: PyramidInfo, progress: Callable[[int, int], None] | None) -> 
 
 def _already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> PyramidInfo | None:
     """Return the target's description if it is the pyramid asked for; None if it is to be made."""
-    remote = "://" in target
-    if not remote and not os.path.lexists(target):
+    if not _occupied(target):
         return None
     try:
         store = open_store(target)
         present = parse_pyramid(store.get, store.name)
     except TransferError:
         raise
-    except (StorageError, OSError) as error:
-        if remote and isinstance(error, NotAPyramidError):
-            return None  # no root metadata, so nothing whole is there
+    except (StorageError, OSError):
         present = None  # foreign or damaged: only replaced if asked
     if present is not None and info.provenance and present.provenance == info.provenance:
         return present
@@ -332,6 +340,17 @@ def _already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> Pyrami
         return None
     what = "holds a pyramid of another source or other options" if present else "exists and is not a sound pyramid"
     raise ConversionError(f"{target}: {what}; remove it or ask to overwrite it")
+
+
+def _occupied(target: str) -> bool:
+    """Whether something has this name; in an object store, whether it has a root that could mark it as whole."""
+    if "://" not in target:
+        return os.path.lexists(target)
+    try:
+        open_store(target).get("zarr.json")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _job(info: PyramidInfo) -> dict[str, Any]:
@@ -350,7 +369,7 @@ def _with_receipts(info: PyramidInfo, receipts: list[Receipt]) -> PyramidInfo:
     levels = []
     for number, level in enumerate(info.levels):
         own = [receipt for receipt in receipts if receipt.level == number]
-        table = ([r.length for r in own], [r.crc32c for r in own], [r.index_crc32c for r in own])
+        table = ([r.length for r in own], [r.crc32 for r in own], [r.index_crc32c for r in own])
         levels.append(with_shards(level, *table))
     return replace(info, levels=tuple(levels))
 

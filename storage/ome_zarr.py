@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = 2  # of the nested_ats block and of what lies in shards
-SHARD_COLUMNS = ("length", "crc32c", "index_crc32c")
+SHARD_COLUMNS = ("length", "crc32", "index_crc32c")
 AXES = ("c", "y", "x")
-DTYPES = ("uint8", "uint16", "float32")
+DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
 RGB_COLORS = ("FF0000", "00FF00", "0000FF")
 DOWNSAMPLING = {
     "method": "storage.convert",
@@ -43,7 +43,7 @@ class ShardTable:
     """What is known of each shard file of a level, all (rows, columns)."""
 
     length: NDArray[np.int64]  # bytes; 0: absent, all its pixels are zero
-    crc32c: NDArray[np.int64]  # of the whole file
+    crc32: NDArray[np.int64]  # of the whole file
     index_crc32c: NDArray[np.int64]  # of the index at its end
 
 
@@ -124,7 +124,7 @@ def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
     CorruptImageError
         The metadata is damaged.
     """
-    root = _load(read, "zarr.json", where)
+    root = load_json(read, "zarr.json", where)
     try:
         ome = root["attributes"]["ome"]
         multiscale = ome["multiscales"][0]
@@ -136,7 +136,7 @@ def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
             raise NotAPyramidError(f"{where}: the level path {path!r} leaves the pyramid")
     arrays = _member(_member(root, "consolidated_metadata"), "metadata")
     try:
-        found = [arrays.get(path) or _load(read, f"{path}/zarr.json", where) for path in paths]
+        found = [arrays.get(path) or load_json(read, f"{path}/zarr.json", where) for path in paths]
         return _parse(ome, multiscale, found, root["attributes"].get("nested_ats"), where)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CorruptImageError(f"{where}: damaged metadata ({type(error).__name__}: {error})") from error
@@ -293,7 +293,8 @@ def _member(value: Any, key: str) -> dict[str, Any]:
     return member if isinstance(member, dict) else {}
 
 
-def _load(read: Callable[[str], bytes], key: str, where: str) -> dict[str, Any]:
+def load_json(read: Callable[[str], bytes], key: str, where: str) -> dict[str, Any]:
+    """Read a metadata file; ``NotAPyramidError`` where it is missing, ``CorruptImageError`` where it is damaged."""
     try:
         data = json.loads(read(key))
     except FileNotFoundError:

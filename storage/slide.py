@@ -1,8 +1,8 @@
-"""``Slide``: random boxes of a pyramid, fetching only the chunks they touch.
+"""``Slide``: random boxes of an image at several levels, fetching only the chunks they touch.
 
-Notable: many boxes are read at once. The chunks under all of them are found with array arithmetic, each is fetched
-and decoded once however many boxes share it, and its parts are copied into all of them. Nothing is ever filled in:
-a shard or chunk that the pyramid should have and does not is an error, as is one whose checksum fails.
+Three kinds of source lie behind it, chosen as it is opened: our own pyramids (``storage.sharded``, the fast one), any
+other OME-Zarr 0.4 or 0.5 image (``storage.foreign``), and plain PNG and JPEG files (``storage.memory``). Whatever the
+source, each chunk is fetched and decoded once however many boxes of a batch share it.
 
 Shape letters: N boxes, C channels, H height, W width.
 """
@@ -10,103 +10,70 @@ Shape letters: N boxes, C channels, H height, W width.
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from contextlib import closing
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from storage.errors import CorruptImageError
-from storage.ome_zarr import LevelInfo, parse_pyramid
-from storage.shard import decode_chunk, decode_index
+from storage.boxes import check_boxes
+from storage.errors import NotAPyramidError
+from storage.ome_zarr import load_json, parse_pyramid
+from storage.sharded import ShardedSource
+from storage.source import Counters, Level, ReadStatistics
 from storage.stores import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
     from numpy.typing import ArrayLike, NDArray
 
-POOL_THREADS = 32
-MAX_RUN_BYTES = 8 * 2**20  # of neighbouring chunks fetched by one request
+    from storage.cache import ChunkCache
+    from storage.source import Source
 
+__all__ = ["Level", "ReadStatistics", "Slide"]
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One level of a slide; level 0 is the finest."""
-
-    shape_yx: tuple[int, int]  # pixels
-    downsample: float  # level-0 pixels per pixel
-    mpp: float | None  # micrometres per pixel
-    chunk: int  # side of a chunk, pixels
-    shard: int  # side of a shard, pixels
-    scale_yx: tuple[float, float]  # size of a pixel in the pyramid's unit (micrometres, or pixels if unknown)
-    translation_yx: tuple[float, float]  # centre of the first pixel in that unit
-
-
-@dataclass(frozen=True, slots=True)
-class ReadStatistics:
-    """What a slide has read since it was opened; subtract an earlier snapshot to measure a part."""
-
-    requests: int = 0  # range reads, or objects fetched whole
-    bytes_read: int = 0
-    chunks_decoded: int = 0
-
-    def __sub__(self, other: ReadStatistics) -> ReadStatistics:
-        return ReadStatistics(
-            self.requests - other.requests,
-            self.bytes_read - other.bytes_read,
-            self.chunks_decoded - other.chunks_decoded,
-        )
-
-
-@dataclass(slots=True)
-class _Run:
-    """Neighbouring chunks of one shard, fetched by one request; ``chunks`` holds (number, offset, length)."""
-
-    key: str
-    start: int
-    end: int
-    chunks: list[tuple[int, int, int]]
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg")  # of URLs; local files are told apart by their first bytes
+TIFF_SUFFIXES = (".tif", ".tiff", ".svs")
 
 
 class Slide:
-    """A pyramid opened for reading: a folder, or an http, s3 or gs URL.
+    """An image opened for reading: a pyramid or a PNG or JPEG file, by path or by URL (http, https, s3, gs, az).
 
     A context manager; thread safe; pickles as its location and opens again where it is unpickled.
 
+    Parameters
+    ----------
+    location
+        Folder, file or URL.
+    cache
+        Keeps chunks of our own pyramids for later, also for other processes; meant for URLs.
+
     Attributes
     ----------
-    location : what it was opened with
+    location, cache : what it was opened with
     name : name of the image
     levels : the levels, finest first
     channels : channel names
-    dtype : uint8, uint16 or float32
+    dtype : uint8, uint16, int16, float32 or float64
     mpp : micrometres per pixel of level 0, None where unknown
     shape_yx : height and width of level 0
+    memory_bytes : of pixels held as long as it is open; a PNG or JPEG is decoded whole
 
     Raises
     ------
-    MissingImageError, NotAPyramidError, CorruptImageError, TransferError
+    MissingImageError, NotAPyramidError, UnsupportedImageError, CorruptImageError, TransferError
     """
 
-    def __init__(self, location: str | os.PathLike[str]) -> None:
-        self.location = os.fspath(location)
-        self._store = open_store(self.location)
-        self._lock = threading.Lock()
-        self._requests = self._bytes = self._chunks = 0
-        self._indexes: dict[str, NDArray[np.int64]] = {}
-        info = parse_pyramid(self._get, self._store.name)
-        self._infos = info.levels
-        self.name = info.name
-        self.channels = info.channels
-        self.dtype = info.levels[0].layout.dtype
-        known = info.unit == "micrometer"
-        self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)
-        self.mpp = self.levels[0].mpp
-        self.shape_yx = self.levels[0].shape_yx
+    def __init__(self, location: str | os.PathLike[str], *, cache: ChunkCache | None = None) -> None:
+        self.location, self.cache = os.fspath(location), cache
+        self._counters = Counters()
+        self._source = _open_source(self.location, self._counters, cache)
+        self.name, self.channels, self.dtype = self._source.name, self._source.channels, self._source.dtype
+        self.levels, self.memory_bytes = self._source.levels, self._source.memory_bytes
+        self.mpp, self.shape_yx = self.levels[0].mpp, self.levels[0].shape_yx
 
     def read(self, level: int, box: Sequence[int], *, fill: float = 0) -> NDArray[Any]:
         """Read one box.
@@ -127,7 +94,9 @@ class Slide:
         Raises
         ------
         CorruptImageError
-            A chunk is missing or damaged.
+            A chunk is damaged or, in a pyramid of ours, missing.
+        TransferError
+            The server failed to answer, after a bounded number of attempts.
         """
         pixels: NDArray[Any] = self.read_many(level, [tuple(box)], fill=fill)[0]
         return pixels
@@ -150,35 +119,33 @@ class Slide:
 
         Raises
         ------
-        CorruptImageError
-            A chunk is missing or damaged.
+        CorruptImageError, TransferError
+            As ``read``.
         """
         if not 0 <= level < len(self.levels):
             raise ValueError(f"level {level} of a slide with {len(self.levels)}")
-        boxes = _checked_boxes(boxes)
-        info = self._infos[level]
-        channels, height, width = info.shape
+        boxes = check_boxes(boxes)
+        channels = len(self.channels)
         if not len(boxes):
             return np.empty((0, channels, 0, 0), self.dtype)
+        height, width = self.levels[level].shape_yx
         h, w = int(boxes[0, 2]), int(boxes[0, 3])
         y, x = boxes[:, 0], boxes[:, 1]
         inside = y.min() >= 0 and x.min() >= 0 and y.max() + h <= height and x.max() + w <= width
         shape = (len(boxes), channels, h, w)
         out = np.empty(shape, self.dtype) if inside else np.full(shape, fill, self.dtype)
         if h and w:
-            self._fill(level, info, boxes, out)
+            self._source.fill(level, boxes, out)
         return out
 
     @property
     def statistics(self) -> ReadStatistics:
         """Snapshot of what was read since opening, metadata included."""
-        with self._lock:
-            return ReadStatistics(self._requests, self._bytes, self._chunks)
+        return self._counters.snapshot()
 
     def close(self) -> None:
         """Give descriptors and connections back."""
-        self._store.close()
-        self._indexes.clear()
+        self._source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -188,240 +155,68 @@ class Slide:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[Slide], tuple[str]]:
-        return (Slide, (self.location,))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.location, self.cache)
 
     def __repr__(self) -> str:
         return f"Slide({self.location!r})"
 
-    def _fill(self, level: int, info: LevelInfo, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """Copy the image into ``out``, chunk by chunk."""
-        numbers, parts = _cut(boxes, info)
-        if not parts:
-            return
-        runs, empty = self._locate(level, info, numbers)
-        for number in empty:
-            for b, y0, y1, x0, x1, _, _ in parts[number]:
-                out[b, :, y0:y1, x0:x1] = 0
 
-        def work(share: list[_Run]) -> None:
-            buffer = np.empty(info.layout.chunk_shape, info.layout.dtype)
-            for run in share:
-                data = self._fetch(level, run)
-                for number, offset, length in run.chunks:
-                    start = offset - run.start
-                    try:
-                        decode_chunk(data[start : start + length], buffer)
-                    except CorruptImageError as error:
-                        raise self._damaged(level, info, number, str(error)) from None
-                    for b, y0, y1, x0, x1, y, x in parts[number]:
-                        out[b, :, y0:y1, x0:x1] = buffer[:, y : y + y1 - y0, x : x + x1 - x0]
-            decoded = sum(len(run.chunks) for run in share)
-            self._count(requests=len(share), read=sum(run.end - run.start for run in share), chunks=decoded)
+def _reopen(location: str, cache: ChunkCache | None) -> Slide:
+    return Slide(location, cache=cache)
 
-        _spread(work, runs, self._store.concurrency)
 
-    def _locate(self, level: int, info: LevelInfo, numbers: NDArray[np.int64]) -> tuple[list[_Run], list[int]]:
-        """Group chunks (by number, ascending) in runs of neighbours, and list those that are all zeros."""
-        grid = info.layout.grid
-        columns = info.shard_grid[1] * grid
-        row, column = np.divmod(numbers, columns)
-        shard = (row // grid) * info.shard_grid[1] + column // grid
-        inner = (row % grid) * grid + column % grid
-        order = np.argsort(shard, kind="stable")
-        shard, inner, numbers = shard[order], inner[order], numbers[order]
-        starts = np.flatnonzero(np.diff(shard, prepend=-1))
-        shards = shard[starts].tolist()
-        self._load_indexes(level, info, shards)
-        runs: list[_Run] = []
-        empty: list[int] = []
-        for s, a, b in zip(shards, starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=True):
-            key = info.shard_key(*divmod(s, info.shard_grid[1]))
-            index = self._indexes.get(key)
-            if index is None:
-                empty += numbers[a:b].tolist()
-                continue
-            places = index[inner[a:b]]
-            for number, (offset, length) in zip(numbers[a:b].tolist(), places.tolist(), strict=True):
-                if offset < 0:
-                    empty.append(number)
-                else:
-                    self._extend(runs, key, number, offset, length)
-        return runs, empty
+def _open_source(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
+    """Choose the kind of source."""
+    kind = _kind_of_file(location)
+    if kind is None:
+        return _open_pyramid(location, counters, cache)
+    if kind == "raster":
+        from storage.memory import MemorySource
 
-    def _extend(self, runs: list[_Run], key: str, number: int, offset: int, length: int) -> None:
-        """Add a chunk to the last run if it lies close behind it, else begin a new run."""
-        last = runs[-1] if runs else None
-        if last is not None and last.key == key:
-            near = 0 <= offset - last.end <= self._store.merge_gap
-            if near and offset + length - last.start <= MAX_RUN_BYTES:
-                last.chunks.append((number, offset, length))
-                last.end = offset + length
-                return
-        runs.append(_Run(key, offset, offset + length, [(number, offset, length)]))
+        return MemorySource(location, counters)
+    raise NotAPyramidError(f"{location}: {kind}, not a pyramid; run nested-ats convert and open what it writes")
 
-    def _load_indexes(self, level: int, info: LevelInfo, shards: Iterable[int]) -> None:
-        """Read the indexes of shards that were not read yet; empty shards have none."""
-        columns = info.shard_grid[1]
-        missing = [divmod(s, columns) for s in shards]
-        missing = [place for place in missing if info.shard_key(*place) not in self._indexes]
-        if info.shards is not None:
-            missing = [place for place in missing if info.shards.length[place]]
 
-        def work(share: list[tuple[int, int]]) -> None:
-            for place in share:
-                self._indexes[info.shard_key(*place)] = self._read_index(level, info, place)
+def _kind_of_file(location: str) -> str | None:
+    """What a file is: "raster" (PNG or JPEG), the words for what is not read, or None for what may be a pyramid."""
+    if "://" in location:
+        suffix = PurePosixPath(urlsplit(location).path).suffix.lower()
+        return "raster" if suffix in RASTER_SUFFIXES else "a TIFF" if suffix in TIFF_SUFFIXES else None
+    if not os.path.isfile(location):
+        return None
+    from storage.codestreams import JPEG_MAGIC, PNG_MAGIC
+    from storage.files import open_file
+    from storage.raster import TIFF_MAGICS
 
-        _spread(work, missing, self._store.concurrency)
+    with closing(open_file(location)) as file:
+        magic = file.read_at(0, len(PNG_MAGIC))
+    if magic.startswith((PNG_MAGIC, JPEG_MAGIC)):
+        return "raster"
+    return "a TIFF" if magic.startswith(TIFF_MAGICS) else "a file of a kind that is not read"
 
-    def _read_index(self, level: int, info: LevelInfo, place: tuple[int, int]) -> NDArray[np.int64]:
-        key = info.shard_key(*place)
-        where = f"{self.location}: level {level}, shard {place}"
-        try:
-            length = int(info.shards.length[place]) if info.shards is not None else self._store.size(key)
-            start = max(0, length - info.layout.index_bytes)
-            tail = self._store.get_range(key, start, info.layout.index_bytes)
-        except FileNotFoundError:
-            raise CorruptImageError(f"{where} is missing; convert the image again") from None
-        self._count(requests=1, read=len(tail))
-        try:
-            index = decode_index(tail, info.layout)
-        except CorruptImageError as error:
-            raise CorruptImageError(f"{where}: {error}; convert the image again") from None
-        ends = index[:, 0] + index[:, 1]
-        stored = index[:, 0] >= 0
-        if ((index[:, 1] <= 0) | (index[:, 1] > length) | (ends > start))[stored].any():
-            raise CorruptImageError(f"{where}: its index points outside it; convert the image again")
-        return index
 
-    def _fetch(self, level: int, run: _Run) -> bytes:
-        length = run.end - run.start
-        try:
-            data = self._store.get_range(run.key, run.start, length)
-        except FileNotFoundError:
-            raise CorruptImageError(f"{self.location}: level {level}, {run.key} is missing") from None
-        if len(data) != length:
-            raise CorruptImageError(f"{self.location}: level {level}, {run.key} is truncated")
+def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
+    """Open our own pyramids, known by their ``nested_ats`` block, or those of others."""
+    store = open_store(location)
+
+    def read(key: str) -> bytes:
+        counters.add(requests=1)
+        data = store.get(key)
+        counters.add(read=len(data))
         return data
 
-    def _damaged(self, level: int, info: LevelInfo, number: int, reason: str) -> CorruptImageError:
-        place = divmod(number, info.shard_grid[1] * info.layout.grid)
-        return CorruptImageError(f"{self.location}: level {level}, chunk {place}: {reason}; convert again")
+    try:
+        data = read("zarr.json")
+        root = load_json(lambda _: data, "zarr.json", location)
+    except FileNotFoundError:
+        root = {}
+    attributes = root.get("attributes")
+    if isinstance(attributes, dict) and "nested_ats" in attributes:
+        info = parse_pyramid(lambda key: data if key == "zarr.json" else read(key), location)
+        return ShardedSource(location, store, counters, data, info, cache)
+    from storage.foreign import ForeignSource  # zarr takes a while to import
+    from storage.ngff import find_image
 
-    def _get(self, key: str) -> bytes:
-        data = self._store.get(key)
-        self._count(requests=1, read=len(data))
-        return data
-
-    def _count(self, *, requests: int = 0, read: int = 0, chunks: int = 0) -> None:
-        with self._lock:
-            self._requests += requests
-            self._bytes += read
-            self._chunks += chunks
-
-
-def _level(info: LevelInfo, first: LevelInfo, *, known: bool) -> Level:
-    return Level(
-        shape_yx=(info.shape[1], info.shape[2]),
-        downsample=info.scale_yx[0] / first.scale_yx[0],
-        mpp=info.scale_yx[0] if known else None,
-        chunk=info.layout.chunk,
-        shard=info.layout.shard,
-        scale_yx=info.scale_yx,
-        translation_yx=info.translation_yx,
-    )
-
-
-def _checked_boxes(boxes: ArrayLike) -> NDArray[np.int64]:
-    array = np.asarray(boxes)
-    if array.size == 0:
-        return np.empty((0, 4), np.int64)
-    if array.ndim != 2 or array.shape[1] != 4 or array.dtype.kind not in "iu":
-        raise ValueError(f"boxes must be (N, 4) integers y, x, h, w, not {array.shape} {array.dtype}")
-    array = array.astype(np.int64, copy=False)
-    if (array[:, 2:] != array[0, 2:]).any() or (array[0, 2:] < 0).any():
-        raise ValueError("boxes must all have the same height and width, not negative")
-    return array
-
-
-def _cut(boxes: NDArray[np.int64], info: LevelInfo) -> tuple[NDArray[np.int64], dict[int, list[list[int]]]]:
-    """Cut boxes at chunk borders.
-
-    Returns
-    -------
-    numbers
-        Chunks touched, ascending; a chunk's number is row * (chunk columns of all shards) + column.
-    parts
-        By chunk number, the parts in it: (box, y0, y1, x0, x1 in the box, y, x in the chunk).
-    """
-    step = info.layout.chunk
-    rows = _cut_axis(boxes[:, 0], int(boxes[0, 2]), info.shape[1], step)  # (N, R) each
-    columns = _cut_axis(boxes[:, 1], int(boxes[0, 3]), info.shape[2], step)  # (N, Q) each
-    n, r, q = np.nonzero((rows.stop > rows.start)[:, :, None] & (columns.stop > columns.start)[:, None, :])
-    if not len(n):
-        return n, {}
-    per_row = info.shard_grid[1] * info.layout.grid
-    number = rows.chunk[n, r] * per_row + columns.chunk[n, q]
-    table = np.stack(
-        [
-            n,
-            rows.start[n, r],
-            rows.stop[n, r],
-            columns.start[n, q],
-            columns.stop[n, q],
-            rows.inner[n, r],
-            columns.inner[n, q],
-        ],
-        axis=1,
-    )
-    order = np.argsort(number, kind="stable")
-    number = number[order]
-    lines = table[order].tolist()
-    starts = np.flatnonzero(np.diff(number, prepend=-1))
-    numbers = number[starts]
-    ends = [*starts[1:].tolist(), len(lines)]
-    parts = {c: lines[a:b] for c, a, b in zip(numbers.tolist(), starts.tolist(), ends, strict=True)}
-    return numbers, parts
-
-
-@dataclass(frozen=True, slots=True)
-class _AxisParts:
-    """Parts of boxes along one axis, (N, K) each; where ``stop <= start`` there is none."""
-
-    chunk: NDArray[np.int64]
-    start: NDArray[np.int64]  # in the box
-    stop: NDArray[np.int64]
-    inner: NDArray[np.int64]  # in the chunk
-
-
-def _cut_axis(begin: NDArray[np.int64], extent: int, size: int, step: int) -> _AxisParts:
-    """Cut ``begin .. begin + extent`` (N boxes) at multiples of ``step`` within ``0 .. size``."""
-    first = np.maximum(begin, 0) // step
-    count = (extent + step - 2) // step + 1
-    chunk = first[:, None] + np.arange(count)
-    low = np.maximum(chunk * step, begin[:, None])
-    low = np.maximum(low, 0)
-    high = np.minimum(np.minimum((chunk + 1) * step, begin[:, None] + extent), size)
-    return _AxisParts(chunk, low - begin[:, None], high - begin[:, None], low - chunk * step)
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    """Threads shared by all slides of this process."""
-    return ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="storage-read")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child inherits the pool without its threads
-
-
-def _spread(work: Callable[[list[Any]], None], items: list[Any], concurrency: int) -> None:
-    """Run ``work`` on shares of ``items`` in up to ``concurrency`` threads; the first error is raised."""
-    shares = min(concurrency, len(items))
-    if shares <= 1:
-        if items:
-            work(items)
-        return
-    futures = [_pool().submit(work, items[i::shares]) for i in range(shares)]
-    errors = [error for future in futures if (error := future.exception()) is not None]
-    if errors:
-        raise errors[0]
+    with closing(store):
+        return ForeignSource(location, counters, find_image(read, location, root))

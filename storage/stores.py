@@ -1,23 +1,39 @@
 """Where bytes lie: a local folder by descriptors and ``pread``, a URL through obstore, with one small face.
 
 Reading is by key (``"0/c/3/4"``) and byte range. Both stores are thread safe, count nothing and cache nothing but
-open descriptors; ``Slide`` decides what to fetch and counts it.
+open descriptors; the sources behind ``Slide`` decide what to fetch and count it.
+
+Notable: local files are read by one thread. What is in memory is decoded in a few microseconds a chunk, which two
+threads of one process only slow down by handing each other the interpreter's lock; what is not is brought in by the
+kernel, several ranges at a time, because it is told of them before the first is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from storage.errors import MissingImageError, TransferError
+from storage.errors import MissingImageError, StorageError, TransferError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import NoReturn
+
     from obstore.store import ObjectStore
 
+T = TypeVar("T")
+Range = tuple[str, int, int]  # key, start, length in bytes
+
 MAX_DESCRIPTORS = 64
+ANNOUNCED_BYTES = 2**20  # longer ranges keep a disk busy by themselves
+TIMEOUT_S = 60.0  # of one request to a URL
+RETRIES = 4  # of a request that failed, by obstore
+BACKOFF_S = 0.1  # before the first repeat, doubled before each further one
 
 
 class Store(Protocol):
@@ -37,6 +53,10 @@ class Store(Protocol):
 
     def size(self, key: str) -> int:
         """Return the length of an object in bytes; raises ``FileNotFoundError``."""
+        ...
+
+    def announce(self, ranges: Sequence[Range]) -> None:
+        """Tell which ranges are read next, in this thread."""
         ...
 
     def close(self) -> None:
@@ -74,8 +94,8 @@ class LocalStore:
     """A folder; keeps the most recently read files open."""
 
     def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "does not exist; check the path"
+        if not os.path.isdir(root):
+            what = "is a file, not a folder" if os.path.exists(root) else "does not exist; check the path"
             raise MissingImageError(f"{root}: {what}")
         self.name = str(root)
         self.concurrency = 1
@@ -85,16 +105,34 @@ class LocalStore:
 
     def get(self, key: str) -> bytes:
         """Return the whole file."""
-        with open(f"{self.name}/{key}", "rb") as file:
-            return file.read()
+        try:
+            with open(f"{self.name}/{key}", "rb") as file:
+                return file.read()
+        except OSError as error:
+            self._fail(key, error)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start``, fewer where the file ends."""
-        return os.pread(self._descriptor(key).fd, length, start)
+        try:
+            return os.pread(self._descriptor(key).fd, length, start)
+        except OSError as error:
+            self._fail(key, error)
 
     def size(self, key: str) -> int:
         """Length of the file in bytes."""
-        return os.fstat(self._descriptor(key).fd).st_size
+        try:
+            return os.fstat(self._descriptor(key).fd).st_size
+        except OSError as error:
+            self._fail(key, error)
+
+    def announce(self, ranges: Sequence[Range]) -> None:
+        """Have the kernel fetch what it does not hold yet, all ranges at once; a hint, which never fails."""
+        short = [range_ for range_ in ranges if range_[2] <= ANNOUNCED_BYTES]
+        if len(short) < 2 or not hasattr(os, "posix_fadvise"):
+            return
+        with contextlib.suppress(OSError):
+            for key, start, length in short:
+                os.posix_fadvise(self._descriptor(key).fd, start, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the files that no thread is reading."""
@@ -114,29 +152,59 @@ class LocalStore:
                 self._open.popitem(last=False)
         return opened
 
+    def _fail(self, key: str, error: OSError) -> NoReturn:
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise FileNotFoundError(key) from error
+        raise StorageError(
+            f"{self.name}/{key}: cannot be read ({error.strerror}); check its disk and permissions"
+        ) from error
 
-def connect(url: str) -> ObjectStore:
+
+def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
     """Open a URL (http, https, s3, gs, az) with obstore, which repeats failed requests a bounded number of times.
 
-    Credentials, regions and endpoints come from the environment as obstore documents (``AWS_ENDPOINT_URL`` and so on).
+    Credentials, regions and endpoints come from the environment, as obstore documents (``AWS_ENDPOINT_URL``, ...).
+    A request is given up after ``timeout_s``, by default ``TIMEOUT_S``.
 
     Raises
     ------
     TransferError
-        The URL is not of a kind that can be opened.
+        The URL is not of a kind that can be opened, or this process was forked from one that had opened a URL.
     """
+    global _connected_in  # noqa: PLW0603
     from datetime import timedelta
 
     from obstore.store import from_url
 
+    check_not_forked(url)
+    _connected_in = os.getpid()
     try:
         return from_url(
             url,
-            client_options={"allow_http": True, "timeout": "60s"},
-            retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=60)},
+            client_options={"allow_http": True, "timeout": timedelta(seconds=timeout_s or TIMEOUT_S)},
+            retry_config={
+                "max_retries": RETRIES,
+                "retry_timeout": timedelta(seconds=60),
+                "backoff": {"init_backoff": timedelta(seconds=BACKOFF_S)},
+            },
         )
     except Exception as error:
         raise TransferError(f"{url}: not a location that can be opened ({error})") from error
+
+
+_connected_in: int | None = None  # process that first opened a URL
+
+
+def check_not_forked(location: str) -> None:
+    """See that URLs can be read in this process; obstore's threads are lost in a fork, and it would wait for ever.
+
+    Raises
+    ------
+    TransferError
+        This process was forked from one that had opened a URL.
+    """
+    if _connected_in not in (None, os.getpid()):
+        raise TransferError(f"{location}: URLs cannot be read in a forked process; start it by spawn or forkserver")
 
 
 class UrlStore:
@@ -150,33 +218,41 @@ class UrlStore:
 
     def get(self, key: str) -> bytes:
         """Return the whole object."""
-        try:
-            return bytes(self._store.get(key).bytes())
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise self._failure(key, error) from error
+        return self._attempt(key, lambda: bytes(self._store.get(key).bytes()))
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start``; a server that answers anything else raises."""
-        try:
-            return bytes(self._store.get_range(key, start=start, length=length))
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise self._failure(key, error) from error
+        return self._attempt(key, lambda: bytes(self._store.get_range(key, start=start, length=length)))
 
     def size(self, key: str) -> int:
         """Length of the object in bytes."""
-        try:
-            return int(self._store.head(key)["size"])
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise self._failure(key, error) from error
+        return self._attempt(key, lambda: int(self._store.head(key)["size"]))
+
+    def announce(self, ranges: Sequence[Range]) -> None:
+        """Nothing to do: other threads fetch the other ranges."""
 
     def close(self) -> None:
         """Nothing to give back: connections close with the object."""
 
-    def _failure(self, key: str, error: Exception) -> TransferError:
-        return TransferError(f"{self.name}/{key}: the request failed ({str(error).splitlines()[0]})")
+    def _attempt(self, key: str, request: Callable[[], T]) -> T:
+        check_not_forked(self.name)
+        for repeat in range(RETRIES + 1):
+            try:
+                return request()
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each kind of store has its own
+                if repeat == RETRIES or not was_cut(error):
+                    raise TransferError(f"{self.name}/{key}: the request failed ({first_line(error)})") from error
+                time.sleep(BACKOFF_S * 2**repeat)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def was_cut(error: Exception) -> bool:
+    """Whether the connection ended within the body of an answer, the one failure after which obstore gives up."""
+    return "body" in first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """The part of an error that is worth showing: those of object stores go on for pages."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import shutil
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,7 +42,7 @@ class Receipt:
     y: int
     x: int
     length: int  # bytes
-    crc32c: int  # of the whole file
+    crc32: int  # of the whole file
     index_crc32c: int  # of the index that ends it, which a reader can check for the price of reading the index
     tag: str = ""  # the object store's name for these very bytes
 
@@ -133,6 +134,21 @@ def open_partial(target: str) -> Iterator[Partial]:
             yield local
 
 
+def sweep_leftovers(target: str) -> None:
+    """Remove what a converter left beside a pyramid that it had just made whole when it was killed."""
+    if "://" in target:
+        from storage.object_target import sweep_object_leftovers
+
+        sweep_object_leftovers(target)
+    else:
+        shutil.rmtree(_replaced(Path(target)), ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    """Where the pyramid that is being replaced goes for the moment between two renames."""
+    return target.with_name(f"{target.name}.replaced")
+
+
 @dataclass(frozen=True)
 class LocalOutput:
     """Files below a folder, which workers on other machines must see under the same name."""
@@ -195,7 +211,7 @@ class LocalPartial:
         shutil.rmtree(self.scratch, ignore_errors=True)
         for folder, _, _ in os.walk(self.root):
             _flush_folder(Path(folder))
-        old = self.target.with_name(f"{self.target.name}.old")
+        old = _replaced(self.target)
         shutil.rmtree(old, ignore_errors=True)
         if overwrite and self.target.exists():
             os.rename(self.target, old)
@@ -225,7 +241,7 @@ class LocalPartial:
             data = path.read_bytes()
         except FileNotFoundError:
             return False
-        return len(data) == receipt.length and google_crc32c.value(data) == receipt.crc32c
+        return len(data) == receipt.length and zlib.crc32(data) == receipt.crc32
 
     def _sweep(self, trusted: set[str]) -> None:
         """Delete every file but the trusted: damaged shards, temporary files, scratch."""

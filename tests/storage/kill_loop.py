@@ -1,6 +1,6 @@
 """Stop a converter at every one of its writes in turn, run it again, and compare with a clean run.
 
-Run by ``test_resume`` as a program of its own, because it forks: ``python kill_loop.py HOW SOURCE FOLDER``. Each child
+Run by ``test_resume`` as a program of its own, because it forks: ``python kill_loop.py HOW SOURCE FOLDER``. A child
 counts its calls that change the disk; from the n-th on, for n = 1, 2, ..., it is killed ("kill") or finds the disk
 full ("full").
 """

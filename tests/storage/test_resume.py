@@ -224,6 +224,23 @@ def test_a_journal_cut_short_loses_its_last_shard_only(clean, tmp_path, small):
     assert contents(tmp_path / "p.zarr") == expected
 
 
+def test_a_source_that_changes_meanwhile_is_noticed(clean, tmp_path, small):
+    source, _ = clean
+    calls = []
+
+    def progress(done, total):
+        if not calls:
+            os.utime(source, ns=(1, 1))
+        calls.append(done)
+
+    with pytest.raises(ConversionError, match="changed while"):
+        convert(source, tmp_path / "p.zarr", options=small, progress=progress)
+    assert not (tmp_path / "p.zarr").exists()
+    convert(source, tmp_path / "p.zarr", options=small)
+    with Slide(tmp_path / "p.zarr") as slide, Slide(tmp_path / "clean.zarr") as other:
+        assert (slide.read(0, (0, 0, 300, 200)) == other.read(0, (0, 0, 300, 200))).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "full"])
 @pytest.mark.parametrize("strips", [False, True])

@@ -1,6 +1,9 @@
 """Reading boxes: against numpy, at and beyond the borders, counted exactly, and never filled in."""
 
+import errno
+import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -18,8 +21,10 @@ from storage import (
     NotAPyramidError,
     ReadStatistics,
     Slide,
+    StorageError,
     write_pyramid,
 )
+from storage.foreign import ForeignSource
 
 CHUNK, SHARD = 16, 64
 
@@ -146,7 +151,21 @@ def test_many_files_keep_few_descriptors(tmp_path, textured, monkeypatch):
     write_pyramid(tmp_path / "p.zarr", pixels, options=ConvertOptions(chunk=8, shard=16))
     with Slide(tmp_path / "p.zarr") as slide:
         np.testing.assert_array_equal(slide.read(0, (0, 0, 200, 200)), pixels)
-        assert len(slide._store._open) == 3
+        assert len(slide._source._store._open) == 3
+
+
+def test_the_kernel_is_told_of_several_ranges_before_they_are_read(path, pixels, monkeypatch):
+    told = []
+    with Slide(path) as slide:
+        boxes = [(0, 0, 8, 8), (100, 100, 8, 8), (140, 190, 8, 8)]
+        slide.read_many(0, boxes)
+        monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, length, advice: told.append(length), raising=False)
+        slide.read_many(0, boxes[:1])
+        assert told == []
+        before = slide.statistics
+        slide.read_many(0, boxes)
+        read = slide.statistics - before
+        assert (len(told), sum(told)) == (read.requests, read.bytes_read)
 
 
 @pytest.fixture
@@ -195,6 +214,31 @@ def test_swapped_shards_of_another_length_are_found(copy):
         slide.read(0, (0, 0, 150, 200))
 
 
+def test_swapped_shards_of_the_same_length_are_found(tmp_path, rng):
+    """Noise does not compress, so both shards have 15 chunks of one length, but not at the same places."""
+    pixels = rng.integers(1, 255, (1, 64, 128), dtype=np.uint8)
+    pixels[:, :16, :16] = pixels[:, 16:32, 64:80] = 0
+    target = tmp_path / "p.ome.zarr"
+    write_pyramid(target, pixels, options=ConvertOptions(chunk=CHUNK, shard=SHARD))
+    first, second = target / "0/c/0/0/0", target / "0/c/0/0/1"
+    data, other = first.read_bytes(), second.read_bytes()
+    assert len(data) == len(other)
+    first.write_bytes(other)
+    second.write_bytes(data)
+    with Slide(target) as slide, pytest.raises(CorruptImageError, match="another shard than the one"):
+        slide.read(0, (0, 0, 64, 64))
+
+
+def test_a_disk_that_fails_is_an_error_of_ours(copy, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Slide(copy) as slide:
+        monkeypatch.setattr(os, "pread", fail)
+        with pytest.raises(StorageError, match=r"0/c/0/0/0: cannot be read \(Input/output error\)"):
+            slide.read(0, (0, 0, 8, 8))
+
+
 @pytest.mark.parametrize("keep", [0, 1, 200, -3])
 def test_truncated_metadata_is_an_error(copy, keep):
     meta = copy / "zarr.json"
@@ -216,6 +260,8 @@ def test_truncated_metadata_is_an_error(copy, keep):
         (b'"shape":[3,150,200]', b'"shape":"big"', CorruptImageError),
         (b'"length":[', b'"length":[1,', CorruptImageError),
         (b'"fill_value":0', b'"fill_value":1', NotAPyramidError),
+        (b'"index_crc32c":[', b'"index_crc":[', CorruptImageError),
+        (b'"chunk_shape":[3,16,16]', b'"chunk_shape":[3,64,1]', NotAPyramidError),
     ],
 )
 def test_metadata_that_is_not_ours_is_refused(copy, find, replace, error):
@@ -233,32 +279,55 @@ def test_missing_and_foreign_folders(tmp_path):
     with pytest.raises(NotAPyramidError, match="convert the image first"):
         Slide(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(MissingImageError, match="a file, not a folder"):
+    with pytest.raises(
+        NotAPyramidError, match="a file of a kind that is not read, not a pyramid; run nested-ats convert"
+    ):
         Slide(tmp_path / "file")
 
 
-def test_without_consolidated_metadata_and_manifest_absence_is_still_an_error(copy):
-    import json
+def test_a_tiff_is_to_be_converted(tiff):
+    path, _ = tiff(40, 40)
+    with pytest.raises(NotAPyramidError, match=r"image\.tif: a TIFF, not a pyramid; run nested-ats convert"):
+        Slide(path)
+    with pytest.raises(NotAPyramidError, match="run nested-ats convert"):
+        Slide("http://127.0.0.1:1/x.svs?key=a")
 
+
+def test_our_shards_without_our_table_are_those_of_another_writer(copy):
+    """Zarr's own rule then holds: what is absent is filled."""
     root = json.loads((copy / "zarr.json").read_text())
     del root["consolidated_metadata"], root["attributes"]["nested_ats"]
     (copy / "zarr.json").write_text(json.dumps(root))
     with Slide(copy) as slide:
-        slide.read(0, (0, 0, 8, 8))
-        with pytest.raises(CorruptImageError, match="missing"):
-            slide.read(0, (64, 0, 8, 8))
+        assert isinstance(slide._source, ForeignSource)
+        assert (slide.read(0, (64, 0, 8, 8)) == 0).all()
 
 
 def test_a_forked_child_makes_its_own_threads():
     """A pool's threads do not survive a fork: a child that inherited the pool would wait for ever."""
     code = """if True:
         import os
-        from storage.slide import _pool
-        _pool().submit(int).result()
+        from storage.threads import pool
+        pool().submit(int).result()
         child = os.fork()
         if child == 0:
-            _pool().submit(int).result(timeout=20)
+            pool().submit(int).result(timeout=20)
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_claims_that_would_fill_the_memory_are_refused(tmp_path):
+    write_pyramid(
+        tmp_path / "p.ome.zarr", np.zeros((1, 40, 40), np.uint8), options=ConvertOptions(chunk=16, shard=32)
+    )
+    meta = tmp_path / "p.ome.zarr/zarr.json"
+    side = 2**20
+    for chunk in (1, side):
+        data = meta.read_bytes().replace(b"[1,32,32]", b"[1,%d,%d]" % (side, side))
+        data = data.replace(b"[1,16,16]", b"[1,%d,%d]" % (chunk, chunk)).replace(b"[0,0,0,0]", b"[0]")
+        (tmp_path / "q.zarr").mkdir(exist_ok=True)
+        (tmp_path / "q.zarr/zarr.json").write_bytes(data)
+        with pytest.raises(CorruptImageError, match=r"level 0 claims shards of (1|1048576) x "):
+            Slide(tmp_path / "q.zarr")

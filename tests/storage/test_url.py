@@ -1,9 +1,19 @@
 """Reading over HTTP from a loopback server: only the bytes asked for, counted, and errors kept ours."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
 from storage import ConvertOptions, CorruptImageError, NotAPyramidError, Slide, TransferError, write_pyramid
+from storage.stores import RETRIES
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Clients that give up soon, so that failing servers are tested soon."""
+    monkeypatch.setattr("storage.stores.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("storage.stores.BACKOFF_S", 0.001)
 
 
 @pytest.fixture
@@ -48,10 +58,69 @@ def test_missing_pyramid_and_missing_shard(web, pixels, tmp_path):
         slide.read(0, (0, 0, 8, 8))
 
 
-def test_a_server_that_recovers_is_asked_again(web, pixels):
+@pytest.mark.parametrize("failure", [500, 503, "close", "hang", "cut"])
+def test_a_server_that_recovers_is_asked_again(web, pixels, failure):
     with Slide(f"{web.url}/p.ome.zarr") as slide:
-        web.failures[:] = [503]
+        web.failures[:] = [failure, failure]
         np.testing.assert_array_equal(slide.read(0, (0, 0, 9, 9)), pixels[:, :9, :9])
+        assert web.failures == []
+
+
+@pytest.mark.parametrize("failure", [500, 503, "close", "hang", "cut", "whole"])
+@pytest.mark.parametrize("good", [0, 1])  # requests answered before: the shard's index
+def test_a_server_that_goes_on_failing_is_an_error_after_a_few_requests(web, pixels, failure, good):
+    with Slide(f"{web.url}/p.ome.zarr") as slide:
+        if good:
+            slide.read(0, (0, 0, 9, 9))
+        web.log.clear()
+        web.failures[:] = [failure] * 50
+        with pytest.raises(TransferError, match=r"p\.ome\.zarr/0/c/0/0/0: the request failed"):
+            slide.read(0, (100, 100, 9, 9))
+        assert len(web.log) <= (1 + RETRIES) ** 2
+        web.failures.clear()
+        np.testing.assert_array_equal(slide.read(0, (100, 100, 9, 9)), pixels[:, 100:109, 100:109])
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_an_answer_shorter_than_asked_is_an_error_and_never_filled(web, pixels, good):
+    with Slide(f"{web.url}/p.ome.zarr") as slide:
+        if good:
+            slide.read(0, (0, 0, 9, 9))
+        web.failures[:] = ["short"] * 50
+        with pytest.raises((CorruptImageError, TransferError), match=r"p\.ome\.zarr"):
+            slide.read(0, (100, 100, 9, 9))
+
+
+def test_patches_need_two_requests_on_average(web, tmp_path, rng):
+    """Patches of 256 read one by one, chunks of 128 in four shards, as a conversion writes them."""
+    size = 4096
+    image = rng.integers(100, 120, (1, size, size), dtype=np.uint8)
+    write_pyramid(tmp_path / "large.ome.zarr", image, options=ConvertOptions(chunk=128, shard=2048))
+    with Slide(f"{web.url}/large.ome.zarr") as slide:
+        slide.read_many(0, [(y, x, 8, 8) for y in (0, 2048) for x in (0, 2048)])  # the indexes
+        web.log.clear()
+        corners = rng.integers(0, size - 256, (100, 2)).tolist()
+        for y, x in corners:
+            np.testing.assert_array_equal(slide.read(0, (y, x, 256, 256)), image[:, y : y + 256, x : x + 256])
+        assert len(web.log) / len(corners) <= 2
+
+
+def _read_forked(slide, queue):
+    try:
+        slide.read(0, (0, 0, 9, 9))
+    except TransferError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_is_told_instead_of_waiting_for_ever(web, pixels):
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    with Slide(f"{web.url}/p.ome.zarr") as slide:
+        child = fork.Process(target=_read_forked, args=(slide, queue))
+        child.start()
+        assert "start it by spawn or forkserver" in queue.get(timeout=30)
+        child.join()
 
 
 def test_a_server_that_refuses_is_an_error_of_ours(web, pixels):

@@ -1,0 +1,155 @@
+"""``ChunkCache``: a folder that keeps chunks fetched from URLs, up to a size.
+
+Notable: a name tells content, not only place: it is made of the pyramid's location, a hash of its root metadata
+(which names the source and tells the checksums of all shards), the shard's key and the range within it. So a pyramid
+that was converted again is not served from what the old one left. Everything kept ends with its own crc32c, as
+chunks and shard indexes do, and what fails it is dropped and fetched again. Processes share a folder: files appear
+by renaming, and what they hold in all is counted under a lock. Only files named as the cache names them are removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.errors import StorageError
+from storage.shard import checksum_holds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TOTAL = "total"  # bytes kept, as text; the file that is locked
+KEEP = 0.9  # of the size is left when the oldest go, so that they do not go one by one
+TEMPORARY = ".tmp"
+_FOLDER = re.compile("[0-9a-f]{2}")
+_FILE = re.compile("[0-9a-f]{30}")
+TEMPORARY_S = 600.0  # age at which a temporary file was left by a process that ended
+
+
+@dataclass(frozen=True)
+class ChunkCache:
+    """Byte strings by name, the least recently used dropped first; safe between threads and processes.
+
+    A disk that fails or fills does not fail the reading: the cache then keeps less. Files count with their length.
+    Besides ``max_bytes`` there may be one unfinished file per writing thread and, until files are next counted anew,
+    one per process that was killed as it kept a file.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    max_bytes
+        What the files may hold in all, at least 1.
+
+    Raises
+    ------
+    StorageError
+        The folder cannot be made or written to.
+    """
+
+    folder: Path
+    max_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, not {self.max_bytes}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._counted():
+                pass
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: cannot be used as a cache ({error.strerror}); give a folder that can be written to"
+            ) from error
+
+    def get(self, name: str) -> bytes | None:
+        """What was put under ``name``, or None; what is damaged is dropped."""
+        path = self._path(name)
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+            if checksum_holds(data):
+                os.utime(path)  # the time of last use, by which the oldest are chosen
+                return data
+            path.unlink()  # put counts it until files are next counted anew, which is safe
+        except OSError:
+            pass
+        return None
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep ``data``, which ends with its crc32c, dropping the oldest if there is no room."""
+        path = self._path(name)
+        if len(data) > self.max_bytes:
+            return
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            handle, temporary = tempfile.mkstemp(TEMPORARY, dir=path.parent)
+            try:
+                with open(handle, "wb") as file:
+                    file.write(data)
+                with self._counted() as total:
+                    total.bytes += len(data)
+                    if total.bytes > self.max_bytes:
+                        total.bytes = self._drop_oldest(max(0, int(self.max_bytes * KEEP) - len(data))) + len(data)
+                    os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+
+    def _path(self, name: str) -> Path:
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        return self.folder / digest[:2] / digest[2:]
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[_Total]:
+        """The bytes kept, while no other process or thread changes them."""
+        handle = os.open(self.folder / TOTAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            text = os.pread(handle, 32, 0)
+            total = _Total(int(text) if text.isdigit() else sum(size for _, size, _ in self._files()))
+            before = total.bytes
+            yield total
+            if total.bytes != before or not text.isdigit():
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, str(total.bytes).encode(), 0)
+        finally:
+            os.close(handle)  # and with it the lock
+
+    def _drop_oldest(self, keep: int) -> int:
+        """Drop the least recently used files until at most ``keep`` bytes are left, and return how many there are."""
+        files = sorted(self._files())
+        left = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if left <= keep:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            left -= size
+        return left
+
+    def _files(self) -> Iterator[tuple[float, int, str]]:
+        """Time of last use, bytes and path of all files; those that ended processes left unfinished are removed."""
+        for folder in os.scandir(self.folder):
+            if not _FOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
+                continue
+            for file in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    status = file.stat(follow_symlinks=False)
+                    if _FILE.fullmatch(file.name):
+                        yield status.st_mtime, status.st_size, file.path
+                    elif file.name.endswith(TEMPORARY) and time.time() - status.st_mtime > TEMPORARY_S:
+                        os.unlink(file.path)
+
+
+@dataclass
+class _Total:
+    bytes: int

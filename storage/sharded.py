@@ -1,0 +1,317 @@
+"""Our own pyramids: chunks fetched by range from shard files, each verified by its checksum.
+
+Notable: the chunks under all boxes of a batch are looked up with array arithmetic, those that lie close together in a
+file are fetched by one request, and each is decoded once however many boxes share it. Nothing is ever filled in: the
+pyramid lists its shards, so one that is missing, damaged or exchanged for another is an error.
+
+Shape letters: N boxes, K chunks touched, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from storage.boxes import cut
+from storage.errors import CorruptImageError
+from storage.limits import LIMITS
+from storage.shard import CHECKSUM_BYTES, decode_chunk, decode_index
+from storage.source import Level, name_channels
+from storage.threads import spread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from storage.cache import ChunkCache
+    from storage.ome_zarr import LevelInfo, PyramidInfo, ShardTable
+    from storage.source import Counters
+    from storage.stores import Store
+
+    Decode = Callable[[int, bytes, NDArray[Any]], None]  # position of a chunk, what is stored, a chunk to decode into
+
+MAX_RUN_BYTES = 8 * 2**20  # of neighbouring chunks fetched by one request
+ANNOUNCED_RUNS = 64  # told to the store at once, before the first is read
+
+
+@dataclass(slots=True)
+class _Run:
+    """Chunks close together in one shard, fetched by one request."""
+
+    shard: int
+    start: int
+    end: int
+    chunks: list[tuple[int, int, int]]  # position among the chunks touched, start within the run, length
+
+
+class ShardedSource:
+    """A pyramid as ``storage.converter`` writes it; see ``Source``.
+
+    Parameters
+    ----------
+    location
+        For messages.
+    store
+        Where it lies.
+    counters
+        Of what is read.
+    root
+        The bytes of its root metadata, and
+    info
+        what they say.
+    cache
+        Where chunks are kept, if anywhere.
+    """
+
+    memory_bytes = 0
+
+    def __init__(
+        self,
+        location: str,
+        store: Store,
+        counters: Counters,
+        root: bytes,
+        info: PyramidInfo,
+        cache: ChunkCache | None = None,
+    ) -> None:
+        self._location, self._store, self._counters, self._cache = location, store, counters, cache
+        # The root metadata names the source and tells every shard's checksum, and so changes with the content.
+        self._identity = f"{location}\n{hashlib.blake2b(root, digest_size=16).hexdigest()}"
+        self.name, self.dtype = info.name, info.levels[0].layout.dtype
+        self.channels = name_channels(info.channels, info.levels[0].shape[0])
+        known = info.unit == "micrometer"
+        self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)
+        self._infos = info.levels
+        self._indexes = [_Indexes(level, self._table(i, level)) for i, level in enumerate(info.levels)]
+
+    def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Copy the image into ``out``, chunk by chunk; see ``Source``."""
+        info = self._infos[level]
+        grid = info.layout.grid
+        rows, columns, parts = cut(boxes, (info.shape[1], info.shape[2]), (info.layout.chunk, info.layout.chunk))
+        if not parts:
+            return
+        shard = rows // grid * info.shard_grid[1] + columns // grid
+        places = self._find(level, shard, rows % grid * grid + columns % grid)
+
+        def paste(chunk: int, pixels: NDArray[Any]) -> None:
+            for b, y0, y1, x0, x1, cy0, cy1, cx0, cx1 in parts[chunk]:
+                out[b, :, y0:y1, x0:x1] = pixels[:, cy0:cy1, cx0:cx1]
+
+        def decode(chunk: int, data: bytes, buffer: NDArray[Any]) -> None:
+            try:
+                decode_chunk(data, buffer)
+            except CorruptImageError as error:
+                where = f"chunk ({rows[chunk]}, {columns[chunk]})"
+                raise CorruptImageError(f"{self._location}: level {level}, {where}: {error}; convert again") from None
+            paste(chunk, buffer)
+
+        stored = places[:, 0] >= 0
+        if not stored.all():
+            zeros = np.zeros(info.layout.chunk_shape, info.layout.dtype)
+            for chunk in np.flatnonzero(~stored).tolist():
+                paste(chunk, zeros)
+        if self._cache is not None:
+            self._from_cache(level, shard, places, stored, decode)
+        runs = _group(shard, places, np.flatnonzero(stored), self._store.merge_gap)
+        spread(lambda share: self._read(level, share, decode), runs, self._store.concurrency)
+
+    def close(self) -> None:
+        """Give descriptors and connections back."""
+        self._store.close()
+
+    def _read(self, level: int, runs: list[_Run], decode: Decode) -> None:
+        """Fetch runs and decode their chunks."""
+        layout = self._infos[level].layout
+        buffer = np.empty(layout.chunk_shape, layout.dtype)
+        for i in range(0, len(runs), ANNOUNCED_RUNS):
+            batch = runs[i : i + ANNOUNCED_RUNS]
+            self._store.announce([(self._key(level, run.shard), run.start, run.end - run.start) for run in batch])
+            for run in batch:
+                data = self._fetch(level, run)
+                for chunk, start, length in run.chunks:
+                    own = data[start : start + length]
+                    decode(chunk, own, buffer)
+                    if self._cache is not None:
+                        self._cache.put(self._cached_name(level, run.shard, run.start + start, length), own)
+        self._counters.add(
+            requests=len(runs),
+            read=sum(run.end - run.start for run in runs),
+            chunks=sum(len(run.chunks) for run in runs),
+        )
+
+    def _from_cache(
+        self,
+        level: int,
+        shard: NDArray[np.int64],
+        places: NDArray[np.int64],
+        stored: NDArray[np.bool_],
+        decode: Decode,
+    ) -> None:
+        """Decode the chunks that the cache has, and clear their mark in ``stored``."""
+        assert self._cache is not None  # noqa: S101  for the type checker
+        layout = self._infos[level].layout
+        buffer = np.empty(layout.chunk_shape, layout.dtype)
+        found = 0
+        for chunk in np.flatnonzero(stored).tolist():
+            data = self._cache.get(self._cached_name(level, int(shard[chunk]), *places[chunk].tolist()))
+            if data is not None:
+                decode(chunk, data, buffer)
+                stored[chunk] = False
+                found += 1
+        self._counters.add(chunks=found, cached=found)
+
+    def _find(self, level: int, shard: NDArray[np.int64], inner: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(K, 2) offset and length of chunks in their shard, -1 for those of only zeros."""
+        indexes = self._indexes[level]
+        missing = indexes.missing(shard)
+
+        def work(share: list[int]) -> None:
+            for number in share:
+                indexes.add(number, self._read_index(level, number))
+
+        spread(work, missing, self._store.concurrency)
+        return indexes.find(shard, inner)
+
+    def _read_index(self, level: int, shard: int) -> NDArray[np.int64]:
+        """Fetch and check the index of a shard."""
+        info, table = self._infos[level], self._indexes[level].table
+        length = int(table.length.flat[shard])
+        start, size = length - info.layout.index_bytes, info.layout.index_bytes
+        where = f"{self._location}: level {level}, shard {divmod(shard, info.shard_grid[1])}"
+        name = self._cached_name(level, shard, start, size)
+        kept = self._cache.get(name) if self._cache is not None else None
+        tail = kept or self._get_range(level, shard, start, size, where)
+        if kept is None:
+            self._counters.add(requests=1, read=len(tail))
+        try:
+            index = decode_index(tail, info.layout)
+        except CorruptImageError as error:
+            raise CorruptImageError(f"{where}: {error}; convert the image again") from None
+        if int.from_bytes(tail[-CHECKSUM_BYTES:], "little") != table.index_crc32c.flat[shard]:
+            raise CorruptImageError(f"{where}: another shard than the one that was written; convert the image again")
+        ends = index[:, 0] + index[:, 1]
+        stored = index[:, 0] >= 0
+        if ((index[:, 1] <= 0) | (index[:, 1] > length) | (ends > start))[stored].any():
+            raise CorruptImageError(f"{where}: its index points outside it; convert the image again")
+        if self._cache is not None and kept is None:
+            self._cache.put(name, tail)
+        return index
+
+    def _fetch(self, level: int, run: _Run) -> bytes:
+        length = run.end - run.start
+        where = f"{self._location}: level {level}, {self._key(level, run.shard)}"
+        data = self._get_range(level, run.shard, run.start, length, where)
+        if len(data) != length:
+            raise CorruptImageError(f"{where} is truncated; convert the image again")
+        return data
+
+    def _get_range(self, level: int, shard: int, start: int, length: int, where: str) -> bytes:
+        try:
+            return self._store.get_range(self._key(level, shard), start, length)
+        except FileNotFoundError:
+            raise CorruptImageError(f"{where} is missing; convert the image again") from None
+
+    def _key(self, level: int, shard: int) -> str:
+        info = self._infos[level]
+        return info.shard_key(*divmod(shard, info.shard_grid[1]))
+
+    def _cached_name(self, level: int, shard: int, start: int, length: int) -> str:
+        """Name of a range of a shard of this very pyramid in the cache."""
+        return f"{self._identity}\n{self._key(level, shard)}\n{start}\n{length}"
+
+    def _table(self, number: int, info: LevelInfo) -> ShardTable:
+        """The level's table of shards, none of which is too short to hold its index; chunks of bounded size."""
+        table, layout = info.shards, info.layout
+        if table is None or ((table.length > 0) & (table.length < layout.index_bytes)).any():
+            raise CorruptImageError(f"{self._location}: level {number} has no sound table of its shards")
+        chunk_bytes = math.prod(layout.chunk_shape) * layout.dtype.itemsize
+        if max(chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+            raise CorruptImageError(
+                f"{self._location}: level {number} claims shards of {layout.grid} x {layout.grid} "
+                f"chunks of {chunk_bytes} bytes"
+            )
+        return table
+
+
+class _Indexes:
+    """The shard indexes of one level that were read so far; thread safe.
+
+    Kept in one array, (shards read, chunks of a shard, 2), so that chunks of many shards are looked up at once. Its
+    first line stands for every shard that is absent because all its pixels are zero.
+    """
+
+    def __init__(self, info: LevelInfo, table: ShardTable) -> None:
+        self.table = table
+        self._lock = threading.Lock()
+        self._lines = np.full((1, info.layout.grid**2, 2), -1, np.int64)
+        self._line = np.where(table.length.ravel() > 0, -1, 0)  # by shard; -1: not read yet
+        self._used = 1
+
+    def missing(self, shards: NDArray[np.int64]) -> list[int]:
+        """Those of ``shards`` whose index must be read, each once."""
+        unread = shards[self._line[shards] < 0]
+        return np.unique(unread).tolist() if len(unread) else []
+
+    def add(self, shard: int, index: NDArray[np.int64]) -> None:
+        """Keep the index of a shard."""
+        with self._lock:
+            if self._used == len(self._lines):
+                self._lines = np.concatenate([self._lines, np.empty_like(self._lines)])
+            self._lines[self._used] = index
+            self._line[shard] = self._used  # last: until then nobody looks at the new line
+            self._used += 1
+
+    def find(self, shards: NDArray[np.int64], inner: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(K, 2) offset and length of chunks by shard and number in the shard, all of which were added."""
+        with self._lock:
+            return self._lines[self._line[shards], inner]
+
+
+def _group(shard: NDArray[np.int64], places: NDArray[np.int64], chosen: NDArray[np.int64], gap: int) -> list[_Run]:
+    """Group chunks in runs of one shard with at most ``gap`` bytes between neighbours.
+
+    Parameters
+    ----------
+    shard
+        (K,) number of each chunk's shard.
+    places
+        (K, 2) offset and length.
+    chosen
+        Positions of the chunks to group.
+    gap
+        Bytes worth reading in vain to save a request.
+    """
+    order = chosen[np.lexsort((places[chosen, 0], shard[chosen]))]
+    shard, offset, length = shard[order], places[order, 0], places[order, 1]
+    between = offset[1:] - (offset + length)[:-1]
+    near = (shard[1:] == shard[:-1]) & (between >= 0) & (between <= gap)
+    columns = (order, shard, offset, length, np.append(False, near)[: len(order)])
+    runs: list[_Run] = []
+    run = None
+    for chunk, number, start, size, joined in zip(*(column.tolist() for column in columns), strict=True):
+        if run is not None and joined and start + size - run.start <= MAX_RUN_BYTES:
+            run.chunks.append((chunk, start - run.start, size))
+            run.end = start + size
+        else:
+            run = _Run(number, start, start + size, [(chunk, 0, size)])
+            runs.append(run)
+    return runs
+
+
+def _level(info: LevelInfo, first: LevelInfo, *, known: bool) -> Level:
+    return Level(
+        shape_yx=(info.shape[1], info.shape[2]),
+        downsample=info.scale_yx[0] / first.scale_yx[0],
+        mpp=info.scale_yx[0] if known else None,
+        chunk=info.layout.chunk,
+        shard=info.layout.shard,
+        scale_yx=info.scale_yx,
+        translation_yx=info.translation_yx,
+    )

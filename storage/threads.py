@@ -1,0 +1,35 @@
+"""Threads for reading, shared by all slides of a process."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+POOL_THREADS = 32
+
+
+@cache
+def pool() -> ThreadPoolExecutor:
+    """The threads, made at first use."""
+    return ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="storage-read")
+
+
+os.register_at_fork(after_in_child=pool.cache_clear)  # a forked child inherits the pool without its threads
+
+
+def spread(work: Callable[[list[Any]], None], items: list[Any], concurrency: int) -> None:
+    """Run ``work`` on shares of ``items`` in up to ``concurrency`` threads; the first error is raised."""
+    shares = min(concurrency, len(items))
+    if shares <= 1:
+        if items:
+            work(items)
+        return
+    futures = [pool().submit(work, items[i::shares]) for i in range(shares)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise errors[0]
