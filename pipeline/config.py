@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from nested_ats import LevelConfig, ModelConfig
 from pipeline.errors import UsageError
@@ -42,12 +42,25 @@ class TrainConfig(_Section):
     )  # at most this much work is lost; every epoch ends with one too
 
 
+class CacheConfig(_Section):
+    """Where chunks of slides at URLs are kept, for later epochs and runs and for other processes of the machine."""
+
+    folder: Path  # made where it is not there
+    gigabytes: float = Field(default=10.0, gt=0)  # that it may hold; the least recently used chunks are dropped
+
+    @field_validator("folder")
+    @classmethod
+    def _whole_path(cls, folder: Path) -> Path:
+        return folder.expanduser().absolute()  # workers may run in other folders
+
+
 class DataConfig(_Section):
     """How slides are read."""
 
     background: float = Field(default=0.0, ge=0, le=1)  # pixels off the slide: 0 is black, 1 white
     validation: float = Field(default=0.0, ge=0, lt=1)  # share of slides held out, where the manifest has no split
     test: float = Field(default=0.2, ge=0, lt=1)  # likewise
+    cache: CacheConfig | None = None  # of chunks fetched from URLs; none by default
 
     @model_validator(mode="after")
     def _leave_some_to_train(self) -> Self:

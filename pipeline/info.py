@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from storage import Slide, TiffImage
+from storage import Slide, open_image
 
 
 def describe(location: str) -> dict[str, Any]:
-    """Describe an image file, or a pyramid by path or URL, without reading its pixels.
+    """Describe an image file, or a pyramid by path or URL; of pixels, only those of PNG and JPEG files are read.
 
     Raises
     ------
@@ -17,7 +17,7 @@ def describe(location: str) -> dict[str, Any]:
         It is neither, or it is damaged.
     """
     if "://" not in location and Path(location).is_file():
-        with TiffImage(location) as image:
+        with open_image(location) as image:
             channels, height, width = image.shape
             return {
                 "path": location,

@@ -6,7 +6,6 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,20 +13,23 @@ from torch import Tensor
 
 from nested_ats import ModelConfig
 from nested_ats.images import find_level
+from pipeline.config import CacheConfig
 from pipeline.errors import DataError
 from pipeline.manifest import Entry
 from storage import Slide
+from storage.cache import ChunkCache
 
 _OPEN_SLIDES = 128  # each holds a few file descriptors
+_HELD_BYTES = 2 * 2**30  # of PNG and JPEG images, which are held decoded
 
 
 class SlideImage:
-    """A pyramid as an image of the model.
+    """A slide as an image of the model.
 
     Parameters
     ----------
     slide
-        An open pyramid.
+        An open slide.
     background
         Value of pixels off the slide, from 0 (black) to 1 (white).
     """
@@ -53,10 +55,24 @@ class SlideImage:
 
 
 class SlideCache:
-    """Slides by path, kept open, the least recently used closed first; thread safe."""
+    """Slides by path, kept open, the least recently used closed first; thread safe.
 
-    def __init__(self, *, background: float) -> None:
+    Parameters
+    ----------
+    background
+        Value of pixels off the slide; see `SlideImage`.
+    cache
+        Where chunks of slides at URLs are kept.
+
+    Raises
+    ------
+    storage.StorageError
+        The cache's folder cannot be used.
+    """
+
+    def __init__(self, *, background: float, cache: CacheConfig | None = None) -> None:
         self._background = background
+        self._cache = ChunkCache(cache.folder, int(cache.gigabytes * 1e9)) if cache else None
         self._slides: OrderedDict[str, SlideImage] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -71,13 +87,19 @@ class SlideCache:
         with self._lock:
             image = self._slides.pop(path, None)
         # Opened without the lock: it may wait for a store. Two threads may then open one slide, which does no harm.
-        image = image or SlideImage(Slide(path), background=self._background)
+        image = image or SlideImage(self._open(path), background=self._background)
         with self._lock:
             self._slides[path] = image
-            if len(self._slides) > _OPEN_SLIDES:
+            while len(self._slides) > _OPEN_SLIDES or (len(self._slides) > 1 and self._held_bytes() > _HELD_BYTES):
                 # Not closed here: another thread may be reading it; its descriptors go with the last reference.
                 self._slides.popitem(last=False)
             return image
+
+    def _open(self, path: str) -> Slide:
+        return Slide(path, cache=self._cache if "://" in path else None)
+
+    def _held_bytes(self) -> int:
+        return sum(image.slide.memory_bytes for image in self._slides.values())
 
 
 def check_slide(path: str, model: ModelConfig, channels: int | None = None) -> int:
@@ -86,7 +108,7 @@ def check_slide(path: str, model: ModelConfig, channels: int | None = None) -> i
     Parameters
     ----------
     path
-        Of a pyramid.
+        Of a pyramid, PNG or JPEG.
     model
         Whose downsamples are looked for.
     channels
@@ -97,12 +119,14 @@ def check_slide(path: str, model: ModelConfig, channels: int | None = None) -> i
     storage.StorageError
         It cannot be opened.
     DataError
-        It has other channels, or lacks a level.
+        It has other channels, pixels of a type that models do not take, or lacks a level.
     """
     with Slide(path) as slide:
         found = len(slide.channels)
         if channels is not None and found != channels:
             raise DataError(f"{path}: {found} channels where the model has {channels}; convert slides of one kind")
+        if slide.dtype.kind == "i":
+            raise DataError(f"{path}: {slide.dtype} pixels; store them as uint8, uint16 or floating point")
         try:
             for downsample in (*(level.downsample for level in model.levels), model.patch_downsample):
                 find_level(SlideImage(slide), downsample)
@@ -115,15 +139,7 @@ def check_slide(path: str, model: ModelConfig, channels: int | None = None) -> i
 
 
 def find_pyramid(entry: Entry) -> str:
-    """Path of an entry's pyramid.
-
-    Raises
-    ------
-    DataError
-        The path is a file: an image that was not converted.
-    """
-    if "://" not in entry.path and Path(entry.path).is_file():
-        raise DataError(f"{entry.path}: not a pyramid; run nested-ats convert and use the manifest it writes")
+    """Path or URL of what is read of an entry: a pyramid, PNG or JPEG. `Slide` tells what must be converted first."""
     return entry.path
 
 

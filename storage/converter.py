@@ -294,6 +294,11 @@ def _write(
             output.record(receipts)
             count(receipts)
 
+        if strip_rows and "://" in target and executor not in ("threads", "processes"):
+            raise ConversionError(
+                f"{target}: the source's long strips are decoded to scratch files, which workers elsewhere would not see; "
+                "use threads or processes, or write to a folder that all share"
+            )
         shard = info.levels[0].layout.shard
         bands = Bands(source, output.scratch, shard, strip_rows) if strip_rows else None
         job = Job(source, info.levels, output.output, bands)

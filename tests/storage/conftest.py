@@ -134,6 +134,10 @@ class _RangeHandler(SimpleHTTPRequestHandler):
         pass
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64  # with the usual 5, many clients at once wait a second for their turn
+
+
 class WebServer:
     """Address and request log of a running server; ``failures`` spoils its first answers, see ``_RangeHandler``."""
 
@@ -141,7 +145,7 @@ class WebServer:
         self.log: list[tuple[str, str | None]] = []
         self.failures: list[int | str] = []
         handler = partial(_RangeHandler, directory=str(folder), log=self.log, failures=self.failures)
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
