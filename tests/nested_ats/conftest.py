@@ -14,14 +14,14 @@ from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
 def tiny_model() -> Callable[..., NestedATS]:
     """Model of any depth in which every view is a row of three cells (the whole image) or of two (regions)."""
 
-    def build(depth: int, *, method: str = "systematic", samples: int = 2) -> NestedATS:
+    def build(depth: int, *, method: str = "systematic", samples: int = 2, **options: object) -> NestedATS:
         levels = [LevelConfig(downsample=2**depth, samples=samples, stride=4, channels=(3,))]
         levels += [
             LevelConfig(downsample=2 ** (depth - i), size=8, samples=samples, stride=4, channels=(3,))
             for i in range(1, depth)
         ]
         torch.manual_seed(depth)
-        config = ModelConfig(levels=tuple(levels), patch_size=24, features=4, method=method)
+        config = ModelConfig(levels=tuple(levels), patch_size=24, features=4, method=method, **options)
         model = NestedATS(config, in_channels=1, classes=3).double()
         with torch.no_grad():  # attention worth sampling: far from uniform
             for network in model.attention:

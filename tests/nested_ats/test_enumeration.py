@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nested_ats import Draw, draw
-from nested_ats.sampling import METHODS
+from nested_ats import ArrayImage, Draw, LevelConfig, ModelConfig, NestedATS, draw
+from nested_ats.expectation import leave_one_out
+from nested_ats.geometry import curve_order
+from nested_ats.sampling import METHODS, fold_in
 from nested_ats.testing import outcomes
 
 
@@ -44,10 +46,17 @@ def gradients(model, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
+CASES = [
+    *((method, {}) for method in METHODS),
+    ("multinomial", {"leave_one_out": True}),
+    ("systematic", {"location": True}),
+]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("method", METHODS)
-def test_value_and_gradient_are_unbiased(tiny_model, tiny_image, method, depth):
-    model, image = tiny_model(depth, method=method), tiny_image(depth)
+@pytest.mark.parametrize(("method", "options"), CASES)
+def test_value_and_gradient_are_unbiased(tiny_model, tiny_image, method, options, depth):
+    model, image = tiny_model(depth, method=method, **options), tiny_image(depth)
     direction = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     rows = count(method, depth)
@@ -61,7 +70,7 @@ def test_value_and_gradient_are_unbiased(tiny_model, tiny_image, method, depth):
     mean_entropy = probability @ output.entropy
     estimated = gradients(model_without_head(model), mean @ direction + mean_entropy)
 
-    full = tiny_model(depth, method=method, samples=64)
+    full = tiny_model(depth, method=method, samples=64, **options)
     full.load_state_dict(model.state_dict())
     exact = full([image], torch.zeros(1, dtype=torch.int64))  # a budget above the number of leaves takes all
     torch.testing.assert_close(mean, exact.features[0], atol=1e-10, rtol=0)
@@ -73,7 +82,64 @@ def test_value_and_gradient_are_unbiased(tiny_model, tiny_image, method, depth):
 
 def model_without_head(model):
     """The parameters that F depends on."""
-    return torch.nn.ModuleList([model.attention, model.encoder])
+    return torch.nn.ModuleList([model.attention, model.encoder, *filter(None, [model.locate])])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_leave_one_out_changes_the_gradient_but_not_the_value(tiny_model, tiny_image, depth):
+    plain, image = tiny_model(depth, method="multinomial"), tiny_image(depth)
+    other = tiny_model(depth, method="multinomial", leave_one_out=True)
+    keys = torch.arange(6)
+    one, two = plain([image] * 6, keys), other([image] * 6, keys)
+    assert torch.equal(one.features, two.features)
+    grads = [
+        torch.autograd.grad(o.features.sum(), m.attention[0].parameters()) for o, m in ((one, plain), (two, other))
+    ]
+    assert (torch.cat([(a - b).flatten() for a, b in zip(*grads, strict=True)]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["systematic", "desraj"])
+def test_leave_one_out_would_be_biased_without_replacement(tiny_model, tiny_image, method):
+    """Why the configuration refuses it: which others are drawn depends on the unit."""
+    model, image = tiny_model(1, method=method), tiny_image(1)
+    rows = count(method, 1)
+    sampler = Enumerate(method, rows)
+    output = model([image] * rows, torch.zeros(rows, dtype=torch.int64), sampler=sampler)
+    features = model.encode([image] * rows, output.phases[-1].centers_l0)
+    term = sampler.probability @ leave_one_out(output.phases, features)
+    bias = gradients(model.attention, term.sum())
+    assert bias.abs().max() > 1e-3
+    with pytest.raises(ValueError, match="multinomial"):
+        tiny_model(1, method=method, leave_one_out=True)
+
+
+def test_depth_one_is_the_flat_model_of_the_paper():
+    """Equations 4 and 12 written out, without the nested code, on the same random key."""
+    level = LevelConfig(downsample=2, samples=5, stride=4, channels=(3,))
+    torch.manual_seed(0)
+    config = ModelConfig(levels=(level,), patch_size=24, method="multinomial")
+    model = NestedATS(config, in_channels=1, classes=3).double()
+    with torch.no_grad():
+        model.attention[0].layers[-1].weight.mul_(12)
+    image = ArrayImage(torch.rand(1, 64, 96, dtype=torch.float64), levels=2)
+    output = model([image], torch.tensor([7]))
+
+    view = image.read(1, torch.tensor([[-1, -1, 34, 50]]))
+    a = model.attention[0]((view - 0.5) / 0.25).flatten().softmax(0)  # 8 x 12 cells
+    order = curve_order(8, 12)
+    cells = order[draw(a[order][None], 5, method="multinomial", keys=fold_in(torch.tensor([7]), 0)).indices[0]]
+    starts = torch.stack([cells // 12, cells % 12], -1) * 8 + 4 - 12
+    patches = image.read(0, torch.cat([starts, torch.full_like(starts, 24)], -1))
+    f = torch.nn.functional.normalize(model.encoder((patches - 0.5) / 0.25), dim=-1)
+    torch.testing.assert_close(output.features[0], f.mean(0), atol=1e-12, rtol=0)  # equation 4
+    surrogate = (a[cells, None] * f / a[cells, None].detach()).mean(0)  # equation 12
+    weights = torch.rand(32, dtype=torch.float64)
+    torch.testing.assert_close(
+        gradients(model_without_head(model), output.features[0] @ weights),
+        gradients(model_without_head(model), surrogate @ weights),
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 def test_full_budget_is_the_sum_over_the_tree(tiny_model, tiny_image):
@@ -93,8 +159,6 @@ def test_full_budget_is_the_sum_over_the_tree(tiny_model, tiny_image):
 
 def test_inner_level_of_one_cell_is_depth_one(tiny_model, tiny_image):
     """A two-level tree whose regions have a single cell draws and returns what depth 1 does."""
-    from nested_ats import LevelConfig, ModelConfig, NestedATS
-
     first = LevelConfig(downsample=4, samples=2, stride=4, channels=(3,))
     second = LevelConfig(downsample=2, size=8, samples=2, stride=8, channels=(3,))
     torch.manual_seed(0)
