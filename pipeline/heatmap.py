@@ -25,7 +25,7 @@ from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.manifest import Entry
 from pipeline.predict import Classifier, Settings
 from pipeline.progress import progress
-from pipeline.slides import SlideImage, check_slide, find_pyramid
+from pipeline.slides import SlideImage
 from storage import Slide, StorageError, write_pyramid
 
 MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
@@ -91,17 +91,14 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
 
 
 def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
-    path = find_pyramid(entry)
-    model = classifier.model
-    check_slide(path, model.config, model.in_channels)
-    with Slide(path) as slide:
+    with classifier.open(entry) as slide:
         prediction = classifier.estimate(entry, SlideImage(slide, background=classifier.settings.background))
         density, pitch = attention_map(prediction.outputs, slide.shape_yx)
         # In times the uniform attention: one number means the same on slides of any size.
         heat = (density * density.numel()).float().numpy()
         best = int(prediction.probabilities[0].argmax())
         words = f"{classifier.classes[best]} ({prediction.probabilities[0, best]:.0%})"
-        patches = drawn_patches(prediction, model.config)
+        patches = drawn_patches(prediction, classifier.model.config)
         write_pyramid(
             folder / MAP,
             heat[None],

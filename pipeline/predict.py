@@ -23,13 +23,13 @@ import torch
 import cluster
 from nested_ats import Image, ImpossibleWeightsError, NestedATS, Prediction, load_model
 from nested_ats import predict as estimate
-from pipeline.config import digest
+from pipeline.config import CacheConfig, digest
 from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import progress
 from pipeline.runs import MODEL, choose_device, read_run
-from pipeline.slides import SlideImage, check_slide, draw_key, find_pyramid
+from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
 from storage import Slide
 
 RESULTS, TABLE, ABOUT = "slides", "predictions", "predict.json"
@@ -45,6 +45,7 @@ class Settings:
     samples: tuple[int, ...]  # units drawn at each level; empty: as trained
     background: float  # of pixels off the slide
     seed: int
+    cache: CacheConfig | None = None  # of chunks fetched from URLs
 
 
 def predict(
@@ -93,7 +94,7 @@ def predict(
     fingerprint = _fingerprint(settings)
     results = make_folder(folder / RESULTS)
     _check_folder(folder, fingerprint, overwrite=overwrite)
-    write_json(folder / ABOUT, {"settings": asdict(settings), "fingerprint": fingerprint})
+    write_json(folder / ABOUT, {"settings": _plain(settings), "fingerprint": fingerprint})
     rows = {entry.slide_id: _read_result(results, entry) for entry in entries}
     todo = [entry for entry in entries if rows[entry.slide_id] is None]
     tasks = cluster.run_tasks(
@@ -137,6 +138,18 @@ class Classifier:
         self.settings = settings
         self.model = with_samples(model, settings.samples).to(choose_device(settings.device))
 
+    def open(self, entry: Entry) -> Slide:
+        """Open a slide that has what the model reads.
+
+        Raises
+        ------
+        storage.StorageError, DataError
+            It cannot be opened, or has not.
+        """
+        slide = open_slide(entry.path, self.settings.cache)
+        check_slide(slide, self.model.config, self.model.in_channels)
+        return slide
+
     def estimate(self, entry: Entry, image: Image) -> Prediction:
         """Classify an image; equal slides and settings draw equal patches.
 
@@ -162,9 +175,7 @@ class Classifier:
             The slide cannot be read, or has not what the model reads.
         """
         began = time.monotonic()
-        path = find_pyramid(entry)
-        check_slide(path, self.model.config, self.model.in_channels)
-        with Slide(path) as slide:
+        with self.open(entry) as slide:
             prediction = self.estimate(entry, SlideImage(slide, background=self.settings.background))
             read = slide.statistics
         probabilities, errors = prediction.probabilities[0].tolist(), prediction.standard_error[0].tolist()
@@ -196,6 +207,7 @@ def prediction_settings(
     model, _ = load_model(run / MODEL)
     with_samples(model, samples)
     config = about["config"]
+    cache = config["data"].get("cache")
     return Settings(
         model=str((run / MODEL).absolute()),
         device=device,
@@ -203,6 +215,7 @@ def prediction_settings(
         samples=tuple(samples),
         background=config["data"]["background"],
         seed=config["seed"],
+        cache=cache and CacheConfig(**cache),
     )
 
 
@@ -272,7 +285,12 @@ def table_digest(folder: Path) -> str:
 
 def _fingerprint(settings: Settings) -> str:
     weights = digest((Path(settings.model) / "model.safetensors").read_bytes().hex())
-    return digest({**asdict(settings), "model": weights, "device": ""})
+    return digest({**_plain(settings), "model": weights, "device": ""})
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON values, but for the cache, which decides nothing but time."""
+    return asdict(replace(settings, cache=None))
 
 
 def _check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:

@@ -15,7 +15,6 @@ from nested_ats import ModelConfig
 from nested_ats.images import find_level
 from pipeline.config import CacheConfig
 from pipeline.errors import DataError
-from pipeline.manifest import Entry
 from storage import Slide
 from storage.cache import ChunkCache
 
@@ -63,16 +62,11 @@ class SlideCache:
         Value of pixels off the slide; see `SlideImage`.
     cache
         Where chunks of slides at URLs are kept.
-
-    Raises
-    ------
-    storage.StorageError
-        The cache's folder cannot be used.
     """
 
     def __init__(self, *, background: float, cache: CacheConfig | None = None) -> None:
         self._background = background
-        self._cache = ChunkCache(cache.folder, int(cache.gigabytes * 1e9)) if cache else None
+        self._cache = cache
         self._slides: OrderedDict[str, SlideImage] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -87,7 +81,7 @@ class SlideCache:
         with self._lock:
             image = self._slides.pop(path, None)
         # Opened without the lock: it may wait for a store. Two threads may then open one slide, which does no harm.
-        image = image or SlideImage(self._open(path), background=self._background)
+        image = image or SlideImage(open_slide(path, self._cache), background=self._background)
         with self._lock:
             self._slides[path] = image
             while len(self._slides) > _OPEN_SLIDES or (len(self._slides) > 1 and self._held_bytes() > _HELD_BYTES):
@@ -95,20 +89,30 @@ class SlideCache:
                 self._slides.popitem(last=False)
             return image
 
-    def _open(self, path: str) -> Slide:
-        return Slide(path, cache=self._cache if "://" in path else None)
-
     def _held_bytes(self) -> int:
         return sum(image.slide.memory_bytes for image in self._slides.values())
 
 
-def check_slide(path: str, model: ModelConfig, channels: int | None = None) -> int:
-    """Open a slide, see that it has what a model reads, and return its number of channels.
+def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
+    """Open a pyramid, PNG or JPEG; chunks of those at URLs are kept in ``cache``.
+
+    Raises
+    ------
+    storage.StorageError
+        It cannot be opened, or the cache's folder cannot be used.
+    """
+    if cache is None or "://" not in path:
+        return Slide(path)
+    return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
+
+
+def check_slide(slide: Slide, model: ModelConfig, channels: int | None = None) -> int:
+    """See that a slide has what a model reads, and return its number of channels.
 
     Parameters
     ----------
-    path
-        Of a pyramid, PNG or JPEG.
+    slide
+        Open.
     model
         Whose downsamples are looked for.
     channels
@@ -116,31 +120,23 @@ def check_slide(path: str, model: ModelConfig, channels: int | None = None) -> i
 
     Raises
     ------
-    storage.StorageError
-        It cannot be opened.
     DataError
         It has other channels, pixels of a type that models do not take, or lacks a level.
     """
-    with Slide(path) as slide:
-        found = len(slide.channels)
-        if channels is not None and found != channels:
-            raise DataError(f"{path}: {found} channels where the model has {channels}; convert slides of one kind")
-        if slide.dtype.kind == "i":
-            raise DataError(f"{path}: {slide.dtype} pixels; store them as uint8, uint16 or floating point")
-        try:
-            for downsample in (*(level.downsample for level in model.levels), model.patch_downsample):
-                find_level(SlideImage(slide), downsample)
-        except ValueError as error:
-            raise DataError(
-                f"{path}: {error}; set the model's downsamples to levels there are, "
-                "or convert with a smaller --min-level-size"
-            ) from error
+    path, found = slide.location, len(slide.channels)
+    if channels is not None and found != channels:
+        raise DataError(f"{path}: {found} channels where the model has {channels}; convert slides of one kind")
+    if slide.dtype.kind == "i":
+        raise DataError(f"{path}: {slide.dtype} pixels; store them as uint8, uint16 or floating point")
+    try:
+        for downsample in (*(level.downsample for level in model.levels), model.patch_downsample):
+            find_level(SlideImage(slide), downsample)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: {error}; set the model's downsamples to levels there are, "
+            "or convert with a smaller --min-level-size"
+        ) from error
     return found
-
-
-def find_pyramid(entry: Entry) -> str:
-    """Path or URL of what is read of an entry: a pyramid, PNG or JPEG. `Slide` tells what must be converted first."""
-    return entry.path
 
 
 def draw_key(*parts: object) -> int:

@@ -21,7 +21,7 @@ from pipeline.files import make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import OnProgress, progress
 from pipeline.runs import CONFIG, RUN, WORKERS, choose_device, clear_run, read_metrics, read_run
-from pipeline.slides import check_slide, find_pyramid
+from pipeline.slides import check_slide, open_slide
 from pipeline.splits import assign_splits
 from pipeline.training import describe, plain_entries, train_worker
 from storage import StorageError
@@ -117,7 +117,8 @@ def _usable(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> tup
     channels: int | None = None
     for entry in entries:
         try:
-            channels = check_slide(find_pyramid(entry), config.model, channels)
+            with open_slide(entry.path, config.data.cache) as slide:
+                channels = check_slide(slide, config.model, channels)
             usable.append(entry)
         except (StorageError, DataError) as error:
             if fail_fast:
@@ -146,7 +147,10 @@ def _prepare(
     # Where slides lie and how long training goes on do not make another run: data may move, epochs may be added.
     learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
     identity = {**arguments, "folder": "", "entries": learnt}
-    identity["config"] = {**plain(config), "train": {**plain(config)["train"], "epochs": 0, "checkpoint_minutes": 0}}
+    decisive = plain(config)
+    decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0}
+    decisive["data"] |= {"cache": None}
+    identity["config"] = decisive
     fingerprint = digest(identity)
     make_folder(folder)
     if (folder / RUN).exists():

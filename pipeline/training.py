@@ -84,7 +84,7 @@ class Trainer:
         self.context, self.config, self.classes, self.folder = context, config, list(classes), folder
         self.training = [entry for entry in entries if entry.split == "train"]
         self.validation = [entry for entry in entries if entry.split == "val"]
-        self.slides = SlideCache(background=config.data.background)
+        self.slides = SlideCache(background=config.data.background, cache=config.data.cache)
         torch.manual_seed(config.seed)
         self.model = NestedATS(config.model, in_channels=channels, classes=len(classes)).to(context.device)
         self.optimizer = torch.optim.AdamW(

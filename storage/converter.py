@@ -296,8 +296,8 @@ def _write(
 
         if strip_rows and "://" in target and executor not in ("threads", "processes"):
             raise ConversionError(
-                f"{target}: the source's long strips are decoded to scratch files, which workers elsewhere would not see; "
-                "use threads or processes, or write to a folder that all share"
+                f"{target}: the source's long strips are decoded to scratch files, which workers elsewhere would not "
+                "see; use threads or processes, or write to a folder that all share"
             )
         shard = info.levels[0].layout.shard
         bands = Bands(source, output.scratch, shard, strip_rows) if strip_rows else None

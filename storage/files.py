@@ -10,15 +10,16 @@ import hashlib
 import io
 import os
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import unquote
 
-from storage.errors import MissingImageError, StorageError, TransferError, UnsupportedImageError
-from storage.stores import connect
+from storage.errors import MissingImageError, StorageError, UnsupportedImageError
+from storage.stores import attempt, connect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+T = TypeVar("T")
 Range = tuple[int, int]  # offset and length in bytes
 
 BLOCK_BYTES = 256 * 1024
@@ -132,10 +133,7 @@ class RemoteFile:
         parent, _, name = url.rpartition("/")
         self.name = unquote(name) if url.startswith("http") else name
         self._store = connect(parent)
-        try:
-            meta = self._store.head(self.name)
-        except Exception as error:  # noqa: BLE001  each kind of store has its own
-            self._fail(error)
+        meta = self._attempt(lambda: self._store.head(self.name))
         self.size = int(meta["size"])
         e_tag = meta["e_tag"]
         self._version = {"e_tag": e_tag} if e_tag else {"last_modified": meta["last_modified"].isoformat()}
@@ -154,16 +152,16 @@ class RemoteFile:
 
     def _fetch(self, ranges: Sequence[Range]) -> list[bytes]:
         starts, lengths = zip(*ranges, strict=True)
-        try:
-            found = self._store.get_ranges(self.name, starts=starts, lengths=lengths, coalesce=MERGE_GAP)
-            return [bytes(part) for part in found]
-        except Exception as error:  # noqa: BLE001
-            self._fail(error)
+        found = self._attempt(
+            lambda: self._store.get_ranges(self.name, starts=starts, lengths=lengths, coalesce=MERGE_GAP)
+        )
+        return [bytes(part) for part in found]
 
-    def _fail(self, error: Exception) -> NoReturn:
-        if isinstance(error, FileNotFoundError):
+    def _attempt(self, request: Callable[[], T]) -> T:
+        try:
+            return attempt(self.location, request)
+        except FileNotFoundError as error:
             raise MissingImageError(f"{self.location}: does not exist; check the URL") from error
-        raise TransferError(f"{self.location}: the request failed ({str(error).splitlines()[0]})") from error
 
     def identity(self) -> dict[str, Any]:
         """Name, length and the server's tag of the version, or the time of the last change where it has none."""

@@ -235,17 +235,30 @@ class UrlStore:
         """Nothing to give back: connections close with the object."""
 
     def _attempt(self, key: str, request: Callable[[], T]) -> T:
-        check_not_forked(self.name)
-        for repeat in range(RETRIES + 1):
-            try:
-                return request()
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # each kind of store has its own
-                if repeat == RETRIES or not was_cut(error):
-                    raise TransferError(f"{self.name}/{key}: the request failed ({first_line(error)})") from error
-                time.sleep(BACKOFF_S * 2**repeat)
-        raise AssertionError("the last attempt returns or raises")
+        return attempt(f"{self.name}/{key}", request)
+
+
+def attempt(location: str, request: Callable[[], T]) -> T:
+    """Ask for something, again where the body of an answer was cut, which obstore does not repeat.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is not there.
+    TransferError
+        The request failed too often.
+    """
+    check_not_forked(location)
+    for repeat in range(RETRIES + 1):
+        try:
+            return request()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each kind of store has its own
+            if repeat == RETRIES or not was_cut(error):
+                raise TransferError(f"{location}: the request failed ({first_line(error)})") from error
+            time.sleep(BACKOFF_S * 2**repeat)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def was_cut(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from pipeline.config import CacheConfig, parse_config, plain
 from pipeline.errors import DataError
 from pipeline.manifest import Entry, read_manifest, write_manifest
 from pipeline.predict import predict
-from pipeline.slides import SlideCache, SlideImage, check_slide
+from pipeline.slides import SlideCache, SlideImage, check_slide, open_slide
 from pipeline.train import train
 from storage import NotAPyramidError, Slide, StorageError, write_tiff
 
@@ -77,16 +77,21 @@ def test_levels_of_other_writers_are_found_whatever_their_rounding(tmp_path):
         assert [find_level(SlideImage(slide), downsample) for downsample in (1, 4, 16)] == [0, 1, 2]
 
 
+def check(place, model):
+    with open_slide(place) as slide:
+        return check_slide(slide, model)
+
+
 def test_what_a_model_does_not_take_is_refused(config, tmp_path):
     place = write_foreign(tmp_path / "signed.zarr", np.ones((3, 64, 64), np.int16))
     with pytest.raises(DataError, match="signed.zarr: int16 pixels; store them as"):
-        check_slide(place, config.model)
+        check(place, config.model)
     place = write_foreign(tmp_path / "single.zarr", np.ones((3, 64, 64), np.uint8), (1,))
     with pytest.raises(DataError, match=r"no level at downsample 4 \(it has 1\)"):
-        check_slide(place, config.model)
+        check(place, config.model)
     write_tiff(tmp_path / "a.tif", [np.zeros((64, 64, 3), np.uint8)], shape=(64, 64, 3), dtype="uint8", tile=64)
     with pytest.raises(NotAPyramidError, match="a TIFF, not a pyramid; run nested-ats convert"):
-        check_slide(str(tmp_path / "a.tif"), config.model)
+        open_slide(str(tmp_path / "a.tif"))
 
 
 def test_floats_of_any_precision_are_read(tmp_path):
@@ -112,7 +117,7 @@ def test_images_in_memory_are_kept_up_to_a_size(tmp_path, monkeypatch):
 def test_only_slides_at_urls_are_cached(monkeypatch, tmp_path):
     opened = []
 
-    def spy(path, *, cache):
+    def spy(path, *, cache=None):
         opened.append((path, cache and cache.max_bytes))
         return Slide(place)
 
@@ -132,4 +137,4 @@ def test_the_cache_is_configured_and_off_by_default(tmp_path, monkeypatch):
     assert parse_config(plain(config), "") == config
     (tmp_path / "chunks").touch()
     with pytest.raises(StorageError, match="cannot be used as a cache"):
-        SlideCache(background=0, cache=config.data.cache)
+        SlideCache(background=0, cache=config.data.cache).open("s3://bucket/a.zarr")
