@@ -1,22 +1,33 @@
 """Hierarchical attention sampling in torch: classify images of any size from a few patches.
 
 `NestedATS` is the model at any depth (depth 1 is Katharopoulos and Fleuret 2019); `draw` and `expectation` are
-the estimators under it and stand alone. Images are read through the `Image` protocol.
+the estimators under it and stand alone. `DeepMIL`, `CNN` and `UniformSampling` are what the paper compares with,
+behind the same interface (`build_model` makes any of them). Images are read through the `Image` protocol.
 """
 
+from nested_ats.base import ImageModel, Output, SamplingModel
+from nested_ats.baselines import CNN, CNNConfig, DeepMIL, DeepMILConfig, UniformConfig, UniformSampling
 from nested_ats.checkpoint import load_model, save_model
-from nested_ats.errors import ImpossibleWeightsError, ModelFileError, NestedATSError
+from nested_ats.errors import EncoderError, ImpossibleWeightsError, ModelFileError, NestedATSError
 from nested_ats.evaluation import Prediction, predict
 from nested_ats.expectation import entropy, expectation
 from nested_ats.images import ArrayImage, Image, read_batch
 from nested_ats.losses import attention_sampling_loss
-from nested_ats.model import LevelConfig, ModelConfig, NestedATS, Output
+from nested_ats.model import LevelConfig, ModelConfig, NestedATS
+from nested_ats.models import AnyConfig, build_model
 from nested_ats.sampling import Draw, draw
 
 __all__ = [
+    "CNN",
+    "AnyConfig",
     "ArrayImage",
+    "CNNConfig",
+    "DeepMIL",
+    "DeepMILConfig",
     "Draw",
+    "EncoderError",
     "Image",
+    "ImageModel",
     "ImpossibleWeightsError",
     "LevelConfig",
     "ModelConfig",
@@ -25,7 +36,11 @@ __all__ = [
     "NestedATSError",
     "Output",
     "Prediction",
+    "SamplingModel",
+    "UniformConfig",
+    "UniformSampling",
     "attention_sampling_loss",
+    "build_model",
     "draw",
     "entropy",
     "expectation",

@@ -11,18 +11,24 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
-from torch import Tensor
-
+from nested_ats.base import ImageModel
+from nested_ats.encoders import is_import_path
 from nested_ats.errors import ModelFileError
-from nested_ats.model import LevelConfig, ModelConfig, NestedATS
+from nested_ats.model import LevelConfig, NestedATS
+from nested_ats.models import KINDS, AnyConfig, build_model
+from nested_ats.weights import read_tensors
+
+__all__ = ["CONFIG", "WEIGHTS", "load_model", "read_tensors", "save_model"]
+
+M = TypeVar("M", bound=ImageModel)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "nested-ats/1"
 
 
-def save_model(folder: Path, model: NestedATS, *, classes: Sequence[str]) -> None:
+def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> None:
     """Write a model into a folder, which appears when it is whole.
 
     Parameters
@@ -30,7 +36,7 @@ def save_model(folder: Path, model: NestedATS, *, classes: Sequence[str]) -> Non
     folder
         Where `WEIGHTS` and `CONFIG` go; an earlier model there is replaced.
     model
-        The network; its weights are written as they are.
+        The network, of any kind; its weights are written as they are.
     classes
         Names of the Q classes, in the order of the logits.
     """
@@ -56,8 +62,24 @@ def save_model(folder: Path, model: NestedATS, *, classes: Sequence[str]) -> Non
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_model(folder: Path) -> tuple[NestedATS, list[str]]:
+@overload
+def load_model(folder: Path, *, trust_encoder: bool = ...) -> tuple[NestedATS, list[str]]: ...
+@overload
+def load_model(folder: Path, *, expect: type[M], trust_encoder: bool = ...) -> tuple[M, list[str]]: ...
+def load_model(
+    folder: Path, *, expect: type[ImageModel] = NestedATS, trust_encoder: bool = False
+) -> tuple[ImageModel, list[str]]:
     """Build the model of a folder again.
+
+    Parameters
+    ----------
+    folder
+        From `save_model`.
+    expect
+        Class that the model must be of; `ImageModel` for a model of any kind.
+    trust_encoder
+        Import the encoder that the folder names by an import path. Its code runs: only for models whose origin, and
+        the module of that name here, you trust.
 
     Returns
     -------
@@ -67,20 +89,27 @@ def load_model(folder: Path) -> tuple[NestedATS, list[str]]:
     Raises
     ------
     ModelFileError
-        A file is missing or damaged, or the weights do not fit the configuration.
+        A file is missing or damaged, the weights do not fit the configuration, the model is of another kind, or its
+        encoder would be imported and `trust_encoder` is not set.
+    EncoderError
+        The encoder cannot be built here.
     """
     description = _read_json(folder / CONFIG)
     try:
         if description["format"] != _FORMAT:
             raise ValueError(f"format is {description['format']!r}, not {_FORMAT!r}")
-        raw = dict(description["model"])
-        raw["levels"] = tuple(
-            LevelConfig(**{**level, "channels": tuple(level["channels"])}) for level in raw["levels"]
-        )
-        classes = [str(name) for name in description["classes"]]
-        model = NestedATS(ModelConfig(**raw), in_channels=int(description["in_channels"]), classes=len(classes))
-    except (KeyError, TypeError, ValueError) as error:
+        config = _parse_config(description["model"])
+        channels, classes = int(description["in_channels"]), [str(name) for name in description["classes"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{folder / CONFIG}: not a model description: {error}") from error
+    if not issubclass(KINDS[config.kind].model, expect):
+        raise ModelFileError(f"{folder}: a model of kind {config.kind}, where {expect.__name__} is wanted")
+    if is_import_path(config.encoder) and not trust_encoder:
+        raise ModelFileError(
+            f"{folder / CONFIG}: its encoder is code to import, {config.encoder}; if you trust it, "
+            "load the model with trust_encoder=True"
+        )
+    model = build_model(config, in_channels=channels, classes=len(classes), pretrained=False)
     try:
         model.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:
@@ -89,23 +118,17 @@ def load_model(folder: Path) -> tuple[NestedATS, list[str]]:
     return model, classes
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises
-    ------
-    ModelFileError
-        It is missing, or not whole.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: no such file; is the folder that of a trained model?") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: not a whole safetensors file: {error}") from error
+def _parse_config(description: Any) -> AnyConfig:
+    raw = dict(description)
+    kind = raw.setdefault("kind", "ats")  # there was one kind before there were several
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
+    if "levels" in raw:
+        raw["levels"] = tuple(
+            LevelConfig(**{**level, "channels": tuple(level["channels"])}) for level in raw["levels"]
+        )
+    config: AnyConfig = KINDS[kind].config(**raw)  # type: ignore[assignment]
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,3 +11,7 @@ class ImpossibleWeightsError(NestedATSError, ValueError):
 
 class ModelFileError(NestedATSError):
     """A saved model is missing, damaged or not one of ours."""
+
+
+class EncoderError(NestedATSError):
+    """An encoder cannot be built: a library or a file is missing, an option is wrong, or it takes other patches."""

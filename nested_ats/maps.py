@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nested_ats.model import Output, Phase
+from nested_ats.base import Output, Phase
 
 _CELLS = 10_000  # spread at once
 
@@ -39,7 +39,14 @@ def attention_map(
     map, pitch_l0
         (ceil(H / pitch), ceil(W / pitch)) float64 that sums to one; pixel (i, j) covers level-0 pixels
         [i, i + 1) x [j, j + 1) times the pitch. And the pitch.
+
+    Raises
+    ------
+    ValueError
+        The outputs are those of a model without attention.
     """
+    if not outputs[0].phases:
+        raise ValueError("the model has no attention to map")
     pitch = pitch_l0 or min(phase.population.extent_l0 for phase in outputs[0].phases)
     height, width = (math.ceil(side / pitch) for side in shape_l0)
     total = torch.zeros(height, width, dtype=torch.float64)

@@ -25,7 +25,7 @@ from nested_ats import (
     load_model,
     save_model,
 )
-from nested_ats.encoders import ENCODERS, build_encoder
+from nested_ats.encoders import ENCODERS, build_encoder, freeze
 
 LEVELS = (LevelConfig(downsample=4, samples=3, stride=4),)
 
@@ -230,11 +230,13 @@ class TestLibraries:
             with open(f"{path}/config.json") as file:
                 return SimpleNamespace(**json.load(file))
 
-        def weights(path, *, config, use_safetensors, **options):
+        def weights(path, *, config, use_safetensors, output_loading_info, **options):
             assert use_safetensors
+            assert output_loading_info
             assert options == {"local_files_only": True, "trust_remote_code": False}
             module.asked.append(path)
-            return Backbone(config)
+            missing = {"pooler.weight"} if config.output == "random" else set()
+            return Backbone(config), {"missing_keys": missing}
 
         module.AutoConfig = SimpleNamespace(from_pretrained=read)
         module.AutoModel = SimpleNamespace(
@@ -255,6 +257,11 @@ class TestLibraries:
             build(2, encoder="transformers", encoder_options={"path": str(tmp_path)})
         with pytest.raises(EncoderError, match="nothing is downloaded"):
             build(encoder="transformers", encoder_options={"path": "google/vit"})
+
+    def test_transformers_would_fill_up_with_random_weights(self, transformers, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"num_channels": 3, "output": "random"}))
+        with pytest.raises(EncoderError, match=r"lacks 1 weights.*pooler\.weight.*add_pooling_layer"):
+            build(encoder="transformers", encoder_options={"path": str(tmp_path)})
 
 
 class TestTrainable:
@@ -288,6 +295,14 @@ class TestTrainable:
         assert model.encoder.layers[-1].training
         model.eval().train()
         assert not model.encoder.layers[0].training
+
+    def test_a_stage_of_one_block_is_that_block(self):
+        """As in the ResNets of timm: a Sequential of a single block of several layers, inside a wrapper."""
+        block = nn.Sequential(Small(in_channels=3))
+        wrapped = nn.Sequential(nn.ModuleDict({"stem": nn.Conv2d(3, 3, 1), "stage": block, "norm": nn.Identity()}))
+        frozen = freeze(wrapped, 1)
+        assert [p.requires_grad for p in wrapped.parameters()] == [False] * 2 + [True] * 4
+        assert frozen == [wrapped[0]["stem"]]
 
     def test_forward_is_the_same_however_much_is_trained(self):
         keys = torch.tensor([4])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
+from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS, predict
 from nested_ats.geometry import box_starts, cell_centers, curve_order
+from nested_ats.maps import attention_map
 
 
 @pytest.mark.parametrize(("cells", "cell", "start"), [(25, 12, 475), (25, 0, -5), (100, 0, -20)])
@@ -60,3 +63,39 @@ def test_a_bright_pixel_is_covered_by_the_cell_and_patch_it_draws(follow_brightn
         center = phase.centers_l0[0, 0]
         # Within half a cell and the object's own radius.
         assert (center - torch.tensor([y + 0.5, x + 0.5])).abs().max() <= extent / 2 + 4.5
+
+
+LEVELS = (
+    LevelConfig(downsample=8, samples=1, stride=4, channels=(1,)),  # cells of 32 pixels,
+    LevelConfig(downsample=4, size=8, samples=1, stride=4, channels=(1,)),  # 16,
+    LevelConfig(downsample=2, size=20, samples=1, stride=2, channels=(1,)),  # and 4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), depth=st.integers(1, 3), height=st.integers(1, 150), width=st.integers(1, 150))
+def test_a_bright_pixel_lies_in_its_cell_at_every_level(data, depth, height, width):
+    """One pixel of any image, on the border as well: exactly its cell is bright, drawn, mapped, and in the patch."""
+    y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    pixels = torch.zeros(1, height, width)
+    pixels[0, y, x] = 1.0
+    config = ModelConfig(levels=LEVELS[:depth], patch_size=32, mean=0.0, std=1.0)
+    model = NestedATS(config, in_channels=1, classes=2)
+    with torch.no_grad():
+        for network in model.attention:  # a cell's logit is its brightest pixel
+            network.layers[0].weight.zero_()[0, 0, 1, 1] = 1.0
+            network.layers[0].bias.zero_()
+            network.layers[-1].weight.fill_(1e5)
+    result = predict(model, [ArrayImage(pixels, levels=4)], torch.tensor([[7]]))
+    place = torch.tensor([y, x], dtype=torch.float64) + 0.5
+    for level, phase in zip(config.levels, result.outputs[0].phases, strict=True):
+        cells = phase.population.centers_l0[0].flatten(0, 1)
+        covering = ((place - cells).abs() < level.extent_l0 / 2).all(-1)
+        assert covering.sum() == 1  # the cells tile the view
+        assert phase.drawn.indices[0, 0] == covering.nonzero()[0, 0]
+        assert phase.attention[0, 0] > 0.999
+    start = box_starts(result.outputs[0].phases[-1].centers_l0[0, 0], 1, 32)
+    assert ((start <= place) & (place < start + 32)).all()
+    density, pitch = attention_map(result.outputs, (height, width))
+    assert pitch == config.levels[-1].extent_l0
+    assert density[int(y // pitch), int(x // pitch)] > 0.99

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -18,6 +19,7 @@ from nested_ats import (
     predict,
     save_model,
 )
+from nested_ats.sampling import METHODS
 
 TWO_LEVELS = ModelConfig(
     levels=(
@@ -52,7 +54,13 @@ def test_shapes(model):
     assert (output.entropy >= 0).all()
 
 
-def test_an_image_is_classified_alike_in_any_batch(model):
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_is_classified_alike_in_any_batch(method):
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        TWO_LEVELS, method=method, location=True, baseline="leave-one-out" if method == "multinomial" else "constant"
+    )
+    model = NestedATS(config, in_channels=3, classes=4)
     images = [image(200, 300, 1), image(97, 64, 2), image(200, 300, 3), image(130, 260, 4)]
     keys = torch.tensor([5, 6, 7, 8])
     together = model(images, keys)
@@ -80,7 +88,18 @@ def test_views_read_ahead_change_nothing(model):
     assert torch.equal(ahead.logits, model(images, keys).logits)
 
 
-def test_bf16_autocast_stays_close(model):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_bf16_autocast_stays_close(method, depth):
+    levels = (TWO_LEVELS.levels[0], LevelConfig(downsample=4, size=16, samples=5, stride=4), TWO_LEVELS.levels[1])
+    config = ModelConfig(
+        levels=levels[:depth],
+        patch_size=28,
+        method=method,
+        baseline="leave-one-out" if method == "multinomial" else "constant",
+    )
+    torch.manual_seed(0)
+    model = NestedATS(config, in_channels=3, classes=4)
     images, keys = [image(200, 300, i) for i in range(3)], torch.arange(3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = model(images, keys)
@@ -89,6 +108,8 @@ def test_bf16_autocast_stays_close(model):
         total = (phase.carry[..., None] * phase.population.log_attention.exp()).flatten(1).sum(-1)
         torch.testing.assert_close(total, torch.ones(3), atol=1e-4, rtol=0)
     assert (low.features.float() - model(images, keys).features).abs().max() < 0.2
+    (low.logits.float().logsumexp(-1).sum() + low.entropy.sum()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("encoder", ["lenet", "resnet"])
@@ -126,6 +147,7 @@ def test_prediction_averages_draws_and_states_their_error(model):
         ({"levels": (TWO_LEVELS.levels[1], TWO_LEVELS.levels[0])}, "coarse to fine"),
         ({"encoder": "vgg"}, "encoder"),
         ({"method": "uniform"}, "method"),
+        ({"baseline": "mean"}, "baseline"),
         ({"patch_size": 16}, "patch_size: lenet needs at least 24"),
         ({"features": 0}, "features"),
         ({"features": 30, "encoder": "resnet"}, "multiple of 8"),

@@ -1,0 +1,437 @@
+"""What every model has in common: its configuration, its encoder and head, and what it returns.
+
+`ImageModel` encodes patches and is the interface that training and evaluation see; `SamplingModel` is one whose
+answer depends on what is drawn.
+
+Shape letters: B batch, n drawn units, k cells of one map, K units in all, P patches, C channels, H W pixels,
+D features, Q classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nested_ats.encoders import Trainable, build_encoder, check_encoder, freeze
+from nested_ats.geometry import box_starts, cell_centers, curve_order
+from nested_ats.images import Image, Map, find_level, read_batch, scale_pixels
+from nested_ats.sampling import Draw
+
+_READS = 8  # parts in which one image's patches are read, so that `map_` can read them at the same time
+
+Sampler = Callable[[Tensor, int, Tensor], Draw]
+Rows = TypeVar("Rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The feature network, and what the pixels are before it."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # read where a user's file becomes a configuration
+
+    encoder: str = "lenet"  # lenet, ilse, resnet, resnet8, resnet16, timm, transformers, or package.module:factory
+    features: int = 32  # channels of lenet and the resnets; the others have their own options
+    encoder_options: dict[str, Any] = field(default_factory=dict)  # further arguments of the encoder
+    trainable: Trainable = "all"  # part of the encoder: all, none, or n for the last n of its stages
+    mean: float = 0.5  # subtracted from pixels in [0, 1] before any network
+    std: float = 0.25  # then divided by this
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a value is out of range."""
+        self._check_encoder(None)
+        number = isinstance(self.trainable, int) and not isinstance(self.trainable, bool) and self.trainable > 0
+        if not number and self.trainable not in ("all", "none"):
+            raise ValueError("trainable: must be all, none, or the number of the encoder's last stages to train")
+        if not self.std > 0:
+            raise ValueError("std: must be positive")
+
+    def _check_encoder(self, patch_size: int | None) -> None:
+        check_encoder(self.encoder, self.features, patch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig(EncoderConfig):
+    """Patches and the network that encodes them."""
+
+    patch_size: int = 64  # side of the patches that the encoder sees, in pixels
+    patch_downsample: float = 1.0  # of the patches
+    location: bool = False  # whether the feature network is told where in the image a patch lies (section 3.3)
+
+    def _check_encoder(self, patch_size: int | None) -> None:
+        assert patch_size is None  # noqa: S101 - the size is the configuration's own
+        super()._check_encoder(self.patch_size)
+        if self.patch_downsample < 1:
+            raise ValueError("patch_downsample: must be at least 1")
+
+    @property
+    def downsamples(self) -> tuple[float, ...]:
+        """Of all levels that the model reads."""
+        return (self.patch_downsample,)
+
+
+class Population(NamedTuple):
+    """The units that a phase may draw, in the order of a space-filling curve.
+
+    Attributes
+    ----------
+    log_attention
+        (B, n, k): log-probability of each cell within its own view, -inf where there is no cell.
+    centers_l0
+        (B, n, k, 2) float64: centre of each cell in level-0 pixels, y and x.
+    extent_l0
+        Side of a cell in level-0 pixels.
+    """
+
+    log_attention: Tensor
+    centers_l0: Tensor
+    extent_l0: float
+
+
+class Phase(NamedTuple):
+    """What one level looked at and drew.
+
+    Attributes
+    ----------
+    population
+        The cells of every view of this level.
+    drawn
+        Indices into the (n k) cells, and z of this phase alone.
+    attention
+        (B, n) product of attention along the path to each drawn unit, with gradient.
+    z
+        (B, n) product of z along the path.
+    carry
+        (B, parents) stop-gradient of z a of the views that the population lies in.
+    centers_l0
+        (B, n, 2) float64.
+    """
+
+    population: Population
+    drawn: Draw
+    attention: Tensor
+    z: Tensor
+    carry: Tensor
+    centers_l0: Tensor
+
+
+class Output(NamedTuple):
+    """What a model returns.
+
+    Attributes
+    ----------
+    logits
+        (B, Q).
+    entropy
+        (B,) nats: estimate of the entropy of the attention over all leaves; zero where there is no attention.
+    features
+        (B, D): F_hat, the estimate of the expected feature; what the head sees.
+    phases
+        One for each level, coarse to fine; the last one's units are the patches. Empty where there is no attention.
+    """
+
+    logits: Tensor
+    entropy: Tensor
+    features: Tensor
+    phases: tuple[Phase, ...]
+
+
+class ImageModel(nn.Module):
+    """A classifier of images through an encoder and a linear head.
+
+    Parameters
+    ----------
+    config
+        Of the model.
+    in_channels
+        C of the images.
+    classes
+        Q.
+    patch_size
+        H = W of the patches that the encoder sees; none for whole images.
+    location
+        Whether features are told where their patch lies: its centre's y and x, -1 to 1 over the image, are appended
+        to the encoder's feature vector, and a linear layer maps the D + 2 numbers to D (section 3.3).
+    pretrained
+        Read the weights that ``encoder_options`` name.
+    attention
+        Networks that come before the encoder in the order of parameters, which optimizer states go by.
+
+    Frozen parts of the encoder (``trainable``) stay in evaluation mode and their parameters have
+    ``requires_grad = False``; give an optimizer those that have it.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot be built.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        in_channels: int,
+        classes: int,
+        patch_size: int | None,
+        location: bool = False,
+        pretrained: bool = True,
+        attention: nn.ModuleList | None = None,
+    ) -> None:
+        super().__init__()
+        if attention is not None:
+            self.attention = attention
+        self.config = config
+        self.in_channels = in_channels
+        self.classes = classes
+        self.encoder, self.features = build_encoder(
+            config.encoder,
+            in_channels=in_channels,
+            channels=config.features,
+            patch_size=patch_size,
+            options=config.encoder_options,
+            pretrained=pretrained,
+        )
+        self._frozen = freeze(self.encoder, config.trainable)
+        self.locate = nn.Linear(self.features + 2, self.features) if location else None
+        self.head = nn.Linear(self.features, classes)
+
+    def coarse_view(self, image: Image) -> Tensor:
+        """Read what the model looks at first, (C, H, W) as the image gives it; (C, 0, 0) where that is nothing.
+
+        It depends on the image alone, so it may be read ahead of the step that uses it.
+
+        Raises
+        ------
+        ValueError
+            The image has no level at the downsample.
+        """
+        del image
+        return torch.empty(self.in_channels, 0, 0)
+
+    def forward(
+        self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None, map_: Map = map
+    ) -> Output:
+        """Classify a batch of images.
+
+        Parameters
+        ----------
+        images
+            B of them, of any sizes.
+        keys
+            (B,) int64, the random key of each image: it decides what is drawn, whatever the batch.
+        views
+            `coarse_view` of each image, where it was read ahead.
+        map_
+            How reads run over the images (`nested_ats.images.read_batch`).
+
+        Raises
+        ------
+        ValueError
+            An image lacks a level that the model reads.
+        """
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> ImageModel:
+        """Set the mode of all but the frozen parts, which stay in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
+
+    def _prepare(self, pixels: Tensor) -> Tensor:
+        weight = self.head.weight
+        pixels = scale_pixels(pixels.to(weight.device)).to(weight.dtype)
+        return (pixels - self.config.mean) / self.config.std
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(P, C, H, W) as an image gives them -> (P, D), before normalisation."""
+        pixels = self._prepare(pixels).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trainable != "none"):
+            features: Tensor = self.encoder(pixels)
+        return features
+
+
+class PatchModel(ImageModel):
+    """An `ImageModel` whose encoder sees patches; the parameters are those of `ImageModel`."""
+
+    config: PatchConfig
+
+    def __init__(
+        self,
+        config: PatchConfig,
+        *,
+        in_channels: int,
+        classes: int,
+        pretrained: bool = True,
+        attention: nn.ModuleList | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            in_channels=in_channels,
+            classes=classes,
+            patch_size=config.patch_size,
+            location=config.location,
+            pretrained=pretrained,
+            attention=attention,
+        )
+
+    def encode(self, images: Sequence[Image], centers_l0: Tensor, map_: Map = map) -> Tensor:
+        """Features of the patches centred on points: (B, n, 2) level-0 pixels -> (B, n, D) of unit length."""
+        patches = read_batch(images, self.config.patch_downsample, self._patch_boxes(centers_l0), map_)
+        location = centers_l0 / _sizes(images)[:, None] * 2 - 1
+        return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*patches.shape[:2], -1)
+
+    def encode_one(self, image: Image, centers_l0: Tensor, map_: Map = map) -> Tensor:
+        """Features of patches of one image, read in parts by `map_`: (P, 2) level-0 pixels -> (P, D)."""
+        pixels = self._read(image, centers_l0, map_)
+        return self._embed(pixels, centers_l0 / _sizes([image]) * 2 - 1)
+
+    def _read(self, image: Image, centers_l0: Tensor, map_: Map) -> Tensor:
+        level = find_level(image, self.config.patch_downsample)
+        parts = torch.split(self._patch_boxes(centers_l0), -(-len(centers_l0) // _READS))
+        return torch.cat(list(map_(lambda part: image.read(level, part), parts)))
+
+    def _patch_boxes(self, centers_l0: Tensor) -> Tensor:
+        return boxes_at(centers_l0, self.config.patch_downsample, self.config.patch_size)
+
+    def _embed(self, pixels: Tensor, location: Tensor) -> Tensor:
+        """Patches (P, C, H, W) and their (P, 2) places in [-1, 1] -> (P, D) of unit length (section 3.2.1)."""
+        features = self._encode_pixels(pixels)
+        if self.locate is not None:
+            features = self.locate(torch.cat([features, location.to(features)], -1))
+        return functional.normalize(features, dim=-1)
+
+
+class SamplingModel(PatchModel):
+    """A `PatchModel` that draws the patches it sees, from an attention that does not depend on the draw."""
+
+    def forward(
+        self,
+        images: Sequence[Image],
+        keys: Tensor,
+        *,
+        views: Sequence[Tensor] | None = None,
+        map_: Map = map,
+        sampler: Sampler | None = None,
+    ) -> Output:
+        """Classify a batch of images; see `ImageModel.forward`. `sampler` draws in place of the configured one."""
+        if views is None:
+            views = list(map_(self.coarse_view, images))
+        first = self.attend(images, views)
+        return self.sample(images, first, keys, map_=map_, sampler=sampler)
+
+    def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
+        """Attention over the whole images, the population of the first phase: (B, 1, K) with K of the largest."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        images: Sequence[Image],
+        population: Population,
+        keys: Tensor,
+        *,
+        map_: Map = map,
+        sampler: Sampler | None = None,
+        exact: int = 0,
+    ) -> Output:
+        """Draw from a first population, encode the patches drawn, and classify.
+
+        Parameters
+        ----------
+        images, keys, map_
+            As of `forward`.
+        population
+            From `attend`.
+        sampler
+            Draws from (weights, n, keys) in place of the configured sampler.
+        exact
+            Patches to encode at once, where the last level is not to be drawn from but summed over: F_hat is then
+            the sum over **all** leaves of the opened regions, exact where there is one level. 0 to draw.
+        """
+        raise NotImplementedError
+
+    def _pool_all(self, images: Sequence[Image], phase: Phase, map_: Map, chunk: int) -> Tensor:
+        """Sum of z a f over the units of a phase, (B, D), `chunk` patches of one image in memory at a time."""
+        pooled = []
+        for row, image in enumerate(images):
+            weights = (phase.z * phase.attention)[row].detach()
+            held = weights.nonzero().flatten()
+            total = weights.new_zeros(self.features)
+            for units in torch.split(held, chunk):
+                features = self.encode_one(image, phase.centers_l0[row, units.to(phase.centers_l0.device)], map_)
+                # Not a matrix product: autocast would make it one of bf16.
+                total = total + (weights[units, None] * features).sum(0)
+            pooled.append(total)
+        return torch.stack(pooled)
+
+
+def image_cells(images: Sequence[Image], extent_l0: float) -> tuple[Tensor, Tensor]:
+    """Cells of `extent_l0` level-0 pixels that tile each image, along the curve.
+
+    Returns
+    -------
+    centers_l0, there
+        (B, K, 2) float64 with K of the largest image, and (B, K): whether an image has this cell.
+    """
+    lists = []
+    for image in images:
+        rows, columns = (math.ceil(side / extent_l0) for side in image.shapes[0])
+        lists.append(grid_centers(rows, columns, extent_l0))
+    most = max(map(len, lists))
+    centers = torch.stack([functional.pad(each, (0, 0, 0, most - len(each))) for each in lists])
+    return centers, torch.arange(most) < torch.tensor([len(each) for each in lists])[:, None]
+
+
+def grid_centers(rows: int, columns: int, side: float) -> Tensor:
+    """Centres (rows columns, 2) of the cells of a map, of `side` pixels each, along the curve."""
+    y, x = cell_centers(rows, rows * side), cell_centers(columns, columns * side)
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)[curve_order(rows, columns)]
+
+
+def boxes_at(centers_l0: Tensor, downsample: float, size: int) -> Tensor:
+    """Boxes (..., 4) of `size` pixels of a level, centred on (..., 2) points of the finest."""
+    starts = box_starts(centers_l0, downsample, size)
+    return torch.cat([starts, torch.full_like(starts, size)], -1)
+
+
+def draw_phase(
+    population: Population, attention: Tensor, z: Tensor, sampler: Sampler, samples: int, keys: Tensor
+) -> Phase:
+    """Draw jointly from all cells of all views, whose own (B, n) path attention and z are given."""
+    within = population.log_attention.exp()  # (B, n, k)
+    cells = within.shape[-1]
+    carry = (z * attention).detach()
+    drawn = sampler((carry[..., None] * within).detach().flatten(-2), samples, keys)
+    parent = drawn.indices // cells
+    path = attention.gather(-1, parent) * within.flatten(-2).gather(-1, drawn.indices)
+    places = drawn.indices.to(population.centers_l0.device)[..., None].expand(-1, -1, 2)
+    centers = population.centers_l0.flatten(1, 2).gather(1, places)
+    return Phase(population, drawn, path, z.gather(-1, parent) * drawn.z, carry, centers)
+
+
+def take_all(weights: Tensor, n: int, keys: Tensor) -> Draw:
+    """Take every unit of positive weight with z = 1: the sampler of exact evaluation."""
+    del n, keys
+    indices = torch.arange(weights.shape[-1], device=weights.device).expand_as(weights)
+    return Draw(indices, (weights > 0).to(weights.dtype))
+
+
+def take_rows(value: Rows, rows: Tensor) -> Rows:
+    """The given images of a batch, from an `Output`, a `Population` or anything made of (B, ...) tensors."""
+    taken: Any = value
+    if isinstance(value, Tensor):
+        taken = value[rows.to(value.device)]
+    elif isinstance(value, tuple):
+        parts = [take_rows(part, rows) for part in value]
+        taken = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return taken  # type: ignore[no-any-return]
+
+
+def _sizes(images: Sequence[Image]) -> Tensor:
+    """Height and width of each image in level-0 pixels, (B, 2) float64."""
+    return torch.tensor([image.shapes[0] for image in images], dtype=torch.float64)
