@@ -6,7 +6,7 @@ Peers: ngff-zarr with the fastest options found (bin shrink by Dask, zarrista's 
 tiles) and ome-zarr-py, both with 256 x 256 chunks in 2048 x 2048 shards and both reading the TIFF through tifffile's
 zarr store. Throughput is of level 0's raw bytes; what is written goes to --folder.
 
-    python benchmarks/storage_convert.py [--sizes 8192 24576] [--workers 2] [--repeats 3] [--folder /tmp]
+    python benchmarks/storage_convert.py [--sizes 8192 24576] [--workers 3] [--repeats 3] [--folder /tmp]
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def main() -> None:
     """Run every way in turn, several times, and print medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 24576])
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) + 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--folder", default=tempfile.gettempdir())

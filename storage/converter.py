@@ -105,7 +105,7 @@ def convert(
         "threads", "processes", the address of a ``distributed`` scheduler, or a function: see
         ``storage.executors.open_executor``. Whatever it is, the bytes written are the same.
     workers
-        Threads or processes; the processors of this process if None.
+        Threads or processes; by default as many as this process has processors, and one more thread.
     progress
         Called with (bytes done, bytes in all), decoded and over all levels, in this thread.
     overwrite
@@ -137,7 +137,8 @@ def convert(
             place,
             strip_rows=_strip_rows(image, info.levels[0]),
             executor=executor,
-            workers=workers or len(os.sched_getaffinity(0)),
+            # One thread more than processors: there is always one that waits for the disk.
+            workers=workers or len(os.sched_getaffinity(0)) + (executor == "threads"),
             progress=progress,
             overwrite=overwrite,
             check_source=partial(_check_unchanged, source, identity),

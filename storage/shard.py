@@ -11,6 +11,7 @@ Specification: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-in
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 import zlib
@@ -75,6 +76,11 @@ class ShardLayout:
     def chunk_shape(self) -> tuple[int, int, int]:
         """Shape of a decoded chunk, (C, chunk, chunk)."""
         return (self.channels, self.chunk, self.chunk)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a decoded chunk."""
+        return math.prod(self.chunk_shape) * self.dtype.itemsize
 
     @property
     def index_bytes(self) -> int:
@@ -163,23 +169,24 @@ def checksum_holds(data: bytes) -> bool:
     return len(data) > CHECKSUM_BYTES and google_crc32c.value(data) == CHECKSUM_RESIDUE
 
 
-def decode_chunk(data: bytes, out: NDArray[Any]) -> None:
-    """Verify and decode one stored chunk into ``out``, a contiguous (C, chunk, chunk) array.
+def decode_chunk(data: bytes, layout: ShardLayout) -> NDArray[Any]:
+    """Verify and decode one stored chunk to a (C, chunk, chunk) array, which cannot be written to.
 
     Raises
     ------
     CorruptImageError
-        The chunk is cut short, fails its checksum or does not decode to the size of ``out``.
+        The chunk is cut short, fails its checksum or does not decode to the size of a chunk.
     """
     if len(data) < MIN_CHUNK_BYTES or google_crc32c.value(data) != CHECKSUM_RESIDUE:
         raise CorruptImageError("the checksum of the chunk does not match")
     decoded, encoded = _BLOSC_SIZES.unpack_from(data)
-    if decoded != out.nbytes or encoded != len(data) - CHECKSUM_BYTES:
+    if decoded != layout.chunk_bytes or encoded != len(data) - CHECKSUM_BYTES:
         raise CorruptImageError("the chunk does not decode to the size of a chunk")
     try:
-        blosc.decompress(data, out)  # it reads no further than the encoded size
+        pixels = blosc.decompress(data)  # it reads no further than the encoded size; to bytes is its fastest way
     except (RuntimeError, ValueError) as error:
         raise CorruptImageError(f"the chunk does not decode ({error})") from error
+    return np.frombuffer(pixels, layout.dtype).reshape(layout.chunk_shape)
 
 
 def decode_shard(data: bytes, layout: ShardLayout, shape_yx: tuple[int, int]) -> NDArray[Any]:
@@ -187,16 +194,15 @@ def decode_shard(data: bytes, layout: ShardLayout, shape_yx: tuple[int, int]) ->
     height, width = shape_yx
     pixels = np.zeros((layout.channels, height, width), layout.dtype)
     index = decode_index(data[-layout.index_bytes :], layout).tolist()
-    buffer = np.empty(layout.chunk_shape, layout.dtype)
     step = layout.chunk
     for row in range(-(-height // step)):
         for column in range(-(-width // step)):
             offset, length = index[row * layout.grid + column]
             if offset < 0:
                 continue
-            decode_chunk(data[offset : offset + length], buffer)
+            chunk = decode_chunk(data[offset : offset + length], layout)
             part = pixels[:, row * step : (row + 1) * step, column * step : (column + 1) * step]
-            part[...] = buffer[:, : part.shape[1], : part.shape[2]]
+            part[...] = chunk[:, : part.shape[1], : part.shape[2]]
     return pixels
 
 

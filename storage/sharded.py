@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from storage.source import Counters
     from storage.stores import Store
 
-    Decode = Callable[[int, bytes, NDArray[Any]], None]  # position of a chunk, what is stored, a chunk to decode into
+    Decode = Callable[[int, bytes], None]  # position of a chunk, what is stored
 
 MAX_RUN_BYTES = 8 * 2**20  # of neighbouring chunks fetched by one request
 ANNOUNCED_RUNS = 64  # told to the store at once, before the first is read
@@ -88,6 +88,7 @@ class ShardedSource:
         known = info.unit == "micrometer"
         self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)
         self._infos = info.levels
+        self._keys = [[level.shard_key(y, x) for y, x in np.ndindex(level.shard_grid)] for level in info.levels]
         self._indexes = [_Indexes(level, self._table(i, level)) for i, level in enumerate(info.levels)]
 
     def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
@@ -104,13 +105,13 @@ class ShardedSource:
             for b, y0, y1, x0, x1, cy0, cy1, cx0, cx1 in parts[chunk]:
                 out[b, :, y0:y1, x0:x1] = pixels[:, cy0:cy1, cx0:cx1]
 
-        def decode(chunk: int, data: bytes, buffer: NDArray[Any]) -> None:
+        def decode(chunk: int, data: bytes) -> None:
             try:
-                decode_chunk(data, buffer)
+                pixels = decode_chunk(data, info.layout)
             except CorruptImageError as error:
                 where = f"chunk ({rows[chunk]}, {columns[chunk]})"
                 raise CorruptImageError(f"{self._location}: level {level}, {where}: {error}; convert again") from None
-            paste(chunk, buffer)
+            paste(chunk, pixels)
 
         stored = places[:, 0] >= 0
         if not stored.all():
@@ -128,8 +129,6 @@ class ShardedSource:
 
     def _read(self, level: int, runs: list[_Run], decode: Decode) -> None:
         """Fetch runs and decode their chunks."""
-        layout = self._infos[level].layout
-        buffer = np.empty(layout.chunk_shape, layout.dtype)
         for i in range(0, len(runs), ANNOUNCED_RUNS):
             batch = runs[i : i + ANNOUNCED_RUNS]
             self._store.announce([(self._key(level, run.shard), run.start, run.end - run.start) for run in batch])
@@ -137,7 +136,7 @@ class ShardedSource:
                 data = self._fetch(level, run)
                 for chunk, start, length in run.chunks:
                     own = data[start : start + length]
-                    decode(chunk, own, buffer)
+                    decode(chunk, own)
                     if self._cache is not None:
                         self._cache.put(self._cached_name(level, run.shard, run.start + start, length), own)
         self._counters.add(
@@ -156,13 +155,11 @@ class ShardedSource:
     ) -> None:
         """Decode the chunks that the cache has, and clear their mark in ``stored``."""
         assert self._cache is not None  # noqa: S101  for the type checker
-        layout = self._infos[level].layout
-        buffer = np.empty(layout.chunk_shape, layout.dtype)
         found = 0
         for chunk in np.flatnonzero(stored).tolist():
             data = self._cache.get(self._cached_name(level, int(shard[chunk]), *places[chunk].tolist()))
             if data is not None:
-                decode(chunk, data, buffer)
+                decode(chunk, data)
                 stored[chunk] = False
                 found += 1
         self._counters.add(chunks=found, cached=found)
@@ -184,10 +181,10 @@ class ShardedSource:
         info, table = self._infos[level], self._indexes[level].table
         length = int(table.length.flat[shard])
         start, size = length - info.layout.index_bytes, info.layout.index_bytes
-        where = f"{self._location}: level {level}, shard {divmod(shard, info.shard_grid[1])}"
+        where = self._where(level, shard)
         name = self._cached_name(level, shard, start, size)
         kept = self._cache.get(name) if self._cache is not None else None
-        tail = kept or self._get_range(level, shard, start, size, where)
+        tail = kept or self._get_range(level, shard, start, size)
         if kept is None:
             self._counters.add(requests=1, read=len(tail))
         try:
@@ -206,21 +203,23 @@ class ShardedSource:
 
     def _fetch(self, level: int, run: _Run) -> bytes:
         length = run.end - run.start
-        where = f"{self._location}: level {level}, {self._key(level, run.shard)}"
-        data = self._get_range(level, run.shard, run.start, length, where)
+        data = self._get_range(level, run.shard, run.start, length)
         if len(data) != length:
-            raise CorruptImageError(f"{where} is truncated; convert the image again")
+            raise CorruptImageError(f"{self._where(level, run.shard)} is truncated; convert the image again")
         return data
 
-    def _get_range(self, level: int, shard: int, start: int, length: int, where: str) -> bytes:
+    def _get_range(self, level: int, shard: int, start: int, length: int) -> bytes:
         try:
             return self._store.get_range(self._key(level, shard), start, length)
         except FileNotFoundError:
-            raise CorruptImageError(f"{where} is missing; convert the image again") from None
+            raise CorruptImageError(f"{self._where(level, shard)} is missing; convert the image again") from None
+
+    def _where(self, level: int, shard: int) -> str:
+        place = divmod(shard, self._infos[level].shard_grid[1])
+        return f"{self._location}: level {level}, shard {place}"
 
     def _key(self, level: int, shard: int) -> str:
-        info = self._infos[level]
-        return info.shard_key(*divmod(shard, info.shard_grid[1]))
+        return self._keys[level][shard]
 
     def _cached_name(self, level: int, shard: int, start: int, length: int) -> str:
         """Name of a range of a shard of this very pyramid in the cache."""

@@ -11,7 +11,9 @@ kernel, several ranges at a time, because it is told of them before the first is
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import resource
 import threading
 import time
 from collections import OrderedDict
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Range = tuple[str, int, int]  # key, start, length in bytes
 
-MAX_DESCRIPTORS = 64
+SLOW_READ_S = 100e-6  # longer than a short range takes from the page cache
 ANNOUNCED_BYTES = 2**20  # longer ranges keep a disk busy by themselves
 TIMEOUT_S = 60.0  # of one request to a URL
 RETRIES = 4  # of a request that failed, by obstore
@@ -90,8 +92,49 @@ class _Descriptor:
             os.close(self.fd)
 
 
+class _Descriptors:
+    """The most recently read files of all local stores, kept open up to a share of what the process may open.
+
+    Files are known by store and key, not by path: what has replaced a file since is another store's to open.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[int, str], _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+        self.limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def get(self, store: int, path: str) -> _Descriptor:
+        """Open a file, or return it open."""
+        with self._lock:
+            found = self._open.get((store, path))
+            if found is not None:
+                self._open.move_to_end((store, path))
+                return found
+        opened = _Descriptor(path)
+        with self._lock:
+            self._open[store, path] = opened
+            while len(self._open) > self.limit:
+                self._open.popitem(last=False)
+        return opened
+
+    def close(self, store: int) -> None:
+        """Close the files of a store that no thread is reading."""
+        with self._lock:
+            for name in [name for name in self._open if name[0] == store]:
+                del self._open[name]
+
+    def forked(self) -> None:
+        """In a forked child: go on with the open files, but not with a lock that nobody there will release."""
+        self._lock = threading.Lock()
+
+
+_descriptors = _Descriptors()
+os.register_at_fork(after_in_child=_descriptors.forked)
+_numbers = itertools.count()
+
+
 class LocalStore:
-    """A folder; keeps the most recently read files open."""
+    """A folder."""
 
     def __init__(self, root: Path) -> None:
         if not os.path.isdir(root):
@@ -100,8 +143,8 @@ class LocalStore:
         self.name = str(root)
         self.concurrency = 1
         self.merge_gap = 0
-        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._number = next(_numbers)
+        self._slowest_s = SLOW_READ_S  # of the reads since the last announcement
 
     def get(self, key: str) -> bytes:
         """Return the whole file."""
@@ -113,44 +156,39 @@ class LocalStore:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start``, fewer where the file ends."""
+        started = time.perf_counter()
         try:
-            return os.pread(self._descriptor(key).fd, length, start)
+            data = os.pread(_descriptors.get(self._number, f"{self.name}/{key}").fd, length, start)
         except OSError as error:
             self._fail(key, error)
+        if length <= ANNOUNCED_BYTES:
+            self._slowest_s = max(self._slowest_s, time.perf_counter() - started)
+        return data
 
     def size(self, key: str) -> int:
         """Length of the file in bytes."""
         try:
-            return os.fstat(self._descriptor(key).fd).st_size
+            return os.fstat(_descriptors.get(self._number, f"{self.name}/{key}").fd).st_size
         except OSError as error:
             self._fail(key, error)
 
     def announce(self, ranges: Sequence[Range]) -> None:
-        """Have the kernel fetch what it does not hold yet, all ranges at once; a hint, which never fails."""
+        """Have the kernel fetch what it does not hold yet, all ranges at once; a hint, which never fails.
+
+        Where the last reads were all fast, the files are in the page cache, and asking would cost more than it gains.
+        """
+        slowest, self._slowest_s = self._slowest_s, 0.0
         short = [range_ for range_ in ranges if range_[2] <= ANNOUNCED_BYTES]
-        if len(short) < 2 or not hasattr(os, "posix_fadvise"):
+        if slowest < SLOW_READ_S or len(short) < 2 or not hasattr(os, "posix_fadvise"):
             return
         with contextlib.suppress(OSError):
             for key, start, length in short:
-                os.posix_fadvise(self._descriptor(key).fd, start, length, os.POSIX_FADV_WILLNEED)
+                descriptor = _descriptors.get(self._number, f"{self.name}/{key}")
+                os.posix_fadvise(descriptor.fd, start, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the files that no thread is reading."""
-        with self._lock:
-            self._open.clear()
-
-    def _descriptor(self, key: str) -> _Descriptor:
-        with self._lock:
-            found = self._open.get(key)
-            if found is not None:
-                self._open.move_to_end(key)
-                return found
-        opened = _Descriptor(f"{self.name}/{key}")
-        with self._lock:
-            self._open[key] = opened
-            if len(self._open) > MAX_DESCRIPTORS:
-                self._open.popitem(last=False)
-        return opened
+        _descriptors.close(self._number)
 
     def _fail(self, key: str, error: OSError) -> NoReturn:
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):

@@ -407,12 +407,11 @@ def _damaged_chunks(number: int, level: LevelInfo, place: Place, data: bytes) ->
     except CorruptImageError as error:
         yield Problem(number, place, "shard", f"{key}: {error}")
         return
-    buffer = np.empty(layout.chunk_shape, layout.dtype)
     for inner, (offset, length) in enumerate(index):
         if offset < 0:
             continue
         try:
-            decode_chunk(data[offset : offset + length], buffer)
+            decode_chunk(data[offset : offset + length], layout)
         except CorruptImageError as error:
             row, column = divmod(inner, layout.grid)
             chunk = (place[0] * layout.grid + row, place[1] * layout.grid + column)
