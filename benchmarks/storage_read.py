@@ -211,7 +211,7 @@ def main() -> None:
         print(f"{args.size} x {args.size}, {args.codec}, chunks of {args.chunk}")
         compare(tiff, pyramid, args.size, args.batches)
         if args.s3:
-            count_requests(pyramid, args.size, max(1, args.batches // 4))
+            count_requests(pyramid, args.size, args.batches)
 
 
 if __name__ == "__main__":

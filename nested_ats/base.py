@@ -51,6 +51,11 @@ class EncoderConfig:
         if not self.std > 0:
             raise ValueError("std: must be positive")
 
+    @property
+    def downsamples(self) -> tuple[float, ...]:
+        """Of all levels that the model reads."""
+        raise NotImplementedError
+
     def _check_encoder(self, patch_size: int | None) -> None:
         check_encoder(self.encoder, self.features, patch_size)
 

@@ -94,12 +94,12 @@ class ArrayImage:
 
 
 def scale_pixels(pixels: Tensor) -> Tensor:
-    """Pixels as floating point: unsigned integers divided by their largest value, floats as they are."""
+    """Pixels as floating point: integers divided by the largest value of their type, floats as they are."""
     if pixels.is_floating_point():
         return pixels
-    largest = {torch.uint8: 255.0, torch.uint16: 65535.0}.get(pixels.dtype)
+    largest = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.int16: 32767.0}.get(pixels.dtype)
     if largest is None:
-        raise ValueError(f"pixels must be uint8, uint16 or floating point, not {pixels.dtype}")
+        raise ValueError(f"pixels must be uint8, uint16, int16 or floating point, not {pixels.dtype}")
     return pixels.float() / largest
 
 

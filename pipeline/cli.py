@@ -61,6 +61,17 @@ Run = Annotated[Path, typer.Argument(help="Folder of a training run.")]
 Slides = Annotated[list[str], typer.Argument(help="A manifest, or pyramids by path or URL.")]
 Split = Annotated[str | None, typer.Option(help="Slides of this split only: train, val or test.")]
 Draws = Annotated[int | None, typer.Option(min=1, help="Independent draws to average; default: as configured.")]
+TargetError = Annotated[
+    float | None,
+    typer.Option(min=0, help="Stop drawing at this standard error of the probabilities; --draws is the most."),
+]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Encode every patch of the opened regions; slower, no draws there.")
+]
+TrustEncoder = Annotated[
+    bool,
+    typer.Option("--trust-encoder", help="Import the model's encoder where it is code of yours (model.encoder)."),
+]
 Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 16,32; default: as trained.")]
 
 
@@ -309,6 +320,9 @@ def predict(
     split: Split = None,
     draws: Draws = None,
     samples: Samples = "",
+    target_error: TargetError = None,
+    exact: Exact = False,
+    trust_encoder: TrustEncoder = False,
     cluster: Cluster = "none",
     workers: Workers = 1,
     device: Device = "auto",
@@ -325,6 +339,9 @@ def predict(
         out,
         draws=draws,
         samples=_numbers(samples),
+        target_error=target_error,
+        exact=exact,
+        trust_encoder=trust_encoder,
         address=cluster,
         workers=workers,
         device=device,
@@ -361,6 +378,7 @@ def heatmap(
     split: Split = None,
     draws: Draws = None,
     samples: Samples = "",
+    trust_encoder: TrustEncoder = False,
     device: Device = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many slides only.")] = None,
 ) -> None:
@@ -369,7 +387,9 @@ def heatmap(
     from pipeline.predict import prediction_settings
 
     _check_cluster("none", 1, device)
-    settings = prediction_settings(run, draws=draws, samples=_numbers(samples), device=device)
+    settings = prediction_settings(
+        run, draws=draws, samples=_numbers(samples), trust_encoder=trust_encoder, device=device
+    )
     done = heatmaps(_entries(slides, split)[:limit], settings, out)
     for one in done:
         if not one.error:

@@ -9,19 +9,43 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from nested_ats import LevelConfig, ModelConfig
+from nested_ats import CNNConfig, DeepMILConfig, LevelConfig, ModelConfig, UniformConfig
+from nested_ats.models import KINDS
 from pipeline.errors import UsageError
 
 DEFAULT_LEVELS = (
     LevelConfig(downsample=16, samples=8, stride=8),
     LevelConfig(downsample=4, size=64, samples=8, stride=8),
 )
+
+
+# The kind says which model's keys are meant, so that errors are about those alone.
+AnyModel = Annotated[
+    Annotated[ModelConfig, Tag("ats")]
+    | Annotated[DeepMILConfig, Tag("deepmil")]
+    | Annotated[UniformConfig, Tag("uniform")]
+    | Annotated[CNNConfig, Tag("cnn")],
+    Discriminator(
+        lambda value: value.get("kind", "ats") if isinstance(value, dict) else getattr(value, "kind", "ats")
+    ),
+]
 
 
 class _Section(BaseModel):
@@ -73,13 +97,15 @@ class PredictConfig(_Section):
     """How slides are classified."""
 
     draws: int = Field(default=4, ge=1)  # independent draws, averaged; their scatter is the standard error
+    target_error: float | None = Field(default=None, gt=0)  # standard error at which drawing stops before that
+    exact: bool = False  # encode every patch of the opened regions instead of drawing among them
 
 
 class Config(_Section):
     """A whole run."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)  # of the weights, the order of slides and every draw
-    model: ModelConfig = ModelConfig(levels=DEFAULT_LEVELS)
+    model: AnyModel = ModelConfig(levels=DEFAULT_LEVELS)
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     predict: PredictConfig = PredictConfig()
@@ -155,7 +181,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _override(raw: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
     # A model has no default levels of its own: they have to be there, to be kept or changed one by one.
-    if keys[0] == "model" and isinstance(raw.setdefault("model", {}), dict):
+    if keys[:2] == ["model", "levels"] and isinstance(raw.setdefault("model", {}), dict):
         raw["model"].setdefault("levels", plain(Config())["model"]["levels"])
     node: Any = raw
     for i, key in enumerate(keys):
@@ -184,6 +210,7 @@ def _explain(problem: Any) -> str:
 
 def _known_keys() -> set[str]:
     keys: set[str] = set()
+    keys |= {field.name for kind in KINDS.values() for field in fields(kind.config)}
     nodes: list[Any] = [plain(Config())]
     while nodes:
         node = nodes.pop()

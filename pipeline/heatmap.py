@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nested_ats import ModelConfig, Prediction
+from nested_ats import Prediction
+from nested_ats.base import PatchConfig, PatchModel
 from nested_ats.geometry import box_starts
 from nested_ats.maps import attention_map
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.manifest import Entry
 from pipeline.predict import Classifier, Settings
@@ -74,9 +75,11 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
     nested_ats.ModelFileError
         The model cannot be loaded.
     UsageError
-        `folder` cannot be written to.
+        `folder` cannot be written to, or the model has no attention.
     """
     classifier = Classifier(settings)
+    if not isinstance(classifier.model, PatchModel):
+        raise UsageError(f"{settings.model}: a model without patches, which looks everywhere alike; nothing to draw")
     make_folder(folder)
     done = []
     with progress("heatmap") as update:
@@ -91,6 +94,8 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
 
 
 def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
+    config = classifier.model.config
+    assert isinstance(config, PatchConfig)  # noqa: S101  seen in `heatmaps`
     with classifier.open(entry) as slide:
         prediction = classifier.estimate(entry, SlideImage(slide, background=classifier.settings.background))
         density, pitch = attention_map(prediction.outputs, slide.shape_yx)
@@ -98,7 +103,7 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
         heat = (density * density.numel()).float().numpy()
         best = int(prediction.probabilities[0].argmax())
         words = f"{classifier.classes[best]} ({prediction.probabilities[0, best]:.0%})"
-        patches = drawn_patches(prediction, classifier.model.config)
+        patches = drawn_patches(prediction, config)
         write_pyramid(
             folder / MAP,
             heat[None],
@@ -113,7 +118,7 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
     return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()))
 
 
-def drawn_patches(prediction: Prediction, model: ModelConfig) -> list[Patch]:
+def drawn_patches(prediction: Prediction, model: PatchConfig) -> list[Patch]:
     """Distinct patches of all draws for the first image, heaviest first: the very boxes that the encoder saw."""
     downsample, size = model.patch_downsample, model.patch_size
     places: dict[tuple[float, float], list[tuple[int, float, float]]] = {}

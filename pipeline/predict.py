@@ -21,7 +21,17 @@ from typing import Any
 import torch
 
 import cluster
-from nested_ats import Image, ImpossibleWeightsError, NestedATS, Prediction, load_model
+from nested_ats import (
+    AnyConfig,
+    Image,
+    ImageModel,
+    ImpossibleWeightsError,
+    ModelConfig,
+    Prediction,
+    UniformConfig,
+    build_model,
+    load_model,
+)
 from nested_ats import predict as estimate
 from pipeline.config import CacheConfig, digest
 from pipeline.errors import DataError, UsageError
@@ -33,6 +43,7 @@ from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
 from storage import Slide
 
 RESULTS, TABLE, ABOUT = "slides", "predictions", "predict.json"
+_ENCODED_AT_ONCE = 256  # patches of an exact evaluation
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,9 @@ class Settings:
     samples: tuple[int, ...]  # units drawn at each level; empty: as trained
     background: float  # of pixels off the slide
     seed: int
+    target_error: float | None = None  # standard error at which drawing stops before that many draws
+    exact: bool = False  # encode every patch of the opened regions instead of drawing among them
+    trust_encoder: bool = False  # import the model's encoder where it is code of the user's
     cache: CacheConfig | None = None  # of chunks fetched from URLs
 
 
@@ -55,6 +69,9 @@ def predict(
     *,
     draws: int | None = None,
     samples: Sequence[int] = (),
+    target_error: float | None = None,
+    exact: bool = False,
+    trust_encoder: bool = False,
     address: str = "none",
     workers: int = 1,
     device: str = "auto",
@@ -74,6 +91,12 @@ def predict(
         Independent draws to average; by default as configured.
     samples
         Units to draw at each level instead of those trained with.
+    target_error
+        Standard error of a slide's probabilities at which it stops drawing before that.
+    exact
+        Encode every patch of the opened regions instead of drawing among them.
+    trust_encoder
+        Import the model's encoder where it is code of the user's.
     address, workers
         ``none`` for this process, else Ray workers.
     device
@@ -90,7 +113,15 @@ def predict(
     UsageError
         `run` is no finished run, `samples` does not fit the model, or `folder` holds other predictions.
     """
-    settings = prediction_settings(run, draws=draws, samples=samples, device=device)
+    settings = prediction_settings(
+        run,
+        draws=draws,
+        samples=samples,
+        target_error=target_error,
+        exact=exact,
+        trust_encoder=trust_encoder,
+        device=device,
+    )
     fingerprint = _fingerprint(settings)
     results = make_folder(folder / RESULTS)
     _check_folder(folder, fingerprint, overwrite=overwrite)
@@ -134,7 +165,9 @@ class Classifier:
     """
 
     def __init__(self, settings: Settings) -> None:
-        model, self.classes = load_model(Path(settings.model))
+        model, self.classes = load_model(
+            Path(settings.model), expect=ImageModel, trust_encoder=settings.trust_encoder
+        )
         self.settings = settings
         self.model = with_samples(model, settings.samples).to(choose_device(settings.device))
 
@@ -147,7 +180,7 @@ class Classifier:
             It cannot be opened, or has not.
         """
         slide = open_slide(entry.path, self.settings.cache)
-        check_slide(slide, self.model.config, self.model.in_channels)
+        check_slide(slide, self.model.config.downsamples, self.model.in_channels)
         return slide
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:
@@ -161,7 +194,13 @@ class Classifier:
         settings = self.settings
         keys = [draw_key(settings.seed, "predict", entry.slide_id, i) for i in range(settings.draws)]
         with suppress(ImpossibleWeightsError):
-            prediction = estimate(self.model, [image], torch.tensor([keys]))
+            prediction = estimate(
+                self.model,
+                [image],
+                torch.tensor([keys]),
+                target_error=settings.target_error,
+                exact=_ENCODED_AT_ONCE if settings.exact else 0,
+            )
             if prediction.probabilities.isfinite().all():
                 return prediction
         raise DataError(f"{entry.path}: what the model computes is not finite; has the slide pixels that are not?")
@@ -183,6 +222,7 @@ class Classifier:
             "prediction": self.classes[max(range(len(probabilities)), key=probabilities.__getitem__)],
             **{f"prob_{name}": p for name, p in zip(self.classes, probabilities, strict=True)},
             **{f"se_{name}": None if math.isnan(e) else e for name, e in zip(self.classes, errors, strict=True)},
+            "draws": int(prediction.draws[0]),
             "requests": read.requests,
             "bytes_read": read.bytes_read,
             "seconds": round(time.monotonic() - began, 4),
@@ -192,7 +232,14 @@ class Classifier:
 
 
 def prediction_settings(
-    run: Path, *, draws: int | None = None, samples: Sequence[int] = (), device: str = "auto"
+    run: Path,
+    *,
+    draws: int | None = None,
+    samples: Sequence[int] = (),
+    target_error: float | None = None,
+    exact: bool = False,
+    trust_encoder: bool = False,
+    device: str = "auto",
 ) -> Settings:
     """Settings for a finished run, as it was configured but for what is given.
 
@@ -204,7 +251,7 @@ def prediction_settings(
     about = read_run(run)
     if not (run / MODEL).exists():
         raise UsageError(f"{run}: training has not finished; run nested-ats train again to go on with it")
-    model, _ = load_model(run / MODEL)
+    model, _ = load_model(run / MODEL, expect=ImageModel, trust_encoder=trust_encoder)
     with_samples(model, samples)
     config = about["config"]
     cache = config["data"].get("cache")
@@ -215,11 +262,14 @@ def prediction_settings(
         samples=tuple(samples),
         background=config["data"]["background"],
         seed=config["seed"],
+        target_error=target_error or config["predict"].get("target_error"),
+        exact=exact or config["predict"].get("exact", False),
+        trust_encoder=trust_encoder,
         cache=cache and CacheConfig(**cache),
     )
 
 
-def with_samples(model: NestedATS, samples: Sequence[int]) -> NestedATS:
+def with_samples(model: ImageModel, samples: Sequence[int]) -> ImageModel:
     """Return the model with another budget; its weights do not depend on it.
 
     Raises
@@ -229,11 +279,17 @@ def with_samples(model: NestedATS, samples: Sequence[int]) -> NestedATS:
     """
     if not samples:
         return model
-    levels = model.config.levels
-    if len(samples) != len(levels) or min(samples) < 1:
-        raise UsageError(f"--samples: the model has {len(levels)} levels; give that many positive numbers")
-    config = replace(model.config, levels=tuple(replace(a, samples=n) for a, n in zip(levels, samples, strict=True)))
-    other = NestedATS(config, in_channels=model.in_channels, classes=model.classes)
+    config: AnyConfig
+    match model.config:
+        case ModelConfig() as old if len(samples) == len(old.levels) and min(samples) > 0:
+            drawn = zip(old.levels, samples, strict=True)
+            config = replace(old, levels=tuple(replace(level, samples=n) for level, n in drawn))
+        case UniformConfig() as old if len(samples) == 1 and samples[0] > 0:
+            config = replace(old, samples=samples[0])
+        case old:
+            levels = len(old.levels) if isinstance(old, ModelConfig) else int(isinstance(old, UniformConfig))
+            raise UsageError(f"--samples: the model draws at {levels} levels; give that many positive numbers")
+    other = build_model(config, in_channels=model.in_channels, classes=model.classes, pretrained=False)
     other.load_state_dict(model.state_dict())
     return other
 

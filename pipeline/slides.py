@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nested_ats import ModelConfig
 from nested_ats.images import find_level
 from pipeline.config import CacheConfig
 from pipeline.errors import DataError
@@ -106,30 +105,28 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
 
 
-def check_slide(slide: Slide, model: ModelConfig, channels: int | None = None) -> int:
+def check_slide(slide: Slide, downsamples: Sequence[float], channels: int | None = None) -> int:
     """See that a slide has what a model reads, and return its number of channels.
 
     Parameters
     ----------
     slide
         Open.
-    model
-        Whose downsamples are looked for.
+    downsamples
+        Of the levels that the model reads.
     channels
         Number of channels that it must have.
 
     Raises
     ------
     DataError
-        It has other channels, pixels of a type that models do not take, or lacks a level.
+        It has other channels, or lacks a level.
     """
     path, found = slide.location, len(slide.channels)
     if channels is not None and found != channels:
         raise DataError(f"{path}: {found} channels where the model has {channels}; convert slides of one kind")
-    if slide.dtype.kind == "i":
-        raise DataError(f"{path}: {slide.dtype} pixels; store them as uint8, uint16 or floating point")
     try:
-        for downsample in (*(level.downsample for level in model.levels), model.patch_downsample):
+        for downsample in downsamples:
             find_level(SlideImage(slide), downsample)
     except ValueError as error:
         raise DataError(

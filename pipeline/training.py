@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cluster import Context
-from nested_ats import ImpossibleWeightsError, NestedATS, Output, attention_sampling_loss, save_model
+from nested_ats import ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
 from pipeline.config import Config, parse_config
 from pipeline.errors import DataError
 from pipeline.files import write_atomic
@@ -86,9 +86,9 @@ class Trainer:
         self.validation = [entry for entry in entries if entry.split == "val"]
         self.slides = SlideCache(background=config.data.background, cache=config.data.cache)
         torch.manual_seed(config.seed)
-        self.model = NestedATS(config.model, in_channels=channels, classes=len(classes)).to(context.device)
+        self.model = build_model(config.model, in_channels=channels, classes=len(classes)).to(context.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.train.learning_rate,
             weight_decay=config.train.weight_decay,
             # Gradients that are rounding noise alone (softmax does not see a shift of its logits) must not become
