@@ -204,8 +204,9 @@ def convert_all(
     make_folder(manifest.parent)
     _known(manifest, out)
     conversions: list[Conversion] = []
-    workers = workers or len(os.sched_getaffinity(0))
-    spread: Executor = executor if address == "none" else ray_executor(address, workers)
+    spread: Executor = executor
+    if address != "none":
+        spread = ray_executor(address, workers or len(os.sched_getaffinity(0)))
     try:
         with cluster.session(address), progress("convert") as update:
             shown = SlideProgress(update, len(entries))
