@@ -57,6 +57,8 @@ class TrainConfig(_Section):
 
     epochs: int = Field(default=30, ge=1)  # passes over the training slides
     batch_size: int = Field(default=16, ge=1)  # slides a step, over all workers together
+    parts: int = Field(default=1, ge=1)  # a step's slides are computed in so many parts; while one waits for pixels
+    # another computes: more parts need less memory, and hide the latency of object stores
     learning_rate: float = Field(default=1e-3, gt=0)  # of Adam (paper, appendix H)
     weight_decay: float = Field(default=0.0, ge=0)  # decoupled (AdamW)
     entropy_weight: float = Field(default=0.01, ge=0)  # lambda of the paper's equation 21

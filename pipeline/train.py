@@ -148,7 +148,7 @@ def _prepare(
     learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
     identity = {**arguments, "folder": "", "entries": learnt}
     decisive = plain(config)
-    decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0}
+    decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["data"] |= {"cache": None}
     identity["config"] = decisive
     fingerprint = digest(identity)

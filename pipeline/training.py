@@ -15,11 +15,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from threading import Lock
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,9 +35,10 @@ from pipeline.manifest import Entry
 from pipeline.runs import CURVES, METRICS, MODEL, Position, load_state, read_metrics, save_state
 from pipeline.slides import SlideCache, SlideImage, draw_key
 
+_PARTS_AHEAD = 2  # parts of a batch that read or compute while another goes backward
 _READERS = 8  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
 
-
+T = TypeVar("T")
 OnStep = Callable[[int, int, str], None]  # steps done, steps in all, a few words
 
 
@@ -98,6 +101,7 @@ class Trainer:
         self.class_weights = self._class_weights().to(context.device)
         self.totals = torch.zeros(len(_TOTALS), dtype=torch.float64)
         self.saved_at = time.monotonic()
+        self._turn = Lock()  # held by the part of a batch that computes, given up while it waits for pixels
 
     @property
     def steps(self) -> int:
@@ -201,19 +205,25 @@ class Trainer:
         """One step of the whole group; a worker without slides takes part with a gradient of zero."""
         self.optimizer.zero_grad()
         sums = torch.zeros(len(_TOTALS), device=self.context.device)
-        if batch:
-            keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in batch])
-            output = self._forward(images, keys, readers, views)
-            labels = self._labels(batch)
-            loss, cross_entropy = attention_sampling_loss(
-                output.logits,
-                labels,
-                output.entropy,
-                entropy_weight=self.config.train.entropy_weight,
-                class_weights=self.class_weights,
-            )
-            torch.autograd.backward(loss.sum())
-            sums = _sums(loss, cross_entropy, output, labels)
+        size = max(1, math.ceil(len(batch) / self.config.train.parts))
+
+        def forward(start: int) -> tuple[Output, Tensor]:
+            part = slice(start, start + size)
+            keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in batch[part]])
+            with self._turn:
+                return self._forward(images[part], keys, readers, views[part]), self._labels(batch[part])
+
+        for output, labels in _in_order(forward, range(0, len(batch), size)):
+            with self._turn:
+                loss, cross_entropy = attention_sampling_loss(
+                    output.logits,
+                    labels,
+                    output.entropy,
+                    entropy_weight=self.config.train.entropy_weight,
+                    class_weights=self.class_weights,
+                )
+                torch.autograd.backward(loss.sum())
+                sums += _sums(loss, cross_entropy, output, labels)
         self.totals += self._reduce(sums).cpu()
         self.optimizer.step()
 
@@ -224,8 +234,17 @@ class Trainer:
         readers: ThreadPoolExecutor,
         views: list[Tensor] | None = None,
     ) -> Output:
+        """Run the model, letting another part of the batch compute while this one waits for its reads."""
+
+        def read(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
+            self._turn.release()
+            try:
+                return list(readers.map(function, *columns))
+            finally:
+                self._turn.acquire()
+
         try:
-            return self.model(images, keys, views=views, map_=readers.map)  # type: ignore[no-any-return]
+            return self.model(images, keys, views=views, map_=read)  # type: ignore[no-any-return]
         except ImpossibleWeightsError:
             raise self._diverged() from None
 
@@ -257,7 +276,8 @@ class Trainer:
         for begin in range(0, len(mine), size):
             batch = mine[begin : begin + size]
             keys = torch.tensor([draw_key(self.config.seed, "validation", epoch, entry.slide_id) for entry in batch])
-            output = self._forward([self.slides.open(entry.path) for entry in batch], keys, readers)
+            with self._turn:
+                output = self._forward([self.slides.open(entry.path) for entry in batch], keys, readers)
             labels = self._labels(batch)
             loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
             totals += _sums(loss, cross_entropy, output, labels)
@@ -281,6 +301,21 @@ class Trainer:
         if self.config.train.class_weights == "none":
             return torch.ones_like(counts)
         return len(self.training) / (len(self.classes) * counts.clamp_min(1))
+
+
+def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]:
+    """Results of a function in the order of its items, those of the next two items being worked at meanwhile."""
+    if len(items) == 1:
+        yield function(items[0])
+        return
+    with ThreadPoolExecutor(_PARTS_AHEAD) as pool:
+        waiting: deque[Future[T]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _PARTS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 _TOTALS = ("loss", "cross_entropy", "accuracy", "entropy", "slides")

@@ -74,14 +74,16 @@ def test_budgets_are_those_of_the_kind(runs):
             prediction_settings(runs(kind), samples=samples)
 
 
-def test_drawing_stops_at_an_error_or_encodes_every_patch(finished, pyramids, tmp_path):
+def test_drawing_stops_at_an_error_or_encodes_every_patch(runs, finished, pyramids, tmp_path):
     entries = read_manifest(pyramids)[:2]
     easy = predict(entries, finished, tmp_path / "easy", draws=40, target_error=0.5)
     assert {row["draws"] for row in easy} == {4}
     hard = predict(entries, finished, tmp_path / "hard", draws=12, target_error=1e-9)
     assert {row["draws"] for row in hard} == {12}
     exact = predict(entries, finished, tmp_path / "exact", exact=True)
-    assert all(row["se_bar"] < max(one["se_bar"] for one in easy) for row in exact)
+    assert all(row["draws"] == 2 and row["se_bar"] > 0 for row in exact)  # of the regions
+    every = predict(entries, runs("located"), tmp_path / "every", exact=True)
+    assert all(row["draws"] == 1 and row["se_bar"] == 0 for row in every)  # one level: nothing is drawn
 
 
 def test_keys_of_another_kind_are_refused_and_kinds_named():

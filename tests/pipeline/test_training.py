@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -19,8 +20,10 @@ from pipeline.config import parse_config, plain
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import read_manifest
 from pipeline.runs import METRICS, STATE, read_metrics
+from pipeline.slides import SlideImage
 from pipeline.train import train
 from pipeline.training import plain_entries, train_worker
+from storage import StorageError
 
 
 def arguments(config, manifest, folder):
@@ -71,6 +74,44 @@ def test_a_seed_makes_a_run_repeatable(config, pyramids, whole, tmp_path):
     other = parse_config({**plain(config), "seed": 4}, "")
     train_worker(LocalContext(), arguments(other, pyramids, tmp_path / "other"))
     assert not torch.equal(weights(tmp_path / "other")["head.weight"], weights(whole)["head.weight"])
+
+
+def test_a_batch_in_parts_trains_the_same_model(config, pyramids, whole, tmp_path):
+    parted = parse_config({**plain(config), "train": {**plain(config)["train"], "parts": 3}}, "test")
+    train_worker(LocalContext(), arguments(parted, pyramids, tmp_path / "run"))
+    one, other = weights(whole), weights(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-5)
+
+
+def test_parts_read_while_others_wait(config, pyramids, tmp_path, monkeypatch):
+    """Reads of patches come in pairs here: a part that did not let the other go on would wait in vain."""
+    parted = parse_config({**plain(config), "train": {"epochs": 1, "batch_size": 2, "parts": 2}}, "test")
+    together = threading.Barrier(2)
+    read, size = SlideImage.read, parted.model.patch_size
+
+    def in_pairs(self, level, boxes):
+        if boxes[0, 2] == size:
+            together.wait(30)
+        return read(self, level, boxes)
+
+    monkeypatch.setattr(SlideImage, "read", in_pairs)
+    train_worker(LocalContext(), arguments(parted, pyramids, tmp_path / "run"))
+
+
+def test_an_error_in_one_part_ends_the_step(config, pyramids, tmp_path, monkeypatch):
+    parted = parse_config({**plain(config), "train": {"epochs": 1, "batch_size": 4, "parts": 4}}, "test")
+    read, calls = SlideImage.read, []
+
+    def fails(self, level, boxes):
+        calls.append(level)
+        if len(calls) == 20:
+            raise StorageError("gone")
+        return read(self, level, boxes)
+
+    monkeypatch.setattr(SlideImage, "read", fails)
+    with pytest.raises(StorageError, match="gone"):
+        train_worker(LocalContext(), arguments(parted, pyramids, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("minutes", [5.0, 1e-9])  # states at the ends of epochs only, or after every step
