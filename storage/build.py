@@ -180,7 +180,7 @@ class Block:
                 pixels = job.read_back(done[key])
             else:
                 pixels = _average(job, key, finer) if key[0] else job.read_source(key)
-                made.append(job.write(key, pixels))
+                made.append(job.write(key, pixels, read_again=average is None))
             if average is not None:
                 average.add(key, pixels)
         if average is not None and average.key not in done:
@@ -246,13 +246,13 @@ class Job:
         level = self.levels[receipt.level]
         return decode_shard(self.output.read(receipt.key), level.layout, level.shard_shape(receipt.y, receipt.x))
 
-    def write(self, key: ShardKey, pixels: NDArray[Any] | None) -> Receipt:
+    def write(self, key: ShardKey, pixels: NDArray[Any] | None, *, read_again: bool = True) -> Receipt:
         """Encode and store a shard; one of zeros is not stored."""
         encoded = None if pixels is None else encode_shard(pixels, self.levels[key[0]].layout)
         if encoded is None or not encoded.pieces:
             return Receipt(*key, length=0, crc32=0, index_crc32c=0)
         index_crc32c = int.from_bytes(encoded.pieces[-1], "little")  # ends the file
-        tag = self.output.write(shard_path(key), encoded.pieces)
+        tag = self.output.write(shard_path(key), encoded.pieces, read_again=read_again)
         return Receipt(*key, encoded.length, encoded.crc32, index_crc32c, tag)
 
 

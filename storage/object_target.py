@@ -52,7 +52,7 @@ class ObjectOutput:
     def __init__(self, url: str, timeout_s: float | None = None) -> None:
         self.objects = Objects(url, timeout_s or SHARD_TIMEOUT_S)
 
-    def write(self, key: str, pieces: Iterable[bytes]) -> str:
+    def write(self, key: str, pieces: Iterable[bytes], *, read_again: bool = True) -> str:  # noqa: ARG002
         """Store one object whole and return its e_tag; one that is already there must be the same.
 
         Raises

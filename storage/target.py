@@ -60,8 +60,11 @@ class Receipt:
 class Output(Protocol):
     """Where workers write shards; picklable and thread safe."""
 
-    def write(self, key: str, pieces: Sequence[bytes]) -> str:
-        """Store one file durably, whole or not at all, and return the store's tag of it (local folders: none)."""
+    def write(self, key: str, pieces: Sequence[bytes], *, read_again: bool = True) -> str:
+        """Store one file durably, whole or not at all, and return the store's tag of it (local folders: none).
+
+        ``read_again`` tells whether the conversion itself will read it soon.
+        """
         ...
 
     def read(self, key: str) -> bytes:
@@ -155,8 +158,11 @@ class LocalOutput:
 
     root: Path
 
-    def write(self, key: str, pieces: Sequence[bytes]) -> str:
-        """Write one file under a temporary name, flush it to disk and rename it."""
+    def write(self, key: str, pieces: Sequence[bytes], *, read_again: bool = True) -> str:
+        """Write one file under a temporary name, flush it to disk and rename it.
+
+        One that is not read again leaves the page cache, which a stream of gigabytes would only fill for nothing.
+        """
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
@@ -164,6 +170,8 @@ class LocalOutput:
             with open(temporary, "wb", buffering=0) as file:
                 _write_all(file.fileno(), pieces)
                 os.fsync(file.fileno())
+                if not read_again and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
