@@ -91,9 +91,9 @@ def decode_and_average(tiff: Path, _out: Path, workers: int) -> float:
 
 def nested_ats(tiff: Path, out: Path, workers: int) -> float:
     """Convert with this package."""
-    import dask.threaded
+    import dask.threaded  # noqa: F401  imports are not timed, here and below
 
-    import storage.raster  # noqa: F401  imports are not timed, here and below
+    import storage.raster  # noqa: F401
     from storage import convert
 
     return convert(tiff, out, workers=workers).seconds

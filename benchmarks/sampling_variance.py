@@ -1,0 +1,142 @@
+"""Variance of F_hat and of its gradient, relative to iid sampling over all leaves (the paper's equation 4).
+
+A tree of 64 regions of 64 leaves, features correlated within a region, 32 patches: flat over all 4096 leaves, or 16
+regions and then 32 patches drawn jointly from theirs. "naive" is an independent Des Raj estimator in each of 8
+regions, 4 patches each. The gradient is that of a fixed linear function of F_hat by the logits of both levels. Seeds
+are fixed: the numbers repeat.
+
+    python benchmarks/sampling_variance.py [--draws 4000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nested_ats.base import Phase, Population, draw_phase
+from nested_ats.expectation import expectation
+from nested_ats.sampling import Draw, Method, draw, fold_in
+
+R, C, D = 64, 64, 16  # regions, leaves of each, features
+PATCHES, REGIONS = 32, 16
+BATCH = 500
+ENTROPIES = {"flat": 7.5, "medium": 5.9, "peaked": 4.1, "very peaked": 3.1}  # nats, of all leaves
+
+
+class Tree(NamedTuple):
+    """Logits (R,) and (R, C), and features (R, C, D) of unit length."""
+
+    outer: Tensor
+    inner: Tensor
+    features: Tensor
+
+
+def make_tree(entropy: float) -> Tree:
+    """Return the tree whose attention has that entropy, found by scaling one set of random logits."""
+    rng = torch.Generator().manual_seed(0)
+    outer, inner = torch.randn(R, generator=rng), torch.randn(R, C, generator=rng)
+    features = torch.randn(R, 1, D, generator=rng) + 0.7 * torch.randn(R, C, D, generator=rng)
+    low, high = 0.0, 10.0
+    for _ in range(50):
+        scale = (low + high) / 2
+        p = leaves(Tree(outer * scale, inner * scale, features)).exp()
+        low, high = (scale, high) if -(p * p.clamp_min(1e-300).log()).sum() > entropy else (low, scale)
+    return Tree(outer * scale, inner * scale, torch.nn.functional.normalize(features.relu(), dim=-1))
+
+
+def leaves(tree: Tree) -> Tensor:
+    """Log-attention of all leaves, (R, C)."""
+    return tree.outer.log_softmax(-1)[..., :, None] + tree.inner.log_softmax(-1)
+
+
+def phase(log_attention: Tensor, before: Phase | None, n: int, method: Method, keys: Tensor) -> Phase:
+    """Draw n units from (B, views, k) cells."""
+
+    def sampler(weights: Tensor, n: int, keys: Tensor) -> Draw:
+        return draw(weights, n, method=method, keys=keys)
+
+    ones = torch.ones(len(keys), 1)
+    attention, z = (ones, ones) if before is None else (before.attention, before.z)
+    nowhere = torch.zeros(1, 1, 1, 2).expand(*log_attention.shape, 2)
+    return draw_phase(Population(log_attention, nowhere, 1.0), attention, z, sampler, n, keys)
+
+
+def flat(tree: Tree, method: Method, keys: Tensor) -> Tensor:
+    """F_hat (B, D) of 32 of all leaves."""
+    drawn = phase(leaves(tree).flatten(-2)[:, None], None, PATCHES, method, keys)
+    return expectation(drawn.attention, tree.features.flatten(0, 1)[drawn.drawn.indices], drawn.z)
+
+
+def nested(tree: Tree, method: Method, keys: Tensor) -> Tensor:
+    """F_hat (B, D) of 16 regions, then 32 of their leaves, drawn jointly."""
+    first = phase(tree.outer.log_softmax(-1)[:, None], None, REGIONS, method, fold_in(keys, 0))
+    regions = first.drawn.indices
+    opened = tree.inner.log_softmax(-1).gather(1, regions[..., None].expand(-1, -1, C))
+    last = phase(opened, first, PATCHES, method, fold_in(keys, 1))
+    own = regions.gather(1, last.drawn.indices // C)
+    return expectation(last.attention, tree.features[own, last.drawn.indices % C], last.z)
+
+
+def naive(tree: Tree, method: Method, keys: Tensor) -> Tensor:
+    """F_hat (B, D) of 8 regions with an independent estimator of 4 leaves in each."""
+    first = phase(tree.outer.log_softmax(-1)[:, None], None, 8, method, fold_in(keys, 0))
+    regions = first.drawn.indices
+    opened = tree.inner.log_softmax(-1).gather(1, regions[..., None].expand(-1, -1, C))
+    own = fold_in(keys, 1)[:, None] + torch.arange(8)
+    parts = phase(opened.flatten(0, 1)[:, None], None, 4, method, fold_in(own.flatten(), 2))
+    features = tree.features[regions.flatten()[:, None], parts.drawn.indices]
+    within = expectation(parts.attention, features, parts.z).unflatten(0, (-1, 8))
+    return expectation(first.attention, within, first.z)
+
+
+WAYS = {
+    "iid, flat": (flat, "multinomial"),
+    "Des Raj, flat": (flat, "desraj"),
+    "systematic, flat": (flat, "systematic"),
+    "naive, 8 x 4": (naive, "desraj"),
+    "iid, 16 then 32": (nested, "multinomial"),
+    "Des Raj, 16 then 32": (nested, "desraj"),
+    "systematic, 16 then 32": (nested, "systematic"),
+}
+
+
+def variances(tree: Tree, way: str, draws: int) -> tuple[float, float]:
+    """Total variance of F_hat and of its gradient."""
+    estimate, method = WAYS[way]
+    toward = torch.randn(D, generator=torch.Generator().manual_seed(3))
+    values, gradients = [], []
+    for start in range(0, draws, BATCH):
+        keys = torch.arange(start, start + BATCH) * 7919 + 13
+        outer = tree.outer.expand(BATCH, R).clone().requires_grad_()
+        inner = tree.inner.expand(BATCH, R, C).clone().requires_grad_()
+        value = estimate(Tree(outer, inner, tree.features), method, keys)
+        by_outer, by_inner = torch.autograd.grad((value @ toward).sum(), [outer, inner])
+        values.append(value.detach())
+        gradients.append(torch.cat([by_outer, by_inner.flatten(1)], 1))
+    return float(torch.cat(values).var(0).sum()), float(torch.cat(gradients).var(0).sum())
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=4000)
+    args = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    print(f"{platform.machine()}, torch {torch.__version__}, {args.draws} draws")
+    trees = {name: make_tree(entropy) for name, entropy in ENTROPIES.items()}
+    found = {(way, name): variances(tree, way, args.draws) for way in WAYS for name, tree in trees.items()}
+    for what, title in enumerate(("F_hat", "gradient")):
+        print(f"\nvariance of {title}, relative to iid sampling over all leaves, {PATCHES} patches")
+        print(f"{'attention':24}" + "".join(f"{name:>13}" for name in ENTROPIES))
+        print(f"{'entropy, nats':24}" + "".join(f"{entropy:13.1f}" for entropy in ENTROPIES.values()))
+        for way in WAYS:
+            ratios = [found[way, name][what] / found["iid, flat", name][what] for name in ENTROPIES]
+            print(f"{way:24}" + "".join(f"{ratio:13.3f}" for ratio in ratios))
+
+
+if __name__ == "__main__":
+    main()
