@@ -175,22 +175,26 @@ def _desraj(w: Tensor, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _multinomial(w: Tensor, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-    few = (w > 0).sum(-1, keepdim=True) <= n
-    every, ones = _desraj(w, n, torch.zeros_like(w))
     cumulated = w.cumsum(-1)
     total = cumulated[:, -1:]
     indices = _locate(cumulated, noise * total, w)
     z = total / (n * w.gather(-1, indices))
+    few = (w > 0).sum(-1, keepdim=True) <= n
+    if not bool(few.any()):
+        return indices, z
+    every, ones = _desraj(w, n, torch.zeros_like(w))
     return torch.where(few, every, indices), torch.where(few, ones, z)
 
 
 def _locate(cumulated: Tensor, points: Tensor, w: Tensor) -> Tensor:
     """Units (B, n) in whose stretch of the (B, K) cumulated weights the (B, n) points fall."""
-    units = torch.arange(w.shape[-1], device=w.device).expand_as(w)
+    found = torch.searchsorted(cumulated, points.contiguous(), right=True).clamp_max(w.shape[-1] - 1)
+    if bool((w.gather(-1, found) > 0).all()):
+        return found
     # Rounding may put a point past the total, or a parallel sum into a stretch of no length: the unit before it.
+    units = torch.arange(w.shape[-1], device=w.device).expand_as(w)
     drawable = torch.where(w > 0, units, 0).cummax(-1).values
-    found = torch.searchsorted(cumulated, points.contiguous(), right=True)
-    return drawable.gather(-1, found.clamp_max(w.shape[-1] - 1))
+    return drawable.gather(-1, found)
 
 
 def _sort(indices: Tensor, z: Tensor, population: int) -> tuple[Tensor, Tensor]:
