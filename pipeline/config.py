@@ -139,6 +139,8 @@ def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
         except yaml.YAMLError:
             raise UsageError(f"--set {setting}: {value} is not a YAML value") from None
         _override(raw, key.split("."), parsed, setting)
+    if any(setting.startswith("model.") for setting in settings or []) and isinstance(raw["model"], dict):
+        _add_levels(raw["model"])
     return parse_config(raw, where)
 
 
@@ -182,9 +184,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
-    # A model has no default levels of its own: they have to be there, to be kept or changed one by one.
     if keys[:2] == ["model", "levels"] and isinstance(raw.setdefault("model", {}), dict):
-        raw["model"].setdefault("levels", plain(Config())["model"]["levels"])
+        _add_levels(raw["model"])  # to be changed one by one
     node: Any = raw
     for i, key in enumerate(keys):
         step: Any = key
@@ -200,8 +201,16 @@ def _override(raw: dict[str, Any], keys: list[str], value: Any, setting: str) ->
             node = node.setdefault(step, {}) if isinstance(node, dict) else node[step]
 
 
+def _add_levels(model: dict[str, Any]) -> None:
+    """Give a model of levels those of the default configuration, as it has none of its own."""
+    if model.get("kind", "ats") == "ats":
+        model.setdefault("levels", plain(Config())["model"]["levels"])
+
+
 def _explain(problem: Any) -> str:
     place = [str(part) for part in problem["loc"]]
+    if place[0] == "model" and place[1:2] and place[1] in KINDS:
+        del place[1]  # the kind, which is no key
     name = ".".join(place)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         near = difflib.get_close_matches(place[-1], _known_keys(), n=1)

@@ -87,7 +87,7 @@ def test_drawing_stops_at_an_error_or_encodes_every_patch(runs, finished, pyrami
 
 
 def test_keys_of_another_kind_are_refused_and_kinds_named():
-    with pytest.raises(UsageError, match="unknown key model.deepmil.levels"):
+    with pytest.raises(UsageError, match=r"unknown key model\.levels"):
         parse_config({"model": {"kind": "deepmil", "levels": []}}, "c.yaml")
     with pytest.raises(UsageError, match="ats.*deepmil.*uniform.*cnn"):
         parse_config({"model": {"kind": "resnet"}}, "c.yaml")

@@ -23,7 +23,7 @@ from pipeline.train import train
 from storage import write_pyramid
 
 COLUMNS = ["slide_id", "case_id", "label", "split", "prediction", "prob_bar", "prob_box", "se_bar", "se_box"]
-COLUMNS += ["requests", "bytes_read", "seconds", "status", "error"]
+COLUMNS += ["draws", "requests", "bytes_read", "seconds", "status", "error"]
 
 
 @pytest.fixture(scope="module")
@@ -295,8 +295,8 @@ class TestSlidesThatDoNotFit:
     def test_probabilities_that_are_no_numbers_fail_the_slide(self, finished, entries, tmp_path, monkeypatch):
         original = module.estimate
 
-        def broken(*arguments):
-            prediction = original(*arguments)
+        def broken(*arguments, **settings):
+            prediction = original(*arguments, **settings)
             return prediction._replace(probabilities=prediction.probabilities * math.nan)
 
         monkeypatch.setattr(module, "estimate", broken)
