@@ -20,12 +20,13 @@ import numpy as np
 
 from storage.build import ArraySource, Bands, Job, PixelSource, build
 from storage.errors import ConversionError, StorageError, TransferError
-from storage.executors import Executor, open_executor
+from storage.executors import Executor, check_executor, open_executor
 from storage.files import fingerprint
+from storage.limits import LIMITS
 from storage.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, parse_pyramid, with_shards
 from storage.shard import BloscCodec, ShardLayout
 from storage.stores import open_store
-from storage.target import Receipt, open_partial, sweep_leftovers
+from storage.target import Receipt, check_replaceable, open_partial, sweep_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,8 +54,8 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         if self.codec not in CLEVELS:
             raise ValueError(f"codec must be one of {', '.join(CLEVELS)}, not {self.codec!r}")
-        if self.chunk < 1 or self.shard < self.chunk or self.shard % self.chunk or self.shard % 2:
-            raise ValueError(f"shard must be even and a multiple of chunk, not {self.shard} and {self.chunk}")
+        if self.chunk < 2 or self.chunk % 2 or self.shard < self.chunk or self.shard % self.chunk:
+            raise ValueError(f"chunk must be even and shard a multiple of it, not {self.chunk} and {self.shard}")
         if self.min_level_size < 1:
             raise ValueError("min_level_size must be at least 1")
         if self.mpp is not None and not 0 < self.mpp < float("inf"):
@@ -121,6 +122,7 @@ def convert(
     from storage.raster import open_image
 
     options = options or ConvertOptions()
+    check_executor(executor)
     place = os.fspath(target)
     identity = fingerprint(source)
     with open_image(source, allow_sparse=options.allow_sparse) as image:
@@ -195,10 +197,10 @@ def write_pyramid(
     """
     if array.ndim != 3 or 0 in array.shape or array.dtype.name not in DTYPES:
         raise ValueError(f"expected (C, H, W) of {', '.join(DTYPES)}, not {array.shape} {array.dtype}")
-    if not 0 < downsample < float("inf"):
-        raise ValueError("downsample must be positive")
+    if not 0 < downsample < float("inf") or (mpp is not None and not 0 < mpp < float("inf")):
+        raise ValueError("downsample and mpp must be positive")
     place = os.fspath(target)
-    source = ArraySource(array)
+    source = ArraySource(array.astype(array.dtype.newbyteorder("="), copy=False))
     pixel = mpp or 1.0
     info = _plan(
         source,
@@ -228,7 +230,7 @@ def _plan(
 ) -> PyramidInfo:
     """Describe the pyramid of a source: its levels, halved until small, at least two."""
     channels, height, width = source.shape
-    layout = _layout(source, options)
+    layout = _layout(source, options, target)
     levels: list[LevelInfo] = []
     while len(levels) < 2 or max(levels[-1].shape[1:]) > options.min_level_size:
         factor = 2 ** len(levels)
@@ -251,15 +253,20 @@ def _plan(
     return PyramidInfo(name, unit, names, window, tuple(levels))
 
 
-def _layout(source: PixelSource, options: ConvertOptions) -> ShardLayout:
+def _layout(source: PixelSource, options: ConvertOptions, target: str) -> ShardLayout:
     channels, dtype = source.shape[0], source.dtype
     shard = options.shard
     while shard > options.chunk and channels * shard * shard * dtype.itemsize > MAX_SHARD_BYTES:
-        half = shard // 2 // options.chunk * options.chunk
-        shard = half if half and half % 2 == 0 else options.chunk
+        shard = max(shard // 2 // options.chunk, 1) * options.chunk
     shuffle = "noshuffle" if dtype.itemsize == 1 else "shuffle"
     codec = BloscCodec(options.codec, CLEVELS[options.codec], shuffle, dtype.itemsize)
-    return ShardLayout(channels, options.chunk, shard, dtype, codec)
+    layout = ShardLayout(channels, options.chunk, shard, dtype, codec)
+    if max(layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+        raise ConversionError(
+            f"{target}: chunks of {layout.chunk_bytes} bytes, {layout.grid**2} in a shard, which readers refuse; "
+            "choose another chunk"
+        )
+    return layout
 
 
 def _write(
@@ -284,7 +291,7 @@ def _write(
         return _report(present, target, started, reused=None)
     with open_partial(target) as output:
         if (present := _already_there(target, info, overwrite=overwrite)) is not None:
-            output.discard()  # another process finished it while this one waited for the lock
+            output.discard()  # another process finished it before this one had the lock
             return _report(present, target, started, reused=None)
         done = {(r.level, r.y, r.x): r for r in output.resume(_job(info))}
         reused = len(done)
@@ -333,19 +340,39 @@ def _already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> Pyrami
     """Return the target's description if it is the pyramid asked for; None if it is to be made."""
     if not _occupied(target):
         return None
+    if overwrite:
+        check_replaceable(target)
+        return None
     try:
         store = open_store(target)
         present = parse_pyramid(store.get, store.name)
     except TransferError:
         raise
     except (StorageError, OSError):
-        present = None  # foreign or damaged: only replaced if asked
-    if present is not None and info.provenance and present.provenance == info.provenance:
-        return present
-    if overwrite:
-        return None
-    what = "holds a pyramid of another source or other options" if present else "exists and is not a sound pyramid"
-    raise ConversionError(f"{target}: {what}; remove it or ask to overwrite it")
+        raise ConversionError(
+            f"{target}: exists and is not a sound pyramid; remove it or ask to overwrite it"
+        ) from None
+    if not info.provenance or present.provenance != info.provenance:
+        differing = " and ".join(
+            sorted(key for key in info.provenance if present.provenance.get(key) != info.provenance[key])
+        )
+        raise ConversionError(
+            f"{target}: holds a pyramid of another source or other options (its {differing or 'origin'} differs); "
+            "remove it or ask to overwrite it"
+        )
+    if "://" not in target:
+        _check_lengths(target, present)
+    return present
+
+
+def _check_lengths(target: str, present: PyramidInfo) -> None:
+    """See that the shards of a local pyramid are there, with their lengths."""
+    for level in present.levels:
+        for place in np.ndindex(level.shard_grid):
+            path = os.path.join(target, level.shard_key(*place))
+            length = os.path.getsize(path) if os.path.exists(path) else 0
+            if level.shards is not None and length != level.shards.length[place]:
+                raise ConversionError(f"{target}: is damaged, {level.shard_key(*place)}; ask to overwrite it")
 
 
 def _occupied(target: str) -> bool:

@@ -6,10 +6,12 @@ keeps the journal. Processes and clusters must see the source and the target und
 
 from __future__ import annotations
 
+import os
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import Executor as FuturesExecutor
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,14 @@ Run = Callable[["Sequence[Task]", Finish], None]
 Work = Callable[[Any], Any]  # from a task to its receipts, or the error it met
 Take = Callable[[Any], None]
 Spread = Callable[["Sequence[Task]", Take], None]
+
+
+def check_executor(executor: Executor) -> None:
+    """Raise ValueError where it is none that `open_executor` knows."""
+    if callable(executor) or executor in ("threads", "processes"):
+        return
+    if executor.partition("://")[0] not in ("tcp", "tls", "ws", "wss", "ucx"):
+        raise ValueError(f"executor must be threads, processes, tcp://host:port or a function, not {executor!r}")
 
 
 @contextmanager
@@ -60,13 +70,15 @@ def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
     elif executor == "processes":
         import multiprocessing
 
-        with _pool(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))) as pool:
-            yield partial(_run, job, partial(_dask_processes, pool, partial(run_pickled, pickle.dumps(job))))
-    elif "://" in executor:
+        context = multiprocessing.get_context("spawn")
+        with _pool(ProcessPoolExecutor(workers, context, initializer=_end_with_parent)) as pool:
+            try:
+                yield partial(_run, job, partial(_dask_processes, pool, partial(run_pickled, pickle.dumps(job))))
+            except BrokenExecutor as error:
+                raise ConversionError("a worker process was killed; run again to go on from here") from error
+    else:
         with _client(executor) as client:
             yield partial(_run, job, partial(_dask_cluster, client, partial(run_pickled, pickle.dumps(job))))
-    else:
-        raise ValueError(f"executor must be threads, processes, tcp://host:port or a function, not {executor!r}")
 
 
 def _run(job: Job, spread: Spread, tasks: Sequence[Task], finish: Finish) -> None:
@@ -83,6 +95,20 @@ def _run(job: Job, spread: Spread, tasks: Sequence[Task], finish: Finish) -> Non
         spread(tasks, take)
 
 
+def _end_with_parent() -> None:
+    """Have this worker end when the driver is gone, however it went."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101  a worker has one
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def _pool(pool: FuturesExecutor) -> Iterator[FuturesExecutor]:
     """On an error or an interrupt, wait for the tasks in flight and start no others."""
@@ -94,7 +120,10 @@ def _pool(pool: FuturesExecutor) -> Iterator[FuturesExecutor]:
 
 def run_pickled(job: bytes, task: Task) -> list[Receipt] | Exception:
     """Run a task of a pickled job."""
-    return _load(job).attempt(task)
+    answer = _load(job).attempt(task)
+    if isinstance(answer, Exception):
+        answer.__cause__ = answer.__context__ = None  # of a library, which may not pickle; the message tells it
+    return answer
 
 
 @lru_cache(maxsize=1)
@@ -147,8 +176,8 @@ def _client(address: str) -> Iterator[Any]:
     try:
         with client, client.as_current():
             yield client
-    except KilledWorker as error:
-        raise ConversionError(f"{address}: workers died again and again ({error})") from error
+    except (KilledWorker, CancelledError) as error:
+        raise ConversionError(f"{address}: the cluster or its workers were lost ({error}); run again") from error
 
 
 def _dask_cluster(client: Any, work: Work, tasks: Sequence[Task], take: Take) -> None:

@@ -27,7 +27,7 @@ import google_crc32c
 from storage.errors import ConversionError, CorruptImageError, StorageError
 from storage.lease import Lease
 from storage.objects import Objects, Occupied, tag_of
-from storage.target import Receipt
+from storage.target import OWN_KEYS, Receipt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 ROOT = "zarr.json"
 JOURNAL = "journal-"  # and a number
 # What we write, and so may delete.
-OWN_KEYS = re.compile(r"zarr\.json|\d+/zarr\.json|\d+/c/0/\d+/\d+")
 OWN_STATE = re.compile(r"lock|clock-[0-9a-f]+|journal-\d+")
 BATCH = 16  # receipts in one journal object,
 BATCH_S = 5.0  # unless they come slowly

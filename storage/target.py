@@ -5,7 +5,7 @@ here is the local folder, and ``storage.object_target`` has object stores.
 
 Locally, everything goes to ``NAME.partial``. Each shard is written under a temporary name, flushed to disk, renamed,
 and only then entered in the journal; a rerun trusts a journalled shard only if its file still has that length and
-checksum. The partial folder itself is the lock (``flock`` on its descriptor), so a killed converter leaves none.
+checksum. ``NAME.partial.lock`` is locked by the system for a process, so that of a killed converter does not hold.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import zlib
 from dataclasses import asdict, dataclass
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 SCRATCH = "scratch"
+# What a pyramid of ours consists of, and what else lies in one that is being written.
+OWN_KEYS = re.compile(r"zarr\.json|\d+/zarr\.json|\d+/c/0/\d+/\d+")
+_OWN_PARTS = re.compile(rf"({OWN_KEYS.pattern}|{re.escape(JOURNAL)})(\.[\d-]+\.tmp)?|{SCRATCH}/band-\d+")
 MAX_PIECES = 512  # in one call; Linux takes 1024
 _numbers = itertools.count()
 
@@ -145,6 +149,37 @@ def sweep_leftovers(target: str) -> None:
         sweep_object_leftovers(target)
     else:
         shutil.rmtree(_replaced(Path(target)), ignore_errors=True)
+        with contextlib.suppress(ConversionError, OSError), _locked(Path(target)):
+            pass  # a lock that was taken properly is removed on the way out
+
+
+def check_replaceable(target: str) -> None:
+    """See that a folder holds nothing but a pyramid of ours; object stores see to it themselves.
+
+    Raises
+    ------
+    ConversionError
+        It is a file or a link, or holds files of others.
+    """
+    path = Path(target)
+    if "://" in target:
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise ConversionError(f"{target}: a file or a link, which is not overwritten; remove it")
+    if (stranger := _stranger(path, OWN_KEYS)) is not None:
+        raise ConversionError(
+            f"{target}: holds {stranger}, which is no part of a pyramid; remove the folder yourself"
+        )
+
+
+def _stranger(root: Path, own: re.Pattern[str]) -> str | None:
+    """Name of a file below a folder that is not one of ours."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            key = Path(folder, name).relative_to(root).as_posix()
+            if not own.fullmatch(key):
+                return key
+    return None
 
 
 def _replaced(target: Path) -> Path:
@@ -171,7 +206,8 @@ class LocalOutput:
                 _write_all(file.fileno(), pieces)
                 os.fsync(file.fileno())
                 if not read_again and hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    with contextlib.suppress(OSError):  # a hint
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -223,7 +259,12 @@ class LocalPartial:
         shutil.rmtree(old, ignore_errors=True)
         if overwrite and self.target.exists():
             os.rename(self.target, old)
-        os.rename(self.root, self.target)
+        try:
+            os.rename(self.root, self.target)
+        except OSError:
+            if old.exists():
+                os.rename(old, self.target)
+            raise
         _flush_folder(self.target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -252,50 +293,66 @@ class LocalPartial:
         return len(data) == receipt.length and zlib.crc32(data) == receipt.crc32
 
     def _sweep(self, trusted: set[str]) -> None:
-        """Delete every file but the trusted: damaged shards, temporary files, scratch."""
-        for folder, _, names in os.walk(self.root):
+        """Delete every file but the trusted: damaged shards, temporary files, scratch, and folders left empty."""
+        if (stranger := _stranger(self.root, _OWN_PARTS)) is not None:
+            raise ConversionError(f"{self.root}: holds {stranger}, which no conversion has put there; move it away")
+        for folder, _, names in os.walk(self.root, topdown=False):
             for name in names:
                 path = Path(folder, name)
                 if path.relative_to(self.root).as_posix() not in trusted:
                     path.unlink()
+            if folder != str(self.root) and not os.listdir(folder):
+                os.rmdir(folder)
 
 
 @contextlib.contextmanager
 def _open_local(target: Path) -> Iterator[LocalPartial]:
     """Create or take over ``target``'s partial folder."""
     partial = target.with_name(target.name + ".partial")
+    with _locked(target):
+        try:
+            partial.mkdir(exist_ok=True)
+            if not os.access(partial, os.W_OK | os.X_OK):
+                raise PermissionError(13, "Permission denied", str(partial))
+        except OSError as error:
+            raise ConversionError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from error
+        try:
+            yield LocalPartial(target, partial)
+        except OSError as error:
+            reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+            raise ConversionError(f"{target}: writing failed ({reason}); run again to go on from here") from error
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold ``NAME.partial.lock``; a file, because NFS locks only what is open for writing.
+
+    The file is removed on the way out, under the lock; whoever locks a file that has no name any more begins anew.
+    """
+    path = target.with_name(target.name + ".partial.lock")
     try:
-        fd = _lock(partial, target)
+        fd = _lock(path, target)
     except OSError as error:
         raise ConversionError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from error
     try:
-        yield LocalPartial(target, partial)
-    except OSError as error:
-        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        raise ConversionError(f"{target}: writing failed ({reason}); run again to go on from here") from error
+        yield
     finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
         os.close(fd)
 
 
-def _lock(partial: Path, target: Path) -> int:
-    """Return a locked descriptor of the partial folder, made if need be."""
+def _lock(path: Path, target: Path) -> int:
     while True:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-        if not os.access(partial, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied", str(partial))
-        try:
-            fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # its owner has just given it its final name
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The owner may have renamed the folder between our open and our lock: then begin anew.
-            if partial.exists() and os.path.samestat(os.fstat(fd), os.stat(partial)):
+            if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
         except BlockingIOError:
             os.close(fd)
-            raise ConversionError(f"{target}: another conversion to it is running ({partial} is locked)") from None
+            raise ConversionError(f"{target}: another conversion to it is running ({path} is locked)") from None
         os.close(fd)
 
 

@@ -10,7 +10,7 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage import ConvertOptions, Slide, UnsupportedImageError, convert, write_pyramid, write_tiff
+from storage import ConversionError, ConvertOptions, Slide, UnsupportedImageError, convert, write_pyramid, write_tiff
 
 SMALL = ConvertOptions(chunk=16, shard=64, min_level_size=8)
 RELAXED = settings(
@@ -238,9 +238,30 @@ def test_write_tiff_leaves_nothing_when_its_tiles_fail(tmp_path):
 
 
 def test_options_are_checked():
-    for wrong in ({"codec": "gzip"}, {"chunk": 100}, {"shard": 64}, {"mpp": -1.0}, {"min_level_size": 0}):
+    for wrong in (
+        {"codec": "gzip"},
+        {"chunk": 100},
+        {"shard": 64},
+        {"mpp": -1.0},
+        {"min_level_size": 0},
+        {"chunk": 1001, "shard": 2002},
+    ):
         with pytest.raises(ValueError, match="must"):
             ConvertOptions(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">i2", ">f4", "<f8"])
+def test_arrays_of_any_byte_order_are_kept(tmp_path, dtype):
+    pixels = np.arange(-8, 8).reshape(1, 4, 4).astype(dtype)
+    write_pyramid(tmp_path / "p.zarr", pixels, options=SMALL)
+    with Slide(tmp_path / "p.zarr") as slide:
+        np.testing.assert_array_equal(whole(slide), pixels)
+
+
+def test_layouts_that_readers_refuse_are_not_written(tmp_path, textured):
+    with pytest.raises(ConversionError, match="choose another chunk"):
+        write_pyramid(tmp_path / "p.zarr", textured((3, 9, 9)), options=ConvertOptions(chunk=16384, shard=16384))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_arrays_of_other_types_are_refused(tmp_path):

@@ -3,7 +3,11 @@
 import multiprocessing
 import pickle
 import socket
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import tifffile
 
@@ -97,9 +101,55 @@ def test_a_scheduler_that_does_not_answer(clean, tmp_path, small, monkeypatch):
             convert(clean[0], tmp_path / "p.zarr", options=small, executor=address)
 
 
+def test_a_killed_worker_is_an_error_of_ours(clean, tmp_path, small):
+    def progress(*_):
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(ConversionError, match="a worker process was killed"):
+        convert(clean[0], tmp_path / "p.zarr", options=small, executor="processes", workers=2, progress=progress)
+    convert(clean[0], tmp_path / "p.zarr", options=small)
+    assert contents(tmp_path / "p.zarr") == clean[1]
+
+
+DRIVER = """
+import multiprocessing, os, sys
+from storage import ConvertOptions, convert
+
+def progress(*_):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), 9)
+
+if __name__ == "__main__":
+    options = ConvertOptions(chunk=16, shard=64, min_level_size=8)
+    convert(*sys.argv[1:], options=options, executor="processes", workers=2, progress=progress)
+"""
+
+
+def test_workers_end_with_their_driver(clean, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, tmp_path / "driver.py", clean[0], tmp_path / "p.zarr"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        workers = [int(word) for word in driver.stdout.readline().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_unknown_executors_are_programming_errors(clean, tmp_path, small):
-    with pytest.raises(ValueError, match="threads, processes"):
-        convert(clean[0], tmp_path / "p.zarr", options=small, executor="magic")
+    for name in ("magic", "foo://127.0.0.1:1"):
+        with pytest.raises(ValueError, match="threads, processes"):
+            convert(clean[0], tmp_path / "p.zarr", options=small, executor=name)
+    assert not list(tmp_path.glob("p.*"))
 
 
 def test_a_wave_larger_than_the_workers_keeps_few_tasks_in_flight(tmp_path, textured):

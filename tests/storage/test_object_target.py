@@ -474,6 +474,7 @@ def test_processes_write_to_a_store(url, objects, tiff, tmp_path, small):
     assert objects[1]() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["503", "lost"])
 def test_convert_where_one_put_fails_for_good(s3, url, objects, local, small, kind):
     source, _, expected = local

@@ -7,10 +7,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tifffile
 
-from storage import ConversionError, ConvertOptions, MissingImageError, Slide, convert, write_pyramid
+from storage import (
+    ConversionError,
+    ConvertOptions,
+    CorruptImageError,
+    MissingImageError,
+    Slide,
+    convert,
+    write_pyramid,
+)
 
 
 def contents(folder):
@@ -239,6 +248,85 @@ def test_a_source_that_changes_meanwhile_is_noticed(clean, tmp_path, small):
     convert(source, tmp_path / "p.zarr", options=small)
     with Slide(tmp_path / "p.zarr") as slide, Slide(tmp_path / "clean.zarr") as other:
         assert (slide.read(0, (0, 0, 300, 200)) == other.read(0, (0, 0, 300, 200))).all()
+
+
+def test_what_the_disk_did_not_keep_is_found_before_the_end(clean, tmp_path, small):
+    source, _ = clean
+    for spoil in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-30]), damage):
+
+        def progress(done, total, spoil=spoil):
+            if done == total:
+                spoil(tmp_path / "p.zarr.partial/0/c/0/1/1")
+
+        with pytest.raises(CorruptImageError, match="damaged after it was written"):
+            convert(source, tmp_path / "p.zarr", options=small, progress=progress)
+        assert not (tmp_path / "p.zarr").exists()
+
+
+def damage(shard):
+    data = bytearray(shard.read_bytes())
+    data[-20] ^= 1
+    shard.write_bytes(data)
+
+
+def test_a_damaged_pyramid_is_not_up_to_date_and_is_made_again_if_asked(clean, tmp_path, small):
+    source, expected = clean
+    convert(source, tmp_path / "p.zarr", options=small)
+    (tmp_path / "p.zarr/0/c/0/1/1").unlink()
+    with pytest.raises(ConversionError, match="is damaged, 0/c/0/1/1; ask to overwrite"):
+        convert(source, tmp_path / "p.zarr", options=small)
+    assert not convert(source, tmp_path / "p.zarr", options=small, overwrite=True).up_to_date
+    assert contents(tmp_path / "p.zarr") == expected
+
+
+@pytest.mark.parametrize("place", ["p.zarr", "p.zarr.partial"])
+def test_files_of_others_are_never_deleted(clean, tmp_path, small, place):
+    source, _ = clean
+    convert(source, tmp_path / "p.zarr", options=small)
+    (tmp_path / place / "x").mkdir(parents=True)
+    (tmp_path / place / "x/thesis.doc").write_text("mine")
+    with pytest.raises(ConversionError, match=r"holds x/thesis\.doc"):
+        convert(source, tmp_path / "p.zarr", options=small, overwrite=True)
+    assert (tmp_path / place / "x/thesis.doc").read_text() == "mine"
+
+
+def test_a_file_or_link_in_the_place_of_a_pyramid_stays(clean, tmp_path, small):
+    source, _ = clean
+    convert(source, tmp_path / "real.zarr", options=small)
+    (tmp_path / "file.zarr").write_text("mine")
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "real.zarr")
+    for name in ("file.zarr", "link.zarr"):
+        with pytest.raises(ConversionError, match="a file or a link"):
+            convert(source, tmp_path / name, options=small, overwrite=True)
+    assert (tmp_path / "file.zarr").read_text() == "mine"
+    assert (tmp_path / "link.zarr").is_symlink()
+
+
+def test_an_old_pyramid_comes_back_where_the_new_one_cannot_be_named(clean, tmp_path, small, monkeypatch):
+    source, _ = clean
+    write_pyramid(tmp_path / "p.zarr", np.ones((1, 9, 9), np.uint8), options=small)
+    before, rename, calls = contents(tmp_path / "p.zarr"), os.rename, []
+
+    def second_fails(*places):
+        calls.append(places)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(*places)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(ConversionError, match="writing failed"):
+        convert(source, tmp_path / "p.zarr", options=small, overwrite=True)
+    assert contents(tmp_path / "p.zarr") == before
+
+
+def test_leftovers_of_a_kill_at_the_very_end_are_swept(clean, tmp_path, small):
+    source, expected = clean
+    convert(source, tmp_path / "p.zarr", options=small)
+    (tmp_path / "p.zarr.replaced").mkdir()
+    (tmp_path / "p.zarr.partial.lock").touch()
+    assert convert(source, tmp_path / "p.zarr", options=small).up_to_date
+    assert contents(tmp_path / "p.zarr") == expected
+    assert sorted(path.name for path in tmp_path.glob("p.*")) == ["p.zarr"]
 
 
 @pytest.mark.slow
