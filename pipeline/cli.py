@@ -166,7 +166,8 @@ def convert(
     ] = "threads",
     cluster: Cluster = "none",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads, processes or Ray workers; default: one a processor.")
+        int | None,
+        typer.Option(min=1, help="Threads, processes or Ray workers; default: one a processor, and one thread more."),
     ] = None,
     overwrite: Overwrite = False,
     fail_fast: FailFast = False,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import fcntl
 import glob
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import cluster
 from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder
-from pipeline.manifest import Entry, read_manifest, slide_name, write_manifest
+from pipeline.manifest import IMAGE_SUFFIXES, Entry, has_image_suffix, read_manifest, slide_name, write_manifest
 from pipeline.progress import SlideProgress, progress
 from storage import ConversionError, ConvertOptions, ConvertReport, StorageError, convert, open_image
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from storage.executors import CustomExecutor, Executor
 
 MANIFEST = "manifest.csv"
-# What counts as an image in a folder; a file that is named may be called anything.
-_TIFFS = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
-_IMAGES = (*_TIFFS, ".png", ".jpg", ".jpeg")
 _PYRAMID = ".ome.zarr"
 
 
@@ -64,7 +62,7 @@ def find_images(sources: Sequence[str]) -> list[Entry]:
     Raises
     ------
     UsageError
-        Nothing is there, a manifest is wrong or not alone, or two files would be one slide.
+        Nothing is there, a folder cannot be read, a manifest is wrong or not alone, or two files would be one slide.
     """
     if len(sources) == 1 and is_manifest(sources[0]):
         return read_manifest(Path(sources[0]))
@@ -74,7 +72,7 @@ def find_images(sources: Sequence[str]) -> list[Entry]:
             raise UsageError(f"{source}: give a manifest alone, without other images")
         found = expand(source, _is_image)
         if not found:
-            raise UsageError(f"{source}: no image here ({', '.join(_IMAGES)})")
+            raise UsageError(f"{source}: no image here ({', '.join(IMAGE_SUFFIXES)})")
         files += found
     return name_slides(files)
 
@@ -88,6 +86,11 @@ def expand(source: str, wanted: Callable[[Path], bool]) -> list[str]:
         A path, a pattern with ``*``, ``?``, ``[...]`` or ``**``, or a URL.
     wanted
         Whether to take a file or folder.
+
+    Raises
+    ------
+    UsageError
+        A folder cannot be read.
     """
     path = Path(source)
     if "://" in source or (path.exists() and (not path.is_dir() or wanted(path))):
@@ -106,15 +109,36 @@ def expand(source: str, wanted: Callable[[Path], bool]) -> list[str]:
 
 
 def _search(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
-    """Files and folders wanted below a folder; those, pyramids and hidden folders are not looked into."""
+    """Files and folders wanted below a folder; those, pyramids and hidden folders are not looked into.
+
+    Links to folders are followed, but a folder that several lead to, or that holds a link to itself, is looked into
+    once: by the path that comes first in the alphabet.
+    """
     found: set[Path] = set()
-    for place, folders, files in os.walk(folder):
-        here = Path(place)
-        found |= {here / name for name in [*files, *folders] if wanted(here / name)}
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and ".zarr" not in name and here / name not in found
-        ]
+    seen: set[tuple[int, int]] = set()
+    try:
+        for place, folders, files in os.walk(folder, followlinks=True, onerror=_fail):
+            about = os.stat(place)
+            if (about.st_dev, about.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            here = Path(place)
+            found |= {here / name for name in [*files, *folders] if wanted(here / name)}
+            folders[:] = sorted(
+                name
+                for name in folders
+                if not name.startswith(".") and ".zarr" not in name and here / name not in found
+            )
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}; mend that, or name what is to be read"
+        ) from error
     return sorted(map(str, found))
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error
 
 
 def name_slides(places: Sequence[str]) -> list[Entry]:
@@ -127,7 +151,7 @@ def name_slides(places: Sequence[str]) -> list[Entry]:
     """
     slides: dict[str, Entry] = {}
     for place in places:
-        path = place if "://" in place else str(Path(place).absolute())
+        path = place if "://" in place else os.path.abspath(place)
         entry = Entry(slide_id=slide_name(path), path=path)
         other = slides.setdefault(entry.slide_id, entry).path
         if other != path:
@@ -138,7 +162,13 @@ def name_slides(places: Sequence[str]) -> list[Entry]:
 
 
 def plan_all(entries: Sequence[Entry], out: str | Path, *, options: ConvertOptions) -> list[Plan]:
-    """Look at every image without decoding or writing anything."""
+    """Look at every image without decoding or writing anything.
+
+    Raises
+    ------
+    UsageError
+        `out` is no folder and no whole URL.
+    """
     plans = []
     for entry in entries:
         target = _target(out, entry)
@@ -192,14 +222,15 @@ def convert_all(
     Raises
     ------
     UsageError
-        `out` cannot be written to, or `manifest` is one of something else, which would be lost.
+        `out` is no whole URL or cannot be written to, or `manifest` is one of something else, which would be lost.
     DataError
         With `fail_fast`, a slide failed.
     cluster.ClusterError
         There is no such cluster.
     """
-    if not _is_url(out):
-        make_folder(Path(out))
+    root = _root(out)
+    if not _is_url(root):
+        make_folder(Path(root))
     manifest = manifest or manifest_path(out)
     make_folder(manifest.parent)
     _known(manifest, out)
@@ -274,12 +305,16 @@ def _is_url(out: str | Path) -> bool:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGES and not path.name.startswith(".") and not path.is_dir()
+    """Whether to take what lies in a folder; a link that leads nowhere too, so that it is reported and not missed."""
+    named = has_image_suffix(path.name) and not path.name.startswith(".")
+    return named and (os.path.isfile(path) or not os.path.exists(path))  # not a pipe, which would be waited for
 
 
 def _root(out: str | Path) -> str:
-    """Absolute path or URL below which pyramids go."""
-    return str(out).rstrip("/") if _is_url(out) else str(Path(out).absolute())
+    """Absolute path or URL below which pyramids go; what was meant as a URL makes no folder named ``s3:``."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//[^/])(/|$)", text := str(out)):
+        raise UsageError(f"--out {text}: not a whole URL; give scheme://bucket[/folder], as in s3://bucket/pyramids")
+    return text.rstrip("/") if _is_url(text) else os.path.abspath(text)
 
 
 def _target(out: str | Path, entry: Entry) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
+from pipeline.manifest import has_image_suffix
 from storage import Slide, open_image
 
 
 def describe(location: str) -> dict[str, Any]:
-    """Describe an image file, or a pyramid by path or URL; of pixels, only those of PNG and JPEG files are read.
+    """Describe an image file or a pyramid, by path or URL; of pixels, only those of PNG and JPEG files are read.
 
     Raises
     ------
     storage.StorageError
         It is neither, or it is damaged.
     """
-    if "://" not in location and Path(location).is_file():
+    if has_image_suffix(location) if "://" in location else os.path.isfile(location):
         with open_image(location) as image:
             channels, height, width = image.shape
             return {

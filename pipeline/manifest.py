@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
 
 SPLITS = ("train", "val", "test")
 _ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
-_SUFFIXES = (
-    *(".ome.zarr", ".zarr", ".ome.tiff", ".ome.tif", ".ome.btf", ".ome.tf2", ".ome.tf8", ".tiff", ".tif"),
-    *(".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff", ".png", ".jpg", ".jpeg"),
-)
+_TIFFS = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
+IMAGE_SUFFIXES = (*_TIFFS, ".png", ".jpg", ".jpeg")
+_SUFFIXES = (".ome.zarr", ".zarr", *(f".ome{suffix}" for suffix in _TIFFS), *IMAGE_SUFFIXES)  # the longer ones first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,14 @@ def slide_name(path: str) -> str:
     return name
 
 
+def has_image_suffix(place: str) -> bool:
+    """Whether a path or URL is named like an image file; what a URL asks for (``?...``) is no part of its name."""
+    name = place.partition("?")[0] if "://" in place else place
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
 def _relative(path: Path, folder: Path) -> str:
-    path, folder = path.absolute(), folder.absolute()
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
@@ -153,7 +159,7 @@ def _parse_row(row: dict[str, str], folder: Path, *, labelled: bool) -> tuple[En
     if not place:
         wrong.append("path is empty")
     elif "://" not in place:
-        place = str((folder / place).absolute())
+        place = os.path.abspath(folder / place)
     if labelled and not row["label"]:
         wrong.append("label is missing")
     if row.get("split", "") not in ("", *SPLITS):

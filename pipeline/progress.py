@@ -30,6 +30,10 @@ def progress(title: str) -> Iterator[OnProgress]:
 class SlideProgress:
     """Progress over slides that are each worked on byte by byte, with the throughput.
 
+    Only the work of this run counts: slides that were up to date, and what the first `on_bytes` of a slide says was
+    done before, are in neither what is done nor what there is in all. Else the time left would be that of reading
+    what is there.
+
     Parameters
     ----------
     update
@@ -44,7 +48,10 @@ class SlideProgress:
         self._update = update
         self._count = count
         self._clock = clock
-        self._ended = self._bytes = self._before = 0  # slides; bytes of all slides, and of those before this one
+        self._ended = 0  # slides
+        self._there = 0.0  # slides, and parts of them, that were there before
+        self._bytes = self._before = 0  # made by this run, and those of them before this slide
+        self._first: int | None = None  # bytes of this slide that were there before
         self._past = deque([(clock(), 0)])  # seconds, and bytes done until then
         self._words = ""
 
@@ -53,18 +60,32 @@ class SlideProgress:
         self._name = f"{name} ({self._ended + 1}/{self._count})"
         self._words = self._name
         self._before = self._bytes
+        self._first = None
 
     def on_bytes(self, done: int, total: int) -> None:
-        """Show how many decoded bytes of the slide are done."""
-        self._bytes = self._before + done
+        """Show how many decoded bytes of the slide are done; the first call says how many were there before."""
+        share = done / max(total, 1)
+        if self._first is None:
+            self._first = done
+            self._there += share
+        self._bytes = self._before + done - self._first
         rate = self._rate()
         self._words = self._name + (f", {rate / 1e6:.0f} MB/s" if rate else "")
-        self._update(self._ended + done / max(total, 1), self._count, self._words)
+        self._show(self._ended + share)
 
     def end(self) -> None:
-        """Count the slide as done."""
+        """Count the slide as done; one without bytes was up to date, or could not be worked on."""
         self._ended += 1
-        self._update(self._ended, self._count, self._words)
+        self._there += self._first is None
+        self._show(self._ended)
+
+    def _show(self, ended: float) -> None:
+        """Tell of the work of this run; all of it is done where there was none."""
+        total = self._count - self._there
+        if total > 1e-9:  # both with rounding
+            self._update(max(ended - self._there, 0.0), total, self._words)
+        else:
+            self._update(self._count, self._count, self._words)
 
     def _rate(self) -> float:
         """Bytes a second of late."""

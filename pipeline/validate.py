@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 from pipeline.convert import expand, find_images, is_manifest
 from pipeline.errors import UsageError
 from pipeline.files import file_name
-from pipeline.manifest import Entry, read_manifest, slide_name
+from pipeline.manifest import Entry, has_image_suffix, read_manifest, slide_name
 from pipeline.progress import SlideProgress, progress
-from storage import Problem, StorageError, validate
+from storage import Problem, Slide, StorageError, validate
 
 _SHOWN = 20  # problems of one pyramid
 _NO_SOURCE = "no source image has its name"
+_NO_PYRAMID = "an image file, which is decoded and not compared with a source"
 _METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of OME-Zarr 0.5, and of 0.4
 
 
@@ -85,12 +87,12 @@ def find_sources(place: str) -> dict[str, str]:
 def validate_all(
     entries: Sequence[Entry], *, sources: dict[str, str] | None = None, full: bool = False, workers: int | None = None
 ) -> list[Validation]:
-    """Look at pyramids one after another.
+    """Look at pyramids one after another; PNG and JPEG files, which are read like pyramids, are decoded.
 
     Parameters
     ----------
     entries
-        Pyramids.
+        Pyramids, PNG or JPEG files.
     sources
         Images by slide id to compare level 0 with, see `find_sources`; then `full` is meant.
     full
@@ -110,18 +112,27 @@ def validate_all(
             source = None if sources is None else sources.get(entry.slide_id)
             lacking = [] if sources is None or source else [Problem(0, None, "unchecked", _NO_SOURCE)]
             try:
-                found = validate(
-                    entry.path,
-                    source=source,
-                    full=full or sources is not None,
-                    progress=shown.on_bytes,
-                    workers=workers,
-                )
+                if _is_file(entry.path):
+                    Slide(entry.path).close()  # a TIFF is refused
+                    found = [Problem(0, None, "unchecked", _NO_PYRAMID)] if source else []
+                else:
+                    found = validate(
+                        entry.path,
+                        source=source,
+                        full=full or sources is not None,
+                        progress=shown.on_bytes,
+                        workers=workers,
+                    )
                 results.append(Validation(entry, (*lacking, *found)))
             except StorageError as error:
                 results.append(Validation(entry, (), str(error)))
             shown.end()
     return results
+
+
+def _is_file(place: str) -> bool:
+    """Whether a path or URL is an image file rather than a pyramid."""
+    return has_image_suffix(place) if "://" in place else os.path.isfile(place)
 
 
 def _is_pyramid(path: Path) -> bool:

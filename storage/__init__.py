@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from storage.cache import ChunkCache
     from storage.converter import ConvertOptions, ConvertReport, convert, write_pyramid
     from storage.errors import (
         ConversionError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from storage.validation import Problem, validate
 
 __all__ = [
+    "ChunkCache",
     "ConversionError",
     "ConvertOptions",
     "ConvertReport",
@@ -47,6 +49,7 @@ __all__ = [
 
 # Names are fetched from their modules at first use (PEP 562): a plain import costs nothing.
 _MODULES = {
+    "cache": ("ChunkCache",),
     "converter": ("ConvertOptions", "ConvertReport", "convert", "write_pyramid"),
     "slide": ("Level", "ReadStatistics", "Slide"),
     "raster": ("RasterImage", "open_image"),

@@ -34,7 +34,7 @@ _FILE = re.compile("[0-9a-f]{30}")
 TEMPORARY_S = 600.0  # age at which a temporary file was left by a process that ended
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class ChunkCache:
     """Byte strings by name, the least recently used dropped first; safe between threads and processes.
 
@@ -58,9 +58,11 @@ class ChunkCache:
     folder: Path
     max_bytes: int
 
-    def __post_init__(self) -> None:
-        if self.max_bytes < 1:
-            raise ValueError(f"max_bytes must be at least 1, not {self.max_bytes}")
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
+        object.__setattr__(self, "folder", Path(folder))
+        object.__setattr__(self, "max_bytes", max_bytes)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._counted():

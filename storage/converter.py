@@ -295,8 +295,7 @@ def _write(
             return _report(present, target, started, reused=None)
         done = {(r.level, r.y, r.x): r for r in output.resume(_job(info))}
         reused = len(done)
-        count = _counter(info, progress)
-        count(list(done.values()))
+        count = _counter(info, progress, list(done.values()))
 
         def on_made(receipts: list[Receipt]) -> None:
             output.record(receipts)
@@ -319,17 +318,28 @@ def _write(
     return _report(info, target, started, reused=reused)
 
 
-def _counter(info: PyramidInfo, progress: Callable[[int, int], None] | None) -> Callable[[list[Receipt]], None]:
-    """Return a function that counts the decoded bytes of finished shards and tells ``progress`` of each."""
+def _counter(
+    info: PyramidInfo, progress: Callable[[int, int], None] | None, reused: list[Receipt]
+) -> Callable[[list[Receipt]], None]:
+    """Return a function that counts the decoded bytes of finished shards and tells ``progress`` of each.
+
+    ``progress`` is first told how much was there before, be it nothing: speed is measured from there.
+    """
+
+    def nbytes(receipt: Receipt) -> int:
+        level = info.levels[receipt.level]
+        pixel_bytes = level.shape[0] * level.layout.dtype.itemsize
+        return pixel_bytes * math.prod(level.shard_shape(receipt.y, receipt.x))
+
     total = sum(level.nbytes for level in info.levels)
-    done = 0
+    done = sum(map(nbytes, reused))
+    if progress is not None:
+        progress(done, total)
 
     def count(receipts: list[Receipt]) -> None:
         nonlocal done
         for receipt in receipts:
-            level = info.levels[receipt.level]
-            pixel_bytes = level.shape[0] * level.layout.dtype.itemsize
-            done += pixel_bytes * math.prod(level.shard_shape(receipt.y, receipt.x))
+            done += nbytes(receipt)
             if progress is not None:
                 progress(done, total)
 

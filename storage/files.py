@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import unquote
 
 from storage.errors import MissingImageError, StorageError, UnsupportedImageError
-from storage.stores import attempt, connect
+from storage.stores import attempt, check_url, connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,9 +62,9 @@ def open_file(location: str | os.PathLike[str]) -> RandomFile:
     MissingImageError
         There is no such file.
     UnsupportedImageError
-        It is a folder.
+        It is a folder, a pipe or a device.
     TransferError
-        The server does not answer, or refuses to.
+        The URL is not one that can be opened, or the server does not answer, or refuses to.
     """
     text = os.fspath(location)
     return RemoteFile(text) if "://" in text else LocalFile(text)
@@ -93,15 +94,17 @@ class LocalFile:
         self.location = path
         self.name = os.path.basename(path)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
         except FileNotFoundError:
             raise MissingImageError(f"{path}: does not exist; check the path") from None
         except OSError as error:
             raise StorageError(f"{path}: cannot be opened ({error.strerror})") from error
-        self.size = os.fstat(self._fd).st_size
-        if os.path.isdir(path):
+        status = os.fstat(self._fd)
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
             self.close()
-            raise UnsupportedImageError(f"{path}: a folder, not an image file")
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+            raise UnsupportedImageError(f"{path}: {what}, not an image file")
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``, fewer where the file ends."""
@@ -130,6 +133,7 @@ class RemoteFile:
 
     def __init__(self, url: str) -> None:
         self.location = url
+        check_url(url)
         parent, _, name = url.rpartition("/")
         self.name = unquote(name) if url.startswith("http") else name
         self._store = connect(parent)

@@ -120,7 +120,7 @@ def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
     Raises
     ------
     NotAPyramidError
-        There is no OME-Zarr 0.5 image here, or one of a layout that is not read.
+        There is no OME-Zarr 0.5 image here, or one of a layout that is not read, or of another ``FORMAT``.
     CorruptImageError
         The metadata is damaged.
     """
@@ -134,10 +134,13 @@ def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
     for path in paths:
         if not isinstance(path, str) or not _PATH.fullmatch(path):
             raise NotAPyramidError(f"{where}: the level path {path!r} leaves the pyramid")
+    own = root["attributes"].get("nested_ats")
+    if isinstance(own, dict) and own.get("format") != FORMAT:
+        raise NotAPyramidError(f"{where}: written by another version of this package; convert the image again")
     arrays = _member(_member(root, "consolidated_metadata"), "metadata")
     try:
         found = [arrays.get(path) or load_json(read, f"{path}/zarr.json", where) for path in paths]
-        return _parse(ome, multiscale, found, root["attributes"].get("nested_ats"), where)
+        return _parse(ome, multiscale, found, own, where)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CorruptImageError(f"{where}: damaged metadata ({type(error).__name__}: {error})") from error
 

@@ -13,7 +13,6 @@ import os
 from contextlib import closing
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -181,7 +180,7 @@ def _open_source(location: str, counters: Counters, cache: ChunkCache | None) ->
 def _kind_of_file(location: str) -> str | None:
     """What a file is: "raster" (PNG or JPEG), the words for what is not read, or None for what may be a pyramid."""
     if "://" in location:
-        suffix = PurePosixPath(urlsplit(location).path).suffix.lower()
+        suffix = PurePosixPath(location.partition("?")[0]).suffix.lower()
         return "raster" if suffix in RASTER_SUFFIXES else "a TIFF" if suffix in TIFF_SUFFIXES else None
     if not os.path.isfile(location):
         return None

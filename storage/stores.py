@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from storage.errors import MissingImageError, StorageError, TransferError
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Range = tuple[str, int, int]  # key, start, length in bytes
 
+SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "abfss", "adl")  # of URLs
 SLOW_READ_S = 100e-6  # longer than a short range takes from the page cache
 ANNOUNCED_BYTES = 2**20  # longer ranges keep a disk busy by themselves
 TIMEOUT_S = 60.0  # of one request to a URL
@@ -51,10 +53,6 @@ class Store(Protocol):
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start`` (fewer where the object ends); raises ``FileNotFoundError``."""
-        ...
-
-    def size(self, key: str) -> int:
-        """Return the length of an object in bytes; raises ``FileNotFoundError``."""
         ...
 
     def announce(self, ranges: Sequence[Range]) -> None:
@@ -165,13 +163,6 @@ class LocalStore:
             self._slowest_s = max(self._slowest_s, time.perf_counter() - started)
         return data
 
-    def size(self, key: str) -> int:
-        """Length of the file in bytes."""
-        try:
-            return os.fstat(_descriptors.get(self._number, f"{self.name}/{key}").fd).st_size
-        except OSError as error:
-            self._fail(key, error)
-
     def announce(self, ranges: Sequence[Range]) -> None:
         """Have the kernel fetch what it does not hold yet, all ranges at once; a hint, which never fails.
 
@@ -214,6 +205,7 @@ def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
 
     from obstore.store import from_url
 
+    check_url(url)
     check_not_forked(url)
     _connected_in = os.getpid()
     try:
@@ -227,7 +219,31 @@ def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
             },
         )
     except Exception as error:
-        raise TransferError(f"{url}: not a location that can be opened ({error})") from error
+        raise TransferError(f"{url}: not a location that can be opened ({first_line(error)})") from error
+
+
+def check_url(url: str) -> None:
+    """See that a URL is one of ``SCHEMES``, names a host or bucket and has no query, which obstore would drop.
+
+    Raises
+    ------
+    TransferError
+        It is not.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise TransferError(f"{url}: not a URL ({error})") from error
+    if parts.scheme not in SCHEMES:
+        accepted = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise TransferError(f"{url}: not a location that can be opened; URLs start with one of {accepted}")
+    if not parts.netloc:
+        raise TransferError(f"{url}: not a location that can be opened; it names no host or bucket")
+    if "?" in url:
+        shown = url.partition("?")[0]  # a query may hold a signature, which belongs in no log
+        raise TransferError(
+            f"{shown}: URLs with a query are not supported; copy the file or give credentials in the environment"
+        )
 
 
 _connected_in: int | None = None  # process that first opened a URL
@@ -261,10 +277,6 @@ class UrlStore:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start``; a server that answers anything else raises."""
         return self._attempt(key, lambda: bytes(self._store.get_range(key, start=start, length=length)))
-
-    def size(self, key: str) -> int:
-        """Length of the object in bytes."""
-        return self._attempt(key, lambda: int(self._store.head(key)["size"]))
 
     def announce(self, ranges: Sequence[Range]) -> None:
         """Nothing to do: other threads fetch the other ranges."""

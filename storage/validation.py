@@ -32,7 +32,7 @@ from storage.ome_zarr import LevelInfo, PyramidInfo, parse_pyramid
 from storage.raster import open_image
 from storage.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
 from storage.slide import Slide
-from storage.stores import Store, connect, open_store
+from storage.stores import Store, connect, first_line, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +45,7 @@ Place = tuple[int, int]  # row, column
 Kind = Literal["unfinished", "metadata", "shard", "chunk", "pixels", "stray", "unchecked"]
 UNFINISHED = "its conversion was interrupted or is running; convert again to go on with it"
 WARNINGS = ("stray", "unchecked")
+ROUNDING = 1e-9  # relative, of a level's pixel size and position
 FOREIGN_SIDE = 1024  # pixels; boxes of other writers' pyramids are read in whole shards of about this side
 
 
@@ -137,6 +138,7 @@ class _Check:
     def run(self, tasks: Sequence[Callable[[], object]], total: int) -> None:
         """Run tasks in threads; after an error or an interrupt no others are started."""
         self._total = total
+        self.advance(0)  # speed is measured from here
         with ThreadPoolExecutor(self.workers, thread_name_prefix="storage-validate") as pool:
             try:
                 for future in as_completed([pool.submit(task) for task in tasks]):
@@ -208,6 +210,7 @@ def _check_own(
     """Check a pyramid of this package, which lists its shards."""
     info = parse_pyramid(store.get, store.name)
     _check_copies(check, store, info, _member(_member(root, "consolidated_metadata"), "metadata"))
+    _check_places(check, info.levels)
     _check_strays(check, store, info)
     first = info.levels[0]
     sparse = bool(_member(info.provenance, "options").get("allow_sparse"))
@@ -226,6 +229,21 @@ def _check_copies(check: _Check, store: Store, info: PyramidInfo, copies: dict[s
             same = False
         if not same:
             message = f"{key} is missing or differs from its copy in the root's zarr.json"
+            check.add(number, None, "metadata", message)
+
+
+def _check_places(check: _Check, levels: tuple[LevelInfo, ...]) -> None:
+    """Each level's pixels must have the size and place that halving gives, or patches would come from elsewhere."""
+    scale, first = np.array(levels[0].scale_yx), np.array(levels[0].translation_yx)
+    for number, level in enumerate(levels):
+        size, place = scale * 2**number, first + scale * (2**number - 1) / 2
+        sound = np.abs(level.scale_yx - size) <= size * ROUNDING
+        sound &= np.abs(level.translation_yx - place) <= (size + np.abs(place)) * ROUNDING
+        if not sound.all():
+            message = (
+                f"its scale {level.scale_yx} and translation {level.translation_yx} should be "
+                f"{tuple(size.tolist())} and {tuple(place.tolist())} by level 0's"
+            )
             check.add(number, None, "metadata", message)
 
 
@@ -257,7 +275,7 @@ def _list_files(root: str) -> Iterator[str]:
             for batch in store.list():
                 yield from (entry["path"] for entry in batch)
         except Exception as error:  # obstore has one for each reason
-            raise TransferError(str(error).splitlines()[0]) from error
+            raise TransferError(first_line(error)) from error
     else:
         for folder, _, names in os.walk(root):
             yield from (Path(folder, name).relative_to(root).as_posix() for name in names)

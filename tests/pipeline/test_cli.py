@@ -17,7 +17,7 @@ from pipeline.cli import app
 from pipeline.config import load_config, plain
 from pipeline.manifest import read_manifest
 from pipeline.predict import Classifier
-from storage import write_pyramid
+from storage import open_image, write_pyramid
 
 COMMANDS = ["convert", "validate", "info", "train", "predict", "evaluate", "heatmap", "report"]
 COMMANDS += ["synth", "synth signs", "synth mnist"]
@@ -309,6 +309,22 @@ class TestJson:
         assert (about["kind"], about["size"], about["channels"]) == ("image", [70, 70], ["R", "G", "B"])
         assert about["mpp"] is None
         assert "pixel size unknown" in cli("info", path).stdout
+
+    def test_info_of_urls(self, cli, tmp_path, monkeypatch):
+        """What is named like an image is opened as one; the rest of a URL is a pyramid."""
+        opened = []
+        cli("synth", "signs", "--out", tmp_path / "set", "--count", 1, "--size", 70)
+        path = tmp_path / "set" / "images" / "signs-00000.tif"
+
+        def open_here(location):
+            opened.append(location)
+            return open_image(path)
+
+        monkeypatch.setattr("pipeline.info.open_image", open_here)
+        urls = ["http://127.0.0.1:9/a.svs?key=1", "http://127.0.0.1:9/b.PNG"]
+        found = json.loads(cli("info", *urls, "--json").stdout)
+        assert [(about["path"], about["kind"]) for about in found] == [(url, "image") for url in urls]
+        assert opened == urls
 
     def test_evaluate(self, cli, predicted):
         result = cli("evaluate", predicted, "--json")

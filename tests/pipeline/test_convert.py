@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from http.client import HTTPConnection
@@ -96,6 +97,42 @@ class TestSources:
         assert names("in/[x].tif") == ["[x]"]  # a file of that name goes before the pattern
         with pytest.raises(UsageError, match=r"in/\*\.svs: no image here"):
             names("in/a.tif", "in/*.svs")
+
+    def test_linked_folders_are_looked_into_once(self, tmp_path, image):
+        image(tmp_path / "far" / "deep" / "b.tif")
+        image(tmp_path / "in" / "a.tif")
+        for name in ("link", "other"):
+            (tmp_path / "in" / name).symlink_to(tmp_path / "far")
+        (tmp_path / "far" / "loop").symlink_to(tmp_path / "in")
+        (tmp_path / "in" / "lost.tif").symlink_to(tmp_path / "gone.tif")
+        entries = find_images([str(tmp_path / "in")])
+        names = ["a.tif", "link/deep/b.tif", "lost.tif"]  # what is lost fails later, and by its name
+        assert [entry.path for entry in entries] == [str(tmp_path / "in" / name) for name in names]
+
+    def test_a_folder_that_cannot_be_read(self, tmp_path, image, monkeypatch):
+        image(tmp_path / "in" / "a.tif")
+        image(tmp_path / "in" / "shut" / "b.tif")
+        scandir = os.scandir
+
+        def refuse(place):  # by permissions it would not be refused to root
+            if Path(place).name == "shut":
+                raise PermissionError(13, "Permission denied", str(place))
+            return scandir(place)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(UsageError, match="in/shut: cannot be read: Permission denied"):
+            find_images([str(tmp_path / "in")])
+
+    def test_a_pipe_is_no_image(self, tmp_path, image):
+        image(tmp_path / "a.tif")
+        os.mkfifo(tmp_path / "x.tif")
+        assert [entry.slide_id for entry in find_images([str(tmp_path)])] == ["a"]
+        assert [entry.slide_id for entry in find_images([f"{tmp_path}/*.tif"])] == ["a"]
+
+    def test_two_ways_to_a_file_are_one_slide(self, tmp_path, image):
+        path = image(tmp_path / "in" / "a.tif")
+        [entry] = find_images([str(path), f"{tmp_path}/in/../in/a.tif"])
+        assert entry.path == str(path)
 
     def test_urls_stay_as_they_are(self):
         [entry] = find_images(["https://host/a*b/c.svs"])
@@ -273,6 +310,31 @@ class TestConvertAll:
         assert not (tmp_path / "out" / MANIFEST).exists()
         [entry] = read_manifest(tmp_path / "lists" / "m.csv")
         assert entry.path == str(tmp_path / "out" / "a.ome.zarr")
+
+    def test_a_manifest_elsewhere_may_lead_back(self, tmp_path, image):
+        """A row may be written as ``../out/a.ome.zarr``, and --out too."""
+        manifest = tmp_path / "lists" / "m.csv"
+        path = image(tmp_path / "a.tif")
+        run([path], tmp_path / "out", manifest=manifest)
+        manifest.write_text("slide_id,path,label\na,../out/a.ome.zarr,x\n")
+        [conversion] = run([path], tmp_path / "lists" / ".." / "out", manifest=manifest)
+        assert conversion.report.up_to_date
+        [entry] = read_manifest(manifest)
+        assert (entry.path, entry.label) == (str(tmp_path / "out" / "a.ome.zarr"), "x")
+
+    @pytest.mark.parametrize("out", ["s3:", "s3:/", "s3://", "s3:/bucket/x", "s3:///x", "gs:///"])
+    def test_half_a_url_makes_no_folder(self, tmp_path, image, monkeypatch, out):
+        path = image(tmp_path / "a.tif")
+        monkeypatch.chdir(tmp_path)
+        for work in (run, lambda sources, out: plan_all(find_images(list(map(str, sources))), out, options=OPTIONS)):
+            with pytest.raises(UsageError, match=r"not a whole URL; give scheme://bucket\[/folder\]"):
+                work([path], out)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]
+
+    def test_a_folder_with_a_colon(self, tmp_path, image, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert run([image(tmp_path / "a.tif")], "run:5")[0].report
+        assert (tmp_path / "run:5" / "a.ome.zarr").is_dir()
 
     def test_processes_make_the_same(self, tmp_path, image):
         path = image(tmp_path / "a.tif")

@@ -90,7 +90,7 @@ def test_json(folder):
     [
         (["--executor", "dask"], "--executor dask: choose threads, processes or tcp://HOST:PORT"),
         (["--executor", "processes", "--cluster", "local"], "give one of them"),
-        (["--chunk", "100"], "multiple of chunk"),
+        (["--chunk", "100"], "multiple of"),
         (["in/deep/*.svs"], "in/deep/*.svs: no image here"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from pipeline.errors import UsageError
-from pipeline.manifest import Entry, read_manifest, slide_name, write_manifest
+from pipeline.manifest import Entry, has_image_suffix, read_manifest, slide_name, write_manifest
 from pipeline.splits import assign_splits
 
 
@@ -28,6 +28,13 @@ def test_reads_and_writes_back(tmp_path):
     assert read_manifest(tmp_path / "again.csv") == entries
     assert "a/x.tif" in (tmp_path / "again.csv").read_text()  # relative again: the folder can move
     assert str(tmp_path) not in (tmp_path / "again.csv").read_text()
+
+
+def test_ways_through_other_folders_are_shortened(tmp_path):
+    entry = read_manifest(write(tmp_path, "slide_id,path\na,lists/../out/a.ome.zarr\n"))[0]
+    assert entry.path == str(tmp_path / "out" / "a.ome.zarr")
+    write_manifest(tmp_path / "again.csv", [Entry(slide_id="a", path=f"{tmp_path}/lists/../out/a.ome.zarr")])
+    assert (tmp_path / "again.csv").read_text() == "slide_id,path\na,out/a.ome.zarr\n"
 
 
 def test_byte_order_mark_and_urls(tmp_path):
@@ -97,6 +104,12 @@ def test_slide_names():
     assert slide_name("a/b/CMU-1.svs") == "CMU-1"
     assert slide_name("x.ome.zarr/") == "x"
     assert slide_name("scene.v2") == "scene.v2"
+    assert slide_name("x.ome.qptiff") == slide_name("x.JPG") == "x"
+
+
+def test_names_of_images():
+    assert all(map(has_image_suffix, ["a.TIF", "b.c/a.jpg", "https://host/a.svs?key=1", "s3://bucket/a.png"]))
+    assert not any(map(has_image_suffix, ["a.ome.zarr", "a", "https://host/a?x=.tif", "https://host.tif/a"]))
 
 
 class TestSplits:

@@ -53,21 +53,51 @@ class TestSlideProgress:
 
     def test_counts_slides_and_their_parts(self, slides, shown):
         slides.begin("a")
+        slides.on_bytes(0, 100)
         slides.on_bytes(25, 100)
         slides.end()
-        slides.begin("b")  # up to date: no bytes
+        slides.begin("b")
+        slides.on_bytes(0, 100)
         slides.end()
-        assert shown == [(0.25, 2, "a (1/2)"), (1, 2, "a (1/2)"), (2, 2, "b (2/2)")]
+        assert [done for done, _, _ in shown] == [0, 0.25, 1, 1, 2]
+        assert {total for _, total, _ in shown} == {2}
+        assert [words for _, _, words in shown[1:4]] == ["a (1/2)", "a (1/2)", "b (2/2)"]
+
+    def test_what_was_there_before_is_no_work(self, clock, slides, shown):
+        """Slide a was up to date, three quarters of b were there: a quarter of a slide is left."""
+        clock.now = 1
+        slides.begin("a")
+        slides.end()
+        slides.begin("b")
+        slides.on_bytes(300_000_000, 400_000_000)
+        clock.now = 10
+        slides.on_bytes(350_000_000, 400_000_000)
+        assert shown == [(0, 1, "a (1/2)"), (0, 0.25, "b (2/2)"), (0.125, 0.25, "b (2/2), 5 MB/s")]
+        assert progress_line("convert", *shown[-1], clock.now) == "convert: 50% b (2/2), 5 MB/s, 10 s left"
+        slides.on_bytes(400_000_000, 400_000_000)
+        slides.end()
+        assert shown[-1][:2] == (0.25, 0.25)
+
+    def test_nothing_to_do(self, slides, shown):
+        for name in "ab":
+            slides.begin(name)
+            slides.end()
+        assert [values[:2] for values in shown] == [(0, 1), (2, 2)]
 
     def test_throughput_goes_over_slides(self, clock, slides, shown):
         slides.begin("a")
+        slides.on_bytes(0, 100_000_000)
         clock.now = 2
         slides.on_bytes(100_000_000, 100_000_000)
         slides.end()
         slides.begin("b")
+        slides.on_bytes(0, 40_000_000)
         clock.now = 4
         slides.on_bytes(20_000_000, 40_000_000)
-        assert [words for _, _, words in shown] == ["a (1/2), 50 MB/s", "a (1/2), 50 MB/s", "b (2/2), 30 MB/s"]
+        assert [words for _, _, words in shown] == [
+            *("a (1/2)", "a (1/2), 50 MB/s", "a (1/2), 50 MB/s"),
+            *("b (2/2), 50 MB/s", "b (2/2), 30 MB/s"),
+        ]
 
     def test_throughput_is_that_of_late(self, clock, slides, shown):
         slides.begin("a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import imagecodecs
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -159,6 +160,26 @@ class TestCommand:
         assert [(p["level"], p["place"], p["what"]) for p in b["problems"]] == [(0, [1, 0], "shard")]
         assert not gone["sound"]
         assert "does not exist" in gone["error"]
+
+    def test_rows_that_are_image_files(self, folder):
+        data = imagecodecs.png_encode(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
+        (folder / "good.png").write_bytes(data)
+        (folder / "cut.png").write_bytes(data[:-200])
+        names = ("out/a.ome.zarr", "good.png", "cut.png", "in/b.tif")
+        (folder / "m.csv").write_text("\n".join(["path", *names, ""]))
+        result = run("m.csv")
+        assert result.exit_code == 3
+        assert result.stdout.splitlines() == [f"{folder}/{name}: sound" for name in names[:2]]
+        title, cut, tiff = complaints(result)
+        assert title == "2 of 4 failed:"
+        assert f"{folder}/cut.png: " in cut
+        assert f"{folder}/in/b.tif: a TIFF, not a pyramid; run nested-ats convert" in tiff
+
+    def test_an_image_file_is_not_compared(self, folder):
+        (folder / "a.png").write_bytes(imagecodecs.png_encode(np.zeros((40, 40), np.uint8)))
+        result = run("a.png", "--source", "in/a.tif")
+        assert result.exit_code == 0
+        assert "unchecked       an image file, which is decoded and not compared" in result.stdout
 
     @pytest.mark.parametrize(
         ("words", "message"),

@@ -9,8 +9,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from storage import ConvertOptions, Slide, StorageError, write_pyramid
-from storage.cache import ChunkCache
+from storage import ChunkCache, ConvertOptions, Slide, StorageError, write_pyramid
 
 OPTIONS = ConvertOptions(chunk=32, shard=128)
 BOXES = [(y, x, 40, 40) for y in (0, 100, 220) for x in (5, 140)]
@@ -42,6 +41,11 @@ def test_what_was_put_is_got(cache):
     assert cache.get("a") == checked(b"text")
     assert cache.get("b") is None
     assert pickle.loads(pickle.dumps(cache)).get("a") == checked(b"text")
+
+
+def test_the_folder_may_be_text(cache):
+    cache.put("a", checked(b"text"))
+    assert ChunkCache(str(cache.folder), 10**8).get("a") == checked(b"text")
 
 
 def test_a_damaged_file_is_dropped(cache):

@@ -210,7 +210,8 @@ def test_progress_counts_every_byte_once(tiff, tmp_path):
     report = convert(path, tmp_path / "p.zarr", options=SMALL, workers=2, progress=lambda *pair: seen.append(pair))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (report.raw_bytes, report.raw_bytes)
-    assert len(seen) == report.shards
+    assert len(seen) == 1 + report.shards
+    assert seen[0] == (0, report.raw_bytes)
 
 
 @pytest.mark.parametrize("compression", [None, "deflate", "lzw", "zstd", "jpeg"])

@@ -103,9 +103,7 @@ def test_ome_zarr_py(pyramid):
 
 
 def test_peers_find_a_flipped_bit_too(pyramid):
-    path, pixels = pyramid
-    if pixels.size == 1:
-        pytest.skip("the only chunk is empty")
+    path, _ = pyramid
     shard = next(p for p in sorted((path / "0").rglob("*")) if p.is_file() and p.name != "zarr.json")
     data = bytearray(shard.read_bytes())
     data[30] ^= 4

@@ -650,6 +650,15 @@ def test_rasters_cut_anywhere_are_damage(tmp_path, smooth, kind):
         assert image.shape == (3, 100, 130)
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path, kind):
+    path = {"fifo": tmp_path / "fifo", "device": "/dev/zero", "folder": tmp_path}[kind]
+    if kind == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(UnsupportedImageError, match="not an image file"):
+        open_image(path)
+
+
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"BM", b"hello", b"II\x2a", b"\xff\xd8", b"\x89PNG"])
 def test_unknown_kinds_are_told_what_is_read(tmp_path, data):
     (tmp_path / "x.jpg").write_bytes(data)

@@ -504,7 +504,7 @@ options = ConvertOptions(chunk=16, shard=64, min_level_size=8)
 calls = []
 def progress(*_):
     calls.append(_)
-    if len(calls) == 4:
+    if len(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 convert(*sys.argv[1:], options=options, workers=1, progress=progress)
 """

@@ -276,6 +276,17 @@ def test_metadata_that_is_not_ours_is_refused(copy, find, replace, error):
         Slide(copy)
 
 
+@pytest.mark.parametrize("change", [{"format": 3}, {"format": 1, "shards": {}}, {"format": None}])
+def test_another_version_of_our_format_is_named(copy, change):
+    root = json.loads((copy / "zarr.json").read_text())
+    root["attributes"]["nested_ats"] |= change
+    (copy / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(
+        NotAPyramidError, match=r"p\.ome\.zarr: written by another version .* convert the image again"
+    ):
+        Slide(copy)
+
+
 def test_missing_and_foreign_folders(tmp_path):
     with pytest.raises(MissingImageError, match="does not exist"):
         Slide(tmp_path / "nothing")

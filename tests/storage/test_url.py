@@ -1,12 +1,21 @@
 """Reading over HTTP from a loopback server: only the bytes asked for, counted, and errors kept ours."""
 
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
 
-from storage import ConvertOptions, CorruptImageError, NotAPyramidError, Slide, TransferError, write_pyramid
-from storage.stores import RETRIES
+from storage import (
+    ConvertOptions,
+    CorruptImageError,
+    NotAPyramidError,
+    Slide,
+    TransferError,
+    open_image,
+    write_pyramid,
+)
+from storage.stores import RETRIES, connect
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +140,29 @@ def test_a_server_that_refuses_is_an_error_of_ours(web, pixels):
         web.failures.clear()
 
 
-def test_unknown_schemes_are_an_error_of_ours():
-    with pytest.raises(TransferError, match="not a location"):
-        Slide("gopher://127.0.0.1/p.zarr")
+@pytest.mark.parametrize("open_", [Slide, open_image, connect])
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("gopher://127.0.0.1/p", "start with one of http://, https://, s3://"),
+        ("memory:///p", "start with one of"),
+        ("file:///tmp/p", "start with one of"),
+        ("s3:///p", "names no host or bucket"),
+        ("http:///p", "names no host or bucket"),
+        ("http://[p/q", "not a URL"),
+        ("http://127.0.0.1/p?sig=a/b", "URLs with a query are not supported; copy the file or give credentials"),
+        ("s3://slides/p?versionId=1", "URLs with a query are not supported"),
+    ],
+)
+def test_urls_that_are_not_read_are_told_why(open_, url, reason):
+    with pytest.raises(TransferError, match=reason) as caught:
+        open_(url)
+    assert str(caught.value).startswith(f"{url.partition('?')[0]}: ")
+
+
+def test_refusals_of_obstore_are_one_line(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(TransferError, match="not a location that can be opened") as caught:
+        connect("az://container/p.zarr")
+    assert "\n" not in str(caught.value)

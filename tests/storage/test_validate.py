@@ -85,6 +85,11 @@ class TestSound:
         write_pyramid(tmp_path / "p.zarr", pixels, options=small)
         assert validate(tmp_path / "p.zarr", full=full) == []
 
+    def test_of_a_map_that_lies_over_a_slide(self, tmp_path, textured, small, full):
+        settings = {"mpp": 0.2431, "downsample": 37.3, "origin_l0_yx": (-113.7, 90001.1)}
+        write_pyramid(tmp_path / "p.zarr", textured((1, HEIGHT, WIDTH)), options=small, **settings)
+        assert validate(tmp_path / "p.zarr", full=full) == []
+
     def test_an_absent_shard_is_no_problem(self, pyramid, full):
         assert not shard(pyramid, 0, 0, 0).exists()
         assert validate(pyramid, full=full) == []
@@ -214,6 +219,17 @@ class TestDamage:
         problems = [p for p in validate(pyramid, full=full) if p.what == "metadata"]
         assert found(problems) == [("metadata", 1, None)]
         assert problems[0].message == "(3, 75, 99) is not half of level 0, (3, 150, 200)"
+
+    @pytest.mark.parametrize("step", [0, 1], ids=["scale", "translation"])
+    def test_a_level_that_lies_elsewhere(self, pyramid, full, step):
+        path = pyramid / "zarr.json"
+        root = json.loads(path.read_text())
+        transform = root["attributes"]["ome"]["multiscales"][0]["datasets"][2]["coordinateTransformations"][step]
+        transform[transform["type"]][2] *= 1.001
+        path.write_text(json.dumps(root))
+        problems = validate(pyramid, full=full)
+        assert found(problems) == [("metadata", 2, None)]
+        assert "should be (4.0, 4.0) and (1.5, 1.5)" in problems[0].message
 
     def test_several_at_once(self, pyramid, full):
         shard(pyramid, 0, 2, 2).unlink()
