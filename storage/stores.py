@@ -156,7 +156,8 @@ class LocalStore:
         """Return ``length`` bytes from ``start``, fewer where the file ends."""
         started = time.perf_counter()
         try:
-            data = os.pread(_descriptors.get(self._number, f"{self.name}/{key}").fd, length, start)
+            descriptor = _descriptors.get(self._number, f"{self.name}/{key}")  # held, or another thread could end it
+            data = os.pread(descriptor.fd, length, start)
         except OSError as error:
             self._fail(key, error)
         if length <= ANNOUNCED_BYTES:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -153,6 +154,18 @@ def test_many_files_keep_few_descriptors(tmp_path, textured, monkeypatch):
     with Slide(tmp_path / "p.zarr") as slide:
         np.testing.assert_array_equal(slide.read(0, (0, 0, 200, 200)), pixels)
         assert len(_descriptors._open) == 3
+
+
+def test_threads_may_read_more_files_than_are_kept_open(tmp_path, textured, monkeypatch):
+    monkeypatch.setattr(_descriptors, "limit", 1)
+    pixels = textured((1, 160, 160))
+    write_pyramid(tmp_path / "p.zarr", pixels, options=ConvertOptions(chunk=8, shard=16))
+    with Slide(tmp_path / "p.zarr") as slide, ThreadPoolExecutor(8) as pool:
+        reads = [pool.submit(slide.read, 0, (y, x, 16, 16)) for y in range(0, 160, 16) for x in range(0, 160, 16)]
+        for _ in range(4):
+            reads += [pool.submit(slide.read, 0, (y, 0, 16, 160)) for y in range(0, 160, 16)]
+        for read in reads:
+            read.result()
 
 
 @pytest.mark.parametrize("slow_s", [0, 1000])
