@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -291,7 +292,9 @@ def test_balanced_class_weights_have_mean_one(config, pyramids, tmp_path):
 def start(pyramids, folder, epochs=40):
     command = [sys.executable, "-m", "pipeline.cli", "train", "--manifest", str(pyramids), "--out", str(folder)]
     command += ["--config", str(folder.parent / "config.yaml"), "--set", f"train.epochs={epochs}"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell that began this in the background has had SIGINT ignored, which children inherit.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 @pytest.mark.slow
