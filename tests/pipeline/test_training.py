@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -289,12 +288,19 @@ def test_balanced_class_weights_have_mean_one(config, pyramids, tmp_path):
     assert trainer.class_weights.tolist() == pytest.approx([7 / 8, 7 / 6])
 
 
+# A shell that began the tests in the background has had SIGINT ignored, which children inherit.
+LISTENING = """
+import signal
+from pipeline.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+
+
 def start(pyramids, folder, epochs=40):
-    command = [sys.executable, "-m", "pipeline.cli", "train", "--manifest", str(pyramids), "--out", str(folder)]
+    command = [sys.executable, "-c", LISTENING, "train", "--manifest", str(pyramids), "--out", str(folder)]
     command += ["--config", str(folder.parent / "config.yaml"), "--set", f"train.epochs={epochs}"]
-    # A shell that began this in the background has had SIGINT ignored, which children inherit.
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=listen)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
