@@ -21,7 +21,7 @@ import numpy as np
 
 from storage.errors import StorageError
 from storage.shard import decode_shard, encode_shard
-from storage.target import Receipt
+from storage.target import Receipt, by_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from storage.ome_zarr import LevelInfo
-    from storage.target import Output
+    from storage.target import Output, ShardKey
 
-ShardKey = tuple[int, int, int]  # level, row, column
 PAIRED_SHARDS = 64  # of level 0, from which on there are tasks enough for tasks of five shards
 BLOCK_ROWS = 128  # averaged at once
 SUM_TYPES = {"uint8": np.uint16, "uint16": np.uint32, "int16": np.int32}  # of four pixels; floats keep their type
@@ -171,8 +170,7 @@ class Block:
 
     def run(self, job: Job) -> list[Receipt]:
         """Make the shards that are missing and return their receipts."""
-        done = {(r.level, r.y, r.x): r for r in self.done}
-        finer = {(r.level, r.y, r.x): r for r in self.finer}
+        done, finer = by_place(self.done), by_place(self.finer)
         made: list[Receipt] = []
         average = Average(job, self.parent) if self.parent else None
         for key in self.keys:
@@ -252,7 +250,8 @@ class Job:
         if encoded is None or not encoded.pieces:
             return Receipt(*key, length=0, crc32=0, index_crc32c=0)
         index_crc32c = int.from_bytes(encoded.pieces[-1], "little")  # ends the file
-        tag = self.output.write(shard_path(key), encoded.pieces, read_again=read_again)
+        path = self.levels[key[0]].shard_key(*key[1:])
+        tag = self.output.write(path, encoded.pieces, read_again=read_again)
         return Receipt(*key, encoded.length, encoded.crc32, index_crc32c, tag)
 
 
@@ -280,18 +279,19 @@ def build(
     """
 
     def finish(receipts: list[Receipt]) -> None:
-        done.update({(r.level, r.y, r.x): r for r in receipts})
+        done.update(by_place(receipts))
         on_made(receipts)
 
     step = 2 if math.prod(job.levels[0].shard_grid) >= PAIRED_SHARDS else 1
     for level in range(0, len(job.levels), step):
         blocks = _blocks(job, level, done, paired=step == 2)
-        for band, wave in _by_band(blocks, job) if level == 0 else [(None, blocks)]:
-            if job.bands is not None and band is not None:
-                run(job.bands.fills(band), finish)
+        if level or job.bands is None:
+            run(blocks, finish)
+            continue
+        for band, wave in _by_band(blocks, job.bands).items():
+            run(job.bands.fills(band), finish)
             run(wave, finish)
-            if job.bands is not None and band is not None:
-                job.bands.path(band).unlink(missing_ok=True)
+            job.bands.path(band).unlink(missing_ok=True)
     return [done[key] for key in shard_keys(job.levels)]
 
 
@@ -312,13 +312,12 @@ def _blocks(job: Job, level: int, done: dict[ShardKey, Receipt], *, paired: bool
     return blocks
 
 
-def _by_band(blocks: list[Block], job: Job) -> list[tuple[int | None, list[Block]]]:
-    """Group the blocks of level 0 by the band that they are cut from; one group where there are no bands."""
-    if job.bands is None:
-        return [(None, blocks)]
-    shards = job.bands.rows // job.levels[0].layout.shard
-    bands = sorted({block.keys[0][1] // shards for block in blocks})
-    return [(band, [block for block in blocks if block.keys[0][1] // shards == band]) for band in bands]
+def _by_band(blocks: list[Block], bands: Bands) -> dict[int, list[Block]]:
+    """Group the blocks of level 0, which come row by row, by the band that they are cut from."""
+    grouped: dict[int, list[Block]] = {}
+    for block in blocks:
+        grouped.setdefault(block.keys[0][1] * bands.shard // bands.rows, []).append(block)
+    return grouped
 
 
 def shard_keys(levels: Sequence[LevelInfo]) -> list[ShardKey]:
@@ -336,12 +335,6 @@ def children(levels: Sequence[LevelInfo], key: ShardKey) -> list[ShardKey]:
     return [
         (level - 1, i, j) for i in range(2 * y, min(2 * y + 2, rows)) for j in range(2 * x, min(2 * x + 2, columns))
     ]
-
-
-def shard_path(key: ShardKey) -> str:
-    """Where a shard lies below the pyramid's root."""
-    level, y, x = key
-    return f"{level}/c/0/{y}/{x}"
 
 
 def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:

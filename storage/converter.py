@@ -26,7 +26,7 @@ from storage.limits import LIMITS
 from storage.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, parse_pyramid, with_shards
 from storage.shard import BloscCodec, ShardLayout
 from storage.stores import open_store
-from storage.target import Receipt, check_replaceable, open_partial, sweep_leftovers
+from storage.target import Receipt, by_place, check_replaceable, open_partial, sweep_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -293,7 +293,7 @@ def _write(
         if (present := _already_there(target, info, overwrite=overwrite)) is not None:
             output.discard()  # another process finished it before this one had the lock
             return _report(present, target, started, reused=None)
-        done = {(r.level, r.y, r.x): r for r in output.resume(_job(info))}
+        done = by_place(output.resume(_job(info)))
         reused = len(done)
         count = _counter(info, progress, list(done.values()))
 

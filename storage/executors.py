@@ -62,23 +62,25 @@ def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
     ConversionError
         The cluster does not answer or lost its workers.
     """
-    if callable(executor):
-        yield partial(_run, job, partial(_custom, executor, partial(partial, run_pickled, pickle.dumps(job))))
-    elif executor == "threads":
+    if executor == "threads":
         with _pool(ThreadPoolExecutor(workers, thread_name_prefix="storage-convert")) as pool:
             yield partial(_run, job, partial(_dask_threads, pool, job.attempt))
+        return
+    work = partial(run_pickled, pickle.dumps(job))
+    if callable(executor):
+        yield partial(_run, job, partial(_custom, executor, partial(partial, work)))
     elif executor == "processes":
         import multiprocessing
 
         context = multiprocessing.get_context("spawn")
         with _pool(ProcessPoolExecutor(workers, context, initializer=_end_with_parent)) as pool:
             try:
-                yield partial(_run, job, partial(_dask_processes, pool, partial(run_pickled, pickle.dumps(job))))
+                yield partial(_run, job, partial(_dask_processes, pool, work))
             except BrokenExecutor as error:
                 raise ConversionError("a worker process was killed; run again to go on from here") from error
     else:
         with _client(executor) as client:
-            yield partial(_run, job, partial(_dask_cluster, client, partial(run_pickled, pickle.dumps(job))))
+            yield partial(_run, job, partial(_dask_cluster, client, work))
 
 
 def _run(job: Job, spread: Spread, tasks: Sequence[Task], finish: Finish) -> None:

@@ -22,12 +22,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
-
 from storage.errors import ConversionError, CorruptImageError, StorageError
 from storage.lease import Lease
 from storage.objects import Objects, Occupied, tag_of
-from storage.target import OWN_KEYS, Receipt
+from storage.stores import first_line
+from storage.target import OWN_KEYS, Receipt, check_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -187,9 +186,7 @@ class ObjectPartial:
             tail = self._objects.get_range(receipt.key, receipt.length - index_bytes, index_bytes)
         except FileNotFoundError:
             tail = b""
-        checksum = google_crc32c.value(tail[:-4])
-        if checksum != receipt.index_crc32c or tail[-4:] != checksum.to_bytes(4, "little"):
-            raise CorruptImageError(f"{self._objects.url}/{receipt.key}: damaged after it was written; convert again")
+        check_index(tail, receipt, f"{self._objects.url}/{receipt.key}")
 
     def _delete(self, keys: list[str]) -> None:
         self._lease.check()  # what another has written must stay
@@ -226,8 +223,7 @@ def open_object_partial(url: str) -> Iterator[ObjectPartial]:
             finally:
                 partial.close()
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ConversionError(f"{url}: writing failed ({reason}); run again to go on from here") from error
+        raise ConversionError(f"{url}: writing failed ({first_line(error)}); run again to go on from here") from error
 
 
 def sweep_object_leftovers(url: str) -> None:

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from storage.errors import ConversionError, TransferError
-from storage.stores import connect
+from storage.stores import connect, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -137,4 +137,4 @@ def tag_of(answer: UpdateVersion | ObjectMeta) -> str:
 
 
 def _cause(error: Exception) -> str:
-    return str(error).splitlines()[0].strip(" :")
+    return first_line(error).strip(" :")

@@ -27,8 +27,9 @@ import google_crc32c
 from storage.errors import ConversionError, CorruptImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+ShardKey = tuple[int, int, int]  # level, row, column
 JOURNAL = "journal.jsonl"
 SCRATCH = "scratch"
 # What a pyramid of ours consists of, and what else lies in one that is being written.
@@ -56,9 +57,32 @@ class Receipt:
         return f"{self.level}/c/0/{self.y}/{self.x}"
 
     @property
+    def place(self) -> ShardKey:
+        """Level, row and column."""
+        return (self.level, self.y, self.x)
+
+    @property
     def empty(self) -> bool:
         """Whether there is no file."""
         return self.length == 0
+
+
+def by_place(receipts: Iterable[Receipt]) -> dict[ShardKey, Receipt]:
+    """Receipts by level, row and column; of several for one shard the last."""
+    return {receipt.place: receipt for receipt in receipts}
+
+
+def check_index(tail: bytes, receipt: Receipt, where: str) -> None:
+    """See that the last bytes of a shard are the index that was written.
+
+    Raises
+    ------
+    CorruptImageError
+        They are not: the disk or store did not keep what was written.
+    """
+    checksum = google_crc32c.value(tail[:-4])
+    if checksum != receipt.index_crc32c or tail[-4:] != checksum.to_bytes(4, "little"):
+        raise CorruptImageError(f"{where}: damaged after it was written; convert again")
 
 
 class Output(Protocol):
@@ -279,7 +303,7 @@ class LocalPartial:
             entries = [entry for entry in map(_parse_line, lines) if entry is not None]
             if not entries or entries[0] != {"job": job}:
                 return
-            receipts = {(r.level, r.y, r.x): r for r in (Receipt(**entry) for entry in entries[1:])}
+            receipts = by_place(Receipt(**entry) for entry in entries[1:])
             yield from (receipt for receipt in receipts.values() if self._matches(receipt))
 
     def _matches(self, receipt: Receipt) -> bool:
@@ -392,6 +416,4 @@ def _verify(path: Path, receipt: Receipt, index_bytes: int) -> None:
             tail = file.read()
     except FileNotFoundError:
         length, tail = -1, b""
-    checksum = google_crc32c.value(tail[:-4])
-    if length != receipt.length or checksum != receipt.index_crc32c or tail[-4:] != checksum.to_bytes(4, "little"):
-        raise CorruptImageError(f"{path}: damaged after it was written; convert again")
+    check_index(tail if length == receipt.length else b"", receipt, str(path))

@@ -25,6 +25,7 @@ from storage.codestreams import StreamHeader, j2k_header, jpeg_header, jpeg_is_w
 from storage.errors import CorruptImageError, StorageError, UnsupportedImageError
 from storage.files import BlockReader, open_file
 from storage.limits import LIMITS, Limits
+from storage.ome_zarr import DTYPES
 from storage.tiff_header import REWRITE_SLIDE, check_directories
 from storage.tiff_metadata import channel_names, check_claims, mpp_yx
 
@@ -52,7 +53,6 @@ COMPRESSIONS = {
 }
 STREAM_HEADERS = {"jpeg": jpeg_header, "jpeg2000": j2k_header, "webp": webp_header}
 PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", 5: "CMYK", 6: "YCbCr"}
-DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
 REWRITE = "rewrite it as a tiled TIFF (for example: vips tiffsave IN OUT --tile --bigtiff --compression jpeg)"
 CANNOT_HOLD = {
     3: "palette colours, which cannot be averaged; expand them to RGB (for example: vips tiffsave IN OUT --tile)",
