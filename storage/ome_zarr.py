@@ -124,7 +124,11 @@ def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
     CorruptImageError
         The metadata is damaged.
     """
-    root = load_json(read, "zarr.json", where)
+    return pyramid_info(load_json(read, "zarr.json", where), read, where)
+
+
+def pyramid_info(root: dict[str, Any], read: Callable[[str], bytes], where: str) -> PyramidInfo:
+    """Check the metadata of a pyramid whose root document is read already; the rest is as `parse_pyramid` has it."""
     try:
         ome = root["attributes"]["ome"]
         multiscale = ome["multiscales"][0]

@@ -1,4 +1,4 @@
-"""A plain PNG or JPEG file as a source of pixels, and ``open_image``, which tells them from TIFFs by first bytes.
+"""A plain PNG, JPEG or BMP file as a source of pixels, and ``open_image``, which tells it from a TIFF by first bytes.
 
 Notable: such a file is decoded whole, so it is held in memory; what its header claims is checked before.
 
@@ -6,6 +6,8 @@ Notable: such a file is decoded whole, so it is held in memory; what its header 
   that they stand for, a transparent colour becomes an alpha channel, as libpng does both. Grey of 1, 2 or 4 bits is
   refused, because it would be rescaled.
 - JPEG: 8 bits, grey or colour (as RGB). CMYK is refused, because files disagree on its sign.
+- BMP: uncompressed, 24 bits (as RGB) or 8 bits of grey. Palettes of colours, other depths and compressed rows are
+  refused.
 - EXIF orientation is applied: the image lies as viewers show it. Other metadata, colour profiles included, is not.
 
 Shape letters: C channels, H height, W width.
@@ -14,6 +16,7 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import os
+import struct
 from typing import TYPE_CHECKING, Any, Self
 
 import imagecodecs
@@ -38,12 +41,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-ACCEPTED = "TIFF (BigTIFF, OME-TIFF, SVS and other whole-slide TIFFs), PNG or JPEG"
+BMP_HEADERS = (40, 52, 56, 108, 124)  # bytes of the second header: BITMAPINFOHEADER and what extends it
+MAGIC_BYTES = 18  # enough of a file to tell its kind; "BM" alone could begin a text
+ACCEPTED = "TIFF (BigTIFF, OME-TIFF, SVS and other whole-slide TIFFs), PNG, JPEG or BMP"
 CHANNELS = {1: ("0",), 2: ("0", "A"), 3: ("R", "G", "B"), 4: ("R", "G", "B", "A")}
 
 
 def open_image(location: str | os.PathLike[str], *, allow_sparse: bool = False) -> TiffImage | RasterImage:
-    """Open a TIFF, PNG or JPEG, told apart by its first bytes and not by its name.
+    """Open a TIFF, PNG, JPEG or BMP, told apart by its first bytes and not by its name.
 
     Parameters
     ----------
@@ -58,19 +63,28 @@ def open_image(location: str | os.PathLike[str], *, allow_sparse: bool = False) 
     """
     file = open_file(location)
     try:
-        magic = file.read_at(0, len(PNG_MAGIC))
+        first = file.read_at(0, MAGIC_BYTES)
     finally:
         file.close()
-    if magic.startswith(TIFF_MAGICS):
+    if first.startswith(TIFF_MAGICS):
         return TiffImage(location, allow_sparse=allow_sparse)
-    if magic.startswith((PNG_MAGIC, JPEG_MAGIC)):
+    if raster_kind(first):
         return RasterImage(location)
-    what = "an empty file" if not magic else "not an image of a kind that is read"
+    what = "an empty file" if not first else "not an image of a kind that is read"
     raise UnsupportedImageError(f"{file.location}: {what}; give {ACCEPTED}")
 
 
+def raster_kind(first: bytes) -> str:
+    """Tell "png", "jpeg" or "bmp" from a file's first ``MAGIC_BYTES``; "" is none of them."""
+    if first.startswith(PNG_MAGIC):
+        return "png"
+    if first.startswith(JPEG_MAGIC):
+        return "jpeg"
+    return "bmp" if first[:2] == b"BM" and int.from_bytes(first[14:18], "little") in BMP_HEADERS else ""
+
+
 class RasterImage:
-    """A PNG or JPEG, decoded whole; with the attributes of a ``TiffImage``.
+    """A PNG, JPEG or BMP, decoded whole; with the attributes of a ``TiffImage``.
 
     Attributes
     ----------
@@ -120,17 +134,18 @@ class RasterImage:
 
     def _decode(self, data: bytes) -> NDArray[Any]:
         """(H, W, C) pixels, upright."""
-        png = data.startswith(PNG_MAGIC)
+        kind = raster_kind(data)
+        if not kind:  # behind a URL named as one
+            raise self._unsupported(f"not a PNG, JPEG or BMP; give {ACCEPTED}")
+        read_header = {"png": png_header, "jpeg": _whole_jpeg_header, "bmp": _bmp_header}[kind]
         try:
-            header = png_header(data) if png else jpeg_header(data)
-            if not png and not jpeg_is_whole(data):
-                raise ValueError("a JPEG that is cut short")
+            header = read_header(data)
         except (ValueError, IndexError) as error:
             raise CorruptImageError(f"{self.location}: damaged ({error})") from error
-        self._check_png(header) if png else self._check_jpeg(header)
+        {"png": self._check_png, "jpeg": self._check_jpeg, "bmp": self._check_bmp}[kind](header)
         self._check_size(header, len(data))
         try:
-            pixels = imagecodecs.png_decode(data) if png else imagecodecs.jpeg_decode(data)
+            pixels = getattr(imagecodecs, f"{kind}_decode")(data)
         except Exception as error:  # each codec has its own errors
             raise CorruptImageError(f"{self.location}: does not decode ({error})") from error
         if pixels.shape[:2] != (header.height, header.width) or pixels.dtype.name not in ("uint8", "uint16"):
@@ -150,6 +165,11 @@ class RasterImage:
                 f"a JPEG of {header.samples} channels (CMYK?); convert it to RGB (for example: vips colourspace "
                 "IN OUT srgb)"
             )
+
+    def _check_bmp(self, header: StreamHeader) -> None:
+        if header.bits != 8 or header.kind != 0:
+            what = "compressed or with a palette" if header.bits == 8 else f"of {header.bits * header.samples} bits"
+            raise self._unsupported(f"a BMP {what}, not of 24 bits or 8 bits of grey; store it as PNG")
 
     def _check_size(self, header: StreamHeader, file_bytes: int) -> None:
         height, width = header.height, header.width
@@ -197,6 +217,31 @@ class RasterImage:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _whole_jpeg_header(data: bytes) -> StreamHeader:
+    header = jpeg_header(data)
+    if not jpeg_is_whole(data):
+        raise ValueError("a JPEG that is cut short")
+    return header
+
+
+def _bmp_header(data: bytes) -> StreamHeader:
+    """Read the two headers of a BMP, all of whose rows must be there (Microsoft, BITMAPFILEHEADER, BITMAPINFOHEADER).
+
+    Its ``kind`` is 0 where the pixels are stored as they are, else 1.
+    """
+    if len(data) < 54:
+        raise ValueError("a BMP header that is cut short")
+    start, size, width, height, _, bits, compression = struct.unpack("<10xIIiiHHI", data[:34])
+    row = (width * bits + 31) // 32 * 4  # bytes
+    if compression == 0 and start + row * abs(height) > len(data):
+        raise ValueError("a BMP that is cut short")
+    palette = data[14 + size : start]  # blue, green, red and a byte of no meaning for each of 256
+    grey = all(palette[colour : 4 * 256 : 4] == bytes(range(256)) for colour in range(3))
+    plain = compression == 0 and (bits != 8 or grey)
+    samples = 3 if bits == 24 else 1
+    return StreamHeader(abs(height), width, samples, bits // samples, kind=0 if plain else 1)
 
 
 def _reopen(location: str, limits: Limits) -> RasterImage:

@@ -88,7 +88,6 @@ class ShardedSource:
         known = info.unit == "micrometer"
         self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)
         self._infos = info.levels
-        self._keys = [[level.shard_key(y, x) for y, x in np.ndindex(level.shard_grid)] for level in info.levels]
         self._indexes = [_Indexes(level, self._table(i, level)) for i, level in enumerate(info.levels)]
 
     def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
@@ -219,7 +218,8 @@ class ShardedSource:
         return f"{self._location}: level {level}, shard {place}"
 
     def _key(self, level: int, shard: int) -> str:
-        return self._keys[level][shard]
+        info = self._infos[level]
+        return info.shard_key(*divmod(shard, info.shard_grid[1]))
 
     def _cached_name(self, level: int, shard: int, start: int, length: int) -> str:
         """Name of a range of a shard of this very pyramid in the cache."""

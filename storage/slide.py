@@ -1,7 +1,7 @@
 """``Slide``: random boxes of an image at several levels, fetching only the chunks they touch.
 
 Three kinds of source lie behind it, chosen as it is opened: our own pyramids (``storage.sharded``, the fast one), any
-other OME-Zarr 0.4 or 0.5 image (``storage.foreign``), and plain PNG and JPEG files (``storage.memory``). Whatever the
+other OME-Zarr 0.4 or 0.5 image (``storage.foreign``), and PNG, JPEG and BMP files (``storage.memory``). Whatever the
 source, each chunk is fetched and decoded once however many boxes of a batch share it.
 
 Shape letters: N boxes, C channels, H height, W width.
@@ -18,7 +18,7 @@ import numpy as np
 
 from storage.boxes import check_boxes
 from storage.errors import NotAPyramidError
-from storage.ome_zarr import load_json, parse_pyramid
+from storage.ome_zarr import load_json, pyramid_info
 from storage.sharded import ShardedSource
 from storage.source import Counters, Level, ReadStatistics
 from storage.stores import open_store
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Level", "ReadStatistics", "Slide"]
 
-RASTER_SUFFIXES = (".png", ".jpg", ".jpeg")  # of URLs; local files are told apart by their first bytes
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")  # of URLs; local files are told apart by their first bytes
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs")
 
 
 class Slide:
-    """An image opened for reading: a pyramid or a PNG or JPEG file, by path or by URL (http, https, s3, gs, az).
+    """An image opened for reading: a pyramid or a PNG, JPEG or BMP file, by path or by URL (http, https, s3, gs, az).
 
     A context manager; thread safe; pickles as its location and opens again where it is unpickled.
 
@@ -59,7 +59,7 @@ class Slide:
     dtype : uint8, uint16, int16, float32 or float64
     mpp : micrometres per pixel of level 0, None where unknown
     shape_yx : height and width of level 0
-    memory_bytes : of pixels held as long as it is open; a PNG or JPEG is decoded whole
+    memory_bytes : of pixels held as long as it is open; a PNG, JPEG or BMP is decoded whole
 
     Raises
     ------
@@ -178,21 +178,20 @@ def _open_source(location: str, counters: Counters, cache: ChunkCache | None) ->
 
 
 def _kind_of_file(location: str) -> str | None:
-    """What a file is: "raster" (PNG or JPEG), the words for what is not read, or None for what may be a pyramid."""
+    """Tell a file: "raster" (PNG, JPEG, BMP), words for one that is not read, or None for what may be a pyramid."""
     if "://" in location:
         suffix = PurePosixPath(location.partition("?")[0]).suffix.lower()
         return "raster" if suffix in RASTER_SUFFIXES else "a TIFF" if suffix in TIFF_SUFFIXES else None
     if not os.path.isfile(location):
         return None
-    from storage.codestreams import JPEG_MAGIC, PNG_MAGIC
     from storage.files import open_file
-    from storage.raster import TIFF_MAGICS
+    from storage.raster import MAGIC_BYTES, TIFF_MAGICS, raster_kind
 
     with closing(open_file(location)) as file:
-        magic = file.read_at(0, len(PNG_MAGIC))
-    if magic.startswith((PNG_MAGIC, JPEG_MAGIC)):
+        first = file.read_at(0, MAGIC_BYTES)
+    if raster_kind(first):
         return "raster"
-    return "a TIFF" if magic.startswith(TIFF_MAGICS) else "a file of a kind that is not read"
+    return "a TIFF" if first.startswith(TIFF_MAGICS) else "a file of a kind that is not read"
 
 
 def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
@@ -212,7 +211,7 @@ def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -
         root = {}
     attributes = root.get("attributes")
     if isinstance(attributes, dict) and "nested_ats" in attributes:
-        info = parse_pyramid(lambda key: data if key == "zarr.json" else read(key), location)
+        info = pyramid_info(root, read, location)
         return ShardedSource(location, store, counters, data, info, cache)
     from storage.foreign import ForeignSource  # zarr takes a while to import
     from storage.ngff import find_image
