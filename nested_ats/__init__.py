@@ -15,6 +15,7 @@ from nested_ats.images import ArrayImage, Image, read_batch
 from nested_ats.losses import attention_sampling_loss
 from nested_ats.model import LevelConfig, ModelConfig, NestedATS
 from nested_ats.models import AnyConfig, build_model
+from nested_ats.profiling import Cost, step_cost
 from nested_ats.sampling import Draw, draw
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "AnyConfig",
     "ArrayImage",
     "CNNConfig",
+    "Cost",
     "DeepMIL",
     "DeepMILConfig",
     "Draw",
@@ -48,4 +50,5 @@ __all__ = [
     "predict",
     "read_batch",
     "save_model",
+    "step_cost",
 ]

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 
 class AttentionNetwork(nn.Module):
-    """A few 3x3 convolutions with ReLU, max-pooling, and a linear map to logits (paper, appendix H).
+    """A few 3x3 convolutions with ReLU, max-pooling, and a linear map to logits (equation 18; appendix H).
+
+    The authors' code has a fourth 3x3 convolution as the map to logits, before the max-pooling; here it is 1x1 and
+    comes after, so that a cell costs one product and sees one pixel less around it.
 
     Parameters
     ----------
     in_channels
         C of the views.
     channels
-        Output channels of each 3x3 convolution; the paper has (8, 8) and (8, 16, 32).
+        Output channels of each 3x3 convolution; the paper has (8, 8) in H.1 and H.2, (8, 16, 32) in H.3.
     stride
         Pixels of the view per cell, the pool size; the paper has 1 and 8.
 

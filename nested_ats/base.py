@@ -203,7 +203,10 @@ class ImageModel(nn.Module):
         )
         self._frozen = freeze(self.encoder, config.trainable)
         self.locate = nn.Linear(self.features + 2, self.features) if location else None
-        self.head = nn.Linear(self.features, classes)
+        self.head = _Head(self.features, classes)
+        self.train()
+        # A third faster on CPUs, and what tensor cores want; the overload is missing from torch's annotations.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def coarse_view(self, image: Image) -> Tensor:
         """Read what the model looks at first, (C, H, W) as the image gives it; (C, 0, 0) where that is nothing.
@@ -238,6 +241,8 @@ class ImageModel(nn.Module):
         ------
         ValueError
             An image lacks a level that the model reads.
+        ImpossibleWeightsError
+            The attention is not finite: the model has diverged.
         """
         raise NotImplementedError
 
@@ -250,7 +255,7 @@ class ImageModel(nn.Module):
 
     def _prepare(self, pixels: Tensor) -> Tensor:
         weight = self.head.weight
-        pixels = scale_pixels(pixels.to(weight.device)).to(weight.dtype)
+        pixels = scale_pixels(_to_device(pixels, weight.device)).to(weight.dtype)
         return (pixels - self.config.mean) / self.config.std
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -259,6 +264,18 @@ class ImageModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trainable != "none"):
             features: Tensor = self.encoder(pixels)
         return features
+
+
+class _Head(nn.Linear):
+    """A linear layer in the precision of its weights, autocast or not.
+
+    Standard errors are differences between logits of nearly equal features, which bf16 would drown in its rounding.
+    """
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(..., D) -> (..., Q)."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return super().forward(pooled.to(self.weight.dtype))
 
 
 class PatchModel(ImageModel):
@@ -288,18 +305,19 @@ class PatchModel(ImageModel):
     def encode(self, images: Sequence[Image], centers_l0: Tensor, map_: Map = map) -> Tensor:
         """Features of the patches centred on points: (B, n, 2) level-0 pixels -> (B, n, D) of unit length."""
         patches = read_batch(images, self.config.patch_downsample, self._patch_boxes(centers_l0), map_)
-        location = centers_l0 / _sizes(images)[:, None] * 2 - 1
+        location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
         return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*patches.shape[:2], -1)
 
     def encode_one(self, image: Image, centers_l0: Tensor, map_: Map = map) -> Tensor:
         """Features of patches of one image, read in parts by `map_`: (P, 2) level-0 pixels -> (P, D)."""
-        pixels = self._read(image, centers_l0, map_)
-        return self._embed(pixels, centers_l0 / _sizes([image]) * 2 - 1)
+        return self._embed(*self._read(image, centers_l0, map_))
 
-    def _read(self, image: Image, centers_l0: Tensor, map_: Map) -> Tensor:
+    def _read(self, image: Image, centers_l0: Tensor, map_: Map) -> tuple[Tensor, Tensor]:
+        """Pixels (P, C, H, W) of patches of one image, and their (P, 2) places in [-1, 1]."""
         level = find_level(image, self.config.patch_downsample)
         parts = torch.split(self._patch_boxes(centers_l0), -(-len(centers_l0) // _READS))
-        return torch.cat(list(map_(lambda part: image.read(level, part), parts)))
+        pixels = torch.cat(list(map_(lambda part: image.read(level, part), parts)))
+        return pixels, centers_l0 / image_sizes([image]) * 2 - 1
 
     def _patch_boxes(self, centers_l0: Tensor) -> Tensor:
         return boxes_at(centers_l0, self.config.patch_downsample, self.config.patch_size)
@@ -437,6 +455,16 @@ def take_rows(value: Rows, rows: Tensor) -> Rows:
     return taken  # type: ignore[no-any-return]
 
 
-def _sizes(images: Sequence[Image]) -> Tensor:
+def _to_device(pixels: Tensor, device: torch.device) -> Tensor:
+    """Pixels on a device; to a GPU through pinned memory, so that the copy runs beside what the CPU does next.
+
+    The pinned block may be let go of at once: torch's allocator of them waits for the copy before it is used again.
+    """
+    if device.type == "cuda" and pixels.device.type == "cpu":
+        return pixels.pin_memory().to(device, non_blocking=True)
+    return pixels.to(device)
+
+
+def image_sizes(images: Sequence[Image]) -> Tensor:
     """Height and width of each image in level-0 pixels, (B, 2) float64."""
     return torch.tensor([image.shapes[0] for image in images], dtype=torch.float64)

@@ -128,6 +128,11 @@ class DeepMIL(PatchModel):
         Q.
     pretrained
         Read the weights that ``encoder_options`` name.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot be built.
     """
 
     config: DeepMILConfig
@@ -136,8 +141,6 @@ class DeepMIL(PatchModel):
         super().__init__(config, in_channels=in_channels, classes=classes, pretrained=pretrained)
         gated = config.attention == "gated"
         self.pooling = _AttentionPooling(self.features, config.attention_features, gated=gated)
-        self.train()
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None, map_: Map = map
@@ -160,10 +163,9 @@ class DeepMIL(PatchModel):
 
     def _bag(self, image: Image, centers_l0: Tensor, map_: Map) -> Tensor:
         """Features of all patches of an image: (K, 2) level-0 pixels -> (K, D)."""
-        size = torch.tensor(image.shapes[0], dtype=torch.float64)
         features = []
         for chunk in torch.split(centers_l0, self.config.chunk):
-            pixels, location = self._read(image, chunk, map_), chunk / size * 2 - 1
+            pixels, location = self._read(image, chunk, map_)
             if self.config.recompute and torch.is_grad_enabled():
                 features.append(checkpoint(self._embed, pixels, location, use_reentrant=False))
             else:
@@ -187,14 +189,14 @@ class UniformSampling(SamplingModel):
         Q.
     pretrained
         Read the weights that ``encoder_options`` name.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot be built.
     """
 
     config: UniformConfig
-
-    def __init__(self, config: UniformConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
-        super().__init__(config, in_channels=in_channels, classes=classes, pretrained=pretrained)
-        self.train()
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
         """Give every cell of an image the same attention; see `SamplingModel.attend`. No pixel is read."""
@@ -241,14 +243,17 @@ class CNN(ImageModel):
         Q.
     pretrained
         Read the weights that ``encoder_options`` name.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot be built.
     """
 
     config: CNNConfig
 
     def __init__(self, config: CNNConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
         super().__init__(config, in_channels=in_channels, classes=classes, patch_size=None, pretrained=pretrained)
-        self.train()
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def coarse_view(self, image: Image) -> Tensor:
         """Read the whole image at the model's downsample; see `ImageModel.coarse_view`."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from nested_ats.base import ImageModel
 from nested_ats.encoders import is_import_path
@@ -39,6 +41,11 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
         The network, of any kind; its weights are written as they are.
     classes
         Names of the Q classes, in the order of the logits.
+
+    Raises
+    ------
+    OSError, safetensors.SafetensorError
+        The folder cannot be written; an earlier model there is as it was.
     """
     from safetensors.torch import save_file
 
@@ -99,8 +106,12 @@ def load_model(
         if description["format"] != _FORMAT:
             raise ValueError(f"format is {description['format']!r}, not {_FORMAT!r}")
         config = _parse_config(description["model"])
-        channels, classes = int(description["in_channels"]), [str(name) for name in description["classes"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        channels, classes = description["in_channels"], description["classes"]
+        if not _is(channels, int) or channels < 1:
+            raise ValueError(f"in_channels is {channels!r}")
+        if not isinstance(classes, list) or not classes or not all(_is(name, str) for name in classes):
+            raise ValueError(f"classes is {classes!r}, not a list of names")
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ModelFileError(f"{folder / CONFIG}: not a model description: {error}") from error
     if not issubclass(KINDS[config.kind].model, expect):
         raise ModelFileError(f"{folder}: a model of kind {config.kind}, where {expect.__name__} is wanted")
@@ -109,7 +120,10 @@ def load_model(
             f"{folder / CONFIG}: its encoder is code to import, {config.encoder}; if you trust it, "
             "load the model with trust_encoder=True"
         )
-    model = build_model(config, in_channels=channels, classes=len(classes), pretrained=False)
+    try:
+        model = build_model(config, in_channels=channels, classes=len(classes), pretrained=False)
+    except (OverflowError, RuntimeError, TypeError) as error:  # sizes that no network has
+        raise ModelFileError(f"{folder / CONFIG}: no network can be built of it: {error}") from error
     try:
         model.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:
@@ -128,7 +142,33 @@ def _parse_config(description: Any) -> AnyConfig:
             LevelConfig(**{**level, "channels": tuple(level["channels"])}) for level in raw["levels"]
         )
     config: AnyConfig = KINDS[kind].config(**raw)  # type: ignore[assignment]
+    _check_types(config)
     return config
+
+
+def _check_types(config: Any) -> None:
+    """Raise ValueError where a field of a configuration is not of its type: a file can hold anything."""
+    for name, wanted in get_type_hints(type(config)).items():
+        if get_origin(wanted) is not ClassVar and not _is(getattr(config, name), wanted):
+            raise ValueError(f"{name} is {getattr(config, name)!r}")
+    for level in getattr(config, "levels", ()):
+        _check_types(level)
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a value is of the type of a field; numbers are finite, and true and false are none."""
+    kind, parts = get_origin(wanted) or wanted, get_args(wanted)
+    if kind in (Union, UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind is Literal:
+        return value in parts
+    if kind is tuple:  # of any length
+        return isinstance(value, tuple) and all(_is(each, parts[0]) for each in value)
+    if kind in (int, float):
+        if isinstance(value, float):
+            return kind is float and math.isfinite(value)
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -136,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ModelFileError(f"{path}: no such file; is the folder that of a trained model?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ModelFileError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(description, dict):
         raise ModelFileError(f"{path}: not a model description")

@@ -51,7 +51,9 @@ class LeNetEncoder(nn.Module):
 class IlseEncoder(nn.Module):
     """The network of Ilse et al. (2018) for colon cancer patches (appendix H.2; their patches have 27 pixels).
 
-    Convolutions of 36 4x4 and 48 3x3 filters, each with ReLU and 2x2 max-pooling, and two linear layers with ReLU.
+    Their table, where conv(k, s, p)-n has n filters of k pixels with stride s and padding p: conv(4,1,0)-36 + ReLU,
+    maxpool(2,2), conv(3,1,0)-48 + ReLU, maxpool(2,2), fc-512 + ReLU, dropout, fc-512 + ReLU, dropout. What follows
+    there, mil-attention-128 and fc-1 + sigm, is `DeepMIL` here.
 
     Parameters
     ----------
@@ -62,8 +64,8 @@ class IlseEncoder(nn.Module):
     features
         D, the width of both linear layers; theirs is 512.
     dropout
-        Probability after each linear layer. Theirs drops; ours does not by default, since what is dropped depends
-        on the batch and so on the number of workers.
+        Probability after each linear layer. Theirs drops (public versions of it, 0.5 or 0.2); ours does not by
+        default, since what is dropped depends on the batch and so on the number of workers.
     """
 
     def __init__(self, *, in_channels: int, patch_size: int = 27, features: int = 512, dropout: float = 0.0) -> None:

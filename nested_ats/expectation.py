@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def expectation(attention: Tensor, features: Tensor, z: Tensor, baseline: Tensor | None = None) -> Tensor:
     """Estimate ``F = sum a_i f_i`` over all leaves from the drawn ones.
 
-    ``F_hat = sum stop_gradient(z_i) a_i f_i``. Since ``dF = sum d(a_i f_i)`` is itself a population total, both
+    ``F_hat = sum stop_gradient(z_i) a_i f_i``, whose derivative is the paper's equation 12 where z is that of
+    independent draws. Since ``dF = sum d(a_i f_i)`` is itself a population total, both
     F_hat and its derivative by automatic differentiation are unbiased, for the attention and for the features.
 
     Parameters
@@ -71,7 +72,7 @@ class _Follow(torch.autograd.Function):
 
 
 def entropy(log_attention: Tensor) -> Tensor:
-    """Entropy in nats over the last axis: (..., K) log-probabilities, -inf where impossible -> (...)."""
+    """Entropy (the H of equation 21) in nats: (..., K) log-probabilities, -inf where impossible -> (...)."""
     return -(log_attention.exp() * log_attention.clamp_min(-1e4)).sum(-1)
 
 

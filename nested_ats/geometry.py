@@ -23,6 +23,15 @@ def cell_centers(cells: int, view: float, receptive_field: float = 1) -> Tensor:
 
     Cell k of `cells` covers ``(RF - 1) / 2 + [k, k + 1) * step`` with ``step = (view - (RF - 1)) / cells``.
 
+    Parameters
+    ----------
+    cells
+        Of the map along the axis.
+    view
+        Pixels of the view along the axis.
+    receptive_field
+        RF in pixels of the view; 1 where the map is as large as the view, be it by padding or by a margin.
+
     Returns
     -------
     (cells,) float64
@@ -32,7 +41,7 @@ def cell_centers(cells: int, view: float, receptive_field: float = 1) -> Tensor:
 
 
 def box_starts(centers_l0: Tensor, downsample: float, size: int) -> Tensor:
-    """First pixel of boxes of `size` pixels centred on points, at a level.
+    """First pixel of boxes of `size` pixels centred on points, at a level: the nearest, the lower of two as near.
 
     Parameters
     ----------
@@ -47,14 +56,20 @@ def box_starts(centers_l0: Tensor, downsample: float, size: int) -> Tensor:
     -------
     (..., 2) int64, may be negative: boxes may leave the image.
     """
-    return (centers_l0 / downsample - size / 2).floor().long()
+    return (centers_l0 / downsample - size / 2 - 0.5).ceil().long()
 
 
 @lru_cache(maxsize=32)
 def curve_order(height: int, width: int) -> Tensor:
     """Indices ``y * width + x`` of a map's cells along a Hilbert curve, so that list neighbours are neighbours.
 
-    The curve is the same for every map, so a map's order does not depend on what it is batched with.
+    The curve is the same for every map, so a map's order does not depend on what it is batched with. On a map that
+    is no square of a power of two the list jumps where the curve leaves the map, between a few of the cells.
+
+    Parameters
+    ----------
+    height, width
+        Of the map in cells, at most 65,536.
 
     Returns
     -------

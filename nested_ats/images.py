@@ -55,11 +55,16 @@ class ArrayImage:
     Parameters
     ----------
     pixels
-        (C, H, W), uint8 over its full range or floating point.
+        (C, H, W), uint8, uint16 or int16 over its full range, or floating point.
     levels
         Number of levels, the first being `pixels` itself.
     background
         Value of pixels off the image, on the scale of `scale_pixels`.
+
+    Raises
+    ------
+    ValueError
+        `pixels` are integers of another type.
     """
 
     def __init__(self, pixels: Tensor, *, levels: int = 1, background: float = 0.0) -> None:
@@ -94,7 +99,13 @@ class ArrayImage:
 
 
 def scale_pixels(pixels: Tensor) -> Tensor:
-    """Pixels as floating point: integers divided by the largest value of their type, floats as they are."""
+    """Pixels as floating point: integers divided by the largest value of their type, floats as they are.
+
+    Raises
+    ------
+    ValueError
+        They are integers of a type other than uint8, uint16 and int16.
+    """
     if pixels.is_floating_point():
         return pixels
     largest = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.int16: 32767.0}.get(pixels.dtype)
@@ -135,6 +146,11 @@ def read_batch(images: Sequence[Image], downsample: float, boxes: Tensor, map_: 
     Returns
     -------
     (B, N, C, height, width) as the images give them.
+
+    Raises
+    ------
+    ValueError
+        An image has no level at the downsample.
     """
     levels = [find_level(image, downsample) for image in images]
     reads = map_(lambda image, level, rows: image.read(level, rows), images, levels, boxes.cpu())

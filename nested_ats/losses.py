@@ -17,7 +17,7 @@ def attention_sampling_loss(
     entropy_weight: float,
     class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy less the weighted entropy of the attention, for each sample.
+    """Cross-entropy less the weighted entropy of the attention, for each sample (equation 21).
 
     Parameters
     ----------

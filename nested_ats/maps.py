@@ -83,7 +83,8 @@ def _spread(total: Tensor, mass: Tensor, centers_l0: Tensor, extent: float, pitc
     for weight, center in zip(torch.split(mass[held], _CELLS), torch.split(centers_l0[held], _CELLS), strict=True):
         low = (center - extent / 2)[..., None]  # (cells, 2, 1)
         pixel = (low / pitch).floor().long() + steps  # (cells, 2, steps)
-        overlap = torch.minimum((pixel + 1) * pitch, low + extent) - torch.maximum(pixel * pitch, low)
+        start = pixel.double() * pitch  # whole numbers times a float would be float32
+        overlap = torch.minimum(start + pitch, low + extent) - torch.maximum(start, low)
         overlap = overlap.clamp_min(0) * ((pixel >= 0) & (pixel < size))
         y, x = (overlap / overlap.sum(-1, keepdim=True).clamp_min(1e-12)).unbind(1)
         row, column = pixel.clamp_min(0).minimum(size - 1).unbind(1)

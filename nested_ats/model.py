@@ -31,6 +31,7 @@ from nested_ats.base import (
     boxes_at,
     draw_phase,
     grid_centers,
+    image_sizes,
     take_all,
 )
 from nested_ats.expectation import entropy, expectation, follow, leave_one_out
@@ -84,10 +85,11 @@ class ModelConfig(PatchConfig):
         for depth, level in enumerate(self.levels):
             if (level.size is None) != (depth == 0):
                 raise ValueError(f"levels[{depth}].size: the first level has none, the others need one")
-            if depth and (level.size or 0) * level.downsample < self.levels[depth - 1].extent_l0:
+            side = (level.size or 0) * level.downsample
+            if depth and side * (1 + 1e-9) < self.levels[depth - 1].extent_l0:  # 30 * 1.1 is to cover 33
                 raise ValueError(
-                    f"levels[{depth}].size: regions of size * downsample = {(level.size or 0) * level.downsample:g} "
-                    f"level-0 pixels do not cover the cells of {self.levels[depth - 1].extent_l0:g} above them"
+                    f"levels[{depth}].size: regions of size * downsample = {side:g} level-0 pixels do not cover the "
+                    f"cells of {self.levels[depth - 1].extent_l0:g} above them"
                 )
         super().__post_init__()
         if self.method not in METHODS:
@@ -104,7 +106,7 @@ class ModelConfig(PatchConfig):
 
 
 class NestedATS(SamplingModel):
-    """Nested attention sampling.
+    """Nested attention sampling: equations 18 to 20 of the paper at every level, with one head at the end.
 
     Parameters
     ----------
@@ -116,6 +118,11 @@ class NestedATS(SamplingModel):
         Q.
     pretrained
         Read the weights that ``encoder_options`` name.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot be built.
     """
 
     config: ModelConfig
@@ -128,9 +135,6 @@ class NestedATS(SamplingModel):
         )
         super().__init__(config, in_channels=in_channels, classes=classes, pretrained=pretrained, attention=attention)
         self.baseline = nn.Parameter(torch.zeros(self.features)) if config.baseline == "constant" else None
-        self.train()
-        # A third faster on CPUs, and what tensor cores want; the overload is missing from torch's annotations.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def coarse_view(self, image: Image) -> Tensor:
         """Read the view of the whole image that the first level looks at; see `ImageModel.coarse_view`.
@@ -146,27 +150,23 @@ class NestedATS(SamplingModel):
         return image.read(index, torch.tensor([[-margin, -margin, *side]]))[0]
 
     def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
-        """Attention over the whole images; see `SamplingModel.attend`.
+        """Attention over the whole images (equation 18); see `SamplingModel.attend`.
 
         Images of one size run as one batch; the list of a smaller one is filled with impossible cells.
         """
-        shapes = [view.shape for view in views]
-        lists: dict[int, tuple[Tensor, Tensor]] = {}
-        for shape in dict.fromkeys(shapes):
-            rows = [i for i, other in enumerate(shapes) if other == shape]
-            origins = torch.zeros(len(rows), 2, dtype=torch.int64)
-            logits, centers = self._look(0, torch.stack([views[i] for i in rows]), origins)
-            lists |= {i: (logits[j], centers[j]) for j, i in enumerate(rows)}
-        most = max(len(logits) for logits, _ in lists.values())
-        padded = [
-            (
-                functional.pad(logits, (0, most - len(logits)), value=-torch.inf),
-                functional.pad(centers, (0, 0, 0, most - len(logits))),
-            )
-            for logits, centers in (lists[i] for i in range(len(views)))
+        groups: dict[torch.Size, list[int]] = {}
+        for row, view in enumerate(views):
+            groups.setdefault(view.shape, []).append(row)
+        maps = [
+            self._look(0, torch.stack([views[row] for row in rows]), torch.zeros(len(rows), 2, dtype=torch.int64))
+            for rows in groups.values()
         ]
-        logits, centers = torch.stack([a for a, _ in padded]), torch.stack([c for _, c in padded])
-        return self._mask(images, Population(logits[:, None], centers[:, None], self.config.levels[0].extent_l0))
+        most = max(logits.shape[1] for logits, _ in maps)
+        logits = torch.cat([functional.pad(each, (0, most - each.shape[1]), value=-torch.inf) for each, _ in maps])
+        centers = torch.cat([functional.pad(each, (0, 0, 0, most - each.shape[1])) for _, each in maps])
+        order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()  # as the images came
+        logits, centers = logits[order.to(logits.device), None], centers[order, None]
+        return self._mask(images, Population(logits, centers, self.config.levels[0].extent_l0))
 
     def sample(
         self,
@@ -245,8 +245,10 @@ class NestedATS(SamplingModel):
     def _mask(self, images: Sequence[Image], population: Population) -> Population:
         """Make cells that lie wholly off their image impossible, and normalise within each view."""
         log_attention, centers, extent = population
-        sizes = torch.tensor([image.shapes[0] for image in images], dtype=torch.float64)[:, None, None]
+        sizes = image_sizes(images)[:, None, None]
         inside = ((centers > -extent / 2) & (centers < sizes + extent / 2)).all(-1)
+        # A cell may reach into its image by less than the pixel to which the region that opens it is rounded.
+        inside |= ~inside.any(-1, keepdim=True)
         logits = log_attention.masked_fill(~inside.to(log_attention.device), -torch.inf)
         # In bf16 the probabilities of many cells would not sum to one.
         precision = torch.promote_types(logits.dtype, torch.float32)

@@ -42,8 +42,8 @@ class Draw(NamedTuple):
         (B, n) int64, in [0, K). Where a row has fewer than n units to give, the empty slots come last, repeat
         a drawn index (so that they cost no extra read) and have z = 0.
     z
-        (B, n) of the weights' type (double for integers), >= 0, without gradient; ``sum z_i y_i`` over the n
-        slots is unbiased for ``sum y_i`` over K.
+        (B, n) of the weights' type, in float32 at least (double for integers), >= 0, without gradient;
+        ``sum z_i y_i`` over the n slots is unbiased for ``sum y_i`` over K.
     """
 
     indices: Tensor
@@ -96,13 +96,18 @@ def draw(
     # One reduction checks all four: a negative, a NaN or an infinite weight, and a row of zeros.
     if not bool(((w.amin(-1) >= 0) & (total > 0) & total.isfinite()).all()):
         raise ImpossibleWeightsError("weights must be non-negative and finite, with a positive one in every row")
+    size = noise_size(method, w.shape[-1], n)
     if noise is None:
         if keys is None:
             keys = torch.randint(-(2**63), 2**63 - 1, w.shape[:1], device=w.device)
-        noise = uniform(keys, noise_size(method, w.shape[-1], n))
+        noise = uniform(keys, size)
+    elif noise.shape != (len(w), size):
+        raise ValueError(f"noise must be {(len(w), size)} for {method}, not {tuple(noise.shape)}")
     indices, z = _SAMPLERS[method](w, n, noise.double())
     indices, z = _sort(indices, z, w.shape[-1])
-    return Draw(indices, z.to(weights.dtype) if weights.is_floating_point() else z)
+    if weights.is_floating_point():  # in bf16, sum z a would be off by a part in a thousand
+        z = z.to(torch.promote_types(weights.dtype, torch.float32))
+    return Draw(indices, z)
 
 
 def noise_size(method: Method, population: int, n: int) -> int:

@@ -99,10 +99,24 @@ def test_resnets_have_the_layers_that_they_are_named_after(name, convolutions, s
 
 
 def test_ilse_is_the_published_network():
-    encoder, features = build_encoder("ilse", in_channels=3, channels=32, patch_size=27, options={})
+    """Their table for colon cancer, in its order, on the same weights; the last two layers are those of Deep MIL."""
+    encoder, features = build_encoder("ilse", in_channels=3, channels=32, patch_size=27, options={"dropout": 0.5})
     assert features == 512
-    parameters = 36 * (3 * 16 + 1) + 48 * (36 * 9 + 1) + 512 * (48 * 25 + 1) + 512 * 513
-    assert sum(p.numel() for p in encoder.parameters()) == parameters
+    mine = [layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    theirs = nn.Sequential(
+        nn.Conv2d(3, 36, 4, stride=1, padding=0), nn.ReLU(), nn.MaxPool2d(2, 2),
+        nn.Conv2d(36, 48, 3, stride=1, padding=0), nn.ReLU(), nn.MaxPool2d(2, 2),
+        nn.Flatten(), nn.LazyLinear(512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5),
+    )  # fmt: skip
+    patches = torch.rand(2, 3, 27, 27, generator=torch.Generator().manual_seed(0))
+    theirs(patches)
+    for layer, other in zip(mine, [each for each in theirs if hasattr(each, "weight")], strict=True):
+        other.load_state_dict(layer.state_dict())
+    outputs = []
+    for network in (encoder, theirs):
+        torch.manual_seed(7)
+        outputs.append(network.train()(patches))
+    torch.testing.assert_close(outputs[0], outputs[1])
     smaller, width = build_encoder("ilse", in_channels=1, channels=32, patch_size=40, options={"features": 64})
     assert width == 64
     assert smaller(torch.zeros(2, 1, 40, 40)).shape == (2, 64)
@@ -318,6 +332,28 @@ class TestTrainable:
     def test_more_stages_than_there_are(self):
         with pytest.raises(EncoderError, match="has 3 stages"):
             build(trainable=4)
+
+    @pytest.mark.parametrize("trainable", ["none", 1])
+    def test_a_training_step_leaves_the_frozen_parts_as_they_are(self, strangers, trainable):
+        """Two stages, each with batch statistics; with 1 the last is trained, its statistics with it."""
+        strangers.Two = lambda in_channels: nn.Sequential(
+            nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.Dropout(0.5)), Small(in_channels=6)
+        )
+        model = build(encoder="strangers:Two", trainable=trainable)
+        model.eval()
+        model.train()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+        for key in range(2):
+            model([image(), image(height=33)], torch.tensor([key, 5])).logits.square().sum().backward()
+            optimizer.step()
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+        parts = {".".join(name.split(".")[:2]) for name in changed}
+        assert {"head.weight", "head.bias", "attention.0"} == parts - {"encoder.1"}
+        assert ("encoder.1" in parts) == (trainable == 1)
+        assert not any(name.startswith("encoder.0") for name in changed)
+        frozen = model.encoder if trainable == "none" else model.encoder[0]
+        assert all(p.grad is None for p in frozen.parameters())
 
 
 class TestLocation:

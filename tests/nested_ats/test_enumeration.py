@@ -141,11 +141,12 @@ def test_leave_one_out_would_be_biased_without_replacement(tiny_model, tiny_imag
         tiny_model(1, method=method, baseline="leave-one-out")
 
 
-def test_depth_one_is_the_flat_model_of_the_paper():
+@pytest.mark.parametrize("method", METHODS)
+def test_depth_one_is_the_flat_model_of_the_paper(method):
     """Equations 4 and 12 written out, without the nested code, on the same random key."""
     level = LevelConfig(downsample=2, samples=5, stride=4, channels=(3,))
     torch.manual_seed(0)
-    config = ModelConfig(levels=(level,), patch_size=24, method="multinomial")
+    config = ModelConfig(levels=(level,), patch_size=24, method=method)
     model = NestedATS(config, in_channels=1, classes=3).double()
     with torch.no_grad():
         model.attention[0].layers[-1].weight.mul_(12)
@@ -155,12 +156,16 @@ def test_depth_one_is_the_flat_model_of_the_paper():
     view = image.read(1, torch.tensor([[-1, -1, 34, 50]]))
     a = model.attention[0]((view - 0.5) / 0.25).flatten().softmax(0)  # 8 x 12 cells
     order = curve_order(8, 12)
-    cells = order[draw(a[order][None], 5, method="multinomial", keys=fold_in(torch.tensor([7]), 0)).indices[0]]
+    drawn = draw(a[order][None], 5, method=method, keys=fold_in(torch.tensor([7]), 0))
+    cells, z = order[drawn.indices[0]], drawn.z[0]
     starts = torch.stack([cells // 12, cells % 12], -1) * 8 + 4 - 12
     patches = image.read(0, torch.cat([starts, torch.full_like(starts, 24)], -1))
     f = torch.nn.functional.normalize(model.encoder((patches - 0.5) / 0.25), dim=-1)
-    torch.testing.assert_close(output.features[0], f.mean(0), atol=1e-12, rtol=0)  # equation 4
-    surrogate = (a[cells, None] * f / a[cells, None].detach()).mean(0)  # equation 12
+    surrogate = (z[:, None] * a[cells, None] * f).sum(0)
+    if method == "multinomial":
+        torch.testing.assert_close(output.features[0], f.mean(0), atol=1e-12, rtol=0)  # equation 4
+        surrogate = (a[cells, None] * f / a[cells, None].detach()).mean(0)  # equation 12
+    torch.testing.assert_close(output.features[0], surrogate, atol=1e-12, rtol=0)
     weights = torch.rand(32, dtype=torch.float64)
     torch.testing.assert_close(
         gradients(model_without_head(model), output.features[0] @ weights),

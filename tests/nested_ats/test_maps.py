@@ -64,6 +64,59 @@ def test_unopened_cells_spread_evenly_and_opened_ones_by_their_own_map(follow_br
     assert cell / 4 / 16 - 1e-8 <= opened.min().item() < cell / 16
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(("size", "pitch"), [((61, 47), 1.0), ((64, 64), 2.7), ((33, 90), 10.0), ((3, 70), None)])
+def test_the_map_is_that_of_one_cell_after_another(depth, size, pitch):
+    """Written out: each cell that was not opened, over the part of the map that it covers."""
+    levels = (
+        LevelConfig(downsample=8, samples=3, stride=2, channels=(1,)),
+        LevelConfig(downsample=4, size=6, samples=5, stride=3, channels=(1,)),
+        LevelConfig(downsample=1, size=15, samples=6, stride=5, channels=(1,)),
+    )
+    torch.manual_seed(2)
+    config = ModelConfig(levels=levels[:depth], patch_size=24, method="multinomial")  # may open a cell twice
+    model = NestedATS(config, in_channels=1, classes=2).double()
+    with torch.no_grad():
+        for network in model.attention:
+            network.layers[-1].weight.mul_(30)
+    prediction = predict(model, [ArrayImage(torch.rand(1, *size), levels=4)], torch.tensor([[1, 2]]))
+    density, pitch = attention_map(prediction.outputs, size, pitch_l0=pitch)
+
+    wanted = torch.zeros_like(density)
+    for output in prediction.outputs:
+        above = {0: 1.0}  # attention that has come down to each view
+        for number, phase in enumerate(output.phases):
+            population, drawn = phase.population, phase.drawn
+            opened: dict[int, int] = {}
+            if number + 1 < depth:
+                for view, cell in enumerate(drawn.indices[0].tolist()):
+                    opened.setdefault(cell, view)
+            below = {}
+            cells = population.log_attention.shape[-1]
+            for view, mass in above.items():
+                for cell in range(cells):
+                    own = mass * population.log_attention[0, view, cell].exp().item()
+                    if view * cells + cell in opened:
+                        below[opened[view * cells + cell]] = own
+                    elif own > 0:
+                        wanted += own * share(
+                            population.centers_l0[0, view, cell], population.extent_l0, pitch, wanted
+                        )
+            above = below
+    torch.testing.assert_close(density, wanted / len(prediction.outputs), atol=1e-9, rtol=0)
+
+
+def share(center, extent, pitch, density):
+    """Share of a cell in each pixel of a map."""
+    along = []
+    for axis in (0, 1):
+        start = torch.arange(density.shape[axis], dtype=torch.float64) * pitch
+        low, high = center[axis] - extent / 2, center[axis] + extent / 2
+        along.append((torch.minimum(start + pitch, high) - torch.maximum(start, low)).clamp_min(0))
+    area = along[0][:, None] * along[1]
+    return area / area.sum()
+
+
 def prediction_cell(output, index, pitch):
     y, x = (output.phases[0].centers_l0[0, index] / pitch).long().tolist()
     return slice(y - 2, y + 2), slice(x - 2, x + 2)

@@ -1,23 +1,20 @@
-"""The model: shapes, independence of the batch, evaluation, and files."""
+"""The model: shapes, independence of the batch, and evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
 
 from nested_ats import (
     ArrayImage,
+    ImpossibleWeightsError,
     LevelConfig,
     ModelConfig,
-    ModelFileError,
     NestedATS,
     attention_sampling_loss,
-    load_model,
     predict,
-    save_model,
 )
 from nested_ats.sampling import METHODS
 
@@ -61,13 +58,15 @@ def test_an_image_is_classified_alike_in_any_batch(method):
         TWO_LEVELS, method=method, location=True, baseline="leave-one-out" if method == "multinomial" else "constant"
     )
     model = NestedATS(config, in_channels=3, classes=4)
-    images = [image(200, 300, 1), image(97, 64, 2), image(200, 300, 3), image(130, 260, 4)]
+    images = [image(200, 300, 1), image(97, 64, 2), image(130, 260, 4), image(200, 300, 3)]
     keys = torch.tensor([5, 6, 7, 8])
     together = model(images, keys)
-    for i in range(4):
-        alone = model(images[i : i + 1], keys[i : i + 1])
-        torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-5, rtol=1e-5)
-        assert torch.equal(together.phases[-1].centers_l0[i], alone.phases[-1].centers_l0[0])
+    for rows in ([0], [1], [2], [3], [3, 0], [1, 2, 3], [3, 2, 1, 0], [1, 1, 0]):
+        other = model([images[i] for i in rows], keys[rows])
+        torch.testing.assert_close(other.logits, together.logits[rows], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other.entropy, together.entropy[rows], atol=1e-5, rtol=1e-5)
+        for mine, its in zip(other.phases, together.phases, strict=True):
+            assert torch.equal(mine.centers_l0, its.centers_l0[rows])
 
 
 def test_every_parameter_gets_a_gradient(model):
@@ -138,6 +137,21 @@ def test_prediction_averages_draws_and_states_their_error(model):
     assert predict(model, images, keys[:, :1]).standard_error.isnan().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_has_diverged_says_so(model, value):
+    with torch.no_grad():
+        model.attention[1].layers[-1].weight[0, 0] = value
+    with pytest.raises(ImpossibleWeightsError):
+        model([image(200, 300)], torch.tensor([0]))
+
+
+def test_a_region_as_large_as_the_cell_above_covers_it_whatever_the_rounding():
+    above = LevelConfig(downsample=3.6, samples=1, stride=2)
+    below = LevelConfig(downsample=1.2, samples=1, size=6, stride=1)
+    assert below.downsample * 6 < above.extent_l0
+    assert ModelConfig(levels=(above, below)).levels[1].size == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -164,42 +178,3 @@ def test_impossible_levels_are_refused():
         LevelConfig(downsample=2, samples=1, size=20, stride=8)
     with pytest.raises(ValueError, match="positive"):
         LevelConfig(downsample=2, samples=0)
-
-
-class TestFiles:
-    def test_round_trip(self, model, tmp_path):
-        save_model(tmp_path / "m", model, classes=["a", "b", "c", "d"])
-        loaded, classes = load_model(tmp_path / "m")
-        assert classes == ["a", "b", "c", "d"]
-        assert loaded.config == model.config
-        images, keys = [image(200, 300)], torch.tensor([3])
-        assert torch.equal(loaded(images, keys).logits, model(images, keys).logits)
-
-    def test_missing(self, tmp_path):
-        with pytest.raises(ModelFileError, match="no such file"):
-            load_model(tmp_path)
-
-    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', "\x80\x04K\x01."])
-    def test_not_a_description(self, model, tmp_path, content):
-        save_model(tmp_path / "m", model, classes=list("abcd"))
-        (tmp_path / "m" / "config.json").write_text(content)
-        with pytest.raises(ModelFileError, match=r"config\.json"):
-            load_model(tmp_path / "m")
-
-    def test_weights_that_do_not_fit(self, model, tmp_path):
-        save_model(tmp_path / "m", model, classes=list("abcd"))
-        description = json.loads((tmp_path / "m" / "config.json").read_text())
-        description["classes"] = ["a", "b"]
-        (tmp_path / "m" / "config.json").write_text(json.dumps(description))
-        with pytest.raises(ModelFileError, match="do not fit"):
-            load_model(tmp_path / "m")
-
-    def test_truncated_or_pickled_weights(self, model, tmp_path):
-        save_model(tmp_path / "m", model, classes=list("abcd"))
-        weights = tmp_path / "m" / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-100])
-        with pytest.raises(ModelFileError, match="safetensors"):
-            load_model(tmp_path / "m")
-        torch.save(model.state_dict(), weights)
-        with pytest.raises(ModelFileError, match="safetensors"):
-            load_model(tmp_path / "m")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from nested_ats import ImpossibleWeightsError
+from nested_ats.geometry import curve_order
 from nested_ats.sampling import METHODS, draw, fold_in, noise_size, uniform
 from nested_ats.testing import inclusion, outcomes
 
@@ -111,6 +115,115 @@ def test_same_key_same_draw_whatever_the_batch():
         assert torch.equal(alone.indices, padded.indices)
 
 
+def valid(weights, n, method, drawn):
+    """Assert all that is promised of a draw."""
+    indices, z = drawn.indices, drawn.z
+    assert indices.shape == z.shape == (len(weights), n)
+    assert ((indices >= 0) & (indices < weights.shape[-1])).all()
+    assert z.isfinite().all()
+    held = weights.gather(-1, indices)
+    assert (held > 0).all()
+    taken = (weights > 0).sum(-1).clamp_max(n)
+    if method != "multinomial":
+        assert torch.equal((z > 0).sum(-1), taken)
+        assert ((indices.diff(dim=-1) > 0) | (z[:, 1:] == 0)).all()
+    if method == "systematic":  # one over a probability
+        assert (z[z > 0] >= 1 - 1e-6).all()
+    total = (z.double() * held.double()).sum(-1)
+    torch.testing.assert_close(total, weights.double().sum(-1), rtol=1e-5, atol=0)
+
+
+MANY = 1_000_000
+LIMITS = {
+    "even": lambda g: torch.ones(1, MANY),
+    "softmax": lambda g: torch.randn(1, MANY, generator=g).softmax(-1),
+    "peaked softmax": lambda g: (20 * torch.randn(1, MANY, generator=g)).softmax(-1),
+    "impossible cells": lambda g: torch.where(
+        torch.rand(1, MANY, generator=g) < 0.9, -torch.inf, torch.randn(1, MANY, generator=g)
+    ).softmax(-1),
+    "30 orders of magnitude": lambda g: 10 ** (30 * torch.rand(1, MANY, generator=g) - 15),
+    "all of float32": lambda g: 10 ** (76 * torch.rand(1, MANY, generator=g) - 38),
+    "one hot": lambda g: torch.zeros(1, MANY).index_fill(1, torch.tensor([MANY - 1]), 1.0),
+    "one large among tiny ones": lambda g: torch.full((1, MANY), 1e-12).index_fill(1, torch.tensor([7]), 1.0),
+    "few": lambda g: torch.zeros(1, MANY).index_fill(1, torch.tensor([0, 5, MANY - 1]), 1e-30),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_million_float32_weights(method, name):
+    weights = LIMITS[name](torch.Generator().manual_seed(0))
+    for n in (1, 32):
+        valid(weights, n, method, draw(weights, n, method=method, keys=torch.tensor([n])))
+
+
+def test_inclusion_probabilities_among_a_million():
+    weights = (4 * torch.randn(1, MANY, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    pi = inclusion(weights[0].double(), 64)
+    assert pi.sum().item() == pytest.approx(64, rel=1e-9)
+    for noise in (0.0, 0.5, 1 - 2.0**-53):
+        drawn = draw(weights, 64, noise=torch.tensor([[noise]], dtype=torch.float64))
+        torch.testing.assert_close(drawn.z[0].double(), 1 / pi[drawn.indices[0]], rtol=1e-6, atol=0)
+
+
+def test_a_unit_is_drawn_for_a_stretch_of_u_as_long_as_its_probability():
+    """Without chance: of M evenly spaced u, M pi draw a unit, give or take the ends of the stretch."""
+    weights = (3 * torch.randn(2000, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    spaced = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+    drawn = draw(weights.expand(500, -1), 16, noise=spaced[:, None])
+    counts = drawn.indices.flatten().bincount(minlength=2000)
+    assert counts.sum() == 500 * 16
+    assert ((counts - 500 * inclusion(weights.double(), 16)).abs() <= 1 + 1e-3).all()
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("power", range(-16, 0, 3))
+def test_a_unit_nearly_certain_is_drawn_once(sign, power):
+    weights = torch.rand(1, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights[0, 20] = 0
+    weights[0, 20] = weights.sum() / 3 * (1 + sign * 10.0**power)  # a probability of one, to within that
+    noise = torch.linspace(0, 1 - 2.0**-53, 101, dtype=torch.float64)[:, None]
+    rows = weights.expand(101, -1)
+    valid(rows, 4, "systematic", draw(rows, 4, noise=noise))
+
+
+rows = st.lists(
+    st.one_of(st.just(0.0), st.just(1.0), st.floats(0, 1), st.floats(-30, 30).map(lambda x: 10.0**x)),
+    min_size=9,
+    max_size=9,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    table=st.lists(rows.filter(any), min_size=1, max_size=5), n=st.integers(1, 12), method=st.sampled_from(METHODS)
+)
+def test_rows_of_any_weights_are_drawn_each_for_itself(table, n, method):
+    weights, keys = torch.tensor(table, dtype=torch.float64), torch.arange(len(table))
+    together = draw(weights, n, method=method, keys=keys)
+    valid(weights, n, method, together)
+    for row in range(len(table)):
+        alone = draw(weights[row : row + 1], n, method=method, keys=keys[row : row + 1])
+        assert torch.equal(together.indices[row], alone.indices[0])
+        assert torch.equal(together.z[row], alone.z[0])
+
+
+def test_neighbours_share_a_stratum():
+    """As many draws as there are 4 x 4 blocks on an even map: one from each block."""
+    order = curve_order(16, 32)
+    drawn = order[draw(torch.ones(100, 512), 32, keys=torch.arange(100)).indices]
+    block = drawn // 32 // 4 * 8 + drawn % 32 // 4
+    assert (block.sort(-1).values == torch.arange(32)).all()
+
+
+def test_half_precision_weights_have_exact_z():
+    weights = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0)).softmax(-1).bfloat16()
+    for method in METHODS:
+        drawn = draw(weights, 8, method=method, keys=torch.arange(3))
+        assert drawn.z.dtype == torch.float32
+        valid(weights, 8, method, drawn)
+
+
 def test_uniform_numbers_are_uniform_and_uncorrelated():
     numbers = uniform(torch.arange(1000), 100)
     assert numbers.min() >= 0
@@ -127,12 +240,14 @@ def test_noise_size_is_what_draw_takes():
     assert [noise_size(method, 7, 3) for method in METHODS] == [1, 7, 3]
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "weights", [[[0.0, 0.0]], [[0.5, -0.1]], [[float("nan"), 1.0]], [[float("inf"), 1.0]], [[1.0, 0.0], [0.0, 0.0]]]
+    "bad", [[0.0, 0.0], [0.5, -0.1], [float("nan"), 1.0], [float("inf"), 1.0], [-float("inf"), 1.0]]
 )
-def test_impossible_weights_are_refused(weights):
-    with pytest.raises(ValueError, match="weights"):
-        draw(torch.tensor(weights), 1)
+def test_impossible_weights_are_refused(bad, method):
+    for weights in ([bad], [[1.0, 2.0], bad, [3.0, 0.0]]):
+        with pytest.raises(ImpossibleWeightsError, match="weights"):
+            draw(torch.tensor(weights), 1, method=method)
 
 
 def test_whole_numbers_are_weights_too():
@@ -147,6 +262,9 @@ def test_wrong_arguments_are_refused():
             draw(torch.ones(shape), 1)
     with pytest.raises(ValueError, match="keys"):
         draw(torch.ones(3, 4), 1, keys=torch.tensor([1]))
+    for method in METHODS:
+        with pytest.raises(ValueError, match="noise must be"):
+            draw(torch.ones(4, 10), 3, method=method, noise=torch.rand(1, 2))
     with pytest.raises(ValueError, match="n must"):
         draw(torch.ones(1, 3), 0)
     with pytest.raises(ValueError, match="method"):

@@ -1,0 +1,134 @@
+"""What a training step costs in time and memory, as the paper reports it (section 4.1.2).
+
+Notable: on a CPU torch keeps no high-water mark, so the peak is found from the allocations and frees that its
+profiler records, in a pass of its own because recording takes time. A step includes its reads: views, regions and
+patches are read, decoded and moved to the model's device within it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nested_ats.base import ImageModel
+from nested_ats.images import Image, Map
+from nested_ats.losses import attention_sampling_loss
+
+_ENTROPY_WEIGHT = 0.01  # one of the paper's; its value does not change what is computed
+
+
+class Cost(NamedTuple):
+    """Cost of one training step on all images given.
+
+    Attributes
+    ----------
+    seconds
+        Wall clock of forward and backward pass, median over repeats.
+    peak_bytes
+        Most that torch held at once on the model's device, beyond what it held before the step: gradients are in
+        it, parameters are not.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
+def step_cost(model: ImageModel, images: Sequence[Image], *, repeats: int = 10, map_: Map = map) -> Cost:
+    """Measure one training step: forward, loss, backward; no optimizer (section 4.1.2 of the paper).
+
+    Divide by ``len(images)`` for the paper's time per sample, or give one image, as for its memory.
+
+    Parameters
+    ----------
+    model
+        On the device to measure. It is left in training mode, without gradients.
+    images
+        The batch; each repeat draws anew from it.
+    repeats
+        Steps timed, at least 1, after one that is not.
+    map_
+        How reads run over the images while time is measured (`nested_ats.images.read_batch`).
+    """
+    device = next(model.parameters()).device
+    training_step(model, images, 0, map_=map_)
+    seconds = []
+    for repeat in range(1, repeats + 1):
+        model.zero_grad()
+        _synchronize(device)
+        start = perf_counter()
+        training_step(model, images, repeat, map_=map_)
+        _synchronize(device)
+        seconds.append(perf_counter() - start)
+    model.zero_grad()
+    peak = peak_bytes(lambda: training_step(model, images, repeats + 1), device)
+    model.zero_grad()
+    return Cost(median(seconds), peak)
+
+
+def training_step(model: ImageModel, images: Sequence[Image], number: int, *, map_: Map = map) -> None:
+    """Read, forward, loss of made-up labels (equation 21), backward; gradients are added to what there is.
+
+    Parameters
+    ----------
+    model
+        Set to training mode.
+    images
+        The batch.
+    number
+        Of the step, at least 0: every step draws by other keys.
+    map_
+        As of `step_cost`.
+    """
+    model.train()
+    keys = torch.arange(len(images)) + number * len(images)
+    output = model(images, keys, map_=map_)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=output.logits.device)
+    loss, _ = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=_ENTROPY_WEIGHT)
+    torch.autograd.backward(loss.mean())
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of a device that torch holds at once during `run`, beyond what it held before.
+
+    On a CPU only what the calling thread allocates is seen, and only by torch: numpy's arrays and the scratch memory
+    of libraries are not in it.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    held = peak = 0
+    for change in _allocations(run):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _allocations(run: Callable[[], object]) -> list[int]:
+    """Bytes of each allocation (positive) and free (negative) of CPU memory, in order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr that it starts and stops
+    # Without acc_events torch warns that events of earlier cycles are cleared; there is one cycle.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    return [event["args"]["Bytes"] for event in sorted(changes, key=lambda event: event["ts"])]
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for the device's queue; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
