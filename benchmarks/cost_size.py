@@ -1,11 +1,10 @@
 """What a training step costs on scenes from 1 megapixel to 4 gigapixels, and on all patches as far as that goes.
 
-The model is the default one, its depth chosen by the rule of `levels_for`: the coarse view has at most 512 pixels a
-side, and each further level is four times finer, until a cell of attention is no larger than a patch. Weights are
-untrained, so that attention is nearly even and draws go everywhere: the worst case for reading. A step is forward,
-loss and backward on one scene (no optimizer), and opens the slide anew, so that metadata and shard indexes are read
-within it. The page cache is warm. Sizes take turns. Peak memory is torch's, beyond what it held before; "resident" is
-what a process of its own grew by while it opened the slide and made steps (Linux).
+The model is the default one, its depth chosen by the rule of `nested_ats.levels_for`. Weights are untrained, so that
+attention is nearly even and draws go everywhere: the worst case for reading. A step is forward, loss and backward on
+one scene (no optimizer), and opens the slide anew, so that metadata and shard indexes are read within it. The page
+cache is warm. Sizes take turns. Peak memory is torch's, beyond what it held before; "resident" is what a process of
+its own grew by while it opened the slide and made steps (Linux).
 
 Scenes are pyramids of ours on disk, with every shard there: one block of noise repeated, equal shards hard links to
 one file. Deep MIL sees all patches of a grid without overlap; sizes that would pass the limits are not run.
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import subprocess
@@ -34,7 +32,7 @@ import numpy as np
 import psutil
 import torch
 
-from nested_ats import DeepMIL, DeepMILConfig, LevelConfig, ModelConfig, NestedATS
+from nested_ats import DeepMIL, DeepMILConfig, ModelConfig, NestedATS, levels_for
 from nested_ats.profiling import peak_bytes, training_step
 from pipeline.slides import SlideImage
 from storage import Slide, write_pyramid
@@ -50,8 +48,7 @@ if TYPE_CHECKING:
     from nested_ats import ImageModel
 
 BLOCK = 4096  # pixels, side of what is repeated; a multiple of a shard
-COARSE_VIEW, RATIO = 512, 4  # of the rule
-STRIDE, SAMPLES, REGION, PATCH = 8, 8, 64, 64  # of the default configuration
+SMALLEST, PATCH = 64, 64  # pixels: sides of the last level of a pyramid, and of a patch
 REFERENCE = 8192  # pixels, side of the scene that the others are compared with
 CPU = torch.device("cpu")
 
@@ -81,16 +78,6 @@ class AllPatches:
     peak: int
 
 
-def levels_for(side: int) -> tuple[LevelConfig, ...]:
-    """Levels of attention for scenes of that side, coarse to fine."""
-    scale = 2 ** max(0, math.ceil(math.log2(side / COARSE_VIEW)))
-    levels = [LevelConfig(downsample=scale, stride=STRIDE, samples=SAMPLES)]
-    while levels[-1].extent_l0 > PATCH:
-        scale = max(scale // RATIO, 1)
-        levels.append(LevelConfig(downsample=scale, size=REGION, stride=STRIDE, samples=SAMPLES))
-    return tuple(levels)
-
-
 def write_tiled(target: Path, side: int, block: int = BLOCK) -> Path:
     """Write the pyramid of a scene of `side` pixels, a multiple of the block's side, which it repeats."""
     period = min(side, block)
@@ -98,7 +85,7 @@ def write_tiled(target: Path, side: int, block: int = BLOCK) -> Path:
     write_pyramid(target.with_suffix(".one"), pixels[:, :64, :64])  # for its layout and metadata
     info = parse_pyramid(lambda key: (target.with_suffix(".one") / key).read_bytes(), str(target))
     levels: list[LevelInfo] = []
-    while not levels or levels[-1].shape[1] > REGION:
+    while not levels or levels[-1].shape[1] > SMALLEST:
         scale, size = 2 ** len(levels), side >> len(levels)
         level = replace(
             info.levels[0],
@@ -138,7 +125,8 @@ def _write_level(target: Path, level: LevelInfo, block: NDArray[np.uint8]) -> Le
 def make_model(side: int) -> NestedATS:
     """Return the default model with the levels of the rule."""
     torch.manual_seed(0)
-    return NestedATS(ModelConfig(levels=levels_for(side), patch_size=PATCH), in_channels=3, classes=4)
+    levels = levels_for((side, side), patch_size=PATCH)
+    return NestedATS(ModelConfig(levels=levels, patch_size=PATCH), in_channels=3, classes=4)
 
 
 def measure_steps(paths: dict[int, Path], repeats: int) -> list[Step]:

@@ -13,7 +13,7 @@ from nested_ats.evaluation import Prediction, predict
 from nested_ats.expectation import entropy, expectation
 from nested_ats.images import ArrayImage, Image, read_batch
 from nested_ats.losses import attention_sampling_loss
-from nested_ats.model import LevelConfig, ModelConfig, NestedATS
+from nested_ats.model import LevelConfig, ModelConfig, NestedATS, levels_for
 from nested_ats.models import AnyConfig, build_model
 from nested_ats.profiling import Cost, step_cost
 from nested_ats.sampling import Draw, draw
@@ -46,6 +46,7 @@ __all__ = [
     "draw",
     "entropy",
     "expectation",
+    "levels_for",
     "load_model",
     "predict",
     "read_batch",

@@ -12,6 +12,7 @@ Q classes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -40,6 +41,8 @@ from nested_ats.images import Image, Map, find_level, read_batch
 from nested_ats.sampling import METHODS, Draw, Method, draw, fold_in
 
 Baseline = Literal["none", "constant", "leave-one-out"]
+
+_COARSE_VIEW, _FINER, _REGION = 512, 4, 64  # of `levels_for`: pixels, ratio of downsamples, pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,29 @@ class ModelConfig(PatchConfig):
     def downsamples(self) -> tuple[float, ...]:
         """Of all levels that the model reads, coarse to fine."""
         return (*(level.downsample for level in self.levels), self.patch_downsample)
+
+
+def levels_for(shape_yx: tuple[int, int], *, patch_size: int = 64, samples: int = 8) -> tuple[LevelConfig, ...]:
+    """Levels of attention for images of a size, so that a training step costs nearly the same whatever the size.
+
+    The coarse view has at most 512 pixels a side, and each further level is four times finer, until a cell of
+    attention is no larger than a patch at the finest level.
+
+    Parameters
+    ----------
+    shape_yx
+        Height and width of the largest image in pixels, whose downsamples are powers of two.
+    patch_size
+        Side of a patch in pixels.
+    samples
+        Budget of every level.
+    """
+    downsample = 2 ** max(0, math.ceil(math.log2(max(shape_yx) / _COARSE_VIEW)))
+    levels = [LevelConfig(downsample=downsample, samples=samples)]
+    while levels[-1].extent_l0 > patch_size and downsample > 1:
+        downsample = max(downsample // _FINER, 1)
+        levels.append(LevelConfig(downsample=downsample, samples=samples, size=_REGION))
+    return tuple(levels)
 
 
 class NestedATS(SamplingModel):

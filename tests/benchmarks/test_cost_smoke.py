@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from nested_ats import DeepMILConfig
@@ -37,14 +36,6 @@ def test_a_tiled_pyramid_is_whole_and_repeats_its_block(tmp_path):
         assert np.abs(means - coarser).max() <= 0.5
     stored = {file.stat().st_ino: file.stat().st_size for file in path.rglob("0/c/**/*") if file.is_file()}
     assert len(stored) == 4  # of sixteen shards
-
-
-@pytest.mark.parametrize(
-    ("side", "downsamples"),
-    [(500, [1]), (1024, [2]), (4096, [8]), (8192, [16, 4]), (32768, [64, 16, 4]), (65536, [128, 32, 8])],
-)
-def test_the_rule_for_levels(side, downsamples):
-    assert [level.downsample for level in cost_size.levels_for(side)] == downsamples
 
 
 def test_the_reference_is_the_default_model():

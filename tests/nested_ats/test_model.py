@@ -14,6 +14,7 @@ from nested_ats import (
     ModelConfig,
     NestedATS,
     attention_sampling_loss,
+    levels_for,
     predict,
 )
 from nested_ats.sampling import METHODS
@@ -178,3 +179,11 @@ def test_impossible_levels_are_refused():
         LevelConfig(downsample=2, samples=1, size=20, stride=8)
     with pytest.raises(ValueError, match="positive"):
         LevelConfig(downsample=2, samples=0)
+
+
+@pytest.mark.parametrize(
+    ("side", "downsamples"),
+    [(500, [1]), (1024, [2]), (4096, [8]), (8192, [16, 4]), (32768, [64, 16, 4]), (65536, [128, 32, 8])],
+)
+def test_the_rule_for_levels(side, downsamples):
+    assert [level.downsample for level in levels_for((side // 2, side))] == downsamples
