@@ -1,0 +1,76 @@
+"""The nodes of a running cluster."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from cluster.errors import ClusterError
+from cluster.session import session
+
+_POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster that is alive: its address and logical resources."""
+
+    address: str
+    cpus: float
+    gpus: float
+
+
+def wait_for_nodes(address: str, count: int = 1, *, timeout_s: float = 0.0) -> list[Node]:
+    """Return the nodes of a cluster, once there are enough of them.
+
+    Parameters
+    ----------
+    address
+        As for `session`, of a running cluster.
+    count
+        Nodes to wait for, the head among them, >= 1.
+    timeout_s
+        How long, in seconds; this includes the wait for the head.
+
+    Raises
+    ------
+    ClusterError
+        The cluster cannot be reached, or has fewer nodes, when the time is over.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            with session(address):
+                return _wait(count, end)
+        except _TooFewError:
+            raise
+        except ClusterError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_POLL_S)
+
+
+class _TooFewError(ClusterError):
+    """The cluster was reached, so there is no use in trying again."""
+
+
+def _wait(count: int, end: float) -> list[Node]:
+    while len(nodes := _alive()) < count:
+        if time.monotonic() > end:
+            found = ", ".join(node.address for node in nodes)
+            raise _TooFewError(
+                f"{len(nodes)} of {count} nodes have joined ({found}); look at the others' output of ray start: they "
+                "need the head's address, its port open, the same token and the same versions of Ray and Python"
+            )
+        time.sleep(_POLL_S)
+    return nodes
+
+
+def _alive() -> list[Node]:
+    import ray
+
+    return [
+        Node(row["NodeManagerAddress"], row["Resources"].get("CPU", 0), row["Resources"].get("GPU", 0))
+        for row in ray.nodes()
+        if row["Alive"]
+    ]

@@ -1,0 +1,136 @@
+"""The folder that travels with a job: what is in it, whether it is small enough, and its archive.
+
+Notable: the archive is made here rather than by Ray, so that it can be counted before anything is sent, a link to a
+folder cannot loop, and equal content gives equal bytes, from which a job's id is derived.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import ClusterError, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pathspec import GitIgnoreSpec
+
+UPLOAD_BYTES = 100_000_000  # Ray's dashboard takes requests of 100 MiB; the rest is for names
+_NAMED = 5
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can hold
+
+
+def files_to_upload(folder: Path) -> list[Path]:
+    """List the files below a folder as git would add them: `.gitignore` files are obeyed, `.git` is left out.
+
+    Links to files count as files; links to folders are left out.
+
+    Parameters
+    ----------
+    folder
+        An existing folder.
+
+    Returns
+    -------
+    list of Path
+        Relative to `folder`, sorted.
+
+    Raises
+    ------
+    ClusterError
+        The folder does not exist, or something in it cannot be read.
+    """
+    if not folder.is_dir():
+        raise ClusterError(f"{folder}: no such folder; check --working-dir")
+    try:
+        return sorted(_walk(folder, Path(), []))
+    except OSError as error:
+        raise ClusterError(f"{folder}: cannot be read ({one_line(error)}); leave it out by a .gitignore") from error
+
+
+def check_size(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse what the dashboard would refuse, before it is sent.
+
+    Raises
+    ------
+    ClusterError
+        The files are together larger than `UPLOAD_BYTES`; the message names the largest.
+    """
+    sizes = sorted(((folder / file).stat().st_size, str(file)) for file in files)[::-1]
+    total = sum(size for size, _ in sizes)
+    if total <= UPLOAD_BYTES:
+        return
+    largest = ", ".join(f"{name} ({_megabytes(size)})" for size, name in sizes[:_NAMED])
+    raise ClusterError(
+        f"{folder}: {_megabytes(total)} in {len(sizes)} files, and a job can carry {_megabytes(UPLOAD_BYTES)}; the "
+        f"largest: {largest}. Put data and weights on shared storage, and name them in .gitignore"
+    )
+
+
+def pack(folder: Path, files: Sequence[Path], archive: Path) -> str:
+    """Write the files into a zip file.
+
+    Parameters
+    ----------
+    folder, files
+        As for and from `files_to_upload`.
+    archive
+        File to write.
+
+    Returns
+    -------
+    str
+        SHA-256 of the archive in hexadecimal; equal names, contents and execution bits give equal ones.
+
+    Raises
+    ------
+    ClusterError
+        A file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for file in files:
+                entry = zipfile.ZipInfo(file.as_posix(), _EPOCH)
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                entry.external_attr = (0o755 if os.access(folder / file, os.X_OK) else 0o644) << 16
+                zipped.writestr(entry, (folder / file).read_bytes())
+    except OSError as error:
+        raise ClusterError(f"{folder}: cannot be packed ({one_line(error)})") from error
+    return hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def _walk(root: Path, below: Path, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> Iterator[Path]:
+    """Yield files below ``root / below``; rules are those of its parents, outermost first."""
+    rules = [*rules, *_rules(root, below)]
+    for child in os.scandir(root / below):
+        path = below / child.name
+        if child.is_dir(follow_symlinks=False):
+            if child.name != ".git" and not _ignored(f"{path.as_posix()}/", rules):
+                yield from _walk(root, path, rules)
+        elif child.is_file() and not _ignored(path.as_posix(), rules):
+            yield path
+
+
+def _rules(root: Path, below: Path) -> list[tuple[Path, GitIgnoreSpec]]:
+    from pathspec import GitIgnoreSpec
+
+    file = root / below / ".gitignore"
+    return [(below, GitIgnoreSpec.from_lines(file.read_text().splitlines()))] if file.is_file() else []
+
+
+def _ignored(name: str, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> bool:
+    """Whether the innermost rule that says anything about a path says to leave it out."""
+    for base, spec in reversed(rules):
+        inside = name[len(base.as_posix()) + 1 :] if base.parts else name
+        verdict = spec.check_file(inside).include
+        if verdict is not None:
+            return verdict
+    return False
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,172 @@
+"""``nested-ats job``: commands are checked before they leave, and docs/cluster.md names only commands that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+
+GUIDE = Path(__file__).parents[2] / "docs" / "cluster.md"
+TRAIN = "train --manifest /data/m.csv --out /data/run --cluster auto"
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(words):
+        result = CliRunner().invoke(app, ["job", *shlex.split(words)], catch_exceptions=False)
+        assert "Traceback" not in result.output
+        return result
+
+    return run
+
+
+# (words of the message, what stands after submit --)
+MISTAKES = [
+    ("No such option", "train --manifst /data/m.csv"),
+    ("Missing option '--out'", "train --manifest /data/m.csv"),
+    ("not a command that a job can run", "trian"),
+    ("not a command that a job can run", "job list"),
+    ("not a command that a job can run", "synth"),
+    ("add --cluster auto", "train --manifest /data/m.csv --out /data/run"),
+    ("add --cluster auto", "predict /data/run /data/m.csv --out /data/p --cluster local"),
+    ("--out runs: a job ends in a folder that is deleted", "train --manifest /data/m.csv --out runs --cluster auto"),
+    ("m.csv: relative to no working folder", "train --manifest m.csv --out /data/run --cluster auto"),
+    ("run: relative to no working folder", "predict run /data/m.csv --out /data/p --cluster auto"),
+    ("no working folder", "convert slides --out /data/p --cluster auto"),
+]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "submit", "status", "list", "logs", "stop", "nodes", "manifest", "manifest kuberay", "manifest slurm"],
+)
+def test_help(cli, command):
+    result = cli(f"{command} --help")
+    assert result.exit_code == 0
+    assert f"Usage: root job {command}".rstrip() in result.stdout
+
+
+class TestChecks:
+    @pytest.mark.parametrize(("message", "words"), MISTAKES)
+    def test_mistakes_are_found_before_anything_is_sent(self, cli, message, words):
+        result = cli(f"submit --address http://127.0.0.1:1 -- {words}")
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+    @pytest.mark.parametrize(
+        "words",
+        [TRAIN, "evaluate /data/p", "convert s3://b/x --out s3://b/y --cluster auto", "synth signs --out /data/s"],
+    )
+    def test_what_is_right_goes_on_to_the_dashboard(self, cli, words):
+        result = cli(f"submit --address http://127.0.0.1:1 -- {words}")
+        assert result.exit_code == 2
+        assert "no Ray dashboard answers at http://127.0.0.1:1" in result.stderr
+
+    def test_relative_paths_are_looked_for_in_the_working_folder(self, cli, tmp_path):
+        (tmp_path / "m.csv").write_text("")
+        words = f"submit --address http://127.0.0.1:1 --working-dir {tmp_path} -- train --out /run --cluster auto"
+        assert "no Ray dashboard answers" in cli(f"{words} --manifest m.csv").stderr
+        assert "gone.csv: relative to" in cli(f"{words} --manifest gone.csv").stderr
+
+    def test_elsewhere_without_a_token(self, cli, monkeypatch, tmp_path):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        result = cli(f"submit --address http://192.0.2.9:8265 -- {TRAIN}")
+        assert result.exit_code == 2
+        assert "no token was found" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+KUBERAY = "manifest kuberay --image registry/ats:1 --storage shared"
+
+
+class TestManifests:
+    def test_kuberay(self, cli):
+        result = cli(f"{KUBERAY} --workers 4 --gpus-per-worker 1 -- {TRAIN} --workers 4 --device cuda")
+        assert result.exit_code == 0
+        spec = yaml.safe_load(result.stdout)["spec"]
+        assert spec["entrypoint"] == f"nested-ats {TRAIN} --workers 4 --device cuda"
+        assert spec["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 4
+
+    def test_slurm(self, cli):
+        result = cli(f"manifest slurm --storage /data --workers 2 -- {TRAIN} --set 'a=$b c'")
+        assert result.exit_code == 0
+        assert f"\nnested-ats {TRAIN} --set 'a=$b c' &\n" in result.stdout
+        subprocess.run(["bash", "-n"], input=result.stdout, text=True, check=True)
+
+    @pytest.mark.parametrize(
+        ("message", "words"),
+        [
+            ("not in /mnt", f"{KUBERAY} --mount /mnt -- {TRAIN}"),
+            ("not in /scratch", f"manifest slurm --storage /scratch -- {TRAIN}"),
+            ("add --device cuda", f"{KUBERAY} --gpus-per-worker 1 -- {TRAIN}"),
+            ("--gpus-per-worker", f"manifest slurm --storage /data -- {TRAIN} --device cuda"),
+            ("--name 'A'", f"{KUBERAY} --name A -- {TRAIN}"),
+            ("Missing option '--image'", f"manifest kuberay --storage shared -- {TRAIN}"),
+        ],
+    )
+    def test_mistakes(self, cli, message, words):
+        result = cli(words)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert result.stdout == ""
+
+
+def commands():
+    """Lines of the guide's shell blocks, continuations joined."""
+    blocks = re.findall("(?ms)^```(?:sh|bash)\n(.*?)^```", GUIDE.read_text())
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def parse(words):
+    """Read a command of ours with our parser, and what stands behind its -- likewise."""
+    found, context = typer.main.get_command(app), None
+    while hasattr(found, "commands"):
+        context = typer.Context(found, parent=context)
+        found = found.commands[words[0]]
+        words = words[1:]
+    values = found.make_context("", list(words), parent=context).params
+    if "command" in values:
+        parse(values["command"])
+
+
+class TestGuide:
+    def test_our_commands_exist_with_their_options(self):
+        ours = [line for line in commands() if re.search(r"\bnested-ats (?!:)", line) and "docker" not in line]
+        assert len(ours) > 10
+        for line in ours:
+            words = shlex.split(
+                line.partition("nested-ats ")[2].partition(" | ")[0].partition(" > ")[0], comments=True
+            )
+            parse(words)
+
+    def test_rays_commands_exist_with_their_options(self):
+        ray = pytest.importorskip("ray.scripts.scripts")
+        lines = [line for line in commands() if re.search(r"(^|[ ;])ray ", line)]
+        assert lines
+        for line in lines:
+            words = shlex.split(re.split(r"(?:^|[ ;])ray ", line)[1].partition(" > ")[0], comments=True)
+            command = ray.cli.commands[words[0]]
+            assert {word.partition("=")[0] for word in words[1:] if word.startswith("--")} <= {
+                option for parameter in command.params for option in parameter.opts
+            }, line
+
+    def test_errors_of_the_table_are_ours(self):
+        """Every message that the guide explains stands in the code."""
+        sources = [*Path(GUIDE.parents[1], "cluster").glob("*.py"), *Path(GUIDE.parents[1], "pipeline").glob("*.py")]
+        code = re.sub(r'"\n\s*f?"', "", "\n".join(source.read_text() for source in sources))
+        rows = re.findall(r"(?m)^\| `([^`]+)` \|", GUIDE.read_text())
+        assert len(rows) > 8
+        for row in rows:
+            for part in row.split("..."):
+                assert part.strip() in code, row
