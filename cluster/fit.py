@@ -8,12 +8,17 @@ here as it was raised there, the second starts a new group, a finite number of t
 
 Each group is launched from a supervisor, an actor that owns everything Ray Train starts. Ending the supervisor
 therefore ends the whole group in any state: after Ctrl-C, and after failures in which Ray Train keeps its CPUs.
+
+The size of a group is chosen when it starts, from the room that there is. After a lost node a run with a range of
+sizes thus goes on with fewer workers, and with more again when the next group starts.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import textwrap
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +33,18 @@ if TYPE_CHECKING:
 
     TrainingFunction = Callable[[Context, Mapping[str, Any]], Any]
 
+logger = logging.getLogger(__name__)
+
+PLACE_TIMEOUT_S = 300.0  # an autoscaler brings a node in minutes; a cluster without room is for ever
+SETTLE_S = 10.0  # what a lost group held is free again, and a lost node is known to be lost, within this
+
 
 def fit(
     function: TrainingFunction,
     arguments: Mapping[str, Any],
     *,
     address: str = "none",
-    workers: int = 1,
-    use_gpu: bool = False,
+    workers: int | tuple[int, int] = 1,
     device: str = "auto",
     name: str = "fit",
     storage_path: str | Path,
@@ -54,11 +63,11 @@ def fit(
     address
         As for `session`; ``"none"`` calls the function in this process.
     workers
-        Number of workers, each of one CPU; 1 without Ray.
-    use_gpu
-        With Ray: one GPU per worker and NCCL instead of gloo.
+        Number of workers, each of one CPU; 1 without Ray. A range ``(least, most)`` starts every group with as many
+        as there is room for, so that a run goes on with fewer after the loss of a node.
     device
-        Without Ray: ``"cpu"``, ``"cuda:0"``, or ``"auto"`` for the GPU if there is one. With Ray ``use_gpu`` decides.
+        Without Ray: ``"cpu"``, ``"cuda:0"``, or ``"auto"`` for the GPU if there is one. With Ray: ``"cuda"`` gives
+        each worker one GPU, and NCCL instead of gloo; ``"auto"`` does so if the cluster has enough of them.
     name
         Name of the run in Ray's own records.
     storage_path
@@ -78,24 +87,29 @@ def fit(
     WorkerLostError
         Workers were lost more than ``max_failures`` times.
     ClusterError
-        No session, not enough resources, a failure inside Ray, or an error of the function that does not pickle.
+        No session, no room for the workers, a failure inside Ray, or an error of the function that does not pickle.
     Exception
         Any other error of the function, with its own type.
     """
+    least, most = (workers, workers) if isinstance(workers, int) else workers
+    if not 1 <= least <= most:
+        raise ValueError(f"workers must be a positive number or a range of them, not {workers}")
     if address == "none":
-        if workers != 1:
+        if most != 1:
             raise ValueError(f"the address 'none' runs 1 worker, not {workers}")
         return function(LocalContext(_choose_device(device)), arguments)
     require_ray()
-    launch = _Launch(function, arguments, workers, use_gpu, name, Path(storage_path).resolve(), timeout_s)
     with session(address):
+        use_gpu = _use_gpu(device, least)
+        launch = _Launch(function, arguments, least, most, use_gpu, name, Path(storage_path).resolve(), timeout_s)
         _check_resources(address, launch)
-        for _ in range(max_failures + 1):
-            end = _attempt(launch)
+        for failures in range(1, max_failures + 2):
+            end = _attempt(launch, _room(launch))
             if end.error is not None:
                 raise end.error
             if end.lost is None:
                 return end.value
+            logger.warning("workers were lost (%d of at most %d times): %s", failures, max_failures, end.lost)
         raise WorkerLostError(f"workers were lost {max_failures + 1} times; the last time: {end.lost}")
 
 
@@ -107,15 +121,31 @@ def _choose_device(device: str) -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
+def _use_gpu(device: str, least: int) -> bool:
+    """Decide by what the cluster has; the driver's own machine may be another one."""
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if device == "auto" and 0 < gpus < least:
+        logger.warning("%d workers train on CPUs: the cluster has only %g GPUs", least, gpus)
+    return device.startswith("cuda") or (device == "auto" and gpus >= least)
+
+
 @dataclass(frozen=True)
 class _Launch:
     function: TrainingFunction
     arguments: Mapping[str, Any]
-    workers: int
+    least: int
+    most: int
     use_gpu: bool
     name: str
     storage_path: Path
     timeout_s: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of each worker."""
+        return {"CPU": 1, "GPU": 1} if self.use_gpu else {"CPU": 1}
 
 
 @dataclass(frozen=True)
@@ -140,21 +170,51 @@ def _check_resources(address: str, launch: _Launch) -> None:
     import ray
 
     have = ray.cluster_resources()
-    for kind, wanted in (("CPU", launch.workers), ("GPU", launch.workers if launch.use_gpu else 0)):
-        if address == "local" and have.get(kind, 0) < wanted:
+    for kind in launch.resources:
+        if address == "local" and have.get(kind, 0) < launch.least:
             raise ClusterError(
-                f"{launch.workers} workers need {wanted} {kind}s, but this machine's Ray session has "
+                f"{launch.least} workers need {launch.least} {kind}s, but this machine's Ray session has "
                 f"{have.get(kind, 0):g}: ask for fewer workers"
             )
 
 
-def _attempt(launch: _Launch) -> _End:
+def _room(launch: _Launch) -> int:
+    """Wait for room, and say for how many workers of the next group there is.
+
+    Every worker asks with a placement group of its own, which is given back: Ray grants these as it will grant the
+    training group, node by node, and an autoscaler sees the demand.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, placement_group_table
+
+    asked = [placement_group([launch.resources]).id.hex() for _ in range(launch.most)]
+    began = time.monotonic()
+    try:
+        while True:
+            table = placement_group_table()
+            room: int = sum(table[one]["state"] == "CREATED" for one in asked)
+            waited = time.monotonic() - began
+            if room == launch.most or (room >= launch.least and waited > SETTLE_S):
+                return room
+            if waited > PLACE_TIMEOUT_S:
+                have = ray.cluster_resources()
+                raise ClusterError(
+                    f"the cluster has room for {room} of {launch.least} workers: all in all it has "
+                    f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, and each worker needs "
+                    f"{' and '.join(f'1 {kind}' for kind in launch.resources)}; ask for fewer, or for a range"
+                )
+            time.sleep(0.1)
+    finally:
+        _free_reservations()
+
+
+def _attempt(launch: _Launch, workers: int) -> _End:
     """Run one group to its end, and leave nothing of it behind."""
     import ray
 
     supervisor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_Supervisor).remote()
     try:
-        end: _End = ray.get(supervisor.run.remote(launch))
+        end: _End = ray.get(supervisor.run.remote(launch, workers))
     except ray.exceptions.RayTaskError as error:
         return _End(error=ClusterError(f"the training group did not start: {one_line(error.cause)}"))
     except ray.exceptions.RayError as error:
@@ -184,12 +244,12 @@ def _free_reservations() -> None:
 class _Supervisor:
     """The actor that launches a group. Ray Train's handlers, warnings and environment stay in its process."""
 
-    def run(self, launch: _Launch) -> _End:
+    def run(self, launch: _Launch, workers: int) -> _End:
         from ray.train import TrainingFailedError
 
         ray_name = f"{launch.name}-{uuid.uuid4().hex[:12]}"
         try:
-            return _End(value=_trainer(launch, ray_name).fit().return_value)
+            return _End(value=_trainer(launch, workers, ray_name).fit().return_value)
         except TrainingFailedError as failure:
             return _judge(failure)
         finally:
@@ -213,17 +273,16 @@ def _judge(failure: Any) -> _End:
     return _End(lost=_short(failure))
 
 
-def _trainer(launch: _Launch, ray_name: str) -> Any:
+def _trainer(launch: _Launch, workers: int, ray_name: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources = {"CPU": 1, "GPU": 1} if launch.use_gpu else {"CPU": 1}
     return TorchTrainer(
         _worker,
         train_loop_config={"launch": launch},
         torch_config=TorchConfig(backend="nccl" if launch.use_gpu else "gloo", timeout_s=launch.timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=launch.workers, use_gpu=launch.use_gpu, resources_per_worker=resources
+            num_workers=workers, use_gpu=launch.use_gpu, resources_per_worker=launch.resources
         ),
         run_config=RunConfig(
             name=ray_name,

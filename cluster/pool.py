@@ -8,6 +8,7 @@ Every worker has at most one item in flight; workers fetch their own pixels, and
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def run_tasks(
     key: Callable[[Item], str] = str,
     address: str = "none",
     workers: int = 1,
-    gpus_per_worker: float = 0.0,
+    device: str = "cpu",
     attempts: int = 2,
     timeout_s: float | None = None,
     cost: Callable[[Item], float] | None = None,
@@ -79,8 +80,9 @@ def run_tasks(
         As for `session`; ``"none"`` runs the items in this process, one by one, in their order.
     workers
         Largest number of workers, of one CPU each; 1 without Ray.
-    gpus_per_worker
-        GPUs per worker, which may be a fraction. With Ray only.
+    device
+        ``"cpu"``; ``"cuda"`` shares the cluster's GPUs evenly among the workers, several of them on each if there are
+        more workers; ``"auto"`` does so if the cluster has any. With Ray only.
     attempts
         How often an item may be started, >= 1.
     timeout_s
@@ -110,7 +112,7 @@ def run_tasks(
         return _run_here(make_worker, items)
     ordered = sorted(items, key=cost, reverse=True) if cost else list(items)
     tasks = deque(_Task(item, key(item)) for item in ordered)
-    return _run_with_ray(address, _Pool(make_worker, tasks, workers, gpus_per_worker, attempts, timeout_s))
+    return _run_with_ray(address, device, _Pool(make_worker, tasks, workers, attempts, timeout_s))
 
 
 def _run_here(
@@ -124,15 +126,26 @@ def _run_here(
         yield Outcome(item, result, error, 1)
 
 
-def _run_with_ray(address: str, pool: _Pool) -> Generator[Outcome[Any, Any], None, None]:
+def _run_with_ray(address: str, device: str, pool: _Pool) -> Generator[Outcome[Any, Any], None, None]:
     if not pool.waiting:
         return
     require_ray()
     with session(address):
+        pool.gpus_per_worker = _share_of_gpus(device, pool.workers)
         try:
             yield from pool.run()
         finally:
             pool.close()
+
+
+def _share_of_gpus(device: str, workers: int) -> float:
+    """Part of a GPU for each worker, by what the cluster has: the driver's own machine may be another one."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if device == "cuda" and not gpus:
+        raise ClusterError("the cluster has no GPUs: choose the device auto or cpu, or add nodes with GPUs")
+    return 1 / math.ceil(workers / gpus) if gpus and device != "cpu" else 0.0
 
 
 def _attempt(work: Callable[[Item], Result], item: Item) -> tuple[Result | None, str | None]:
@@ -181,14 +194,13 @@ class _Pool:
         make_worker: Callable[[], Callable[[Any], Any]],
         waiting: deque[_Task],
         workers: int,
-        gpus_per_worker: float,
         attempts: int,
         timeout_s: float | None,
     ) -> None:
         self.waiting = waiting
         self._make_worker = make_worker
-        self._workers = workers
-        self._gpus_per_worker = gpus_per_worker
+        self.workers = workers
+        self.gpus_per_worker = 0.0
         self._attempts = attempts
         self._timeout_s = float("inf") if timeout_s is None else timeout_s
         self._slots: dict[Any, _Slot] = {}
@@ -231,10 +243,10 @@ class _Pool:
         import ray
 
         loading = len(self._slots) - len(self._busy())
-        actor_class = ray.remote(num_cpus=1, num_gpus=self._gpus_per_worker, max_restarts=0, max_task_retries=0)(
+        actor_class = ray.remote(num_cpus=1, num_gpus=self.gpus_per_worker, max_restarts=0, max_task_retries=0)(
             _Worker
         )
-        for _ in range(min(self._workers - len(self._slots), len(self.waiting) - loading)):
+        for _ in range(min(self.workers - len(self._slots), len(self.waiting) - loading)):
             actor = actor_class.remote()
             call = actor.load.remote(self._make_worker)
             self._slots[call] = _Slot(actor, None, time.monotonic() + START_TIMEOUT_S)
@@ -295,7 +307,7 @@ class _Pool:
             return self._again(slot.task, f"it took longer than {self._timeout_s:g} s")
         if not self._busy():
             raise ClusterError(
-                f"no worker started within {START_TIMEOUT_S:g} s: each needs 1 CPU and {self._gpus_per_worker:g} "
+                f"no worker started within {START_TIMEOUT_S:g} s: each needs 1 CPU and {self.gpus_per_worker:g} "
                 "GPUs, and a model that loads in that time"
             )
         slot.deadline = time.monotonic() + START_TIMEOUT_S  # the others have work; this one may still get room

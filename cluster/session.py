@@ -107,8 +107,8 @@ def _worker_environment(address: str) -> dict[str, str]:
     """Environment of every worker process: one compute thread each, and our packages on its path."""
     variables = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        # Ray Train's health check, also the pace of `Context.report`, is 2 s by default; and its workers leave the
-        # driver's working directory, so that a relative path would mean something else than without Ray.
+        # Ray Train looks for dead and finished workers every 2 s by default; and its workers leave the driver's
+        # working directory, so that a relative path would mean something else than without Ray.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         # A group with a dead member must not wait half a minute for it to say goodbye.

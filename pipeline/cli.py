@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
+
+from pipeline.cli_job import job
 
 if TYPE_CHECKING:
     from pipeline.manifest import Entry
@@ -46,6 +49,7 @@ app = typer.Typer(
 )
 synth = typer.Typer(help="Make a data set to try things on, offline.", no_args_is_help=True)
 app.add_typer(synth, name="synth")
+app.add_typer(job, name="job")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -278,7 +282,9 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML; default: the built-in configuration.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Override, as in train.epochs=10.")] = None,
     cluster: Cluster = "none",
-    workers: Workers = 1,
+    workers: Annotated[
+        str, typer.Option(help="Ray workers; a range, as in 1-4, uses as many as there is room for.")
+    ] = "1",
     device: Device = "auto",
     overwrite: Overwrite = False,
     fail_fast: FailFast = False,
@@ -292,7 +298,8 @@ def train(
 
     chosen = load_config(config, settings)
     entries = read_manifest(manifest, labelled=True)
-    _check_cluster(cluster, workers, device)
+    group = _range(workers)
+    _check_cluster(cluster, group[1], device)
     if dry_run:
         print(dump_config(chosen), end="")
         return
@@ -303,7 +310,7 @@ def train(
         chosen,
         out,
         address=cluster,
-        workers=workers,
+        workers=group,
         device=device,
         overwrite=overwrite,
         fail_fast=fail_fast,
@@ -465,6 +472,16 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part]
     except ValueError:
         raise UsageError(f"--samples {text}: give whole numbers with commas between, as in 16,32") from None
+
+
+def _range(workers: str) -> tuple[int, int]:
+    from pipeline.errors import UsageError
+
+    least, _, most = workers.partition("-")
+    with suppress(ValueError):
+        if 1 <= int(least) <= int(most or least):
+            return int(least), int(most or least)
+    raise UsageError(f"--workers {workers}: give a number or a range of numbers from 1 on, as in 1-4")
 
 
 def _check_cluster(address: str, workers: int, device: str) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.csv"
 _PYRAMID = ".ome.zarr"
+_TASK_TIMEOUT_S = 3600.0  # for a part of a slide on a Ray worker, which may hang with its file system
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,8 @@ def ray_executor(address: str, workers: int) -> CustomExecutor:
     """
 
     def run(make_worker: Callable[[], Callable[[Any], Any]], items: Sequence[Any]) -> Iterator[Any]:
-        with closing(cluster.run_tasks(make_worker, items, address=address, workers=workers)) as outcomes:
+        tasks = cluster.run_tasks(make_worker, items, address=address, workers=workers, timeout_s=_TASK_TIMEOUT_S)
+        with closing(tasks) as outcomes:
             for outcome in outcomes:
                 if outcome.error is not None:
                     raise ConversionError(f"a Ray worker failed ({outcome.error}); run again to go on from here")

@@ -20,7 +20,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import OnProgress, progress
-from pipeline.runs import CONFIG, RUN, WORKERS, choose_device, clear_run, read_metrics, read_run
+from pipeline.runs import CONFIG, RUN, WORKERS, clear_run, read_metrics, read_run
 from pipeline.slides import check_slide, open_slide
 from pipeline.splits import assign_splits
 from pipeline.training import describe, plain_entries, train_worker
@@ -43,7 +43,7 @@ def train(
     folder: Path,
     *,
     address: str = "none",
-    workers: int = 1,
+    workers: int | tuple[int, int] = 1,
     device: str = "auto",
     overwrite: bool = False,
     fail_fast: bool = False,
@@ -61,9 +61,9 @@ def train(
     address
         ``none`` trains in this process, ``local`` on Ray workers of this machine, else on those of a cluster.
     workers
-        Number of Ray workers.
+        Number of Ray workers; or a range, of which as many are used as there is room for when they start.
     device
-        ``auto``, ``cpu`` or ``cuda``.
+        ``cpu``; ``cuda``, with Ray a GPU for each worker; or ``auto``, which is ``cuda`` where that is possible.
     overwrite
         Start again, whatever is in `folder`.
     fail_fast
@@ -92,7 +92,6 @@ def train(
         "folder": str(folder.absolute()),
     }
     _prepare(folder, config, arguments, entries, overwrite=overwrite)
-    use_gpu = address != "none" and choose_device(device) == "cuda"
     with progress("train") as update:
         # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
         function = partial(train_worker, on_step=update) if address == "none" else train_worker
@@ -102,7 +101,6 @@ def train(
                 arguments,
                 address=address,
                 workers=workers,
-                use_gpu=use_gpu,
                 device=device,
                 name=folder.name,
                 storage_path=folder / WORKERS,

@@ -2,12 +2,15 @@ import os
 import signal
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluster import ClusterError, WorkerLostError, fit
+
+FIT = import_module("cluster.fit")  # the module, which the function hides
 
 
 class SlideError(Exception):
@@ -149,3 +152,61 @@ def test_ctrl_c_ends_the_workers(head, tmp_path, wait_until, gone):
 def test_more_workers_than_cpus_are_refused(head, tmp_path):
     with pytest.raises(ClusterError, match="3 workers need 3 CPUs"):
         fit(sum_ranks, {}, address="local", workers=3, storage_path=tmp_path)
+
+
+@pytest.fixture
+def occupied(head):
+    """One of the two CPUs belongs to somebody else."""
+    import ray
+
+    @ray.remote(num_cpus=1)
+    class Neighbour:
+        def here(self):
+            return True
+
+    neighbour = Neighbour.remote()
+    assert ray.get(neighbour.here.remote())
+    yield
+    ray.kill(neighbour)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_range_of_workers_takes_the_room_there_is(occupied, tmp_path, monkeypatch):
+    monkeypatch.setattr(FIT, "SETTLE_S", 1.0)
+    value = fit(sum_ranks, {}, address="local", workers=(1, 2), storage_path=tmp_path)
+    assert value == {"rank": 0, "size": 1, "sum": [1.0, 10.0], "first": 7}
+
+
+@pytest.mark.ray
+def test_workers_without_room_end_in_an_error(occupied, tmp_path, monkeypatch):
+    monkeypatch.setattr(FIT, "PLACE_TIMEOUT_S", 1.0)
+    with pytest.raises(ClusterError, match=r"room for 1 of 2 workers.*2 CPUs and 0 GPUs.*needs 1 CPU;"):
+        fit(sum_ranks, {}, address="local", workers=2, storage_path=tmp_path)
+
+
+@pytest.mark.ray
+def test_gpus_that_the_session_lacks_are_refused(head, tmp_path):
+    with pytest.raises(ClusterError, match="1 workers need 1 GPUs"):
+        fit(sum_ranks, {}, address="local", device="cuda", storage_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "least", "use"),
+    [
+        ("auto", 0, 1, False),
+        ("auto", 2, 2, True),
+        ("auto", 1, 2, False),
+        ("cpu", 8, 1, False),
+        ("cuda", 0, 1, True),  # an autoscaler may bring them
+    ],
+)
+def test_gpus_are_used_by_what_the_cluster_has(monkeypatch, device, gpus, least, use):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0} | ({"GPU": float(gpus)} if gpus else {}))
+    assert FIT._use_gpu(device, least) is use
+
+
+@pytest.mark.parametrize("workers", [0, (2, 1), (0, 3)])
+def test_impossible_numbers_of_workers_are_refused(tmp_path, workers):
+    with pytest.raises(ValueError, match="positive number or a range"):
+        fit(sum_ranks, {}, address="local", workers=workers, storage_path=tmp_path)

@@ -2,11 +2,14 @@ import os
 import signal
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from cluster import Outcome, WorkerLostError, run_tasks
+from cluster import ClusterError, Outcome, WorkerLostError, run_tasks
+
+POOL = import_module("cluster.pool")
 
 
 class ModelError(Exception):
@@ -168,3 +171,18 @@ def test_factory_error_is_raised_with_its_type(head):
 def test_workers_that_die_while_starting_end_the_run(head):
     with pytest.raises(WorkerLostError, match="3 workers in a row"):
         list(run_tasks(make_dead, [1, 2], address="local"))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "workers", "share"),
+    [("auto", 0, 2, 0.0), ("auto", 1, 2, 0.5), ("cuda", 2, 3, 0.5), ("auto", 4, 2, 1.0), ("cpu", 4, 2, 0.0)],
+)
+def test_workers_share_the_gpus_of_the_cluster(monkeypatch, device, gpus, workers, share):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0} | ({"GPU": float(gpus)} if gpus else {}))
+    assert POOL._share_of_gpus(device, workers) == share
+
+
+@pytest.mark.ray
+def test_gpus_that_the_cluster_lacks_are_refused(head):
+    with pytest.raises(ClusterError, match="has no GPUs"):
+        list(run_tasks(make_divider, [1], address="local", device="cuda"))

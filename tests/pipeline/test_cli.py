@@ -122,6 +122,7 @@ MISTAKES = [
     (2, "write it as key=value", "train --manifest {pyramids} --out {new} --set train.epochs"),
     (2, "unknown key train.epoch", "train --manifest {pyramids} --out {new} --set train.epoch=3"),
     (2, "--workers 2: several workers need", "train --manifest {pyramids} --out {new} --workers 2"),
+    (2, "--workers 4-1: give a number or a range", "train --manifest {pyramids} --out {new} --workers 4-1"),
     (2, "--device gpu: choose auto, cpu or cuda", "train --manifest {pyramids} --out {new} --device gpu"),
     (2, "no GPU", "train --manifest {pyramids} --out {new} --device cuda"),
     (4, "no level at downsample 16", "train --manifest {pyramids} --out {new}"),

@@ -1,0 +1,46 @@
+"""The curves for TensorBoard: there while training goes on, and each epoch once after an interruption."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cluster import LocalContext
+from pipeline.config import plain
+from pipeline.manifest import read_manifest
+from pipeline.runs import CURVES
+from pipeline.training import plain_entries, train_worker
+
+
+class Stop(Exception):
+    pass
+
+
+def epochs_of(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / CURVES))
+    events.Reload()
+    return [event.step for event in events.Scalars("cross_entropy")]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
+def test_curves_are_there_while_training_goes_on(config, pyramids, tmp_path):
+    entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"]
+    job = {"config": plain(config), "entries": plain_entries(entries), "classes": ["bar", "box"], "channels": 3}
+    seen: list[int] = []
+
+    def look(done, total, words):
+        if done == 7:  # of three steps in each of three epochs
+            deadline = time.monotonic() + 20  # a thread writes them
+            while epochs_of(tmp_path) != [1, 2] and time.monotonic() < deadline:
+                time.sleep(0.1)
+            seen.extend(epochs_of(tmp_path))
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_worker(LocalContext(), {**job, "folder": str(tmp_path)}, look)
+    assert seen == [1, 2]
+    train_worker(LocalContext(), {**job, "folder": str(tmp_path)})
+    assert epochs_of(tmp_path) == [1, 2, 3]
