@@ -26,14 +26,11 @@ from pydantic import (
     model_validator,
 )
 
-from nested_ats import CNNConfig, DeepMILConfig, LevelConfig, ModelConfig, UniformConfig
+from nested_ats import CNNConfig, DeepMILConfig, ModelConfig, UniformConfig, levels_for
 from nested_ats.models import KINDS
 from pipeline.errors import UsageError
 
-DEFAULT_LEVELS = (
-    LevelConfig(downsample=16, samples=8, stride=8),
-    LevelConfig(downsample=4, size=64, samples=8, stride=8),
-)
+DEFAULT_LEVELS = levels_for((8192, 8192))
 
 
 # The kind says which model's keys are meant, so that errors are about those alone.
@@ -52,13 +49,29 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# Of the networks' forward pass: bfloat16 autocasts it, and the rest stays float32 (see `pipeline.runs.autocast`).
+Precision = Literal["float32", "bfloat16"]
+
+
+class AugmentConfig(_Section):
+    """How slides are changed at random, anew in every epoch; by default not at all."""
+
+    brightness: float = Field(default=0.0, ge=0, le=1)  # largest shift of the values, as a share of their range
+    contrast: float = Field(default=0.0, ge=0, lt=1)  # largest relative change of their distance from mid-range
+    translation: float = Field(default=0.0, ge=0, le=0.5)  # largest shift, as a share of the image's side; in whole
+    # pixels of the coarsest level that the model reads
+    flip: bool = False  # one of the 8 symmetries of the square: mirror images and quarter turns
+
+
 class TrainConfig(_Section):
     """How the model is trained."""
 
     epochs: int = Field(default=30, ge=1)  # passes over the training slides
     batch_size: int = Field(default=16, ge=1)  # slides a step, over all workers together
-    parts: int = Field(default=1, ge=1)  # a step's slides are computed in so many parts; while one waits for pixels
-    # another computes: more parts need less memory, and hide the latency of object stores
+    parts: int = Field(default=1, ge=1)  # gradient accumulation: each worker computes its slides of a step in so many
+    # micro-batches, with the same gradient; more need less memory, and while one waits for pixels another computes
+    precision: Precision = "float32"  # of the networks
+    augment: AugmentConfig = AugmentConfig()  # of the training slides alone
     learning_rate: float = Field(default=1e-3, gt=0)  # of Adam (paper, appendix H)
     weight_decay: float = Field(default=0.0, ge=0)  # decoupled (AdamW)
     entropy_weight: float = Field(default=0.01, ge=0)  # lambda of the paper's equation 21
@@ -101,6 +114,7 @@ class PredictConfig(_Section):
     draws: int = Field(default=4, ge=1)  # independent draws, averaged; their scatter is the standard error
     target_error: float | None = Field(default=None, gt=0)  # standard error at which drawing stops before that
     exact: bool = False  # encode every patch of the opened regions instead of drawing among them
+    precision: Precision = "float32"  # of the networks
 
 
 class Config(_Section):

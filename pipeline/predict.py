@@ -33,12 +33,12 @@ from nested_ats import (
     load_model,
 )
 from nested_ats import predict as estimate
-from pipeline.config import CacheConfig, digest
+from pipeline.config import CacheConfig, Precision, digest
 from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import progress
-from pipeline.runs import MODEL, choose_device, read_run
+from pipeline.runs import MODEL, autocast, choose_device, read_run
 from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
 from storage import Slide
 
@@ -58,6 +58,7 @@ class Settings:
     seed: int
     target_error: float | None = None  # standard error at which drawing stops before that many draws
     exact: bool = False  # encode every patch of the opened regions instead of drawing among them
+    precision: Precision = "float32"  # of the networks
     trust_encoder: bool = False  # import the model's encoder where it is code of the user's
     cache: CacheConfig | None = None  # of chunks fetched from URLs
 
@@ -75,6 +76,7 @@ def predict(
     address: str = "none",
     workers: int = 1,
     device: str = "auto",
+    timeout_s: float = 3600.0,
     overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Classify slides.
@@ -100,7 +102,10 @@ def predict(
     address, workers
         ``none`` for this process, else Ray workers.
     device
-        ``auto``, ``cpu`` or ``cuda``.
+        ``cpu``; ``cuda``, with Ray the cluster's GPUs, shared evenly by the workers; or ``auto``: those if there are
+        any.
+    timeout_s
+        Seconds for a slide, after which a Ray worker that hangs is replaced.
     overwrite
         Classify again what is there.
 
@@ -134,7 +139,8 @@ def predict(
         key=lambda entry: entry.slide_id,
         address=address,
         workers=workers,
-        gpus_per_worker=1 / workers if address != "none" and choose_device(device) == "cuda" else 0.0,
+        device=device,
+        timeout_s=timeout_s,
     )
     with progress("predict") as update, closing(tasks):
         for outcome in tasks:
@@ -193,7 +199,7 @@ class Classifier:
         """
         settings = self.settings
         keys = [draw_key(settings.seed, "predict", entry.slide_id, i) for i in range(settings.draws)]
-        with suppress(ImpossibleWeightsError):
+        with suppress(ImpossibleWeightsError), autocast(choose_device(settings.device), settings.precision):
             prediction = estimate(
                 self.model,
                 [image],
@@ -264,6 +270,7 @@ def prediction_settings(
         seed=config["seed"],
         target_error=target_error or config["predict"].get("target_error"),
         exact=exact or config["predict"].get("exact", False),
+        precision=config["predict"].get("precision", "float32"),
         trust_encoder=trust_encoder,
         cache=cache and CacheConfig(**cache),
     )

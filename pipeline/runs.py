@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from nested_ats import ModelFileError
 from nested_ats.checkpoint import read_tensors
+from pipeline.config import Precision
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
 
@@ -134,6 +135,16 @@ def clear_run(folder: Path) -> None:
 def choose_device(device: str) -> str:
     """``cuda`` where there is a GPU and `device` (auto, cpu or cuda) lets it be used, else ``cpu``."""
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def autocast(device: str, precision: Precision) -> torch.autocast:
+    """Context of a forward pass: bfloat16 runs convolutions and linear layers in it, float32 changes nothing.
+
+    Parameters stay float32, and so do their gradients: weights are cast anew for every use of them, as a cached cast
+    would sum the gradients of all its uses in bfloat16 first. (It would also be shared by the threads of a batch.)
+    """
+    enabled = precision == "bfloat16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -27,15 +27,18 @@ import torch
 from torch import Tensor
 
 from cluster import Context
-from nested_ats import ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
+from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
+from pipeline.augment import AugmentedImage
 from pipeline.config import Config, parse_config
 from pipeline.errors import DataError
 from pipeline.files import write_atomic
 from pipeline.manifest import Entry
-from pipeline.runs import CURVES, METRICS, MODEL, Position, load_state, read_metrics, save_state
-from pipeline.slides import SlideCache, SlideImage, draw_key
+from pipeline.runs import CURVES, METRICS, MODEL, Position, autocast, load_state, read_metrics, save_state
+from pipeline.slides import SlideCache, draw_key
 
-_PARTS_AHEAD = 2  # parts of a batch that read or compute while another goes backward
+# Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy while two
+# compute. What a part computed for its backward pass is held until then, so memory is that of five parts at most.
+_PARTS_AHEAD = 4
 _READERS = 8  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
 
 T = TypeVar("T")
@@ -171,18 +174,18 @@ class Trainer:
         self._save(Position(epoch + 1, 0))
         return metrics
 
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, list[Entry], list[SlideImage], list[Tensor]]]:
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, list[Entry], list[Image], list[Tensor]]]:
         """Give this worker's slides of every step, with their coarse views read one step ahead."""
         order = torch.randperm(
             len(self.training), generator=torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
         ).tolist()
         size = self.config.train.batch_size
 
-        def load(entry: Entry) -> tuple[SlideImage, Tensor]:
-            image = self.slides.open(entry.path)
+        def load(entry: Entry) -> tuple[Image, Tensor]:
+            image = self._augmented(epoch, entry)
             return image, self.model.coarse_view(image)
 
-        def submit(step: int) -> list[tuple[Entry, Future[tuple[SlideImage, Tensor]]]]:
+        def submit(step: int) -> list[tuple[Entry, Future[tuple[Image, Tensor]]]]:
             rows = order[step * size : (step + 1) * size][self.context.rank :: self.context.world_size]
             return [(self.training[row], ahead.submit(load, self.training[row])) for row in rows]
 
@@ -194,11 +197,17 @@ class Trainer:
                 loaded = [future.result() for _, future in current]
                 yield step, [entry for entry, _ in current], [i for i, _ in loaded], [view for _, view in loaded]
 
+    def _augmented(self, epoch: int, entry: Entry) -> Image:
+        """Open a training slide, as it is seen in an epoch."""
+        key = draw_key(self.config.seed, "augment", epoch, entry.slide_id)
+        coarsest = max(self.config.model.downsamples)
+        return AugmentedImage(self.slides.open(entry.path), self.config.train.augment, key, downsample=coarsest)
+
     def _step(
         self,
         epoch: int,
         batch: list[Entry],
-        images: list[SlideImage],
+        images: list[Image],
         views: list[Tensor],
         readers: ThreadPoolExecutor,
     ) -> None:
@@ -229,7 +238,7 @@ class Trainer:
 
     def _forward(
         self,
-        images: list[SlideImage],
+        images: Sequence[Image],
         keys: Tensor,
         readers: ThreadPoolExecutor,
         views: list[Tensor] | None = None,
@@ -244,7 +253,8 @@ class Trainer:
                 self._turn.acquire()
 
         try:
-            return self.model(images, keys, views=views, map_=read)  # type: ignore[no-any-return]
+            with autocast(self.context.device, self.config.train.precision):
+                return self.model(images, keys, views=views, map_=read)  # type: ignore[no-any-return]
         except ImpossibleWeightsError:
             raise self._diverged() from None
 
@@ -304,7 +314,7 @@ class Trainer:
 
 
 def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]:
-    """Results of a function in the order of its items, those of the next two items being worked at meanwhile."""
+    """Results of a function in the order of its items, those of the next few items being worked at meanwhile."""
     if len(items) == 1:
         yield function(items[0])
         return

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,11 +20,12 @@ from safetensors.torch import load_file
 from cluster import LocalContext
 from pipeline.config import parse_config, plain
 from pipeline.errors import DataError, UsageError
-from pipeline.manifest import read_manifest
+from pipeline.manifest import Entry, read_manifest
+from pipeline.predict import Classifier, predict, prediction_settings
 from pipeline.runs import METRICS, STATE, read_metrics
 from pipeline.slides import SlideImage
 from pipeline.train import train
-from pipeline.training import plain_entries, train_worker
+from pipeline.training import Trainer, plain_entries, train_worker
 from storage import StorageError
 
 
@@ -202,6 +205,157 @@ def test_an_extended_run_has_no_model_until_it_has_ended(config, pyramids, tmp_p
     assert not (tmp_path / "run" / "model").exists()
 
 
+AUGMENT = {"brightness": 0.2, "contrast": 0.3, "translation": 0.2, "flip": True}
+# As many samples as there are cells: all are drawn, whatever rounding does to the attention.
+EVERY = {
+    "ats": {
+        "levels": [
+            {"downsample": 4, "samples": 25, "stride": 8, "channels": [4]},
+            {"downsample": 2, "samples": 100, "size": 16, "stride": 8, "channels": [4]},
+        ],
+        "patch_size": 24,
+        "features": 8,
+        "baseline": "constant",
+        "location": True,
+    },
+    "deepmil": {"kind": "deepmil", "patch_size": 24, "stride": 24, "features": 8, "attention": "gated"},
+    "recomputed": {"kind": "deepmil", "patch_size": 24, "stride": 24, "features": 8, "recompute": True, "chunk": 7},
+    "uniform": {"kind": "uniform", "patch_size": 24, "samples": 25, "cell": 32, "features": 8},
+    "cnn": {"kind": "cnn", "encoder": "resnet8", "downsample": 2, "features": 8},
+}
+
+
+class Peer(LocalContext):
+    """One of two workers that are threads of this process."""
+
+    def __init__(self, rank, meeting, shared):
+        super().__init__()
+        self.rank, self.world_size, self.meeting, self.shared = rank, 2, meeting, shared
+
+    def all_reduce(self, tensor):
+        self.shared[self.rank] = tensor.clone()
+        self.meeting.wait(60)
+        total = self.shared[0] + self.shared[1]
+        self.meeting.wait(60)
+        tensor.copy_(total)
+
+
+def test_two_workers_augment_as_one_does(config, pyramids, tmp_path):
+    config = parse_config({**plain(config), "train": {"epochs": 2, "batch_size": 4, "augment": AUGMENT}}, "test")
+    train_worker(LocalContext(), arguments(config, pyramids, tmp_path / "one"))
+    job = arguments(config, pyramids, tmp_path / "two")
+    meeting, shared = threading.Barrier(2), {}
+    entries = [Entry(**row) for row in job["entries"]]
+    workers = [
+        Trainer(Peer(rank, meeting, shared), config, entries, ["bar", "box"], 3, tmp_path / "two")
+        for rank in range(2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(worker.run, lambda *_: None) for worker in workers]:
+            done.result()
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_kind_trains_on_augmented_slides_and_validates_on_plain_ones(pyramids, tmp_path, kind):
+    metrics = {}
+    for name, augment in (("plain", {}), ("augmented", AUGMENT)):
+        still = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-30, "augment": augment}
+        job = arguments(parse_config({"model": EVERY[kind], "train": still}, "test"), pyramids, tmp_path / name)
+        job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
+        metrics[name] = train_worker(LocalContext(), job)
+    plain_one, augmented = metrics["plain"], metrics["augmented"]
+    assert augmented["val_cross_entropy"] == plain_one["val_cross_entropy"]
+    assert augmented["cross_entropy"] != plain_one["cross_entropy"]
+
+
+def test_slides_change_from_epoch_to_epoch_and_resume_as_they_would_have(config, pyramids, tmp_path):
+    config = parse_config({**plain(config), "train": {"epochs": 2, "batch_size": 4, "augment": AUGMENT}}, "test")
+    for folder, step in (("whole", None), ("halves", 2)):
+        job = arguments(config, pyramids, tmp_path / folder)
+        if step:
+            with pytest.raises(Stop):
+                train_worker(LocalContext(), job, stop_at(step))
+        train_worker(LocalContext(), job)
+    assert_same(weights(tmp_path / "halves"), weights(tmp_path / "whole"))
+    entries = [Entry(**row) for row in job["entries"]]
+    trainer = Trainer(LocalContext(), config, entries, ["bar", "box"], 3, tmp_path)
+    views = [trainer.model.coarse_view(trainer._augmented(epoch, entries[0])).float() for epoch in (0, 0, 1)]
+    assert torch.equal(views[0], views[1])
+    assert views[0].shape != views[2].shape or not torch.equal(views[0], views[2])
+
+
+def gradient(trainer):
+    """Gradient of the first step, and what the model put out in it."""
+    outputs = []
+    forward = trainer.model.forward
+
+    def remember(*arguments, **options):
+        outputs.append(forward(*arguments, **options))
+        return outputs[-1]
+
+    trainer.model.forward = remember
+    with ThreadPoolExecutor(2) as readers:
+        _, batch, images, views = next(trainer._batches(0, 0))
+        trainer._step(0, batch, images, views, readers)
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert {parameter.grad.dtype for parameter in parameters} == {torch.float32}
+    return torch.cat([parameter.grad.flatten() for parameter in parameters]), outputs
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_step_in_bfloat16_is_nearly_that_in_float32(pyramids, tmp_path, kind, parts):
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        settings = {"batch_size": 10, "parts": parts, "precision": precision}
+        config = parse_config({"seed": 5, "model": EVERY[kind], "train": settings}, "test")
+        job = arguments(config, pyramids, tmp_path)
+        # Of one label: the gradients of two would nearly cancel, and leave little but rounding.
+        entries = [Entry(**row) for row in job["entries"] if row["label"] == "bar"]
+        found[precision], outputs = gradient(Trainer(LocalContext(), config, entries, ["bar", "box"], 3, tmp_path))
+        for output in outputs:
+            assert output.logits.dtype == torch.float32
+            for phase in output.phases:
+                assert phase.population.log_attention.dtype == torch.float32
+                total = phase.population.log_attention.exp().sum(-1)
+                torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+    exact, rounded = found["float32"], found["bfloat16"]
+    assert not torch.equal(exact, rounded)  # or nothing ran in bfloat16
+    # Normalisation takes most of a gradient away, and what is left has the same rounding.
+    assert (exact - rounded).norm() < (0.2 if kind == "cnn" else 0.05) * exact.norm()
+
+
+def test_another_precision_or_augmentation_is_another_run(config, pyramids, tmp_path):
+    entries, folder = read_manifest(pyramids), tmp_path / "run"
+    train(entries, config, folder)
+    for change in ({"precision": "bfloat16"}, {"augment": AUGMENT}):
+        other = parse_config({**plain(config), "train": {**plain(config)["train"], **change}}, "")
+        with pytest.raises(UsageError, match="another configuration"):
+            train(entries, other, folder)
+    rows = {}
+    for precision in ("float32", "bfloat16"):
+        settings = replace(prediction_settings(folder), precision=precision)
+        rows[precision] = Classifier(settings)(entries[0])
+    assert rows["bfloat16"]["prob_bar"] == pytest.approx(rows["float32"]["prob_bar"], abs=0.05)
+    assert rows["bfloat16"]["prob_bar"] != rows["float32"]["prob_bar"]
+
+
+def test_a_run_in_bfloat16_trains_resumes_and_predicts_in_it(config, pyramids, tmp_path):
+    settings = {**plain(config), "train": {"epochs": 2, "batch_size": 4, "parts": 2, "precision": "bfloat16"}}
+    config = parse_config({**settings, "predict": {"draws": 2, "precision": "bfloat16"}}, "test")
+    metrics, _ = train(read_manifest(pyramids), config, tmp_path / "run")
+    assert 0 < metrics["cross_entropy"] < 3
+    assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
+    longer = parse_config({**plain(config), "train": {**plain(config)["train"], "epochs": 3}}, "test")
+    assert train(read_manifest(pyramids), longer, tmp_path / "run")[0]["epoch"] == 3
+    assert prediction_settings(tmp_path / "run").precision == "bfloat16"
+    rows = predict(read_manifest(pyramids)[:2], tmp_path / "run", tmp_path / "out")
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+
+
 class OtherState(LocalContext):
     """One of two workers, whose peer has come to another epoch."""
 
@@ -280,8 +434,6 @@ def test_a_level_the_slides_lack_is_named(config, pyramids, tmp_path):
 
 
 def test_balanced_class_weights_have_mean_one(config, pyramids, tmp_path):
-    from pipeline.training import Trainer
-
     balanced = parse_config({**plain(config), "train": {"class_weights": "balanced"}}, "")
     entries = [e for e in read_manifest(pyramids) if e.split == "train"][:7]  # 4 bars, 3 boxes
     trainer = Trainer(LocalContext(), balanced, entries, ["bar", "box"], 3, tmp_path)

@@ -1,0 +1,292 @@
+"""A whole training step, split into its parts, and how much of its fetching is hidden behind its computing.
+
+What runs is ``pipeline.training.Trainer``, as ``nested-ats train`` runs it, on 16 patches of each slide. They lie on
+a disk and on a loopback server (a process of its own) that waits for a stated latency before it answers a request.
+Three runs take turns, all drawing the same patches: "step", the Trainer as it is; "compute", its reads answered from
+memory; "fetch", its model replaced by one that reads the same pixels and computes nothing. Were nothing hidden a step
+would take the sum of the last two; it cannot take less than the larger ("bound"). The split is of "compute".
+
+Torch has --threads of the processors, reading and the server have what is left. Slides are opened, and their shards'
+indexes read, in an epoch that is not measured. Medians over steps; an epoch's first step, for which no view was read
+ahead, is left out.
+
+    python benchmarks/training_step.py [--latency 20 50] [--parts 1 8 16] [--rounds 2] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from storage_convert import make_slide
+
+import nested_ats.model
+from cluster import LocalContext
+from nested_ats import LevelConfig, ModelConfig, Output
+from pipeline.config import Config, TrainConfig
+from pipeline.manifest import Entry
+from pipeline.slides import SlideImage
+from pipeline.training import Trainer
+from storage import Slide, convert
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+STEPS = 7  # of an epoch
+PARTS = ("attention", "draw", "encode", "backward", "optimizer")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Ranges of files, each answered after the latency."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: else each answer waits 40 ms for an acknowledgement
+
+    def __init__(self, *args: Any, root: Path, latency: float) -> None:
+        self.root, self.latency = root, latency
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        """Answer a request for a file or for a range of it."""
+        time.sleep(self.latency)
+        wanted = self.headers.get("Range")
+        with (self.root / self.path.lstrip("/")).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            first, last = 0, size - 1
+            if wanted:
+                first, last = (int(end) for end in wanted.removeprefix("bytes=").split("-"))
+                last = min(last, size - 1)
+            file.seek(first)
+            data = file.read(last + 1 - first)
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        """Log nothing."""
+
+
+def _serve(root: Path, latency: float, port: Any) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, root=root, latency=latency))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port.send(server.server_address[1])
+    with suppress(EOFError):
+        port.recv()  # ends when the benchmark closes its end, or is killed
+
+
+@contextmanager
+def serving(root: Path, latency: float) -> Iterator[str]:
+    """URL of a folder on a loopback server in another process, which waits `latency` seconds before each answer."""
+    context = multiprocessing.get_context("spawn")
+    mine, its = context.Pipe()
+    process = context.Process(target=_serve, args=(root, latency, its), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{mine.recv()}"
+    finally:
+        mine.close()
+        process.join()
+
+
+class Stopwatch:
+    """Seconds by name, summed over threads."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, keeping time."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                with self._lock:
+                    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+        return timed
+
+
+class Reads:
+    """What was read: the pixels of every box, and the boxes that each forward pass asked for."""
+
+    def __init__(self) -> None:
+        self.pixels: dict[tuple[int, bytes], torch.Tensor] = {}
+        self.boxes: dict[tuple[int, ...], list[tuple[Any, Any]]] = {}
+
+    def remember(self, read: Callable[..., torch.Tensor], image: SlideImage, level: int, boxes: torch.Tensor) -> Any:
+        """Read, and keep the pixels."""
+        return self.pixels.setdefault((level, boxes.numpy().tobytes()), read(image, level, boxes))
+
+    def recall(self, level: int, boxes: torch.Tensor) -> torch.Tensor:
+        """Pixels that were read before; KeyError where the runs did not draw the same."""
+        return self.pixels[level, boxes.numpy().tobytes()]
+
+    def note(
+        self, forward: Callable[..., Output], images: Any, keys: torch.Tensor, *, views: Any, map_: Any
+    ) -> Output:
+        """Run the model, and keep what it asks for."""
+        asked = self.boxes[tuple(keys.tolist())] = []
+
+        def map_and_note(function: Any, images: Any, levels: Any, boxes: Any) -> Any:
+            asked.append((levels, boxes))
+            return map_(function, images, levels, boxes)
+
+        return forward(images, keys, views=views, map_=map_and_note)
+
+    def fetch(self, bias: torch.Tensor, images: Any, keys: torch.Tensor, *, views: Any, map_: Any) -> Output:
+        """In place of the model: read what it asked for, one phase after the other, and compute nothing."""
+        del views
+        for levels, boxes in self.boxes[tuple(keys.tolist())]:
+            list(map_(lambda image, level, rows: image.read(level, rows), images, levels, boxes))
+        logits = bias.expand(len(images), -1)
+        return Output(logits, logits.new_zeros(len(images)), logits, ())
+
+
+def make_trainer(slides: Sequence[str], parts: int, folder: Path) -> Trainer:
+    """Two levels: the image at downsample 16, regions of 64 x 64 at downsample 4; 16 patches a slide."""
+    levels = (
+        LevelConfig(downsample=16, stride=8, samples=8),
+        LevelConfig(downsample=4, size=64, stride=8, samples=16),
+    )
+    config = Config(
+        model=ModelConfig(levels=levels, patch_size=64),
+        train=TrainConfig(epochs=2, batch_size=len(slides), parts=parts),
+    )
+    entries = [
+        Entry(slide_id=f"{i} {j}", path=path, label="ab"[i % 2], split="train")
+        for j in range(STEPS)
+        for i, path in enumerate(slides)
+    ]
+    folder.mkdir()
+    return Trainer(LocalContext(), config, entries, ["a", "b"], 3, folder)
+
+
+def run(trainer: Trainer) -> list[float]:
+    """Seconds of each step but the first epoch's and the first of every epoch."""
+    done: list[float] = []
+    trainer.run(lambda *_: done.append(time.perf_counter()))
+    return [b - a for i, (a, b) in enumerate(pairwise(done), 1) if i > STEPS and i % STEPS]
+
+
+def split(trainer: Trainer, watch: Stopwatch, stack: ExitStack) -> None:
+    """Keep time of the parts of a step that compute; they take turns, so that no time is counted twice."""
+    model: Any = trainer.model
+    for owner, names, part in (
+        (model, ("_look", "_mask"), "attention"),
+        (nested_ats.model, ("draw_phase",), "draw"),
+        (model, ("_embed", "_pool"), "encode"),
+        (torch.autograd, ("backward",), "backward"),
+        (trainer, ("_reduce",), "optimizer"),
+        (trainer.optimizer, ("step",), "optimizer"),
+    ):
+        for name in names:
+            stack.enter_context(patch.object(owner, name, watch.around(part, getattr(owner, name))))
+
+
+def measure(slides: Sequence[str], parts: int, rounds: int, folder: Path) -> dict[str, float]:
+    """Seconds of a step, of its parts, and of its fetching and computing alone."""
+    reads, watch = Reads(), Stopwatch()
+    read = SlideImage.read
+    make = partial(make_trainer, slides, parts)
+    first = make(folder / "first")
+    with (
+        patch.object(SlideImage, "read", lambda *args: reads.remember(read, *args)),
+        patch.object(first.model, "forward", partial(reads.note, first.model.forward)),
+    ):
+        run(first)
+    seconds: dict[str, list[float]] = {"step": [], "compute": [], "fetch": []}
+    for number in range(rounds):
+        seconds["step"] += run(make(folder / f"step {number}"))
+        trainer = make(folder / f"compute {number}")
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(SlideImage, "read", reads.recall))
+            split(trainer, watch, stack)
+            seconds["compute"] += run(trainer)
+        trainer = make(folder / f"fetch {number}")
+        with patch.object(trainer.model, "forward", partial(reads.fetch, trainer.model.head.bias)):
+            seconds["fetch"] += run(trainer)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    steps = rounds * STEPS * trainer.config.train.epochs
+    return {**medians, **{part: watch.seconds[part] / steps for part in PARTS}}
+
+
+def show(where: str, parts: int, found: dict[str, float]) -> dict[str, Any]:
+    """Print a line of the table, and return it with what it is about."""
+    bound = max(found["fetch"], found["compute"])
+    shares = "".join(f"{found[part]:10.3f}" for part in PARTS)
+    print(
+        f"{where:>12}{parts:6}{found['fetch']:8.3f}{shares}{found['compute']:9.3f}{found['step']:8.3f}"
+        f"{found['fetch'] + found['compute']:8.3f}{found['step'] / bound:13.2f}",
+        flush=True,
+    )
+    return {"where": where, "parts": parts, **found, "step_of_bound": found["step"] / bound}
+
+
+def main() -> None:
+    """Make a pyramid and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=8192, help="side of the slide, pixels")
+    parser.add_argument("--slides", type=int, default=16, help="slides of a step")
+    parser.add_argument("--parts", type=int, nargs="+", default=[1, 8, 16], help="train.parts to try")
+    parser.add_argument("--latency", type=float, nargs="+", default=[20, 50], help="of the server, milliseconds")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--json", type=Path, help="file to write what was found to")
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    about = {
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+        "versions": {name: version(name) for name in ("torch", "numcodecs", "obstore", "numpy")},
+        **{name: getattr(args, name) for name in ("size", "slides", "threads", "rounds")},
+    }
+    print(", ".join([about["machine"], *(f"{name} {v}" for name, v in about["versions"].items())]))
+    print(f"{args.slides} slides of {args.size} x {args.size} a step, torch on {args.threads} of the processors")
+    heads = "".join(f"{part:>10}" for part in PARTS)
+    print(f"{'slides on':>12}{'parts':>6}{'fetch':>8}{heads}{'compute':>9}{'step':>8}{'sum':>8}{'step / bound':>13}")
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        path = Path(name, "slide.ome.zarr")
+        make_slide(Path(name, "slide.tif"), args.size)
+        convert(Path(name, "slide.tif"), path)
+        with ExitStack() as stack:
+            places = {"disk": str(path)}
+            for latency in args.latency:
+                url = stack.enter_context(serving(path.parent, latency / 1e3))
+                places[f"{latency:g} ms"] = f"{url}/{path.name}"
+            lines = []
+            for where, location in places.items():
+                with Slide(location):
+                    pass
+                for parts in args.parts:
+                    with tempfile.TemporaryDirectory(dir=name) as runs:
+                        found = measure([location] * args.slides, parts, args.rounds, Path(runs))
+                    lines.append(show(where, parts, found))
+    if args.json:
+        args.json.write_text(json.dumps({**about, "lines": lines}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

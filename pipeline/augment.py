@@ -1,0 +1,98 @@
+"""Augmentation: training images changed at random, anew in every epoch (paper, sections 4.3 and 4.4).
+
+An image is not decoded to be changed. `AugmentedImage` stands before it and maps the boxes that the model asks for,
+which keeps the cost that of the pixels read. All levels show one and the same change exactly, since everything is
+moved by whole pixels of the coarsest level that the model reads, whatever the image's size.
+
+Shape letters: N boxes, C channels, h w pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nested_ats.images import Image, find_level
+from nested_ats.sampling import uniform
+
+if TYPE_CHECKING:
+    from pipeline.config import AugmentConfig
+
+
+class AugmentedImage:
+    """An image seen after a symmetry of the square, a translation, and a change of contrast and brightness.
+
+    Where pixels are: the image lies on a plane of background, as it does for boxes that leave it. The plane is
+    transposed, mirrored top to bottom, left to right, and moved, each or not; the frame that `shapes` tells stays
+    where it was. What a translation moves out of the frame is still there for boxes that leave the frame, but no
+    cell of an attention map lies on it. A mirrored side is rounded up to whole pixels of the coarsest level read, so
+    that the levels' pixels still cover each other: the image then begins with less than one such pixel of background.
+
+    What pixels are: with x the value as a share of the largest of its type (1 for floats),
+    ``1/2 + contrast * (x - 1/2) + brightness``, then rounded and clipped to the type where it is one of integers.
+    The background is changed like the image that it stands around, as its edge would show otherwise.
+
+    Parameters
+    ----------
+    image
+        What is augmented. Only its levels down to `downsample` are shown.
+    config
+        How much may change.
+    key
+        Random key of 64 bits: equal keys change equal images equally.
+    downsample
+        Of the coarsest level that the model reads. A translation is a whole number of its pixels (none where the
+        largest is less than one), and where another level's downsample does not divide it, rounded there to a pixel.
+
+    Raises
+    ------
+    ValueError
+        The image has no such level.
+    """
+
+    def __init__(self, image: Image, config: AugmentConfig, key: int, *, downsample: float) -> None:
+        self._image = image
+        coarsest = find_level(image, downsample)
+        symmetry, *shifts, contrast, brightness = uniform(torch.tensor([key]), 5)[0].tolist()
+        turn = int(8 * symmetry) if config.flip else 0
+        self._transposed, self._mirrored = bool(turn & 1), torch.tensor([bool(turn & 2), bool(turn & 4)])
+        self._contrast: float = 1 + config.contrast * (2 * contrast - 1)
+        self._brightness: float = config.brightness * (2 * brightness - 1)
+        self.downsamples: Sequence[float] = list(image.downsamples)[: coarsest + 1]
+        shapes = torch.tensor(list(image.shapes)[: coarsest + 1])  # (levels, 2)
+        if self._transposed:
+            shapes = shapes.flip(-1)
+        ratios = (self.downsamples[-1] / torch.tensor(self.downsamples, dtype=torch.float64))[:, None]
+        most = (config.translation * shapes[-1].double()).long()
+        steps = (torch.tensor(shifts, dtype=torch.float64) * (2 * most + 1)).long() - most
+        self._shifts = (steps * ratios).round().long()  # (levels, 2)
+        self._extents = (shapes[-1] * ratios).round().long()  # (levels, 2), of what is mirrored
+        shown = torch.where(self._mirrored, self._extents, shapes).tolist()
+        self.shapes: Sequence[tuple[int, int]] = [(height, width) for height, width in shown]
+
+    def read(self, level: int, boxes: Tensor) -> Tensor:
+        """(N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""
+        starts, sizes = boxes[:, :2] - self._shifts[level], boxes[:, 2:]
+        starts = torch.where(self._mirrored, self._extents[level] - starts - sizes, starts)
+        if self._transposed:
+            starts, sizes = starts.flip(-1), sizes.flip(-1)
+        pixels = self._image.read(level, torch.cat([starts, sizes], -1))
+        if self._transposed:
+            pixels = pixels.mT
+        if self._mirrored.any():
+            bits = pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels  # torch flips no uint16
+            pixels = bits.flip([axis - 2 for axis in range(2) if self._mirrored[axis]]).view(pixels.dtype)
+        return self._adjust(pixels)
+
+    def _adjust(self, pixels: Tensor) -> Tensor:
+        if self._contrast == 1 and self._brightness == 0:
+            return pixels
+        limits = None if pixels.is_floating_point() else torch.iinfo(pixels.dtype)
+        shift = ((1 - self._contrast) / 2 + self._brightness) * (limits.max if limits else 1)
+        if limits is None:
+            return pixels * self._contrast + shift
+        changed = (pixels.float() * self._contrast + shift).round()
+        return changed.clamp(limits.min, limits.max).to(pixels.dtype)
