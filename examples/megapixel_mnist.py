@@ -1,72 +1,224 @@
-"""Megapixel MNIST (section 4.2 of the paper) through the whole product: TIFFs, pyramids, training, test error.
+"""Megapixel MNIST (section 4.2 of the paper): attention sampling with several budgets, and a CNN; figures 2 and 3.
 
-    python examples/megapixel_mnist.py --digits ../shared/data/mnist --out runs/mnist
+    python examples/megapixel_mnist.py --digits ../shared/data/mnist --out runs/mnist --quick
+    python examples/megapixel_mnist.py --table examples/results/megapixel_mnist-quick.json --quick
 
-There are as many images as in the paper, but smaller by default, so that a CPU does it in minutes: --size 1500
---noise 50 is the paper's set. Without --digits the digits are scikit-learn's.
+Without --quick it is the paper's experiment, for a GPU: 1500 x 1500 pixels, 50 noise patches, 5,000 training and 1,000
+test images, 500 epochs, 5 runs. --digits is a folder with MNIST's IDX files; where it has the test set alone, the
+first 8,000 of its digits make the training images and the other 2,000 the test images. Without --digits they are
+scikit-learn's. What the paper leaves open (batch size, strides of the CNN, noise) is as in the configuration, in
+`nested_ats.encoders` and in `pipeline.synthetic_mnist`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
+import yaml
 from commands import run
+from experiment import (
+    RESULTS,
+    Experiment,
+    Method,
+    Paper,
+    Result,
+    attention_maps,
+    command_line,
+    measure_again,
+    print_table,
+    read_results,
+    run_experiment,
+    save,
+)
+from figures import attention_evolution, error_and_loss_against_time
 
-from pipeline.runs import read_metrics
-from pipeline.train import versions
+from pipeline.manifest import Entry, read_manifest
+from pipeline.progress import progress
+from pipeline.synthetic import write_megapixel_mnist
+from pipeline.synthetic_mnist import DIGIT, VIEW, load_pools, mnist_scene
+from storage import Slide
+
+View = Literal["pyramid", "pasted"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the images are."""
+
+    size: int  # side in pixels
+    noise: int  # patches of noise to an image
+    train: int  # images
+    test: int
+    view: View  # what the attention sees: a level of a true pyramid, or the authors' pasted view
+    digits: str = ""  # where they are from, in words
+
+
+FULL = Data(size=1500, noise=50, train=5000, test=1000, view="pyramid")
+QUICK = Data(size=384, noise=8, train=2000, test=500, view="pyramid")
+
+
+def build(data: Data, *, quick: bool) -> Experiment:
+    """Return the experiment: the paper's, or the one that a CPU does in minutes."""
+    config = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    model = config.pop("model")
+    level = model["levels"][0] | _level(data, quick=quick)
+    budgets = (5, 10, 25) if quick else (5, 10, 25, 50, 100)
+    methods = [
+        Method(
+            f"ATS-{n}",
+            _scale(data, level),
+            {"model": model | {"levels": [level | {"samples": n}]}},
+            Paper(test_error="about 0.2" if n == 5 else ""),  # section 4.2.2; there is no table
+        )
+        for n in budgets
+    ]
+    pixels = {"mean": model["mean"], "std": model["std"]}
+    cnn: dict[str, Any] = {"model": {"kind": "cnn", "encoder": "resnet16", "features": 32, **pixels}}
+    if quick:
+        # A quarter of the width and few epochs: about the time that ATS-10 has.
+        cnn = {"model": cnn["model"] | {"features": 8}, "train": {"epochs": 5}}
+        config["train"] |= {"epochs": 28, "batch_size": 16}
+    else:
+        config["train"] |= {"epochs": 500}
+    methods.append(Method("CNN", "1", cnn, Paper(test_error="about 0.4")))  # section 4.2.1
+    return Experiment(
+        name=f"megapixel_mnist{'-quick' if quick else ''}{'-pasted' if data.view == 'pasted' else ''}",
+        title=_title(data, quick=quick),
+        base=config,
+        methods=tuple(methods),
+        runs=1 if quick else 5,
+        stages=(1, 2, 4, 8, 12, 20) if quick else (1, 2, 5, 10, 15, 25, 50, 100, 200, 300, 400),
+    )
+
+
+def _title(data: Data, *, quick: bool) -> str:
+    images = f"{data.size} x {data.size} pixels, {data.noise} noise patches, {data.view} view"
+    counts = f"{data.train} training and {data.test} test images" + (f" of {data.digits}" if data.digits else "")
+    narrow = "; quick: CNN of 8 channels instead of 32" if quick else ""
+    return f"Megapixel MNIST, {images}, {counts}{narrow}"
+
+
+def _level(data: Data, *, quick: bool) -> dict[str, Any]:
+    """What the attention sees: about 180 x 180 cells of 1500 x 1500 pixels, 48 x 48 of 384 x 384."""
+    if data.view == "pasted":
+        return {"downsample": data.size / round(VIEW * data.size), "stride": 1}
+    return {"downsample": 4, "stride": 2} if quick else {"downsample": 8, "stride": 1}
+
+
+def _scale(data: Data, level: dict[str, Any]) -> str:
+    return f"{VIEW if data.view == 'pasted' else 1 / level['downsample']:.3g}/1"
+
+
+def make_data(data: Data, digits: Path | None, out: Path) -> Path:
+    """Make the images, and for a true pyramid convert them; return the manifest."""
+    folder = out / "images"
+    with progress("synth") as update:
+        manifest = write_megapixel_mnist(
+            folder,
+            **digit_files(digits),
+            size=data.size,
+            train=data.train,
+            test=data.test,
+            noise=data.noise,
+            view=data.view,
+            progress=lambda done, total: update(done, total, ""),
+        )
+    if data.view == "pasted":
+        return manifest
+    run("convert", manifest, "--out", out / "pyramids")
+    return out / "pyramids" / "manifest.csv"
+
+
+def digit_files(folder: Path | None) -> dict[str, Any]:
+    """The arguments that name the digits: MNIST's two pairs of files, or its test pair alone."""
+    if folder is None:
+        return {}
+    files: dict[str, Path] = {}
+    for part, names in {"train": ("images", "labels"), "t10k": ("test_images", "test_labels")}.items():
+        for name, kind in zip(names, ("images-idx3", "labels-idx1"), strict=True):
+            found = sorted(folder.glob(f"{part}-{kind}-ubyte*"))
+            files |= {name: found[0]} if found else {}
+    if "images" in files:
+        return files
+    return {name.removeprefix("test_"): path for name, path in files.items()}
+
+
+def name_digits(files: Mapping[str, Path]) -> str:
+    """Say where the digits of `digit_files` are from."""
+    if not files:
+        return "scikit-learn's digits"
+    return "MNIST's digits" if "test_images" in files else "MNIST's test digits (8,000 to train, 2,000 to test)"
+
+
+def draw(experiment: Experiment, data: Data, digits: Path | None, out: Path, watched: Entry, folder: Path) -> None:
+    """Draw figures 2 and 3; the latter for the first ATS method that kept the watched image's attention."""
+    results = _of(experiment, read_results(out / RESULTS))
+    error_and_loss_against_time(results, folder / f"{experiment.name}-figure2.png")
+    files = digit_files(digits)
+    test = load_pools(
+        files.get("images"),
+        files.get("labels"),
+        test_images=files.get("test_images"),
+        test_labels=files.get("test_labels"),
+    )[1]
+    index = int(watched.slide_id.rpartition("-")[2])
+    scene = mnist_scene(index, seed=0, pool=test, size=data.size, noise=data.noise)
+    marks = [(digit.y + DIGIT / 2, digit.x + DIGIT / 2) for digit in scene.digits]
+    name = next((r.method for r in results if r.method.startswith("ATS-10 ")), results[0].method)
+    maps = attention_maps(out, name, watched.slide_id)
+    with Slide(watched.path) as slide:
+        image = slide.read(0, (0, 0, *slide.shape_yx))[0]
+    attention_evolution(image, maps, folder / f"{experiment.name}-figure3.png", marks=marks)
+
+
+def _of(experiment: Experiment, results: list[Result]) -> list[Result]:
+    return [result for result in results if result.method in {method.key for method in experiment.methods}]
 
 
 def main() -> None:
-    """Make the set, train, test, and print one row of the README's table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/mnist"))
-    parser.add_argument("--digits", type=Path, help="folder of t10k-images-idx3-ubyte.gz and its labels")
-    parser.add_argument("--size", type=int, default=384)
-    parser.add_argument("--noise", type=int, default=8)
-    parser.add_argument("--train", type=int, default=5000)
-    parser.add_argument("--test", type=int, default=1000)
-    parser.add_argument("--set", action="append", default=[], help="override the configuration")
+    """Make the set, run the experiment, print its table and draw its figures."""
+    parser = command_line((__doc__ or "").splitlines()[0], out="runs/mnist")
+    parser.add_argument("--digits", type=Path, help="folder of MNIST's IDX files")
+    parser.add_argument("--view", choices=["pyramid", "pasted"], default="pyramid", help="what the attention sees")
+    parser.add_argument("--size", type=int, help="side of an image in pixels")
+    parser.add_argument("--noise", type=int, help="noise patches to an image")
+    parser.add_argument("--train", type=int, help="training images")
+    parser.add_argument("--test", type=int, help="test images")
+    parser.add_argument("--save", type=Path, help="folder for results, table and figures to be committed")
     chosen = parser.parse_args()
-    out = chosen.out
-    digits: list[str | Path] = []
-    if chosen.digits:
-        digits = ["--images", chosen.digits / "t10k-images-idx3-ubyte.gz"]
-        digits += ["--labels", chosen.digits / "t10k-labels-idx1-ubyte.gz"]
-    overrides = [word for setting in chosen.set for word in ("--set", setting)]
-    run(
-        "synth",
-        "mnist",
-        "--out",
-        out / "images",
-        "--size",
-        chosen.size,
-        "--noise",
-        chosen.noise,
-        "--train",
-        chosen.train,
-        "--test",
-        chosen.test,
-        *digits,
+    experiment, data = _chosen(chosen)
+    if chosen.table:
+        print_table(experiment, read_results(chosen.table))
+        return
+    if chosen.measure:
+        measure_again(chosen.out, chosen.device)
+    manifest = make_data(data, chosen.digits, chosen.out)
+    watched = next(entry for entry in read_manifest(manifest) if entry.split == "test")
+    results = run_experiment(
+        experiment,
+        manifest,
+        chosen.out,
+        only=chosen.only,
+        attention_of=[watched.slide_id],
+        device=chosen.device,
     )
-    run("convert", out / "images" / "manifest.csv", "--out", out / "pyramids")
-    manifest = out / "pyramids" / "manifest.csv"
-    config = Path(__file__).with_suffix(".yaml")
-    seconds, _ = run("train", "--manifest", manifest, "--config", config, "--out", out / "run", *overrides)
-    run("predict", out / "run", manifest, "--split", "test", "--out", out / "predictions", "--overwrite")
-    run("evaluate", out / "predictions")
-    metrics = json.loads((out / "predictions" / "metrics.json").read_text())
-    last = read_metrics(out / "run")[-1]
-    low, high = metrics["accuracy"]["interval_95"]
-    print(
-        f"\n{chosen.size}x{chosen.size}, {chosen.noise} noise patches, {chosen.train} training images, "
-        f"{last['epoch']} epochs in {seconds / 60:.1f} minutes on {os.cpu_count()} cores: "
-        f"training cross-entropy {last['cross_entropy']:.3f}, test error {1 - metrics['accuracy']['value']:.1%} "
-        f"[{1 - high:.1%}, {1 - low:.1%}] on {metrics['slides']} images\n"
-        f"{', '.join(f'{name} {version}' for name, version in versions().items())}"
-    )
+    folder = chosen.save or chosen.out
+    save(experiment, results, folder)
+    draw(experiment, data, chosen.digits, chosen.out, watched, folder)
+    print_table(experiment, results)
+
+
+def _chosen(chosen: argparse.Namespace) -> tuple[Experiment, Data]:
+    """Resolve the options."""
+    given = {name: getattr(chosen, name) for name in ("size", "noise", "train", "test", "view")}
+    data = replace(QUICK if chosen.quick else FULL, **{name: value for name, value in given.items() if value})
+    data = replace(data, digits=name_digits(digit_files(chosen.digits)))
+    experiment = build(data, quick=chosen.quick)
+    return replace(experiment, runs=chosen.runs or experiment.runs), data
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pipeline.files import write_atomic
 SPLITS = ("train", "val", "test")
 _ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
 _TIFFS = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
-IMAGE_SUFFIXES = (*_TIFFS, ".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (*_TIFFS, ".png", ".jpg", ".jpeg", ".bmp")
 _SUFFIXES = (".ome.zarr", ".zarr", *(f".ome{suffix}" for suffix in _TIFFS), *IMAGE_SUFFIXES)  # the longer ones first
 
 

@@ -1,20 +1,22 @@
 """Data sets made offline: number signs in textured scenes, and Megapixel MNIST.
 
-Both are folders of tiled TIFFs with a ``manifest.csv`` (slide_id, path, label, split), and both are resumable:
-``recipe.json`` is written first and says what the folder holds, each image appears when it is whole, and a
-second run with the same arguments makes only what is missing.
+Both are folders of tiled TIFFs (or, for the authors' view of Megapixel MNIST, of OME-Zarr images) with a
+``manifest.csv`` (slide_id, path, label, split), and both are resumable: ``recipe.json`` is written first and says
+what the folder holds, each image appears when it is whole, and a second run with the same arguments makes only what
+is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +150,7 @@ def write_megapixel_mnist(
     train: int = 5000,
     test: int = 1000,
     noise: int = 50,
+    view: Literal["pyramid", "pasted"] = "pyramid",
     seed: int = 0,
     tile: int = 256,
     workers: int = 1,
@@ -167,6 +170,9 @@ def write_megapixel_mnist(
         Number of images in the two splits.
     noise
         Noise patches to the image.
+    view
+        ``pyramid`` writes TIFFs, to be converted. ``pasted`` writes OME-Zarr images, to be used as they are, whose
+        second level is the authors' low-resolution view (`MnistScene.render_view`), at downsample size / side.
     tile, workers, progress
         As in `write_signs`.
 
@@ -184,12 +190,14 @@ def write_megapixel_mnist(
     split_of = _split_names(train + test, (train, 0, test))
     recipe = {"set": "megapixel-mnist", "size": size, "train": train, "test": test, "noise": noise, "seed": seed}
     recipe |= {"tile": tile, "digits": [_digest(pool) for pool in pools]}
+    recipe |= {"view": view} if view != "pyramid" else {}  # sets made before there was a choice stay what they are
+    write, suffix = (_write_mnist, ".tif") if view == "pyramid" else (_write_pasted, ".ome.zarr")
 
     def image(index: int) -> _Image:
         pool = pools[split_of[index] == "test"]
         scene = mnist_scene(index, seed=seed, pool=pool, size=size, noise=noise)
         name = f"mnist-{index:05d}"
-        return _Image(name, scene.label, split_of[index], partial(_write_mnist, scene=scene, pool=pool, tile=tile))
+        return _Image(name, scene.label, split_of[index], partial(write, scene=scene, pool=pool, tile=tile), suffix)
 
     return _write_set(folder, recipe, [image(i) for i in range(train + test)], workers, progress)
 
@@ -201,12 +209,38 @@ def _write_mnist(path: Path, *, scene: MnistScene, pool: DigitPool, tile: int) -
     write_tiff(path, tiles, shape=canvas.shape, dtype="uint8", tile=tile, compression="deflate")
 
 
+def _write_pasted(path: Path, *, scene: MnistScene, pool: DigitPool, tile: int) -> None:
+    """Write canvas and view as the two levels of an OME-Zarr 0.5 image that appears when it is whole.
+
+    Each level is one chunk whatever the tile: its pixels are mostly zeros, and one read gives all patches.
+    """
+    del tile
+    import zarr
+
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    group = zarr.open_group(partial, mode="w", zarr_format=3)
+    datasets: list[Any] = []
+    for number, pixels in enumerate((scene.render(pool), scene.render_view(pool))):
+        array = group.create_array(str(number), shape=pixels.shape, dtype=pixels.dtype, chunks=pixels.shape)
+        array[...] = pixels
+        scale = scene.size / len(pixels)
+        # Centres of pixels: those of a coarse level lie half a coarse pixel less half a fine one further in.
+        steps = {"scale": [scale] * 2, "translation": [(scale - 1) / 2] * 2}
+        transformations = [{"type": kind, kind: values} for kind, values in steps.items()]
+        datasets.append({"path": str(number), "coordinateTransformations": transformations})
+    axes: Any = [{"name": name, "type": "space"} for name in "yx"]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+    partial.rename(path)
+
+
 @dataclass(frozen=True)
 class _Image:
     slide_id: str
     label: str
     split: str
     write: Callable[[Path], None]
+    suffix: str = ".tif"
 
 
 def _write_set(
@@ -219,7 +253,7 @@ def _write_set(
     if tile < 16 or tile % 16:
         raise UsageError(f"tile {tile}: the side of a TIFF tile is a multiple of 16")
     image_folder = _open_set(folder, recipe | {"version": RECIPE_VERSION})
-    paths = [image_folder / f"{image.slide_id}.tif" for image in images]
+    paths = [image_folder / f"{image.slide_id}{image.suffix}" for image in images]
 
     def write(path: Path, image: _Image) -> None:
         if not path.exists():
@@ -246,8 +280,9 @@ def _open_set(folder: Path, recipe: dict[str, Any]) -> Path:
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: cannot be read ({error}); choose another folder") from error
         wanted = json.loads(json.dumps(recipe))
-        if found != wanted and any(images.glob("*.tif")):
-            keys = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+        if found != wanted and any(images.glob("[!.]*")):
+            there = found if isinstance(found, dict) else {}
+            keys = [key for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
             raise UsageError(f"{path}: the folder holds another set (other {', '.join(keys)}); choose another folder")
     elif images.exists():
         raise UsageError(f"{images}: images of unknown origin (no recipe.json); choose another folder")

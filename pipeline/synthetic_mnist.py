@@ -6,6 +6,10 @@ straight line at a random place and angle of its box, as in the authors' release
 harder to tell from digits than white noise. Noise patches lie anywhere, also over one another. Digits are placed
 afterwards, without overlapping one another, and a digit's box replaces the noise beneath it, so that no stroke
 crosses a digit. The two other digits are drawn independently from the nine other classes, so both may share one.
+
+The low-resolution view that the attention sees is, in the authors' released data, no downsampled canvas: the same
+pieces are shrunk one by one and pasted at scaled places (`MnistScene.render_view`). Pieces of three pixels are
+then as sharp as such pieces can be, wherever they lie, where a true pyramid blurs them across pixels.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 DIGIT = 28  # side of a digit in pixels
 CLASSES = 10
 SAME, OTHER = 3, 2
+VIEW = 0.12  # side of the pasted view over that of the canvas: 180 pixels of 1500
 # From here on five boxes always fit: four of them forbid at most 4 × 55 × 55 of the 113 × 113 places.
 MIN_SIZE = 5 * DIGIT
 
@@ -79,6 +84,28 @@ class MnistScene:
         for digit in self.digits:
             canvas[digit.y : digit.y + DIGIT, digit.x : digit.x + DIGIT] = pool.images[digit.number]
         return canvas
+
+    def render_view(self, pool: DigitPool) -> NDArray[np.uint8]:
+        """Draw the pasted low-resolution view, (side, side) uint8 with side = round(0.12 size).
+
+        Each line and digit is shrunk by the mean over areas to a whole number of pixels (three) and pasted where
+        its box begins, times 0.12, rounded. As on the canvas, lines add up and digits replace what they cover.
+        """
+        side = round(VIEW * self.size)
+        scale = side / self.size
+        piece = round(DIGIT * scale)
+        view = np.zeros((side, side), np.uint8)
+
+        def place(y: int, x: int) -> tuple[slice, slice]:
+            top, left = (min(round(start * scale), side - piece) for start in (y, x))
+            return slice(top, top + piece), slice(left, left + piece)
+
+        for line in self.noise:
+            box = view[place(line.y, line.x)]
+            np.maximum(box, _shrunk(_line(line) * np.uint8(255), piece), out=box)
+        for digit in self.digits:
+            view[place(digit.y, digit.x)] = _shrunk(pool.images[digit.number], piece)
+        return view
 
 
 def mnist_scene(index: int, *, seed: int, pool: DigitPool, size: int = 1500, noise: int = 50) -> MnistScene:
@@ -205,3 +232,12 @@ def _line(line: NoiseLine) -> NDArray[np.bool_]:
     y, x = np.mgrid[:DIGIT, :DIGIT] - (DIGIT - 1) / 2
     covered: NDArray[np.bool_] = np.abs(np.cos(line.angle) * y - np.sin(line.angle) * x - line.offset) <= 0.8
     return covered
+
+
+def _shrunk(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """(S, S) -> (side, side), each pixel the mean over the area that it covers."""
+    edges = np.arange(side + 1) * len(image) / side
+    pixels = np.arange(len(image))
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights = overlap.clip(0) * side / len(image)
+    return np.rint(weights @ image @ weights.T).astype(np.uint8)

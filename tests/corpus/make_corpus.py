@@ -132,7 +132,11 @@ def truncated() -> Iterator[Case]:
         cuts = {8, 9, 12, 15, 16, 17, 40, 100, 150, 200, 250, 300, 400, 500, len(data) // 2, len(data) - 1}
         for cut in sorted(cuts):
             yield f"truncated-{name}-{cut}.tif", data[:cut], "refused"
-    for name, encode in [("png", imagecodecs.png_encode), ("jpg", imagecodecs.jpeg8_encode)]:
+    for name, encode in [
+        ("png", imagecodecs.png_encode),
+        ("jpg", imagecodecs.jpeg8_encode),
+        ("bmp", imagecodecs.bmp_encode),
+    ]:
         data = encode(picture())
         for cut in (10, 30, 60, 200, len(data) // 2, len(data) - 20, len(data) - 3):
             yield f"truncated-{cut}.{name}", data[:cut], "refused"
@@ -349,6 +353,8 @@ def kinds() -> Iterator[Case]:
     yield "grey.png", imagecodecs.png_encode(grey), "read"
     yield "colour-16.png", imagecodecs.png_encode(picture().astype(np.uint16) * 250), "read"
     yield "colour.jpg", imagecodecs.jpeg8_encode(picture()), "read"
+    yield "colour.bmp", imagecodecs.bmp_encode(picture()), "read"
+    yield "grey.bmp", imagecodecs.bmp_encode(grey), "read"
     yield "png-overwritten.png", put(imagecodecs.png_encode(picture()), 500, b"\x55" * 16), "refused"
     yield "png-one-bit.png", png(8, 1, zlib.compress(b"\0\xaa"), bits=1, colour=0), "refused"
     yield "png-palette-missing.png", png(4, 1, zlib.compress(b"\0\0\0\0\0"), colour=3), "refused"
@@ -399,6 +405,7 @@ def seeds() -> dict[str, bytes]:
         "image.ome.tif": buffer.getvalue(),
         "image.png": imagecodecs.png_encode(small),
         "image.jpg": imagecodecs.jpeg8_encode(small, level=85),
+        "image.bmp": imagecodecs.bmp_encode(small[:20, :20, 0]),  # mostly headers
         "progressive.jpg": progressive.getvalue(),
     }
 

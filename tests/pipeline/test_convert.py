@@ -76,7 +76,7 @@ class TestSources:
             find_images([str(tmp_path)])
 
     @pytest.mark.parametrize(
-        "suffix", [".btf", ".tf8", ".scn", ".bif", ".qptiff", ".ome.tif", ".png", ".JPG", ".jpeg"]
+        "suffix", [".btf", ".tf8", ".scn", ".bif", ".qptiff", ".ome.tif", ".png", ".JPG", ".jpeg", ".bmp"]
     )
     def test_kinds_of_images(self, tmp_path, suffix):
         (tmp_path / f"a{suffix}").write_bytes(b"")

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import tifffile
 
+from nested_ats.images import find_level
 from pipeline.errors import DataError, UsageError
 from pipeline.idx import read_idx
 from pipeline.manifest import read_manifest
+from pipeline.slides import SlideImage
 from pipeline.synthetic import write_megapixel_mnist, write_sign_scene, write_signs
 from pipeline.synthetic_mnist import DIGIT, DigitPool, load_pools, mnist_scene
 from pipeline.synthetic_signs import (
@@ -29,6 +31,7 @@ from pipeline.synthetic_signs import (
     DiscKind,
     sign_scene,
 )
+from storage import Slide
 
 MNIST = Path(os.environ.get("NESTED_ATS_DATA", "")) / "mnist"
 
@@ -415,6 +418,36 @@ def test_mnist_scenes_are_a_function_of_seed_and_index(pool):
     assert a != mnist_scene(5, seed=0, pool=pool)
 
 
+def test_the_pasted_view_has_every_piece_at_its_scaled_place(pool):
+    made = mnist_scene(2, seed=0, pool=pool)
+    view = made.render_view(pool)
+    assert (view.shape, view.dtype) == ((180, 180), np.uint8)
+    empty = np.ones_like(view, bool)
+    for piece in (*made.noise, *made.digits):
+        y, x = (min(round(start * 0.12), 177) for start in (piece.y, piece.x))
+        empty[y : y + 3, x : x + 3] = False
+        assert view[y : y + 3, x : x + 3].any()
+    assert not view[empty].any()
+    for digit in made.digits:
+        y, x = round(digit.y * 0.12), round(digit.x * 0.12)
+        assert (view[y : y + 3, x : x + 3] == pool.images[digit.number, 0, 0]).all()
+
+
+def test_pieces_of_the_pasted_view_are_means_over_areas(pool):
+    ramp = np.broadcast_to(np.arange(DIGIT, dtype=np.uint8) * 9, (200, DIGIT, DIGIT))
+    made = mnist_scene(2, seed=0, pool=pool, noise=0)
+    digit = made.digits[0]
+    view = made.render_view(DigitPool(ramp, pool.labels))
+    y, x = round(digit.y * 0.12), round(digit.x * 0.12)
+    # Thirds of 28 pixels have their middles at 14/3, 14 and 70/3; pixel i has its own at i + 1/2.
+    expected = [
+        np.mean(np.floor(np.linspace(a, b, 9999, endpoint=False))) * 9
+        for a, b in ((0, 28 / 3), (28 / 3, 56 / 3), (56 / 3, 28))
+    ]
+    np.testing.assert_allclose(view[y : y + 3, x : x + 3], [np.rint(expected)] * 3, atol=1)
+    assert view.max() < 9 * (DIGIT - 1)
+
+
 @pytest.mark.parametrize("changes", [{"size": 139}, {"noise": -1}])
 def test_bad_canvases_are_refused(pool, changes):
     with pytest.raises(UsageError):
@@ -497,6 +530,28 @@ def test_write_megapixel_mnist_uses_disjoint_digits_and_resumes(tmp_path):
     assert [Path(entry.path).stat().st_mtime_ns for entry in entries] == stamps
     with pytest.raises(UsageError, match=r"other digits"):
         write_megapixel_mnist(tmp_path / "set", **(arguments | {"digit_split": 0.5}))
+
+
+def test_the_pasted_view_is_the_second_level_of_what_is_written(tmp_path):
+    images, labels = write_digits(tmp_path, "digits", 500)
+    arguments = {"images": images, "labels": labels, "size": 300, "train": 2, "test": 1, "noise": 3, "view": "pasted"}
+    manifest = write_megapixel_mnist(tmp_path / "set", **arguments)
+    entries = read_manifest(manifest, labelled=True)
+    pools = load_pools(images, labels)
+    for index, entry in enumerate(entries):
+        pool = pools[index == 2]
+        made = mnist_scene(index, seed=0, pool=pool, size=300, noise=3)
+        assert made.label == entry.label
+        with Slide(entry.path) as slide:
+            assert find_level(SlideImage(slide), 300 / 36) == 1
+            np.testing.assert_array_equal(slide.read(0, (0, 0, 300, 300))[0], made.render(pool))
+            np.testing.assert_array_equal(slide.read(1, (0, 0, 36, 36))[0], made.render_view(pool))
+            assert len(slide.levels) == 2
+    content = {path: path.stat().st_mtime_ns for path in (tmp_path / "set" / "images").rglob("*")}
+    assert write_megapixel_mnist(tmp_path / "set", **arguments) == manifest
+    assert content == {path: path.stat().st_mtime_ns for path in (tmp_path / "set" / "images").rglob("*")}
+    with pytest.raises(UsageError, match="other view"):
+        write_megapixel_mnist(tmp_path / "set", **(arguments | {"view": "pyramid"}))
 
 
 @pytest.mark.data

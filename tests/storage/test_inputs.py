@@ -20,6 +20,7 @@ from storage import (
     CorruptImageError,
     MissingImageError,
     RasterImage,
+    Slide,
     StorageError,
     TiffImage,
     TransferError,
@@ -576,6 +577,55 @@ def test_png_equals_pillow(tmp_path, smooth, mode):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("top_down", [False, True])
+def test_bmp_equals_pillow(tmp_path, smooth, mode, top_down):
+    image = Image.fromarray(smooth()[:, :99]).convert(mode)  # rows are padded to 4 bytes
+    path = save(tmp_path / "x.tif", ImageOps.flip(image) if top_down else image, format="BMP")
+    if top_down:
+        path.write_bytes(put(path.read_bytes(), 22, struct.pack("<i", -image.height)))
+    expected = np.atleast_3d(image).transpose(2, 0, 1)
+    with open_image(path) as opened, Slide(path) as slide:  # named TIFF: the bytes decide
+        assert isinstance(opened, RasterImage)
+        np.testing.assert_array_equal(whole(opened), expected)
+        np.testing.assert_array_equal(slide.read(0, (0, 0, *image.size[::-1])), expected)
+
+
+def put(data, place, new):
+    return data[:place] + new + data[place + len(new) :]
+
+
+@pytest.mark.parametrize(
+    ("mode", "place", "new", "reason"),
+    [
+        ("1", 0, b"", "of 1 bits"),
+        ("RGBA", 0, b"", "of 32 bits"),
+        ("P", 0, b"", "with a palette"),
+        ("L", 54 + 4 * 200, b"\0\0\0", "with a palette"),  # grey, but 200 stands for 0
+        ("L", 30, b"\1", "compressed"),
+        ("RGB", 14, b"\x0c", "not an image of a kind"),  # OS/2
+        ("RGB", 18, b"\0\0\0\0", "without pixels"),
+        ("RGB", 18, struct.pack("<i", -5), "without pixels"),
+        ("RGB", 22, b"\0\0\0\0", "without pixels"),
+        ("RGB", 18, struct.pack("<ii", 2**31 - 1, -(2**31)), "cut short"),
+        ("RGB", 10, b"\xff\xff\xff\xff", "cut short"),
+    ],
+)
+def test_other_bmp_are_refused_before_decoding(tmp_path, smooth, monkeypatch, mode, place, new, reason):
+    image = Image.fromarray(smooth())
+    path = save(tmp_path / "x.bmp", image.quantize(200) if mode == "P" else image.convert(mode))
+    path.write_bytes(put(path.read_bytes(), place, new))
+    monkeypatch.setattr(imagecodecs, "bmp_decode", lambda _: pytest.fail("it reached the decoder"))
+    with pytest.raises(StorageError, match=rf"x\.bmp: .*{reason}"):
+        open_image(path)
+
+
+def test_a_raster_that_is_none_is_refused(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"BMI,age\n" * 9)  # as a URL's suffix may promise one
+    with pytest.raises(UnsupportedImageError, match=r"x\.png: not a PNG, JPEG or BMP"):
+        RasterImage(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg_equals_its_decoder(tmp_path, smooth, mode, progressive):
     path = save(tmp_path / "x.png", Image.fromarray(smooth()).convert(mode), format="JPEG", progressive=progressive)
@@ -635,13 +685,16 @@ def test_large_rasters_are_refused(tmp_path, smooth):
         RasterImage(path, limits=Limits(raster_bytes=30_000))
     with pytest.raises(UnsupportedImageError, match="tiled TIFFs only"):
         RasterImage(path, limits=Limits(raster_bytes=100))
+    path = save(tmp_path / "x.bmp", Image.fromarray(smooth()))
+    with pytest.raises(UnsupportedImageError, match="tiled TIFFs only"):
+        RasterImage(path, limits=Limits(raster_bytes=30_000))
 
 
-@pytest.mark.parametrize("kind", ["png", "jpg"])
+@pytest.mark.parametrize("kind", ["png", "jpg", "bmp"])
 def test_rasters_cut_anywhere_are_damage(tmp_path, smooth, kind):
     path = save(tmp_path / f"x.{kind}", Image.fromarray(smooth()))
     data = path.read_bytes()
-    for keep in sorted({*range(8, 400, 7), *np.linspace(400, len(data) - 2, 40).astype(int)}):
+    for keep in sorted({*range(18, 400, 7), *np.linspace(400, len(data) - 2, 40).astype(int)}):
         path.write_bytes(data[:keep])
         with pytest.raises(CorruptImageError, match=rf"x\.{kind}: "):
             open_image(path)
@@ -659,7 +712,9 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path, kind):
         open_image(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"GIF89a", b"BM", b"hello", b"II\x2a", b"\xff\xd8", b"\x89PNG"])
+@pytest.mark.parametrize(
+    "data", [b"", b"GIF89a", b"BM", b"BMI,age,weight,sex,", b"hello", b"II\x2a", b"\xff\xd8", b"\x89PNG"]
+)
 def test_unknown_kinds_are_told_what_is_read(tmp_path, data):
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(UnsupportedImageError, match=ACCEPTED[:20].replace("(", r"\(")):
