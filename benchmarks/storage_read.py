@@ -1,10 +1,10 @@
 """Random patches per second: ``Slide`` against tensorstore, zarr-python, openslide and tiffslide, in one run.
 
 The first three read level 0 of one pyramid, the last two the JPEG-tiled BigTIFF that it was made of (their pixels are
-the same, as the pyramid is lossless), all in one process and in turns. ``Slide`` and tensorstore are given batches of
-32 (tensorstore: 32 reads in flight), the others, which have no batches, one patch at a time. "warm": the files lie in
-the page cache; "cold": they were dropped from it before each batch. With --s3 a loopback S3 server (moto) serves the
-pyramid and counts the requests of single patches, shard indexes included.
+the same, as the pyramid is lossless), all in one process and in turns of eight batches of 32 patches. ``Slide`` and
+tensorstore are given whole batches (tensorstore: 32 reads in flight), the others one patch at a time. "warm": the
+files lie in the page cache; "cold": they were dropped from it before each batch. With --s3 a loopback S3 server
+(moto) serves the pyramid and counts the requests of single patches, shard indexes included.
 
     python benchmarks/storage_read.py [--size 24576] [--codec lz4] [--chunk 128] [--s3]
 """
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Reader = Callable[[NDArray[np.int64]], NDArray[np.generic]]
 
 BATCH = 32
+TURN = 8  # batches that a reader reads before the next reader does: as many patches as a training step draws
 SIDES = (256, 50)
 
 
@@ -100,13 +101,17 @@ def rates(ways: dict[str, Reader], boxes: list[NDArray[np.int64]], forget: Calla
     for name, read in ways.items():  # openslide's own JPEG decoder may round otherwise by a few levels
         if np.abs(read(boxes[0]).astype(int) - expected).max() > 4:
             raise RuntimeError(f"{name} reads other pixels")
-    for own in boxes:
+    for turn in range(0, len(boxes), TURN):
         for name, read in ways.items():
-            forget()
-            started = time.perf_counter()
-            read(own)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(statistics.mean(_time(read, own, forget) for own in boxes[turn : turn + TURN]))
     return {name: BATCH / statistics.median(own) for name, own in seconds.items()}
+
+
+def _time(read: Reader, boxes: NDArray[np.int64], forget: Callable[[], None]) -> float:
+    forget()
+    started = time.perf_counter()
+    read(boxes)
+    return time.perf_counter() - started
 
 
 def compare(tiff: Path, pyramid: Path, size: int, batches: int) -> None:
@@ -197,7 +202,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=24576)
     parser.add_argument("--codec", default="lz4")
     parser.add_argument("--chunk", type=int, default=ConvertOptions().chunk)
-    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--batches", type=int, default=80)
     parser.add_argument("--s3", action="store_true")
     parser.add_argument("--folder", default=tempfile.gettempdir())
     args = parser.parse_args()
