@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cluster import Context
 from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
+from pipeline.allocator import keep_freed_memory
 from pipeline.augment import AugmentedImage
 from pipeline.config import Config, parse_config
 from pipeline.errors import DataError
@@ -67,6 +68,7 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
     DataError
         The loss is no longer finite; the last state stands.
     """
+    keep_freed_memory()
     config = parse_config(arguments["config"], "configuration")
     entries = [Entry(**row) for row in arguments["entries"]]
     trainer = Trainer(
