@@ -20,30 +20,37 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from commands import run
 from figures import AttentionMap
 
 from nested_ats import ImageModel, load_model
 from nested_ats.maps import attention_map
 from nested_ats.profiling import Cost, step_cost
 from pipeline.config import Config, digest, parse_config, plain
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.evaluate import evaluate
 from pipeline.files import file_name, make_folder, write_atomic, write_json
-from pipeline.manifest import Entry, read_manifest
+from pipeline.manifest import Entry, read_manifest, write_manifest
 from pipeline.predict import Classifier, predict, prediction_settings
 from pipeline.runs import MODEL, choose_device, read_metrics, read_run
 from pipeline.slides import SlideImage, open_slide
 from pipeline.train import train, versions
+from storage import StorageError
 
 RESULTS, POINTS = "results.json", "points.json"
 _COST_REPEATS = 20  # steps timed
+_COLUMNS = (
+    "Train loss: cross-entropy as trained (of augmented images, class weights in it, entropy term not), mean over the "
+    "last epoch. Time and memory: forward and backward pass of one image, reading its patches included; memory is "
+    "torch's, beyond that of the weights."
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ def run_experiment(
 
     Returns
     -------
-    All results of this experiment found in or added to ``out/results.json``.
+    All results of this experiment's methods found in or added to ``out/results.json``.
 
     Raises
     ------
@@ -164,33 +171,23 @@ def run_experiment(
         names = ", ".join(method.key for method in experiment.methods)
         raise UsageError(f"{experiment.name}: no method {', '.join(only or ())}; there are {names}")
     path = make_folder(out) / RESULTS
-    results = read_results(path) if path.exists() else []
     for seed in range(experiment.runs):
         for method in methods:
             mark = _fingerprint(experiment, method, seed, entries)
-            if any(result.fingerprint == mark for result in results):
+            if any(result.fingerprint == mark for result in _found(path)):
                 continue
             print(f"\n{experiment.name}: {method.key}, seed {seed}", file=sys.stderr, flush=True)
             folder = run_folder(out, method.key, seed)
             kept = attention_of if seed == 0 else ()
             points = _train_in_stages(experiment, method, seed, entries, folder, kept, device)
             cost = _measure(folder, device)
-            results = [r for r in results if (r.method, r.seed) != (method.key, seed)]
-            results.append(
-                Result(
-                    method.key,
-                    seed,
-                    experiment.title,
-                    mark,
-                    points,
-                    cost.seconds,
-                    cost.peak_bytes,
-                    machine(device),
-                    versions(),
-                )
-            )
-            write_json(path, [asdict(result) for result in results])
-    return results
+            about = machine(device), versions()
+            result = Result(method.key, seed, experiment.title, mark, points, cost.seconds, cost.peak_bytes, *about)
+            # Read anew: another process may have added runs of other methods meanwhile.
+            others = [other for other in _found(path) if (other.method, other.seed) != (method.key, seed)]
+            _write_results(path, [*others, result])
+    keys = {method.key for method in experiment.methods}
+    return [result for result in _found(path) if result.method in keys]
 
 
 def measure_again(out: Path, device: str = "auto") -> list[Result]:
@@ -205,7 +202,7 @@ def measure_again(out: Path, device: str = "auto") -> list[Result]:
     for result in read_results(out / RESULTS):
         cost = _measure(run_folder(out, result.method, result.seed), device)
         results.append(replace(result, sample_seconds=cost.seconds, peak_bytes=cost.peak_bytes))
-    write_json(out / RESULTS, [asdict(result) for result in results])
+    _write_results(out / RESULTS, results)
     return results
 
 
@@ -255,7 +252,7 @@ def print_table(experiment: Experiment, results: Sequence[Result]) -> None:
 
 
 def table(experiment: Experiment, results: Sequence[Result]) -> str:
-    """Lay the paper's table beside ours, as Markdown, with what was run and on which machines and versions.
+    """Lay the paper's table beside ours, as Markdown, with what was measured and run, on which machines and versions.
 
     Losses and errors are means over runs with the standard error of the mean; time and memory are medians over runs.
     """
@@ -276,7 +273,7 @@ def table(experiment: Experiment, results: Sequence[Result]) -> str:
         for result in results
         if result.method in shown
     ]
-    return "\n".join([*lines, "", *(f"Run: {note}" for note in dict.fromkeys(notes))])
+    return "\n".join([*lines, "", _COLUMNS, *(f"Run: {note}" for note in dict.fromkeys(notes))])
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -304,8 +301,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def command_line(description: str, out: str) -> argparse.ArgumentParser:
-    """Options that every experiment has."""
+def command_line(description: str, out: str, *, data: str = "") -> argparse.ArgumentParser:
+    """Options that every experiment has; those on published data say by `data` which folder --data is."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of data, runs and results")
     parser.add_argument("--quick", action="store_true", help="small, in minutes on a CPU")
@@ -314,14 +311,102 @@ def command_line(description: str, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--measure", action="store_true", help="measure time and memory of finished runs anew")
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of a results.json and end")
+    parser.add_argument("--save", type=Path, help="folder for results, table and figures to be committed")
+    if data:
+        parser.add_argument("--data", type=Path, help=data)
     return parser
+
+
+def conduct(
+    experiment: Experiment,
+    chosen: argparse.Namespace,
+    prepare: Callable[[], Path],
+    watch: Callable[[Sequence[Entry]], Sequence[Entry]],
+    draw: Callable[[Sequence[Result], Sequence[Entry], Path], None],
+) -> None:
+    """Do what the command line asks for: run the experiment, save and print its table and draw its figures.
+
+    Parameters
+    ----------
+    experiment
+        What to run.
+    chosen
+        Options of `command_line`.
+    prepare
+        Makes the images ready and returns their manifest.
+    watch
+        Chooses, of the manifest's entries, test slides whose attention is kept.
+    draw
+        Draws figures of results and of the slides watched into a folder.
+
+    Raises
+    ------
+    SystemExit
+        Something that the user can mend, in words.
+    """
+    experiment = replace(experiment, runs=chosen.runs or experiment.runs)
+    try:
+        if chosen.table:
+            print_table(experiment, read_results(chosen.table))
+            return
+        manifest = prepare()
+        watched = watch(read_manifest(manifest))
+        if chosen.measure:
+            measure_again(chosen.out, chosen.device)
+        kept = [entry.slide_id for entry in watched]
+        results = run_experiment(
+            experiment, manifest, chosen.out, only=chosen.only, attention_of=kept, device=chosen.device
+        )
+        folder = chosen.save or chosen.out
+        save(experiment, results, folder)
+        draw(results, watched, folder)
+        print_table(experiment, results)
+    except (PipelineError, StorageError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def convert_published(
+    chosen: argparse.Namespace, make: Callable[[Path], Path], read: Callable[[Path], list[Entry]]
+) -> Path:
+    """Convert the images of `data_folder`, which --quick makes where none are given; return the pyramids' manifest.
+
+    Raises
+    ------
+    UsageError
+        Neither --data nor --quick is given.
+    """
+    if not (chosen.quick or chosen.data):
+        raise UsageError("--data FOLDER: the published images; or --quick, which makes some of its own")
+    make_folder(chosen.out)
+    folder = chosen.data or make(data_folder(chosen))
+    write_manifest(chosen.out / "published.csv", read(folder))
+    run("convert", chosen.out / "published.csv", "--out", chosen.out / "pyramids")
+    return chosen.out / "pyramids" / "manifest.csv"
+
+
+def data_folder(chosen: argparse.Namespace) -> Path:
+    """Folder of images in the published layout: --data, or what is made instead."""
+    return chosen.data or chosen.out / "made"
+
+
+def with_attention(experiment: Experiment, results: Sequence[Result]) -> list[Method]:
+    """Methods that learn an attention, and have a run of seed 0, which keeps it."""
+    ran = {result.method for result in results if result.seed == 0}
+    return [m for m in experiment.methods if m.key in ran and m.name.startswith(("ATS", "Deep MIL"))]
 
 
 def save(experiment: Experiment, results: Sequence[Result], folder: Path) -> None:
     """Write results and their table, to be committed: ``NAME.json`` and ``NAME.md``."""
-    make_folder(folder)
-    write_json(folder / f"{experiment.name}.json", [asdict(result) for result in results])
+    _write_results(make_folder(folder) / f"{experiment.name}.json", results)
     write_atomic(folder / f"{experiment.name}.md", table(experiment, results) + "\n")
+
+
+def _found(path: Path) -> list[Result]:
+    return read_results(path) if path.exists() else []
+
+
+def _write_results(path: Path, results: Sequence[Result]) -> None:
+    write_json(path, [asdict(result) for result in results])
 
 
 def _fingerprint(experiment: Experiment, method: Method, seed: int, entries: Sequence[Entry]) -> str:

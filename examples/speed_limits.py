@@ -9,8 +9,13 @@ paper's experiment, for a GPU: 3 runs. What differs from the paper, or is not in
 
 - The attention, and the smallest CNN, see the image at downsample 4, the level of a pyramid nearest to the paper's 3.3.
 - 500 epochs of batches of 32, as in the authors' published code: the paper says 300,000 iterations and no batch size,
-  and at 32 images those would be 12,850 epochs.
-- Contrast by up to 20 %, brightness by up to 0.1, as there; translation by up to a tenth of each side, there 100 pixels.
+  and at 32 images those would be 12,500 epochs.
+- The learning rate is fixed, as in the paper; the published code lowers it at epoch 250, and clips gradients.
+- Contrast by up to 20 % and brightness by up to 0.1, the ranges of that code, and translation by up to a tenth of each
+  side, there 100 pixels; contrast there is about black, here about mid-grey, and there one image in five has no such
+  change, and one in five is not moved.
+- Patches are drawn by `systematic`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`).
+- Deep MIL has the entropy regulariser too; the paper names it for attention sampling alone.
 - Networks have group normalisation where the paper's have batch normalisation (`nested_ats.encoders`).
 """
 
@@ -21,7 +26,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commands import run
 from experiment import (
     Experiment,
     Method,
@@ -29,15 +33,15 @@ from experiment import (
     Result,
     attention_maps,
     command_line,
-    print_table,
-    read_results,
-    run_experiment,
-    save,
+    conduct,
+    convert_published,
+    data_folder,
+    with_attention,
 )
 from figures import attention_beside
 from made import write_traffic_signs
 
-from pipeline.manifest import Entry, read_manifest, write_manifest
+from pipeline.manifest import Entry
 from pipeline.published import NO_LIMIT, traffic_sign_boxes, traffic_signs
 from storage import Slide
 
@@ -114,20 +118,11 @@ def _title(*, quick: bool, made: bool) -> str:
     return f"Speed limits, {data}; Deep MIL sees 192 patches{less if quick else ''}"
 
 
-def prepare(data: Path | None, out: Path) -> tuple[Path, Path]:
-    """Make images where none are given, and convert them; return their folder and the manifest of pyramids."""
-    folder = data or write_traffic_signs(out / "made", train=TRAIN, test=TEST, size_yx=SIZE_YX)
-    write_manifest(out / "published.csv", traffic_signs(folder))
-    run("convert", out / "published.csv", "--out", out / "pyramids")
-    return folder, out / "pyramids" / "manifest.csv"
-
-
 def draw(
     experiment: Experiment, results: Sequence[Result], watched: Sequence[Entry], data: Path, out: Path, folder: Path
 ) -> None:
     """Draw each watched image, its signs, the attention of each method, and patches of signs (figures 5 and 9)."""
-    ran = {result.method for result in results if result.seed == 0}
-    methods = [m for m in experiment.methods if m.key in ran and m.name.startswith(("ATS", "Deep MIL"))]
+    methods = with_attention(experiment, results)
     boxes = traffic_sign_boxes(data)
     for number, entry in enumerate(watched if methods else ()):
         maps = {m.name: list(attention_maps(out, m.key, entry.slide_id).values())[-1] for m in methods}
@@ -140,35 +135,24 @@ def draw(
         attention_beside(image, maps, signs, folder / f"{experiment.name}-figure9-{number}.png", patches=shown)
 
 
+def watch(entries: Sequence[Entry]) -> list[Entry]:
+    """Test images with signs."""
+    return [entry for entry in entries if entry.split == "test" and entry.label != NO_LIMIT][:WATCHED]
+
+
 def main() -> None:
     """Get the data, run the experiment, print its table and draw its figures."""
-    parser = command_line((__doc__ or "").splitlines()[0], out="runs/limits")
-    parser.add_argument("--data", type=Path, help="the published folder, with Set1 and Set2")
-    parser.add_argument("--save", type=Path, help="folder for results, table and figures to be committed")
-    chosen = parser.parse_args()
+    about = (__doc__ or "").splitlines()[0]
+    chosen = command_line(about, out="runs/limits", data="the published folder, with Set1 and Set2").parse_args()
     experiment = build(quick=chosen.quick, made=chosen.data is None)
-    experiment = replace(experiment, runs=chosen.runs or experiment.runs)
-    if chosen.table:
-        print_table(experiment, read_results(chosen.table))
-        return
-    if not (chosen.quick or chosen.data):
-        parser.error("--data FOLDER: the published images; or --quick, which makes some of its own")
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    data, manifest = prepare(chosen.data, chosen.out)
-    watched = [e for e in read_manifest(manifest) if e.split == "test" and e.label != NO_LIMIT][:WATCHED]
-    results = run_experiment(
-        experiment,
-        manifest,
-        chosen.out,
-        only=chosen.only,
-        attention_of=[entry.slide_id for entry in watched],
-        device=chosen.device,
-    )
-    results = [result for result in results if result.method in {method.key for method in experiment.methods}]
-    folder = chosen.save or chosen.out
-    save(experiment, results, folder)
-    draw(experiment, results, watched, data, chosen.out, folder)
-    print_table(experiment, results)
+
+    def figures(results: Sequence[Result], watched: Sequence[Entry], folder: Path) -> None:
+        draw(experiment, results, watched, data_folder(chosen), chosen.out, folder)
+
+    def make(folder: Path) -> Path:
+        return write_traffic_signs(folder, train=TRAIN, test=TEST, size_yx=SIZE_YX)
+
+    conduct(experiment, chosen, lambda: convert_published(chosen, make, traffic_signs), watch, figures)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def convert(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Images (TIFF, SVS, PNG, JPEG) by path or URL, folders, 'patterns/**/*.tif', or a manifest."
+            help="Images (TIFF, SVS, PNG, JPEG, BMP) by path or URL, folders, 'patterns/**/*.tif', or a manifest."
         ),
     ],
     out: Annotated[str, typer.Option("--out", help="Folder or s3://, gs:// URL to write to.")],

@@ -10,7 +10,7 @@ from storage import Slide, open_image
 
 
 def describe(location: str) -> dict[str, Any]:
-    """Describe an image file or a pyramid, by path or URL; of pixels, only those of PNG and JPEG files are read.
+    """Describe an image file or a pyramid, by path or URL; of pixels, only those of PNG, JPEG and BMP files are read.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from storage import Slide
 from storage.cache import ChunkCache
 
 _OPEN_SLIDES = 128  # each holds a few file descriptors
-_HELD_BYTES = 2 * 2**30  # of PNG and JPEG images, which are held decoded
+_HELD_BYTES = 2 * 2**30  # of PNG, JPEG and BMP images, which are held decoded
 
 
 class SlideImage:
@@ -93,7 +93,7 @@ class SlideCache:
 
 
 def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
-    """Open a pyramid, PNG or JPEG; chunks of those at URLs are kept in ``cache``.
+    """Open a pyramid, PNG, JPEG or BMP; chunks of those at URLs are kept in ``cache``.
 
     Raises
     ------

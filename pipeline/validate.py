@@ -87,12 +87,12 @@ def find_sources(place: str) -> dict[str, str]:
 def validate_all(
     entries: Sequence[Entry], *, sources: dict[str, str] | None = None, full: bool = False, workers: int | None = None
 ) -> list[Validation]:
-    """Look at pyramids one after another; PNG and JPEG files, which are read like pyramids, are decoded.
+    """Look at pyramids one after another; PNG, JPEG and BMP files, which are read like pyramids, are decoded.
 
     Parameters
     ----------
     entries
-        Pyramids, PNG or JPEG files.
+        Pyramids, PNG, JPEG or BMP files.
     sources
         Images by slide id to compare level 0 with, see `find_sources`; then `full` is meant.
     full

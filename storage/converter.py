@@ -96,8 +96,8 @@ def convert(
     Parameters
     ----------
     source
-        A TIFF, BigTIFF, OME-TIFF or SVS file, of a pyramidal file the finest level; or a PNG or JPEG file. A path or
-        an http, https, s3 or gs URL.
+        A TIFF, BigTIFF, OME-TIFF or SVS file, of a pyramidal file the finest level; or a PNG, JPEG or BMP file. A
+        path or an http, https, s3 or gs URL.
     target
         Folder or s3, gs or az URL to make, usually named ``*.ome.zarr``. It appears when it is whole and verified.
     options

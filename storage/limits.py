@@ -19,7 +19,7 @@ class Limits:
     side: int = 2**24  # pixels along y or x
     samples: int = 2**40  # channels x height x width
     segment_bytes: int = 256 * 2**20  # one decoded tile or strip
-    raster_bytes: int = 2**30  # one decoded PNG or JPEG file, which is held in memory
+    raster_bytes: int = 2**30  # one decoded PNG, JPEG or BMP file, which is held in memory
     raster_ratio: int = 2000  # its decoded bytes per byte; deflate reaches 1032, a blank progressive JPEG less
     ratio: int = 20_000  # decoded bytes of the image per byte of file
     ratio_free_bytes: int = 64 * 2**20  # images decoding to less than this may have any ratio

@@ -1,4 +1,4 @@
-"""Plain PNG and JPEG files, decoded once and held in memory with their coarser levels."""
+"""Plain PNG, JPEG and BMP files, decoded once and held in memory with their coarser levels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIN_LEVEL_SIZE = 64  # pixels; levels go on until the longer side is no more tha
 
 
 class MemorySource:
-    """A PNG or JPEG file; see ``Source``. Its levels are those that a conversion would make.
+    """A PNG, JPEG or BMP file; see ``Source``. Its levels are those that a conversion would make.
 
     Raises
     ------

@@ -18,6 +18,8 @@ from experiment import (
     Point,
     Result,
     attention_maps,
+    command_line,
+    conduct,
     mean_and_error,
     measure_again,
     merge,
@@ -38,7 +40,7 @@ from figures import (
     weigh,
 )
 
-from nested_ats import ImageModel, load_model
+from nested_ats import Cost, ImageModel, load_model
 from pipeline.errors import UsageError
 from pipeline.manifest import Entry, read_manifest, write_manifest
 from pipeline.runs import MODEL, read_metrics, read_run
@@ -140,6 +142,22 @@ def test_finished_runs_are_not_done_again_and_others_are_added(finished, manifes
     assert read_results(out / RESULTS) == results
 
 
+def test_what_another_process_added_meanwhile_is_kept(finished, manifest, monkeypatch, tmp_path):
+    _, results = finished
+    other = replace(results[1], fingerprint="of another process")
+
+    def measure(*_):
+        (tmp_path / RESULTS).write_text(json.dumps([asdict(other)]))
+        return Cost(1.0, 1)
+
+    monkeypatch.setattr("experiment._train_in_stages", lambda *_: results[0].points)
+    monkeypatch.setattr("experiment._measure", measure)
+    found = run_experiment(EXPERIMENT, manifest, tmp_path, only=["ATS-2"], device="cpu")
+    assert [result.method for result in found] == ["CNN 1", "ATS-2 0.5/1"]
+    assert read_results(tmp_path / RESULTS) == found
+    assert run_experiment(replace(EXPERIMENT, methods=EXPERIMENT.methods[:1]), manifest, tmp_path) == found[1:]
+
+
 def test_a_run_that_was_stopped_goes_on_from_its_last_stage(manifest, monkeypatch, tmp_path):
     import experiment
 
@@ -199,6 +217,32 @@ def test_costs_are_measured_again_without_touching_the_rest(finished, tmp_path):
         assert replace(new, sample_seconds=old.sample_seconds, peak_bytes=old.peak_bytes) == old
 
 
+def test_a_command_measures_saves_draws_and_prints(finished, manifest, monkeypatch, capsys, tmp_path):
+    out, results = finished
+    shutil.copytree(out, tmp_path / "out")
+    monkeypatch.setattr("experiment._measure", lambda *_: Cost(0.5, 7_000_000))
+    words = ["--out", str(tmp_path / "out"), "--save", str(tmp_path / "saved"), "--device", "cpu"]
+    drawn = []
+
+    def run(*more):
+        chosen = command_line("Spots.", "unused").parse_args([*words, *more])
+        conduct(
+            EXPERIMENT, chosen, lambda: manifest, lambda entries: entries[9:10], lambda *given: drawn.append(given)
+        )
+        return capsys.readouterr().out
+
+    printed = run("--measure")
+    again = [replace(result, sample_seconds=0.5, peak_bytes=7_000_000) for result in results]
+    assert read_results(tmp_path / "saved" / "spots.json") == again
+    assert drawn == [(again, read_manifest(manifest)[9:10], tmp_path / "saved")]
+    assert printed == (tmp_path / "saved" / "spots.md").read_text()
+    assert "500.0 ms" in printed
+    assert run("--table", str(tmp_path / "saved" / "spots.json")) == printed
+    assert len(drawn) == 1
+    with pytest.raises(SystemExit, match="error: spots: no method CNN-2; there are ATS-2"):
+        run("--only", "CNN-2")
+
+
 def test_settings_are_merged_key_by_key_and_lists_replaced():
     assert merge({"a": {"b": 1, "c": [1, 2]}, "d": 3}, {"a": {"c": [4]}, "e": {"f": 5}}) == {
         "a": {"b": 1, "c": [4]},
@@ -224,13 +268,14 @@ def test_the_table_has_the_papers_figures_beside_ours():
     losses, errors = (0.1, 0.3), (0.25, 0.35)
     results = [result("ATS-2 0.5/1", i, losses[i], errors[i], seconds=0.001 * (i + 1)) for i in range(2)]
     lines = table(EXPERIMENT, [*results, result("other", 0, 1, 1)]).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert len({line.count("|") for line in lines[:4]}) == 1
     assert lines[2] == (
         "| ATS-2 | 0.5/1 | 0.200 ± 0.100 | 0.1 | 0.300 ± 0.050 | 0.2 ± 0.1 | 1.5 ms | 3 ms | 21 MB | 4 MB | 30 | 2 |"
     )
     assert lines[3].startswith("| CNN | 1 |  |  |")  # not run
-    assert lines[5] == "Run: Spots; a machine; torch 3.0"
+    assert lines[5].startswith("Train loss: cross-entropy as trained")
+    assert lines[6] == "Run: Spots; a machine; torch 3.0"
 
 
 def test_mean_and_standard_error():
@@ -362,6 +407,22 @@ def test_the_script_leaves_results_table_and_figures(tmp_path, monkeypatch, caps
     monkeypatch.setattr("sys.argv", ["x", "--quick", "--view", "pasted", "--table", str(tmp_path / f"{name}.json")])
     megapixel_mnist.main()
     assert capsys.readouterr().out == printed
+
+
+def test_a_cnn_alone_has_no_figure_of_attention(tmp_path):
+    experiment = megapixel_mnist.build(megapixel_mnist.QUICK, quick=True)
+    entry = Entry(slide_id="mnist-02000", path="nowhere", split="test")
+    results = [result("CNN 1", 0, 0.5, 0.25)]
+    megapixel_mnist.draw(experiment, results, entry, megapixel_mnist.QUICK, None, tmp_path, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["megapixel_mnist-quick-figure2.png"]
+
+
+def test_options_change_the_data():
+    parser = command_line("", "runs")
+    for name in ("size", "noise", "train", "test", "view", "digits"):
+        parser.add_argument(f"--{name}", type=int)
+    data = megapixel_mnist._data(parser.parse_args(["--quick", "--noise", "0", "--train", "7"]))
+    assert (data.noise, data.train, data.size) == (0, 7, megapixel_mnist.QUICK.size)
 
 
 def test_digits_are_found_by_their_names(tmp_path):
