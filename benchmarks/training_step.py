@@ -4,11 +4,12 @@ What runs is ``pipeline.training.Trainer``, as ``nested-ats train`` runs it, on 
 a disk and on a loopback server (a process of its own) that waits for a stated latency before it answers a request.
 Three runs take turns, all drawing the same patches: "step", the Trainer as it is; "compute", its reads answered from
 memory; "fetch", its model replaced by one that reads the same pixels and computes nothing. Were nothing hidden a step
-would take the sum of the last two; it cannot take less than the larger ("bound"). The split is of "compute".
+would take the sum of the last two; it cannot take less than the larger ("bound"). The split is of "compute", as means
+over all its steps.
 
 Torch has --threads of the processors, reading and the server have what is left. Slides are opened, and their shards'
-indexes read, in an epoch that is not measured. Medians over steps; an epoch's first step, for which no view was read
-ahead, is left out.
+indexes read, in an epoch that is not measured. All else are medians over steps; an epoch's first step, for which no
+view was read ahead, is left out.
 
     python benchmarks/training_step.py [--latency 20 50] [--parts 1 8 16] [--rounds 2] [--json FILE]
 """

@@ -68,7 +68,7 @@ class Method:
     """A row of the table."""
 
     name: str  # as the paper calls it: ATS-10, U-10, CNN, Deep MIL
-    scale: str  # as the paper states it: 0.2/1 is the attention's and the patches'
+    scale: str  # ours: 0.25/1 is the attention's and the patches'; the paper's may be another
     settings: dict[str, Any]  # plain configuration values (pipeline.config), merged over the experiment's base
     paper: Paper = Paper()
 
@@ -246,11 +246,6 @@ def attention_maps(out: Path, method: str, slide_id: str, *, seed: int = 0) -> d
     return maps
 
 
-def print_table(experiment: Experiment, results: Sequence[Result]) -> None:
-    """Print what `table` gives."""
-    print(table(experiment, results))
-
-
 def table(experiment: Experiment, results: Sequence[Result]) -> str:
     """Lay the paper's table beside ours, as Markdown, with what was measured and run, on which machines and versions.
 
@@ -347,7 +342,7 @@ def conduct(
     experiment = replace(experiment, runs=chosen.runs or experiment.runs)
     try:
         if chosen.table:
-            print_table(experiment, read_results(chosen.table))
+            print(table(experiment, read_results(chosen.table)))
             return
         manifest = prepare()
         watched = watch(read_manifest(manifest))
@@ -360,7 +355,7 @@ def conduct(
         folder = chosen.save or chosen.out
         save(experiment, results, folder)
         draw(results, watched, folder)
-        print_table(experiment, results)
+        print(table(experiment, results))
     except (PipelineError, StorageError) as error:
         raise SystemExit(f"error: {error}") from error
 
