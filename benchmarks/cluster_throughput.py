@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -158,7 +158,7 @@ def recovery_seconds(folder: Path, entries: Sequence[Entry], config: Config) -> 
 
     def kill_and_watch() -> None:
         _wait_for_epochs(folder, 2)
-        [worker, *_] = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in str(p.cmdline())]
+        [worker, *_] = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _command(p)]
         worker.kill()
         times.append(time.perf_counter())
         _wait_for_epochs(folder, 3)
@@ -169,6 +169,12 @@ def recovery_seconds(folder: Path, entries: Sequence[Entry], config: Config) -> 
     train(entries, config, folder, address="local", workers=2, device="cpu")
     thread.join()
     return times[1] - times[0] - float(read_metrics(folder)[2]["seconds"])
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        return str(process.cmdline())
+    return ""
 
 
 def _wait_for_epochs(folder: Path, number: int) -> None:

@@ -134,7 +134,10 @@ def refused(url: str) -> str:
 
 def _url(address: str) -> str:
     url = address if "://" in address else f"http://{address}"
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # a bracket without its other one
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ClusterError(f"{address}: give the dashboard's address, as in http://HOST:8265")
     return url.rstrip("/")

@@ -20,6 +20,7 @@ import shutil
 import textwrap
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ def fit(
     name: str = "fit",
     storage_path: str | Path,
     max_failures: int = 3,
+    checkpoint: Path | None = None,
     timeout_s: int = 120,
 ) -> Any:
     """Run ``function(context, arguments)`` on every worker and return what rank 0 returns.
@@ -73,7 +75,9 @@ def fit(
     storage_path
         Directory on a path shared by all nodes. Ray keeps its book-keeping there while the run lasts.
     max_failures
-        New groups after lost workers, >= 0.
+        New groups after lost workers, >= 0; with a `checkpoint`, since the last new one.
+    checkpoint
+        File that the function replaces as it gets on. As it gets on finitely often, so do groups end.
     timeout_s
         Seconds that a collective waits for its peers before they count as lost.
 
@@ -85,7 +89,7 @@ def fit(
     Raises
     ------
     WorkerLostError
-        Workers were lost more than ``max_failures`` times.
+        Workers were lost more than ``max_failures`` times in a row.
     ClusterError
         No session, no room for the workers, a failure inside Ray, or an error of the function that does not pickle.
     Exception
@@ -103,14 +107,24 @@ def fit(
         use_gpu = _use_gpu(device, least)
         launch = _Launch(function, arguments, least, most, use_gpu, name, Path(storage_path).resolve(), timeout_s)
         _check_resources(address, launch)
-        for failures in range(1, max_failures + 2):
+        failures, seen = 0, _replaced(checkpoint)
+        while failures <= max_failures:
             end = _attempt(launch, _room(launch))
             if end.error is not None:
                 raise end.error
             if end.lost is None:
                 return end.value
+            before, seen = seen, _replaced(checkpoint)
+            failures = failures + 1 if seen == before else 1
             logger.warning("workers were lost (%d of at most %d times): %s", failures, max_failures, end.lost)
-        raise WorkerLostError(f"workers were lost {max_failures + 1} times; the last time: {end.lost}")
+        raise WorkerLostError(f"workers were lost {failures} times in a row; the last time: {end.lost}")
+
+
+def _replaced(checkpoint: Path | None) -> int | None:
+    """When a file was last replaced, in nanoseconds; None where there is none."""
+    with suppress(OSError):
+        return checkpoint.stat().st_mtime_ns if checkpoint else None
+    return None
 
 
 def _choose_device(device: str) -> str:

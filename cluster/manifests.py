@@ -50,7 +50,7 @@ class RayJob:
     claim, mount
         PersistentVolumeClaim that all pods can write (ReadWriteMany), and where it lies in them.
     hours
-        The job is ended after so long, retries included.
+        Each try is ended after so long, and the job with it: KubeRay does not repeat one that took too long.
     retries
         New clusters after a failure.
     """

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from cluster.errors import ClusterError
-from cluster.session import session
+from cluster.session import require_ray, session
 
 _POLL_S = 2.0
 
@@ -37,31 +37,29 @@ def wait_for_nodes(address: str, count: int = 1, *, timeout_s: float = 0.0) -> l
     ClusterError
         The cluster cannot be reached, or has fewer nodes, when the time is over.
     """
+    require_ray()  # where it is missing, there is nothing to wait for
     end = time.monotonic() + timeout_s
     while True:
         try:
             with session(address):
-                return _wait(count, end)
-        except _TooFewError:
-            raise
+                nodes = _wait(count, end)
+            break
         except ClusterError:
             if time.monotonic() > end:
                 raise
         time.sleep(_POLL_S)
-
-
-class _TooFewError(ClusterError):
-    """The cluster was reached, so there is no use in trying again."""
+    if len(nodes) < count:
+        found = ", ".join(node.address for node in nodes)
+        raise ClusterError(
+            f"{len(nodes)} of {count} nodes have joined ({found}); look at the others' output of ray start: they "
+            "need the head's address, its port open, the same token and the same versions of Ray and Python"
+        )
+    return nodes
 
 
 def _wait(count: int, end: float) -> list[Node]:
-    while len(nodes := _alive()) < count:
-        if time.monotonic() > end:
-            found = ", ".join(node.address for node in nodes)
-            raise _TooFewError(
-                f"{len(nodes)} of {count} nodes have joined ({found}); look at the others' output of ray start: they "
-                "need the head's address, its port open, the same token and the same versions of Ray and Python"
-            )
+    """Return the nodes once there are enough, or those that there are when the time is over."""
+    while len(nodes := _alive()) < count and time.monotonic() <= end:
         time.sleep(_POLL_S)
     return nodes
 

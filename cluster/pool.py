@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 START_TIMEOUT_S = 300.0  # loading a model over a slow network is minutes; a cluster without room is for ever
-START_FAILURES = 3
+START_FAILURES = 3  # of one worker in a row; the loss of a node may take all the workers that start at once
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class _Pool:
         if task is not None:
             return self._again(task, "its worker died")
         self._failed_starts += 1
-        if self._failed_starts >= START_FAILURES:
+        if self._failed_starts >= START_FAILURES + self.workers - 1:
             raise WorkerLostError(f"{self._failed_starts} workers in a row died while starting: {one_line(error)}")
         return None
 

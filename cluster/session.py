@@ -122,11 +122,15 @@ def _worker_environment(address: str) -> dict[str, str]:
 
 def _probe(address: str) -> None:
     """Fail within seconds if nothing listens: Ray itself tries for minutes, and then ends the process."""
-    target = urlsplit(address if "://" in address else f"ray://{address}")
-    if target.port is None:
+    try:
+        target = urlsplit(address if "://" in address else f"ray://{address}")
+        port = target.port
+    except ValueError as error:
+        raise ClusterError(f"{address!r} is no address of a Ray cluster ({error}); give HOST:PORT or auto") from error
+    if port is None:
         return  # "auto": Ray looks for a running instance on this machine, without waiting
     try:
-        socket.create_connection((target.hostname or "", target.port), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection((target.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(
             f"no Ray cluster answers at {address!r} ({one_line(error)}); is it running and the port right?"

@@ -45,6 +45,7 @@ ray_on() {{
     exec srun --overlap --kill-on-bad-exit=0 --nodelist="$list" --nodes="$count" --ntasks="$count" \
         --ntasks-per-node=1 --cpus-per-task={cpus} bash -c '
             mkdir -p -m 700 "$RAY_TMPDIR"
+            [[ -O "$RAY_TMPDIR" ]] || {{ echo "$RAY_TMPDIR: somebody else made it" >&2; exit 1; }}
             ray start --block --num-cpus={cpus} --num-gpus={gpus} --object-store-memory={store} \
                 --dashboard-agent-listen-port="$((port + 2))" --min-worker-port=0 --max-worker-port=0 "$@" &
             trap "kill $! 2>/dev/null; wait; rm -rf \"$RAY_TMPDIR\"" EXIT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ def files_to_upload(folder: Path) -> list[Path]:
     Raises
     ------
     ClusterError
-        The folder does not exist, or something in it cannot be read.
+        The folder does not exist, something in it cannot be read, or a `.gitignore` has patterns that are none.
     """
     if not folder.is_dir():
         raise ClusterError(f"{folder}: no such folder; check --working-dir")
@@ -98,7 +99,7 @@ def pack(folder: Path, files: Sequence[Path], archive: Path) -> str:
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 entry.external_attr = (0o755 if os.access(folder / file, os.X_OK) else 0o644) << 16
                 zipped.writestr(entry, (folder / file).read_bytes())
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
         raise ClusterError(f"{folder}: cannot be packed ({one_line(error)})") from error
     return hashlib.sha256(archive.read_bytes()).hexdigest()
 
@@ -119,7 +120,12 @@ def _rules(root: Path, below: Path) -> list[tuple[Path, GitIgnoreSpec]]:
     from pathspec import GitIgnoreSpec
 
     file = root / below / ".gitignore"
-    return [(below, GitIgnoreSpec.from_lines(file.read_text().splitlines()))] if file.is_file() else []
+    if not file.is_file():
+        return []
+    try:
+        return [(below, GitIgnoreSpec.from_lines(file.read_text().splitlines()))]
+    except (ValueError, re.error) as error:
+        raise ClusterError(f"{file}: not as git reads it ({one_line(error)}); mend it") from error
 
 
 def _ignored(name: str, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> bool:

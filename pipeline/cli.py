@@ -477,10 +477,10 @@ def _numbers(text: str) -> list[int]:
 def _range(workers: str) -> tuple[int, int]:
     from pipeline.errors import UsageError
 
-    least, _, most = workers.partition("-")
+    least, dash, most = workers.partition("-")
     with suppress(ValueError):
-        if 1 <= int(least) <= int(most or least):
-            return int(least), int(most or least)
+        if 1 <= int(least) <= int(most if dash else least):
+            return int(least), int(most if dash else least)
     raise UsageError(f"--workers {workers}: give a number or a range of numbers from 1 on, as in 1-4")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 _WORDS = {"allow_interspersed_args": False}  # what stands behind the first word is the command's
-_READ = ("manifest", "config", "run", "slides", "sources", "predictions", "heatmaps", "pyramids")
+_READ = ("manifest", "config", "run", "slides", "source", "sources", "predictions", "heatmaps", "pyramids")
 
 job = typer.Typer(
     help="Run train, predict, convert, ... on a Ray cluster; docs/cluster.md says how to get one.",
@@ -243,13 +243,19 @@ def _check_command(
     values = _parse(command)
     if values.get("cluster", "auto") != "auto":
         raise UsageError(f"{command[0]}: add --cluster auto, or all the work is done by the head of the cluster")
-    out = str(values.get("out", "")) or shared
-    if out and "://" not in out and not PurePosixPath(out).is_absolute():
-        raise UsageError(f"--out {out}: a job ends in a folder that is deleted; give an absolute path that all share")
-    if shared and "://" not in out and not PurePosixPath(out).is_relative_to(shared):
-        raise UsageError(f"--out {out}: not in {shared}, so it would be lost; give a path there (--storage, --mount)")
+    for option, place in _written(command[0], values).items():
+        if "://" in place:
+            continue
+        if not PurePosixPath(place).is_absolute():
+            raise UsageError(
+                f"{option} {place}: a job ends in a folder that is deleted; give an absolute path that all share"
+            )
+        if shared and not PurePosixPath(place).is_relative_to(shared):
+            raise UsageError(
+                f"{option} {place}: not in {shared}, so it would be lost; give a path there (--storage, --mount)"
+            )
     if gpus and values.get("device") == "auto":
-        raise UsageError("auto takes the GPUs that have joined at the start: add --device cuda, which waits for them")
+        raise UsageError("auto takes the GPUs that have joined, or CPUs: add --device cuda, which insists on them")
     if gpus == 0 and values.get("device") == "cuda":
         raise UsageError("--device cuda: give the workers GPUs with --gpus-per-worker")
     for path in _relative(values):
@@ -272,6 +278,15 @@ def _parse(command: Sequence[str]) -> dict[str, Any]:
         raise UsageError(f"{' '.join(command)}: not a command that a job can run; give one as after nested-ats")
     values: dict[str, Any] = found.make_context(command[0], words, parent=context).params
     return values
+
+
+def _written(command: str, values: dict[str, Any]) -> dict[str, str]:
+    """Where a command writes, by option."""
+    places = {"--out": str(values["out"])} if "out" in values else {}
+    if command == "convert":  # it writes its manifest into --out, but where that is a URL into the working folder
+        fallback = "manifest.csv" if "://" in places["--out"] else places["--out"]
+        places["--manifest"] = str(values["manifest"] or fallback)
+    return places
 
 
 def _relative(values: dict[str, Any]) -> list[str]:

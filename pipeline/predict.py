@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import platform
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -168,9 +169,15 @@ class Classifier:
     ------
     nested_ats.ModelFileError
         The model cannot be loaded.
+    UsageError
+        A GPU is insisted on, and PyTorch sees none here.
     """
 
     def __init__(self, settings: Settings) -> None:
+        if settings.device == "cuda" and choose_device(settings.device) == "cpu":
+            raise UsageError(
+                f"--device cuda: PyTorch sees no GPU on {platform.node()}; install its CUDA build, or choose auto"
+            )
         model, self.classes = load_model(
             Path(settings.model), expect=ImageModel, trust_encoder=settings.trust_encoder
         )

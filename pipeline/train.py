@@ -20,7 +20,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import OnProgress, progress
-from pipeline.runs import CONFIG, RUN, WORKERS, clear_run, read_metrics, read_run
+from pipeline.runs import CONFIG, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
 from pipeline.slides import check_slide, open_slide
 from pipeline.splits import assign_splits
 from pipeline.training import describe, plain_entries, train_worker
@@ -104,6 +104,7 @@ def train(
                 device=device,
                 name=folder.name,
                 storage_path=folder / WORKERS,
+                checkpoint=folder / STATE,
             )
     return metrics, failures
 

@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -130,9 +131,36 @@ def test_worker_that_always_dies_ends_the_run(head, tmp_path):
     assert len(list(tmp_path.glob("1-*"))) == 2
 
 
+def test_losses_are_counted_from_the_last_checkpoint_on(monkeypatch, tmp_path):
+    """Of seven groups the first and the third leave a checkpoint; the third loss since then is one too many."""
+    state, groups = tmp_path / "state", [True, False, True, False, False, True, True]
+
+    def attempt(launch, workers):
+        if groups.pop(0):
+            state.touch()
+            os.utime(state, ns=(0, len(groups)))
+        return FIT._End(lost="rank 0: gone")
+
+    monkeypatch.setattr(FIT, "session", nullcontext)
+    for name in ("_use_gpu", "_check_resources", "_room"):
+        monkeypatch.setattr(FIT, name, lambda *_: None)
+    monkeypatch.setattr(FIT, "_attempt", attempt)
+    with pytest.raises(WorkerLostError, match="lost 3 times in a row"):
+        fit(sum_ranks, {}, address="local", storage_path=tmp_path, max_failures=2, checkpoint=state)
+    assert len(groups) == 2
+
+
+@pytest.fixture
+def listening():
+    """A shell that begins the tests in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ctrl_c_ends_the_workers(head, tmp_path, wait_until, gone):
+def test_ctrl_c_ends_the_workers(head, listening, tmp_path, wait_until, gone):
     def interrupt():
         wait_until(lambda: list(tmp_path.glob("pid-*")))
         os.kill(os.getpid(), signal.SIGINT)

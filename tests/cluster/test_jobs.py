@@ -28,6 +28,13 @@ from cluster.jobs import Jobs, connect, derived_id
 from cluster.working_dir import check_size, files_to_upload, pack
 
 TOKEN = secrets.token_hex(32)
+# A shell that began the tests in the background has had SIGINT ignored, which children inherit.
+COMMAND = """
+import signal
+from pipeline.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +91,18 @@ class TestWorkingDir:
         self.write(tmp_path, {"more.bin": "x" * 91})
         with pytest.raises(ClusterError, match=r"3 files.*largest: sub/weights.bin .*more.bin .*\.gitignore"):
             check_size(tmp_path, files_to_upload(tmp_path))
+
+    @pytest.mark.parametrize("content", [b"!\n", b"[z-a]\n", b"\xff\n"])
+    def test_gitignore_that_is_none(self, tmp_path, content):
+        (tmp_path / ".gitignore").write_bytes(content)
+        with pytest.raises(ClusterError, match=r"\.gitignore: not as git reads it"):
+            files_to_upload(tmp_path)
+
+    def test_name_that_is_no_utf_8(self, tmp_path):
+        (tmp_path / "sent").mkdir()
+        (tmp_path / "sent" / os.fsdecode(b"\xff")).touch()
+        with pytest.raises(ClusterError, match="cannot be packed"):
+            pack(tmp_path / "sent", files_to_upload(tmp_path / "sent"), tmp_path / "a.zip")
 
     def test_missing_folder(self, tmp_path):
         with pytest.raises(ClusterError, match="no such folder"):
@@ -201,7 +220,7 @@ class TestDashboard:
     def test_not_this_machine(self, url):
         assert not dashboard._is_loopback(url)
 
-    @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://", "file:///etc/passwd"])
+    @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://", "file:///etc/passwd", "http://[::1"])
     def test_address_must_be_one(self, address):
         with pytest.raises(ClusterError, match="give the dashboard's address"):
             dashboard.find_dashboard(address)
@@ -414,7 +433,7 @@ def cli(head):
     """Start ``nested-ats job`` in a process of its own."""
 
     def start(*words, **options):
-        command = [sys.executable, "-m", "pipeline.cli", "job", words[0], "--address", head, *words[1:]]
+        command = [sys.executable, "-c", COMMAND, "job", words[0], "--address", head, *words[1:]]
         environment = os.environ | {"RAY_AUTH_TOKEN": TOKEN}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen([str(word) for word in command], env=environment, text=True, **pipes, **options)

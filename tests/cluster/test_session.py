@@ -65,6 +65,12 @@ def test_unreachable_cluster_is_refused_at_once(form):
         run_python(UNREACHABLE, form.format(unused.getsockname()[1]))
 
 
+@pytest.mark.parametrize("address", ["head:port", "head:99999", "[::1"])
+def test_address_that_is_none_is_refused(address):
+    with pytest.raises(ClusterError, match="is no address of a Ray cluster"), session(address):
+        pass
+
+
 @pytest.mark.ray
 def test_nested_session_is_the_same_one(head):
     import ray

@@ -33,7 +33,7 @@ from storage import ConvertOptions, write_tiff
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
-EPOCHS = 16
+EPOCHS = 24
 
 NODES = """
 import sys
@@ -145,7 +145,14 @@ def victim(nodes):
 
 
 def trainers(node):
-    return [child for child in node.children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
+    return [child for child in node.children(recursive=True) if "RayTrainWorker" in command_line(child)]
+
+
+def command_line(process):
+    """Command line of a process; nothing where it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def test_training_survives_the_loss_of_a_worker_a_driver_and_a_node(nodes, victim, config, pyramids, tmp_path):

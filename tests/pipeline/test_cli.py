@@ -123,6 +123,7 @@ MISTAKES = [
     (2, "unknown key train.epoch", "train --manifest {pyramids} --out {new} --set train.epoch=3"),
     (2, "--workers 2: several workers need", "train --manifest {pyramids} --out {new} --workers 2"),
     (2, "--workers 4-1: give a number or a range", "train --manifest {pyramids} --out {new} --workers 4-1"),
+    (2, "--workers 4-: give a number or a range", "train --manifest {pyramids} --out {new} --workers 4-"),
     (2, "--device gpu: choose auto, cpu or cuda", "train --manifest {pyramids} --out {new} --device gpu"),
     (2, "no GPU", "train --manifest {pyramids} --out {new} --device cuda"),
     (4, "no level at downsample 16", "train --manifest {pyramids} --out {new}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from cluster.nodes import Node
 from pipeline.cli import app
 
 GUIDE = Path(__file__).parents[2] / "docs" / "cluster.md"
 TRAIN = "train --manifest /data/m.csv --out /data/run --cluster auto"
+CONVERT = "convert s3://b/x --cluster auto"
 
 
 @pytest.fixture
@@ -44,6 +47,7 @@ MISTAKES = [
     ("m.csv: relative to no working folder", "train --manifest m.csv --out /data/run --cluster auto"),
     ("run: relative to no working folder", "predict run /data/m.csv --out /data/p --cluster auto"),
     ("no working folder", "convert slides --out /data/p --cluster auto"),
+    ("--manifest manifest.csv: a job ends in", f"{CONVERT} --out s3://b/y"),
 ]
 
 
@@ -66,7 +70,12 @@ class TestChecks:
 
     @pytest.mark.parametrize(
         "words",
-        [TRAIN, "evaluate /data/p", "convert s3://b/x --out s3://b/y --cluster auto", "synth signs --out /data/s"],
+        [
+            TRAIN,
+            "evaluate /data/p",
+            f"{CONVERT} --out s3://b/y --manifest /data/m.csv",
+            "synth signs --out /data/s",
+        ],
     )
     def test_what_is_right_goes_on_to_the_dashboard(self, cli, words):
         result = cli(f"submit --address http://127.0.0.1:1 -- {words}")
@@ -85,6 +94,14 @@ class TestChecks:
         assert result.exit_code == 2
         assert "no token was found" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_nodes_that_are_too_few_are_an_error_of_one_line(cli, monkeypatch):
+    monkeypatch.setattr("cluster.nodes.session", nullcontext)
+    monkeypatch.setattr("cluster.nodes._alive", lambda: [Node("10.0.0.1", 1, 0)])
+    result = cli("nodes --wait 3")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: 1 of 3 nodes have joined (10.0.0.1); ")
 
 
 KUBERAY = "manifest kuberay --image registry/ats:1 --storage shared"
@@ -109,6 +126,7 @@ class TestManifests:
         [
             ("not in /mnt", f"{KUBERAY} --mount /mnt -- {TRAIN}"),
             ("not in /scratch", f"manifest slurm --storage /scratch -- {TRAIN}"),
+            ("--manifest /tmp/m.csv: not in", f"{KUBERAY} -- {CONVERT} --out /data/b --manifest /tmp/m.csv"),
             ("add --device cuda", f"{KUBERAY} --gpus-per-worker 1 -- {TRAIN}"),
             ("--gpus-per-worker", f"manifest slurm --storage /data -- {TRAIN} --device cuda"),
             ("--name 'A'", f"{KUBERAY} --name A -- {TRAIN}"),

@@ -343,3 +343,10 @@ class TestRuns:
     def test_a_place_that_cannot_be_written(self, finished, entries, pyramids):
         with pytest.raises(UsageError, match="choose another --out"):
             predict(entries, finished, pyramids / "out")
+
+
+def test_a_gpu_that_is_insisted_on_must_be_there(finished, monkeypatch):
+    """On a cluster the worker alone can tell: Ray may count a GPU that its PyTorch was not built for."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device cuda: PyTorch sees no GPU on .*CUDA build"):
+        Classifier(prediction_settings(finished, device="cuda"))
