@@ -54,9 +54,11 @@ def session(address: str, *, num_cpus: int | None = None, num_gpus: int | None =
     if address in ("none", _open_address):
         yield
         return
+    ray = require_ray()
+    if address != "local":
+        _probe(address)
     if _open_address is not None:
         raise ClusterError(f"cannot open {address!r}: a session with {_open_address!r} is open in this process")
-    ray = require_ray()
     _start(ray, address, num_cpus, num_gpus)
     _open_address = address
     try:
@@ -95,8 +97,6 @@ def _start(ray: ModuleType, address: str, num_cpus: int | None, num_gpus: int | 
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-    else:
-        _probe(address)
     try:
         ray.init(runtime_env={"env_vars": _worker_environment(address)}, **options)
     except (Exception, SystemExit) as error:

@@ -7,6 +7,7 @@
     tensorboard/            the same as curves
     ray/                    book-keeping of Ray, where it trained
     model/                  the trained model, once training has finished
+    train.lock              held by the process that trains
 
 The state is one file, replaced in one step, so weights, optimizer and position always belong together, whichever
 number of workers wrote them.
@@ -30,7 +31,7 @@ from pipeline.errors import UsageError
 from pipeline.files import write_atomic
 
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
-MODEL, CURVES, WORKERS = "model", "tensorboard", "ray"
+MODEL, CURVES, WORKERS, LOCK = "model", "tensorboard", "ray", "train.lock"
 
 _RUN_KEYS = {"fingerprint", "classes", "channels", "config", "versions", "entries"}
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -20,11 +20,12 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import OnProgress, progress
-from pipeline.runs import CONFIG, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
+from pipeline.runs import CONFIG, LOCK, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
 from pipeline.slides import check_slide, open_slide
 from pipeline.splits import assign_splits
 from pipeline.training import describe, plain_entries, train_worker
 from storage import StorageError
+from storage.locks import locked
 
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
 
@@ -77,7 +78,7 @@ def train(
     Raises
     ------
     UsageError
-        `folder` holds another run, or the labels or splits allow no training.
+        `folder` holds another run, another process trains there, or the labels or splits allow no training.
     DataError
         No slide, or with `fail_fast` not every slide, can be used; or the loss became infinite.
     """
@@ -91,8 +92,9 @@ def train(
         "channels": channels,
         "folder": str(folder.absolute()),
     }
-    _prepare(folder, config, arguments, entries, overwrite=overwrite)
-    with progress("train") as update:
+    make_folder(folder)
+    with _alone(folder), progress("train") as update:
+        _prepare(folder, config, arguments, entries, overwrite=overwrite)
         # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
         function = partial(train_worker, on_step=update) if address == "none" else train_worker
         with _follow(folder, config, update) if address != "none" else nullcontext():
@@ -142,7 +144,7 @@ def _classes(entries: Sequence[Entry]) -> list[str]:
 def _prepare(
     folder: Path, config: Config, arguments: dict[str, Any], entries: Sequence[Entry], *, overwrite: bool
 ) -> None:
-    """Make the folder of a run, or see that the run found there is this one."""
+    """Write what the run is into its empty folder, or see that the run found there is this one."""
     # Where slides lie and how long training goes on do not make another run: data may move, epochs may be added.
     learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
     identity = {**arguments, "folder": "", "entries": learnt}
@@ -151,7 +153,6 @@ def _prepare(
     decisive["data"] |= {"cache": None}
     identity["config"] = decisive
     fingerprint = digest(identity)
-    make_folder(folder)
     if (folder / RUN).exists():
         found = read_run(folder)
         if overwrite:
@@ -161,7 +162,7 @@ def _prepare(
                 f"{folder}: holds a run of another configuration or of other slides, or some of its slides cannot be "
                 "used now (see run.json); give another --out, or --overwrite to start again"
             )
-    elif any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+    elif any(path.name != LOCK and not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise UsageError(f"{folder}: not empty and not a training run; give another --out")
     run = {
         "fingerprint": fingerprint,
@@ -173,6 +174,21 @@ def _prepare(
     }
     write_json(folder / RUN, run)
     write_atomic(folder / CONFIG, dump_config(config))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """See that no other process trains into the folder while this one does."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / LOCK))
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder}: another training is running there; wait for it, or give another --out"
+            ) from None
+        except OSError:  # a network file system without locks: then only chance protects
+            pass
+        yield
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ checksum. ``NAME.partial.lock`` is locked by the system for a process, so that o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import google_crc32c
 
 from storage.errors import ConversionError, CorruptImageError
+from storage.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -349,35 +349,16 @@ def _open_local(target: Path) -> Iterator[LocalPartial]:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Hold ``NAME.partial.lock``; a file, because NFS locks only what is open for writing.
-
-    The file is removed on the way out, under the lock; whoever locks a file that has no name any more begins anew.
-    """
+    """Hold ``NAME.partial.lock``."""
     path = target.with_name(target.name + ".partial.lock")
-    try:
-        fd = _lock(path, target)
-    except OSError as error:
-        raise ConversionError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(fd)
-
-
-def _lock(path: Path, target: Path) -> int:
-    while True:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
+            held.enter_context(locked(path))
         except BlockingIOError:
-            os.close(fd)
             raise ConversionError(f"{target}: another conversion to it is running ({path} is locked)") from None
-        os.close(fd)
+        except OSError as error:
+            raise ConversionError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from error
+        yield
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:

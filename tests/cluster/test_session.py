@@ -83,7 +83,7 @@ def test_nested_session_is_the_same_one(head):
 
 @pytest.mark.ray
 def test_second_address_is_refused(head):
-    with pytest.raises(ClusterError, match="'local' is open"), session("127.0.0.1:1"):
+    with pytest.raises(ClusterError, match="'local' is open"), session("auto"):
         pass
 
 

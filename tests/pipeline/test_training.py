@@ -23,11 +23,12 @@ from pipeline.config import parse_config, plain
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import Entry, read_manifest
 from pipeline.predict import Classifier, predict, prediction_settings
-from pipeline.runs import METRICS, STATE, read_metrics
+from pipeline.runs import LOCK, METRICS, STATE, read_metrics
 from pipeline.slides import SlideImage
 from pipeline.train import train
 from pipeline.training import Trainer, plain_entries, train_worker
 from storage import StorageError
+from storage.locks import locked
 
 
 def arguments(config, manifest, folder):
@@ -168,6 +169,19 @@ def test_a_folder_of_something_else_is_left_alone(config, pyramids, tmp_path):
     with pytest.raises(UsageError, match="not a training run"):
         train(read_manifest(pyramids), config, tmp_path, overwrite=True)
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_another_process_trains_into_is_left_alone(config, pyramids, tmp_path, overwrite):
+    entries, folder = read_manifest(pyramids), tmp_path / "run"
+    train(entries, config, folder)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert LOCK not in before
+    with locked(folder / LOCK):
+        with pytest.raises(UsageError, match="another training is running there"):
+            train(entries, config, folder, overwrite=overwrite)
+        assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != LOCK} == before
+    train(entries, config, folder, overwrite=overwrite)
 
 
 def test_overwrite_removes_a_run_and_nothing_else(config, pyramids, tmp_path):
