@@ -84,7 +84,7 @@ _MNIST = ModelConfig(levels=(_LEVEL,), patch_size=50, mean=0.13, std=0.31)
 _SIGNS = ModelConfig(levels=DEFAULT_LEVELS)
 TASKS = {
     "mnist": Task(_MNIST, channels=1, classes=10, size=384, train=2000, test=500, batch=32, epochs=30),
-    "signs": Task(_SIGNS, channels=3, classes=4, size=1024, train=700, test=150, batch=16, epochs=30),
+    "signs": Task(_SIGNS, channels=3, classes=4, size=1024, train=700, test=150, batch=16, epochs=45),
 }
 UNIFORM, AUTHORS = "uniform", "desraj, authors' gradient"
 ARMS: dict[str, dict[str, Any]] = {

@@ -82,9 +82,9 @@ def build(*, quick: bool, made: bool) -> Experiment:
     def ats(n: int) -> Method:
         return Method(f"ATS-{n}", "0.25/1", {"model": {"levels": [level | {"samples": n}], **patch}})
 
-    less = {"entropy_weight": 0, **({"epochs": 8} if quick else {})}  # the paper regularises attention sampling alone
+    less = {"entropy_weight": 0, **({"epochs": 20} if quick else {})}  # the paper regularises attention sampling alone
     mil = Method("Deep MIL", "1", {"model": {"kind": "deepmil", "stride": stride, **patch}, "train": less})
-    methods = [uniform(5), uniform(10), cnn(4, 16), cnn(2, 8), cnn(1, 4), mil, ats(5), ats(10)]
+    methods = [uniform(5), uniform(10), cnn(4, 40), cnn(2, 20), cnn(1, 10), mil, ats(5), ats(10)]
     papers = [PAPER.get(method.name) or PAPER[method.key] for method in methods]
     return Experiment(
         name=f"speed_limits{'-quick' if quick else ''}",
@@ -104,7 +104,7 @@ def _base(*, quick: bool) -> dict[str, Any]:
     train: dict[str, Any] = {"epochs": 500, "batch_size": 32, "learning_rate": 1e-3, "entropy_weight": 0.05}
     train |= {"class_weights": "balanced", "augment": {"brightness": 0.1, "contrast": 0.2, "translation": 0.1}}
     if quick:
-        train |= {"epochs": 30, "batch_size": 8}
+        train |= {"epochs": 80, "batch_size": 8}
     return {"train": train, "predict": {"draws": 1}}
 
 
