@@ -143,7 +143,9 @@ def _ats(samples: int, *, quick: bool, entropy: float | None = None) -> Method:
 
 def _title(*, quick: bool, made: bool, what: str) -> str:
     data = f"{IMAGES} made images in the layout of the published ones" if made else "the published images"
-    width = "; quick: 64 features instead of 512, CNN of 8 channels instead of 32, Deep MIL's rate 3e-4" if quick else ""
+    width = (
+        "; quick: 64 features instead of 512, CNN of 8 channels instead of 32, Deep MIL's rate 3e-4" if quick else ""
+    )
     return f"Colon cancer, {data}, 500 x 500 pixels, a fifth of them to test; {what}{width}"
 
 

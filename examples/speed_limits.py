@@ -82,7 +82,8 @@ def build(*, quick: bool, made: bool) -> Experiment:
     def ats(n: int) -> Method:
         return Method(f"ATS-{n}", "0.25/1", {"model": {"levels": [level | {"samples": n}], **patch}})
 
-    less = {"entropy_weight": 0, **({"epochs": 20} if quick else {})}  # the paper regularises attention sampling alone
+    # The paper regularises attention sampling alone.
+    less = {"entropy_weight": 0, **({"epochs": 20} if quick else {})}
     mil = Method("Deep MIL", "1", {"model": {"kind": "deepmil", "stride": stride, **patch}, "train": less})
     methods = [uniform(5), uniform(10), cnn(4, 40), cnn(2, 20), cnn(1, 10), mil, ats(5), ats(10)]
     papers = [PAPER.get(method.name) or PAPER[method.key] for method in methods]

@@ -286,6 +286,9 @@ def train(
         str, typer.Option(help="Ray workers; a range, as in 1-4, uses as many as there is room for.")
     ] = "1",
     device: Device = "auto",
+    mirror: Annotated[
+        str | None, typer.Option(help="s3://, gs:// URL to copy the run to at every checkpoint, and to go on from.")
+    ] = None,
     overwrite: Overwrite = False,
     fail_fast: FailFast = False,
     dry_run: Annotated[
@@ -312,6 +315,7 @@ def train(
         address=cluster,
         workers=group,
         device=device,
+        mirror=mirror,
         overwrite=overwrite,
         fail_fast=fail_fast,
     )
@@ -334,6 +338,9 @@ def predict(
     cluster: Cluster = "none",
     workers: Workers = 1,
     device: Device = "auto",
+    slide_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a slide; a Ray worker that takes longer is replaced.")
+    ] = 3600.0,
     overwrite: Overwrite = False,
 ) -> None:
     """Classify slides; run again, it classifies only what is missing."""
@@ -353,6 +360,7 @@ def predict(
         address=cluster,
         workers=workers,
         device=device,
+        timeout_s=slide_timeout,
         overwrite=overwrite,
     )
     print(out / f"{TABLE}.csv")

@@ -282,7 +282,7 @@ def _parse(command: Sequence[str]) -> dict[str, Any]:
 
 def _written(command: str, values: dict[str, Any]) -> dict[str, str]:
     """Where a command writes, by option."""
-    places = {"--out": str(values["out"])} if "out" in values else {}
+    places = {"--out": str(values["out"])} if "out" in values and not values.get("mirror") else {}
     if command == "convert":  # it writes its manifest into --out, but where that is a URL into the working folder
         fallback = "manifest.csv" if "://" in places["--out"] else places["--out"]
         places["--manifest"] = str(values["manifest"] or fallback)

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ from pipeline.manifest import Entry
 from pipeline.progress import progress
 from pipeline.runs import MODEL, autocast, choose_device, read_run
 from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
-from storage import Slide
+from storage import Slide, StorageError
 
 RESULTS, TABLE, ABOUT = "slides", "predictions", "predict.json"
 _ENCODED_AT_ONCE = 256  # patches of an exact evaluation
@@ -142,6 +143,7 @@ def predict(
         workers=workers,
         device=device,
         timeout_s=timeout_s,
+        cost=_pixels,
     )
     with progress("predict") as update, closing(tasks):
         for outcome in tasks:
@@ -306,6 +308,15 @@ def with_samples(model: ImageModel, samples: Sequence[int]) -> ImageModel:
     other = build_model(config, in_channels=model.in_channels, classes=model.classes, pretrained=False)
     other.load_state_dict(model.state_dict())
     return other
+
+
+def _pixels(entry: Entry) -> int:
+    """Pixels of a slide in a folder, for the largest to start first; 0 of others, whose size takes a request."""
+    with suppress(StorageError):
+        if os.path.isdir(entry.path):
+            with Slide(entry.path) as slide:
+                return math.prod(slide.shape_yx)
+    return 0
 
 
 def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from pipeline.config import Config, digest, dump_config, plain
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
+from pipeline.mirror import Mirror
 from pipeline.progress import OnProgress, progress
 from pipeline.runs import CONFIG, LOCK, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
 from pipeline.slides import check_slide, open_slide
@@ -46,6 +47,7 @@ def train(
     address: str = "none",
     workers: int | tuple[int, int] = 1,
     device: str = "auto",
+    mirror: str | None = None,
     overwrite: bool = False,
     fail_fast: bool = False,
 ) -> tuple[dict[str, float], list[Failure]]:
@@ -65,8 +67,10 @@ def train(
         Number of Ray workers; or a range, of which as many are used as there is room for when they start.
     device
         ``cpu``; ``cuda``, with Ray a GPU for each worker; or ``auto``, which is ``cuda`` where that is possible.
+    mirror
+        URL in an object store, where the run is copied to at every checkpoint, and from which it goes on.
     overwrite
-        Start again, whatever is in `folder`.
+        Start again, whatever is in `folder` and in its copy.
     fail_fast
         Stop at the first slide that cannot be used, instead of leaving it out.
 
@@ -78,10 +82,11 @@ def train(
     Raises
     ------
     UsageError
-        `folder` holds another run, another process trains there, or the labels or splits allow no training.
+        `folder` or `mirror` holds another run, another process trains there, or labels or splits allow no training.
     DataError
         No slide, or with `fail_fast` not every slide, can be used; or the loss became infinite.
     """
+    copy = Mirror(mirror, folder) if mirror else None
     entries = assign_splits(entries, validation=config.data.validation, test=config.data.test, seed=config.seed)
     entries, channels, failures = _usable(entries, config, fail_fast=fail_fast)
     classes = _classes(entries)
@@ -91,10 +96,13 @@ def train(
         "classes": classes,
         "channels": channels,
         "folder": str(folder.absolute()),
+        "mirror": mirror,
     }
     make_folder(folder)
     with _alone(folder), progress("train") as update:
         _prepare(folder, config, arguments, entries, overwrite=overwrite)
+        if copy:
+            copy.claim(overwrite=overwrite)
         # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
         function = partial(train_worker, on_step=update) if address == "none" else train_worker
         with _follow(folder, config, update) if address != "none" else nullcontext():
@@ -148,6 +156,7 @@ def _prepare(
     # Where slides lie and how long training goes on do not make another run: data may move, epochs may be added.
     learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
     identity = {**arguments, "folder": "", "entries": learnt}
+    del identity["mirror"]
     decisive = plain(config)
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["data"] |= {"cache": None}

@@ -32,8 +32,9 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.augment import AugmentedImage
 from pipeline.config import Config, parse_config
 from pipeline.errors import DataError
-from pipeline.files import write_atomic
+from pipeline.files import make_folder, write_atomic
 from pipeline.manifest import Entry
+from pipeline.mirror import Mirror
 from pipeline.runs import CURVES, METRICS, MODEL, Position, autocast, load_state, read_metrics, save_state
 from pipeline.slides import SlideCache, draw_key
 
@@ -55,7 +56,7 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
         The worker's place in its group.
     arguments
         ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``classes``,
-        ``channels`` and ``folder`` of the run.
+        ``channels``, ``folder`` of the run, and ``mirror``: URL of its copy, or None.
     on_step
         Told of every step.
 
@@ -72,7 +73,13 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
     config = parse_config(arguments["config"], "configuration")
     entries = [Entry(**row) for row in arguments["entries"]]
     trainer = Trainer(
-        context, config, entries, arguments["classes"], arguments["channels"], Path(arguments["folder"])
+        context,
+        config,
+        entries,
+        arguments["classes"],
+        arguments["channels"],
+        Path(arguments["folder"]),
+        arguments["mirror"],
     )
     return trainer.run(on_step or (lambda *_: None))
 
@@ -88,8 +95,10 @@ class Trainer:
         classes: Sequence[str],
         channels: int,
         folder: Path,
+        mirror: str | None = None,
     ) -> None:
         self.context, self.config, self.classes, self.folder = context, config, list(classes), folder
+        self.mirror = Mirror(mirror, folder) if mirror else None
         self.training = [entry for entry in entries if entry.split == "train"]
         self.validation = [entry for entry in entries if entry.split == "val"]
         self.slides = SlideCache(background=config.data.background, cache=config.data.cache)
@@ -119,6 +128,8 @@ class Trainer:
         metrics: dict[str, float] = {}
         if self.context.rank == 0 and position.epoch < self.config.train.epochs:
             shutil.rmtree(self.folder / MODEL, ignore_errors=True)  # that of a shorter run, which this one extends
+            if self.mirror:
+                self.mirror.remove(MODEL)
         with (
             ThreadPoolExecutor(_READERS) as readers,
             _Curves(self.folder, position, self.context) as curves,
@@ -130,9 +141,14 @@ class Trainer:
                 self.context.report(metrics)
         if self.context.rank == 0:
             save_model(self.folder / MODEL, self.model, classes=self.classes)
+            if self.mirror:
+                self.mirror.put()
         return metrics or (read_metrics(self.folder) or [{}])[-1]
 
     def _resume(self) -> Position:
+        if self.mirror:
+            make_folder(self.folder)  # of a worker that does not share the driver's disk
+            self.mirror.fetch()
         state = load_state(self.folder, self.model, self.optimizer)
         position, self.totals = state or (Position(), self.totals)
         self._check_agreement(position)
@@ -150,7 +166,8 @@ class Trainer:
         self.context.all_reduce(every)
         if not torch.allclose(every, mine * self.context.world_size, rtol=1e-5, atol=1e-3):
             raise DataError(
-                f"{self.folder}: the workers found different states; put --out on a disk that all of them share"
+                f"{self.folder}: the workers found different states; put --out on a disk that all of them share, "
+                "or give --mirror"
             )
 
     def _epoch(self, epoch: int, start: int, readers: ThreadPoolExecutor, on_step: OnStep) -> dict[str, float]:
@@ -303,6 +320,8 @@ class Trainer:
         self.saved_at = time.monotonic()
         if self.context.rank == 0:
             save_state(self.folder, self.model, self.optimizer, position, self.totals)
+            if self.mirror:
+                self.mirror.put()
 
     def _labels(self, batch: Sequence[Entry]) -> Tensor:
         return torch.tensor([self.classes.index(entry.label) for entry in batch], device=self.context.device)

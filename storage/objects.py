@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from obstore import ObjectMeta, PutResult, UpdateVersion
 
-    PutMode = Literal["create"] | UpdateVersion
+    PutMode = Literal["create", "overwrite"] | UpdateVersion
 
 T = TypeVar("T")
 PAUSES_S = (0.5, 2.0, 8.0)  # before each repeat of a request, besides obstore's own
@@ -53,7 +53,7 @@ class Objects:
         data
             What.
         mode
-            "create" if there must be none yet, or the mark of the one that is to be replaced.
+            "create" if there must be none yet, the mark of the one that is to be replaced, or "overwrite" for any.
 
         Returns
         -------
@@ -70,7 +70,7 @@ class Objects:
         try:  # several parts would need several requests, and leave some behind when one fails
             return mark_of(self._request(key, lambda: self._store.put(key, data, mode=mode, use_multipart=False)))
         except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
-            if mode == "create" and isinstance(error, FileNotFoundError):
+            if isinstance(mode, str) and isinstance(error, FileNotFoundError):
                 raise self._refusal(key, error) from error  # there is no such bucket
         with contextlib.suppress(FileNotFoundError):
             present, meta = self.get(key)
@@ -97,8 +97,8 @@ class Objects:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects, if they are there."""
-        doomed = list(keys)
-        self._request(doomed[0] if doomed else "", lambda: self._store.delete(doomed))
+        if doomed := list(keys):
+            self._request(doomed[0], lambda: self._store.delete(doomed))
 
     def _request(self, key: str, action: Callable[[], T]) -> T:
         from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError

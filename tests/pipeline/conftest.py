@@ -12,6 +12,8 @@ from pipeline.manifest import Entry, read_manifest, write_manifest
 from pipeline.train import train
 from storage import write_pyramid
 
+from ..storage.s3 import moto_port, s3  # noqa: F401  fixtures
+
 SMALL = {
     "seed": 3,
     "model": {

@@ -72,6 +72,7 @@ class TestChecks:
         "words",
         [
             TRAIN,
+            "train --manifest /data/m.csv --out run --mirror s3://b/run --cluster auto",  # the folder may vanish
             "evaluate /data/p",
             f"{CONVERT} --out s3://b/y --manifest /data/m.csv",
             "synth signs --out /data/s",

@@ -11,9 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from pyarrow import parquet
+from typer.testing import CliRunner
 
+import cluster
 from nested_ats import ModelFileError, NestedATS
 from pipeline import predict as module
+from pipeline.cli import app
 from pipeline.config import parse_config, plain
 from pipeline.errors import UsageError
 from pipeline.files import file_name
@@ -350,3 +353,23 @@ def test_a_gpu_that_is_insisted_on_must_be_there(finished, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UsageError, match="--device cuda: PyTorch sees no GPU on .*CUDA build"):
         Classifier(prediction_settings(finished, device="cuda"))
+
+
+def test_workers_begin_with_the_largest_slide_and_have_the_time_that_was_given(
+    finished, entries, pyramids, tmp_path, monkeypatch
+):
+    """Slides that are not in a folder, whose size would take a request or a decoding to tell, come last."""
+    entries = [*entries, Entry(slide_id="far", path="s3://bucket/a.zarr"), Entry(slide_id="gone", path="/gone")]
+    asked = []
+
+    def record(make_worker, items, *, cost, timeout_s, **_):
+        asked.extend([[cost(item) for item in items], timeout_s])
+        return (cluster.Outcome(item, None, "not run", 1) for item in items)
+
+    monkeypatch.setattr("pipeline.predict.cluster.run_tasks", record)
+    predict(entries, finished, tmp_path / "out", address="local", timeout_s=7)
+    sizes = [(120 + 8 * (i % 3)) * 150 for i in range(10, 14)]
+    assert asked == [[*sizes, 0, 0], 7]
+    words = ["predict", finished, pyramids, "--out", tmp_path / "cli", "--slide-timeout", "9"]
+    CliRunner().invoke(app, [str(word) for word in words])
+    assert asked[3] == 9

@@ -40,6 +40,7 @@ def arguments(config, manifest, folder):
         "classes": ["bar", "box"],
         "channels": 3,
         "folder": str(folder),
+        "mirror": None,
     }
 
 
