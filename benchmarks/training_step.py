@@ -4,8 +4,9 @@ What runs is ``pipeline.training.Trainer``, as ``nested-ats train`` runs it, on 
 a disk and on a loopback server (a process of its own) that waits for a stated latency before it answers a request.
 Three runs take turns, all drawing the same patches: "step", the Trainer as it is; "compute", its reads answered from
 memory; "fetch", its model replaced by one that reads the same pixels and computes nothing. Were nothing hidden a step
-would take the sum of the last two; it cannot take less than the larger ("bound"). The split is of "compute", as means
-over all its steps.
+would take the sum of the last two; it cannot take less than the larger ("bound"). Nor less than the processors have
+work for, the server's included: "busy" is what a step uses of them. The split is of "compute", as means over all its
+steps.
 
 Torch has --threads of the processors, reading and the server have what is left. Slides are opened, and their shards'
 indexes read, in an epoch that is not measured. All else are medians over steps; an epoch's first step, for which no
@@ -34,12 +35,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import psutil
 import torch
 from storage_convert import make_slide
 
 import nested_ats.model
 from cluster import LocalContext
 from nested_ats import LevelConfig, ModelConfig, Output
+from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, TrainConfig
 from pipeline.manifest import Entry
 from pipeline.slides import SlideImage
@@ -185,11 +188,18 @@ def make_trainer(slides: Sequence[str], parts: int, folder: Path) -> Trainer:
     return Trainer(LocalContext(), config, entries, ["a", "b"], 3, folder)
 
 
-def run(trainer: Trainer) -> list[float]:
-    """Seconds of each step but the first epoch's and the first of every epoch."""
-    done: list[float] = []
-    trainer.run(lambda *_: done.append(time.perf_counter()))
-    return [b - a for i, (a, b) in enumerate(pairwise(done), 1) if i > STEPS and i % STEPS]
+def run(trainer: Trainer) -> list[tuple[float, float]]:
+    """Seconds, and processor seconds, of each step but the first epoch's and the first of every epoch."""
+    done: list[tuple[float, float]] = []
+    trainer.run(lambda *_: done.append((time.perf_counter(), processor_seconds())))
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(done)]
+    return [step for i, step in enumerate(steps, 1) if i > STEPS and i % STEPS]
+
+
+def processor_seconds() -> float:
+    """What this process and the server have used of the processors."""
+    servers = [child.cpu_times() for child in psutil.Process().children()]
+    return time.process_time() + sum(times.user + times.system for times in servers)
 
 
 def split(trainer: Trainer, watch: Stopwatch, stack: ExitStack) -> None:
@@ -218,20 +228,25 @@ def measure(slides: Sequence[str], parts: int, rounds: int, folder: Path) -> dic
         patch.object(first.model, "forward", partial(reads.note, first.model.forward)),
     ):
         run(first)
-    seconds: dict[str, list[float]] = {"step": [], "compute": [], "fetch": []}
+    found: dict[str, list[tuple[float, float]]] = {"step": [], "compute": [], "fetch": []}
     for number in range(rounds):
-        seconds["step"] += run(make(folder / f"step {number}"))
+        found["step"] += run(make(folder / f"step {number}"))
         trainer = make(folder / f"compute {number}")
         with ExitStack() as stack:
             stack.enter_context(patch.object(SlideImage, "read", reads.recall))
             split(trainer, watch, stack)
-            seconds["compute"] += run(trainer)
+            found["compute"] += run(trainer)
         trainer = make(folder / f"fetch {number}")
         with patch.object(trainer.model, "forward", partial(reads.fetch, trainer.model.head.bias)):
-            seconds["fetch"] += run(trainer)
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
+            found["fetch"] += run(trainer)
+    medians = {name: statistics.median(seconds for seconds, _ in each) for name, each in found.items()}
+    wall, used = (sum(column) for column in zip(*found["step"], strict=True))
     steps = rounds * STEPS * trainer.config.train.epochs
-    return {**medians, **{part: watch.seconds[part] / steps for part in PARTS}}
+    return {
+        **medians,
+        **{part: watch.seconds[part] / steps for part in PARTS},
+        "busy": used / wall / len(os.sched_getaffinity(0)),
+    }
 
 
 def show(where: str, parts: int, found: dict[str, float]) -> dict[str, Any]:
@@ -240,7 +255,7 @@ def show(where: str, parts: int, found: dict[str, float]) -> dict[str, Any]:
     shares = "".join(f"{found[part]:10.3f}" for part in PARTS)
     print(
         f"{where:>12}{parts:6}{found['fetch']:8.3f}{shares}{found['compute']:9.3f}{found['step']:8.3f}"
-        f"{found['fetch'] + found['compute']:8.3f}{found['step'] / bound:13.2f}",
+        f"{found['fetch'] + found['compute']:8.3f}{found['step'] / bound:13.2f}{found['busy']:6.0%}",
         flush=True,
     )
     return {"where": where, "parts": parts, **found, "step_of_bound": found["step"] / bound}
@@ -259,6 +274,7 @@ def main() -> None:
     parser.add_argument("--folder", default=tempfile.gettempdir())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     about = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
         "versions": {name: version(name) for name in ("torch", "numcodecs", "obstore", "numpy")},
@@ -267,7 +283,8 @@ def main() -> None:
     print(", ".join([about["machine"], *(f"{name} {v}" for name, v in about["versions"].items())]))
     print(f"{args.slides} slides of {args.size} x {args.size} a step, torch on {args.threads} of the processors")
     heads = "".join(f"{part:>10}" for part in PARTS)
-    print(f"{'slides on':>12}{'parts':>6}{'fetch':>8}{heads}{'compute':>9}{'step':>8}{'sum':>8}{'step / bound':>13}")
+    rest = f"{'compute':>9}{'step':>8}{'sum':>8}{'step / bound':>13}{'busy':>6}"
+    print(f"{'slides on':>12}{'parts':>6}{'fetch':>8}{heads}{rest}")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         path = Path(name, "slide.ome.zarr")
         make_slide(Path(name, "slide.tif"), args.size)

@@ -56,7 +56,7 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
         The worker's place in its group.
     arguments
         ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``classes``,
-        ``channels``, ``folder`` of the run, and ``mirror``: URL of its copy, or None.
+        ``channels``, ``folder`` of the run, and ``mirror`` if it has a copy: its URL.
     on_step
         Told of every step.
 
@@ -79,7 +79,7 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
         arguments["classes"],
         arguments["channels"],
         Path(arguments["folder"]),
-        arguments["mirror"],
+        arguments.get("mirror"),
     )
     return trainer.run(on_step or (lambda *_: None))
 

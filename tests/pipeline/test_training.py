@@ -40,7 +40,6 @@ def arguments(config, manifest, folder):
         "classes": ["bar", "box"],
         "channels": 3,
         "folder": str(folder),
-        "mirror": None,
     }
 
 
