@@ -20,7 +20,6 @@ import shutil
 import textwrap
 import time
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def fit(
     name: str = "fit",
     storage_path: str | Path,
     max_failures: int = 3,
-    checkpoint: Path | None = None,
+    progress: Callable[[], object] = lambda: None,
     timeout_s: int = 120,
 ) -> Any:
     """Run ``function(context, arguments)`` on every worker and return what rank 0 returns.
@@ -75,9 +74,10 @@ def fit(
     storage_path
         Directory on a path shared by all nodes. Ray keeps its book-keeping there while the run lasts.
     max_failures
-        New groups after lost workers, >= 0; with a `checkpoint`, since the last new one.
-    checkpoint
-        File that the function replaces as it gets on. As it gets on finitely often, so do groups end.
+        New groups after lost workers, >= 0, since `progress` last told of any.
+    progress
+        Asked in this process after each loss: its value changes as the function gets on, as the time of its last
+        checkpoint does. As it gets on finitely often, so do groups end.
     timeout_s
         Seconds that a collective waits for its peers before they count as lost.
 
@@ -107,24 +107,17 @@ def fit(
         use_gpu = _use_gpu(device, least)
         launch = _Launch(function, arguments, least, most, use_gpu, name, Path(storage_path).resolve(), timeout_s)
         _check_resources(address, launch)
-        failures, seen = 0, _replaced(checkpoint)
+        failures, seen = 0, progress()
         while failures <= max_failures:
             end = _attempt(launch, _room(launch))
             if end.error is not None:
                 raise end.error
             if end.lost is None:
                 return end.value
-            before, seen = seen, _replaced(checkpoint)
+            before, seen = seen, progress()
             failures = failures + 1 if seen == before else 1
             logger.warning("workers were lost (%d of at most %d times): %s", failures, max_failures, end.lost)
         raise WorkerLostError(f"workers were lost {failures} times in a row; the last time: {end.lost}")
-
-
-def _replaced(checkpoint: Path | None) -> int | None:
-    """When a file was last replaced, in nanoseconds; None where there is none."""
-    with suppress(OSError):
-        return checkpoint.stat().st_mtime_ns if checkpoint else None
-    return None
 
 
 def _choose_device(device: str) -> str:

@@ -320,7 +320,7 @@ def train(
         fail_fast=fail_fast,
     )
     print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    print(out)
+    print(mirror or out)
     _end([(failure.slide_id, failure.error) for failure in failures], len(entries))
 
 

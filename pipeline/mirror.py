@@ -1,20 +1,23 @@
 """A copy of a training run in an object store: it goes on from there where its folder is gone, or on another machine.
 
-The state decides where training goes on, and everything else is put before it. A state is put on condition that the
-one in its place is the one that this process put or fetched last: of two trainings with one copy, one finds out at
-its next checkpoint and ends.
+The copy is the truth. The process that starts training brings it up to date; every worker begins with what it holds,
+also where that is nothing; rank 0 puts what changes. A state is put on condition that the one in its place is what
+this process put or fetched last, and before everything else: of two trainings with one copy, one finds out at its
+next checkpoint and ends before it has changed anything.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
-from pipeline.runs import CONFIG, CURVES, METRICS, MODEL, RUN, STATE
+from pipeline.runs import CONFIG, CURVES, METRICS, MODEL, RUN, STATE, read_run, state_metadata
+from storage import StorageError
 from storage.objects import Objects, Occupied, mark_of
 
 if TYPE_CHECKING:
@@ -44,73 +47,114 @@ class Mirror:
             raise UsageError(f"--mirror {url}: not the URL of an object store; give one like s3://bucket/runs/first")
         self.url, self._folder = url.rstrip("/"), folder
         self._objects = Objects(self.url, _TIMEOUT_S)
-        self._mark: PutMode = "create"  # what a state may be put in place of
+        self._run: PutMode = "create"  # what run.json and
+        self._state: PutMode = "create"  # the state may be put in place of
         self._done: dict[str, tuple[int, int]] = {}  # time of change and length of what was put
 
-    def claim(self, *, overwrite: bool) -> None:
-        """See that the copy is of the run in the folder, or begin one.
+    def check(self, fingerprint: str, *, overwrite: bool) -> None:
+        """See that the copy is of this run, or that there is none; changes nothing.
 
         Raises
         ------
         UsageError
-            It is of another run.
+            It is of another run and not to be overwritten, or something else lies there.
+        """
+        try:
+            run, about = self._objects.get(RUN)
+        except FileNotFoundError:
+            if self._objects.list():
+                raise UsageError(f"{self.url}: not empty and not a training run; give another --mirror") from None
+            return
+        self._run = mark_of(about)
+        if not overwrite and _fingerprint(run) != fingerprint:
+            raise UsageError(
+                f"{self.url}: holds a run of another configuration or of other slides; give another --mirror, "
+                "or --overwrite to start again"
+            )
+
+    def claim(self, *, overwrite: bool) -> None:
+        """Bring the copy, which was checked, up to date with the folder.
+
+        Raises
+        ------
+        UsageError
+            Another training has begun with it.
         """
         if overwrite:
-            self.remove(STATE)  # before run.json: a run never goes on from the state of another
-            self.remove(METRICS, MODEL, CURVES, CONFIG, RUN)
-        mine = (self._folder / RUN).read_bytes()
-        try:
-            self._objects.put(RUN, mine, "create")
-        except Occupied:
-            try:
-                theirs = json.loads(self._objects.get(RUN)[0])["fingerprint"]
-            except (FileNotFoundError, ValueError, LookupError, TypeError):
-                theirs = None
-            if theirs != json.loads(mine)["fingerprint"]:
-                raise UsageError(
-                    f"{self.url}: holds a run of another configuration or of other slides; give another --mirror, "
-                    "or --overwrite to start again"
-                ) from None
+            self.remove(STATE)  # first: no run goes on from the state of another
+            self.remove(METRICS, MODEL, CURVES)
+        self._replace(RUN, self._run)
         self._put(self._folder / CONFIG)
+        there, here = self._fetch_state(), self._folder / STATE
+        if here.exists() and _position(here.read_bytes()) > _position(there):
+            self.put()
 
-    def fetch(self) -> None:
-        """Put the last state of the copy and its metrics, if it has one, in place of those in the folder."""
-        try:
-            state, about = self._objects.get(STATE)
-            write_atomic(self._folder / METRICS, self._objects.get(METRICS)[0])
-        except FileNotFoundError:
-            return
-        write_atomic(self._folder / STATE, state)
-        self._mark, self._done[STATE] = mark_of(about), _version(self._folder / STATE)
+    def fetch(self, fingerprint: str) -> None:
+        """Make the folder, on whichever machine, what the copy says: with its state, or without any.
+
+        Raises
+        ------
+        UsageError
+            The copy or the folder is of another run.
+        """
+        run, state = self._objects.get(RUN)[0], self._fetch_state()
+        if _fingerprint(run) != fingerprint:
+            raise self._taken()
+        if not (self._folder / RUN).exists():
+            write_atomic(self._folder / RUN, run)
+        elif read_run(self._folder)["fingerprint"] != fingerprint:
+            raise UsageError(f"{self._folder}: holds another run; give another --out")
+        path = self._folder / STATE
+        if state is None:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_bytes() != state:
+            write_atomic(path, state)
 
     def put(self) -> None:
-        """Copy what has changed in the folder, the state last.
+        """Put the state and what else has changed in the folder.
 
         Raises
         ------
         UsageError
             Another training has put its state there.
         """
+        self._state = self._replace(STATE, self._state)
         for path in (*self._below(CURVES), *self._below(MODEL), self._folder / METRICS):
             self._put(path)
-        path = self._folder / STATE
-        version = _version(path)
-        if self._done.get(STATE) == version:
-            return
-        try:
-            self._mark = self._objects.put(STATE, path.read_bytes(), self._mark)
-        except Occupied:
-            raise UsageError(
-                f"{self.url}: another training with this --mirror is running; end one of them and run it again"
-            ) from None
-        self._done[STATE] = version
 
     def remove(self, *names: str) -> None:
         """Remove files and folders from the copy."""
         self._objects.delete(key for key in self._objects.list() if key.partition("/")[0] in names)
 
+    def version(self) -> str | None:
+        """Tell one state of the copy from the next; None where that cannot be told."""
+        with suppress(StorageError, KeyError):
+            return self._objects.list()[STATE]["e_tag"]
+        return None
+
+    def _fetch_state(self) -> bytes | None:
+        try:
+            state, about = self._objects.get(STATE)
+        except FileNotFoundError:
+            self._state = "create"
+            return None
+        self._state = mark_of(about)
+        return state
+
+    def _replace(self, name: str, mode: PutMode) -> PutMode:
+        try:
+            return self._objects.put(name, (self._folder / name).read_bytes(), mode)
+        except Occupied:
+            raise self._taken() from None
+
+    def _taken(self) -> UsageError:
+        return UsageError(
+            f"{self.url}: another training with this --mirror is running; end one of them and run it again"
+        )
+
     def _put(self, path: Path) -> None:
-        name, version = path.relative_to(self._folder).as_posix(), _version(path)
+        name, status = path.relative_to(self._folder).as_posix(), path.stat()
+        version = status.st_mtime_ns, status.st_size
         if self._done.get(name) != version:
             self._objects.put(name, path.read_bytes(), "overwrite")
             self._done[name] = version
@@ -119,6 +163,17 @@ class Mirror:
         return sorted(path for path in (self._folder / name).rglob("*") if path.is_file())
 
 
-def _version(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+def _fingerprint(run: bytes) -> object:
+    try:
+        return json.loads(run)["fingerprint"]
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _position(state: bytes | None) -> tuple[int, int]:
+    """Epoch and step of a state; less than any where there is none or it is damaged."""
+    try:
+        about = state_metadata(state or b"")
+        return int(about["epoch"]), int(about["step"])
+    except (ValueError, LookupError):
+        return -1, -1

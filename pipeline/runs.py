@@ -45,9 +45,14 @@ class Position:
 
 
 def save_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, totals: Tensor
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    totals: Tensor,
+    fingerprint: str,
 ) -> None:
-    """Replace the state of a run.
+    """Replace the state of a run; it holds the metrics of the epochs before it, too.
 
     Parameters
     ----------
@@ -59,34 +64,55 @@ def save_state(
         After the last step taken.
     totals
         Sums of the epoch under way.
+    fingerprint
+        Of the run.
     """
     from safetensors.torch import save
 
+    metrics = "".join(json.dumps(line) + "\n" for line in read_metrics(folder))
+    about = {"run": fingerprint, "epoch": str(position.epoch), "step": str(position.step), "metrics": metrics}
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-    tensors |= {"totals": totals, "position": torch.tensor([position.epoch, position.step])}
-    write_atomic(folder / STATE, save({name: value.cpu().contiguous() for name, value in tensors.items()}))
+    tensors["totals"] = totals
+    data = save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata=about)
+    write_atomic(folder / STATE, data)
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Position, Tensor] | None:
+def state_metadata(data: bytes) -> dict[str, str]:
+    """What a state says of itself: ``run``, ``epoch``, ``step`` and the lines of ``metrics``.
+
+    Raises
+    ------
+    ValueError, LookupError
+        It is none.
+    """
+    about: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return about
+
+
+def load_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+) -> tuple[Position, Tensor, str] | None:
     """Put back the last state of a run, where there is one.
 
     Returns
     -------
-    position, totals
+    position, totals, metrics
         As they were saved; none for a run without a state.
 
     Raises
     ------
     UsageError
-        The state is damaged or is that of another model.
+        The state is damaged, or that of another run or model.
     """
     path = folder / STATE
     if not path.exists():
         return None
     try:
-        tensors = read_tensors(path)
+        tensors, about = read_tensors(path), state_metadata(path.read_bytes())
+        if about["run"] != fingerprint:
+            raise ValueError("it is that of another")
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -94,8 +120,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-        epoch, step = tensors["position"].tolist()
-        return Position(epoch, step), tensors["totals"]
+        return Position(int(about["epoch"]), int(about["step"])), tensors["totals"], about["metrics"]
     except (ModelFileError, RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UsageError(f"{path}: not a state of this run ({reason}); start again with --overwrite") from error

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,7 @@ from pipeline.training import describe, plain_entries, train_worker
 from storage import StorageError
 from storage.locks import locked
 
+_COPY_TIMEOUT_S = 1200  # that workers wait for rank 0, which may be copying a state over a slow line
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
 
 
@@ -98,8 +99,12 @@ def train(
         "folder": str(folder.absolute()),
         "mirror": mirror,
     }
+    arguments["fingerprint"] = fingerprint = _fingerprint(config, arguments)
     make_folder(folder)
     with _alone(folder), progress("train") as update:
+        _check(folder, fingerprint, overwrite=overwrite)
+        if copy:
+            copy.check(fingerprint, overwrite=overwrite)
         _prepare(folder, config, arguments, entries, overwrite=overwrite)
         if copy:
             copy.claim(overwrite=overwrite)
@@ -114,7 +119,8 @@ def train(
                 device=device,
                 name=folder.name,
                 storage_path=folder / WORKERS,
-                checkpoint=folder / STATE,
+                progress=copy.version if copy else partial(_replaced, folder / STATE),
+                timeout_s=_COPY_TIMEOUT_S if copy else 120,
             )
     return metrics, failures
 
@@ -149,11 +155,8 @@ def _classes(entries: Sequence[Entry]) -> list[str]:
     return sorted(training)
 
 
-def _prepare(
-    folder: Path, config: Config, arguments: dict[str, Any], entries: Sequence[Entry], *, overwrite: bool
-) -> None:
-    """Write what the run is into its empty folder, or see that the run found there is this one."""
-    # Where slides lie and how long training goes on do not make another run: data may move, epochs may be added.
+def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
+    """What makes a run this one; not where slides lie or how long it goes on: data may move, epochs may be added."""
     learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
     identity = {**arguments, "folder": "", "entries": learnt}
     del identity["mirror"]
@@ -161,20 +164,29 @@ def _prepare(
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["data"] |= {"cache": None}
     identity["config"] = decisive
-    fingerprint = digest(identity)
+    return digest(identity)
+
+
+def _check(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
+    """See that the folder is empty, or that of this run, or that of one to be overwritten."""
     if (folder / RUN).exists():
-        found = read_run(folder)
-        if overwrite:
-            clear_run(folder)
-        elif found["fingerprint"] != fingerprint:
+        if read_run(folder)["fingerprint"] != fingerprint and not overwrite:
             raise UsageError(
                 f"{folder}: holds a run of another configuration or of other slides, or some of its slides cannot be "
                 "used now (see run.json); give another --out, or --overwrite to start again"
             )
     elif any(path.name != LOCK and not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise UsageError(f"{folder}: not empty and not a training run; give another --out")
+
+
+def _prepare(
+    folder: Path, config: Config, arguments: dict[str, Any], entries: Sequence[Entry], *, overwrite: bool
+) -> None:
+    """Write what the run is into its folder."""
+    if overwrite:
+        clear_run(folder)
     run = {
-        "fingerprint": fingerprint,
+        "fingerprint": arguments["fingerprint"],
         "classes": arguments["classes"],
         "channels": arguments["channels"],
         "config": plain(config),
@@ -183,6 +195,13 @@ def _prepare(
     }
     write_json(folder / RUN, run)
     write_atomic(folder / CONFIG, dump_config(config))
+
+
+def _replaced(path: Path) -> int | None:
+    """When a file was last replaced, in nanoseconds; None where there is none."""
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
         The worker's place in its group.
     arguments
         ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``classes``,
-        ``channels``, ``folder`` of the run, and ``mirror`` if it has a copy: its URL.
+        ``channels``, ``folder`` and ``fingerprint`` of the run, and ``mirror`` if it has a copy: its URL.
     on_step
         Told of every step.
 
@@ -80,6 +80,7 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
         arguments["channels"],
         Path(arguments["folder"]),
         arguments.get("mirror"),
+        arguments.get("fingerprint", ""),
     )
     return trainer.run(on_step or (lambda *_: None))
 
@@ -96,9 +97,10 @@ class Trainer:
         channels: int,
         folder: Path,
         mirror: str | None = None,
+        fingerprint: str = "",
     ) -> None:
         self.context, self.config, self.classes, self.folder = context, config, list(classes), folder
-        self.mirror = Mirror(mirror, folder) if mirror else None
+        self.mirror, self.fingerprint = Mirror(mirror, folder) if mirror else None, fingerprint
         self.training = [entry for entry in entries if entry.split == "train"]
         self.validation = [entry for entry in entries if entry.split == "val"]
         self.slides = SlideCache(background=config.data.background, cache=config.data.cache)
@@ -148,14 +150,13 @@ class Trainer:
     def _resume(self) -> Position:
         if self.mirror:
             make_folder(self.folder)  # of a worker that does not share the driver's disk
-            self.mirror.fetch()
-        state = load_state(self.folder, self.model, self.optimizer)
-        position, self.totals = state or (Position(), self.totals)
+            self.mirror.fetch(self.fingerprint)
+        state = load_state(self.folder, self.model, self.optimizer, self.fingerprint)
+        position, self.totals, metrics = state or (Position(), self.totals, "")
         self._check_agreement(position)
         if self.context.rank == 0:
             # An epoch's line is written before its state: a line that the state does not know of is written again.
-            lines = read_metrics(self.folder)[: position.epoch]
-            write_atomic(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomic(self.folder / METRICS, metrics)
         return position
 
     def _check_agreement(self, position: Position) -> None:
@@ -319,7 +320,7 @@ class Trainer:
     def _save(self, position: Position) -> None:
         self.saved_at = time.monotonic()
         if self.context.rank == 0:
-            save_state(self.folder, self.model, self.optimizer, position, self.totals)
+            save_state(self.folder, self.model, self.optimizer, position, self.totals, self.fingerprint)
             if self.mirror:
                 self.mirror.put()
 

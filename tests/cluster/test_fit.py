@@ -135,6 +135,9 @@ def test_losses_are_counted_from_the_last_checkpoint_on(monkeypatch, tmp_path):
     """Of seven groups the first and the third leave a checkpoint; the third loss since then is one too many."""
     state, groups = tmp_path / "state", [True, False, True, False, False, True, True]
 
+    def progress():
+        return state.stat().st_mtime_ns if state.exists() else None
+
     def attempt(launch, workers):
         if groups.pop(0):
             state.touch()
@@ -146,7 +149,7 @@ def test_losses_are_counted_from_the_last_checkpoint_on(monkeypatch, tmp_path):
         monkeypatch.setattr(FIT, name, lambda *_: None)
     monkeypatch.setattr(FIT, "_attempt", attempt)
     with pytest.raises(WorkerLostError, match="lost 3 times in a row"):
-        fit(sum_ranks, {}, address="local", storage_path=tmp_path, max_failures=2, checkpoint=state)
+        fit(sum_ranks, {}, address="local", storage_path=tmp_path, max_failures=2, progress=progress)
     assert len(groups) == 2
 
 

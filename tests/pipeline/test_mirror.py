@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load, load_file
 
+from cluster import fit
 from pipeline.config import parse_config, plain
 from pipeline.errors import UsageError
 from pipeline.manifest import read_manifest
 from pipeline.mirror import Mirror
 from pipeline.runs import METRICS, MODEL, RUN, STATE, read_metrics
 from pipeline.train import train
-from pipeline.training import Trainer
+from pipeline.training import Trainer, plain_entries, train_worker
 from storage import StorageError
 
 
@@ -98,6 +102,7 @@ def test_the_copy_of_another_run_is_refused_and_overwritten_when_asked(config, e
     with pytest.raises(UsageError, match="holds a run of another configuration.*--overwrite"):
         train(entries, other, tmp_path / "other", mirror=url)
     assert s3.objects("runs/first") == before
+    assert not (tmp_path / "other" / RUN).exists()  # so that the right configuration may still use it
     s3.put("runs/first/notes.txt", b"mine")
     train(entries, other, tmp_path / "other", mirror=url, overwrite=True)
     after = s3.objects("runs/first")
@@ -117,24 +122,124 @@ def test_an_extended_run_has_no_model_until_it_has_ended(config, entries, url, s
     assert not [name for name in s3.objects("runs/first") if name.startswith(MODEL)]
 
 
-def test_of_two_trainings_one_finds_out(config, entries, url, s3, tmp_path, monkeypatch):
+def test_of_two_trainings_one_finds_out_before_it_has_changed_anything(
+    config, entries, url, s3, tmp_path, monkeypatch
+):
     """The second starts from the same state, on another machine, and puts its own first."""
-    stop_after(1, monkeypatch)
-    with pytest.raises(Stop):
-        train(entries, config, tmp_path / "run", mirror=url)
-    mirrors = []
-    for name in ("one", "two"):
-        shutil.copytree(tmp_path / "run", tmp_path / name)
-        mirrors.append(Mirror(url, tmp_path / name))
-        mirrors[-1].fetch()
-        (tmp_path / name / STATE).write_bytes(name.encode())
-    mirrors[1].put()
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(Stop):
+            train(entries, config, tmp_path / "one", mirror=url)
+    step, seen = Trainer._step, []
+
+    def second(self, *args):
+        if not seen:
+            seen.append(True)
+            train(entries, config, tmp_path / "two", mirror=url)
+            seen.append(s3.objects("runs/first"))
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", second)
     with pytest.raises(UsageError, match="another training with this --mirror is running"):
-        mirrors[0].put()
-    assert s3.objects("runs/first")[STATE] == b"two"
-    (tmp_path / "two" / STATE).write_bytes(b"two again")
-    mirrors[1].put()
-    assert s3.objects("runs/first")[STATE] == b"two again"
+        train(entries, config, tmp_path / "one", mirror=url)
+    assert s3.objects("runs/first") == seen[1]
+
+
+def test_a_run_that_is_overwritten_elsewhere_does_not_go_on_with_the_other(config, entries, url, s3, tmp_path):
+    train(entries, config, tmp_path / "one", mirror=url)
+    mine = json.loads(s3.objects("runs/first")[RUN])["fingerprint"]
+    other = parse_config({**plain(config), "seed": 1}, "")
+    train(entries, other, tmp_path / "two", mirror=url, overwrite=True)
+    mirror = Mirror(url, tmp_path / "one")
+    with pytest.raises(UsageError, match="another training with this --mirror is running"):
+        mirror.fetch(mine)
+    with pytest.raises(UsageError, match="holds another run"):
+        Mirror(url, tmp_path / "one").fetch(json.loads(s3.objects("runs/first")[RUN])["fingerprint"])
+
+
+def test_who_has_got_further_wins(config, entries, url, s3, tmp_path, whole, monkeypatch):
+    """A run was extended without its mirror: what it learnt since is not lost."""
+    values = plain(config)
+    shorter = parse_config({**values, "train": {**values["train"], "epochs": 1}}, "")
+    train(entries, shorter, tmp_path / "run", mirror=url)
+    train(entries, config, tmp_path / "run")
+    monkeypatch.setattr(Trainer, "_step", None)
+    train(entries, config, tmp_path / "run", mirror=url)
+    assert (tmp_path / "run" / MODEL / "model.safetensors").read_bytes() == whole
+    assert s3.objects("runs/first")[f"{MODEL}/model.safetensors"] == whole
+    assert json.loads(s3.objects("runs/first")[RUN])["config"]["train"]["epochs"] == config.train.epochs
+
+
+def test_a_worker_elsewhere_begins_with_what_the_copy_holds(config, entries, url, s3, tmp_path, whole):
+    """Its folder may hold a state of the same run that the copy never had."""
+    train(entries, config, tmp_path / "run")
+    left = tmp_path / "left"
+    shutil.copytree(tmp_path / "run", left)
+    mirror = Mirror(url, tmp_path / "run")
+    fingerprint = json.loads((left / RUN).read_bytes())["fingerprint"]
+    (tmp_path / "run" / STATE).unlink()
+    mirror.check(fingerprint, overwrite=False)
+    mirror.claim(overwrite=False)
+    Mirror(url, left).fetch(fingerprint)
+    assert not (left / STATE).exists()
+    new = tmp_path / "new"
+    new.mkdir()
+    Mirror(url, new).fetch(fingerprint)
+    assert [path.name for path in new.iterdir()] == [RUN]
+
+
+def test_a_state_that_is_there_already_is_not_written_again(config, entries, url, tmp_path):
+    """Or every new group of workers would count as having got on."""
+    train(entries, config, tmp_path / "run", mirror=url)
+    before = (tmp_path / "run" / STATE).stat().st_mtime_ns
+    mirror = Mirror(url, tmp_path / "run")
+    version = mirror.version()
+    mirror.fetch(json.loads((tmp_path / "run" / RUN).read_bytes())["fingerprint"])
+    assert (tmp_path / "run" / STATE).stat().st_mtime_ns == before
+    assert mirror.version() == version is not None
+
+
+def test_a_place_of_something_else_is_left_alone(config, entries, url, s3, tmp_path):
+    s3.put("runs/first/model/mine.bin", b"mine")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="not empty and not a training run"):
+            train(entries, config, tmp_path / "run", mirror=url, overwrite=overwrite)
+    assert s3.objects("runs/first") == {"model/mine.bin": b"mine"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_that_share_no_disk(config, pyramids, url, s3, tmp_path, ray_head):
+    """Each has a folder of its own, and a new one when the group starts again; rank 0 is the other's machine then."""
+    values = plain(config)
+    shorter = parse_config({**values, "train": {**values["train"], "epochs": 1}}, "")
+    train(read_manifest(pyramids), shorter, tmp_path / "driver", mirror=url)
+    run = json.loads((tmp_path / "driver" / RUN).read_bytes())
+    training = [entry for entry in read_manifest(pyramids) if entry.split != "test"]
+    job = {
+        "config": values,
+        "entries": plain_entries(training),
+        "classes": run["classes"],
+        "channels": run["channels"],
+        "fingerprint": run["fingerprint"],
+        "mirror": url,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("AWS_")},
+        "folder": str(tmp_path / "worker"),
+    }
+    fit(apart, job, address="local", workers=2, device="cpu", storage_path=tmp_path / "ray")
+    copied = s3.objects("runs/first")
+    assert [json.loads(line)["epoch"] for line in copied[METRICS].splitlines()] == [1, 2, 3]
+    assert copied[f"{MODEL}/model.safetensors"] == (tmp_path / "worker-0" / MODEL / "model.safetensors").read_bytes()
+    train(read_manifest(pyramids), config, tmp_path / "straight")
+    there = load(copied[f"{MODEL}/model.safetensors"])
+    for name, value in load_file(tmp_path / "straight" / MODEL / "model.safetensors").items():
+        assert torch.allclose(there[name], value, atol=2e-3), name
+
+
+def apart(context, arguments):
+    """Train in a folder that no other worker has."""
+    os.environ.update(arguments["environment"])
+    return train_worker(context, {**arguments, "folder": f"{arguments['folder']}-{context.rank}"})
 
 
 @pytest.mark.parametrize("path", [RUN, METRICS, STATE, "model.safetensors"])
