@@ -175,5 +175,5 @@ def _position(state: bytes | None) -> tuple[int, int]:
     try:
         about = state_metadata(state or b"")
         return int(about["epoch"]), int(about["step"])
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, TypeError):
         return -1, -1

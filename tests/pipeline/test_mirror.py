@@ -170,6 +170,17 @@ def test_who_has_got_further_wins(config, entries, url, s3, tmp_path, whole, mon
     assert json.loads(s3.objects("runs/first")[RUN])["config"]["train"]["epochs"] == config.train.epochs
 
 
+@pytest.mark.parametrize("damage", [b"", b"no state", (2).to_bytes(8, "little") + b"[]"])
+def test_a_damaged_copy_is_mended_from_the_folder(config, entries, url, s3, tmp_path, damage):
+    train(entries, config, tmp_path / "run", mirror=url)
+    s3.put(f"runs/first/{STATE}", damage)
+    train(entries, config, tmp_path / "run", mirror=url)
+    assert s3.objects("runs/first")[STATE] == (tmp_path / "run" / STATE).read_bytes()
+    s3.put(f"runs/first/{STATE}", damage)
+    with pytest.raises(UsageError, match="not a state of this run"):
+        train(entries, config, tmp_path / "elsewhere", mirror=url)
+
+
 def test_a_worker_elsewhere_begins_with_what_the_copy_holds(config, entries, url, s3, tmp_path, whole):
     """Its folder may hold a state of the same run that the copy never had."""
     train(entries, config, tmp_path / "run")
