@@ -1,7 +1,8 @@
 """Random patches per second: ``Slide`` against tensorstore, zarr-python, openslide and tiffslide, in one run.
 
 The first three read level 0 of one pyramid, the last two the JPEG-tiled BigTIFF that it was made of (their pixels are
-the same, as the pyramid is lossless), all in one process and in turns of eight batches of 32 patches. ``Slide`` and
+the same, as the pyramid is lossless), all in one process and in turns of half a second, batch by batch of 32 patches;
+each goes through the same batches, as far as it gets, and the rate is the median over its turns. ``Slide`` and
 tensorstore are given whole batches (tensorstore: 32 reads in flight), the others one patch at a time. "warm": the
 files lie in the page cache; "cold": they were dropped from it before each batch. With --s3 a loopback S3 server
 (moto) serves the pyramid and counts the requests of single patches, shard indexes included.
@@ -12,6 +13,7 @@ files lie in the page cache; "cold": they were dropped from it before each batch
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import statistics
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     Reader = Callable[[NDArray[np.int64]], NDArray[np.generic]]
 
 BATCH = 32
-TURN = 8  # batches that a reader reads before the next reader does: as many patches as a training step draws
+TURNS, TURN_S = 7, 0.5
 SIDES = (256, 50)
 
 
@@ -101,9 +103,13 @@ def rates(ways: dict[str, Reader], boxes: list[NDArray[np.int64]], forget: Calla
     for name, read in ways.items():  # openslide's own JPEG decoder may round otherwise by a few levels
         if np.abs(read(boxes[0]).astype(int) - expected).max() > 4:
             raise RuntimeError(f"{name} reads other pixels")
-    for turn in range(0, len(boxes), TURN):
+    batches = {name: itertools.cycle(boxes) for name in ways}
+    for _ in range(TURNS):
         for name, read in ways.items():
-            seconds[name].append(statistics.mean(_time(read, own, forget) for own in boxes[turn : turn + TURN]))
+            own: list[float] = []
+            while sum(own) < TURN_S:
+                own.append(_time(read, next(batches[name]), forget))
+            seconds[name].append(statistics.mean(own))
     return {name: BATCH / statistics.median(own) for name, own in seconds.items()}
 
 
@@ -125,9 +131,8 @@ def compare(tiff: Path, pyramid: Path, size: int, batches: int) -> None:
                 slide.read_many(0, own)  # warms the page cache
             read = slide.statistics
         for cache in ("warm", "cold"):
-            some = boxes if cache == "warm" else boxes[: max(4, batches // 6)]
             forget = (lambda: None) if cache == "warm" else lambda: (drop_from_cache(tiff), drop_from_cache(pyramid))
-            for reader, rate in (found := rates(ways, some, forget)).items():
+            for reader, rate in (found := rates(ways, boxes, forget)).items():
                 print(f"{side:6}{cache:>6}{reader:>13}{rate:11.0f}{found['Slide'] / rate:9.1f}x")
         fetched, raw = read.bytes_read / (BATCH * len(boxes)) / 1e3, side * side * 3 / 1e3
         print(f"{side:6}  Slide fetches {fetched:.0f} KB a patch of {raw:.0f} KB raw")
@@ -202,7 +207,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=24576)
     parser.add_argument("--codec", default="lz4")
     parser.add_argument("--chunk", type=int, default=ConvertOptions().chunk)
-    parser.add_argument("--batches", type=int, default=80)
+    parser.add_argument("--batches", type=int, default=600, help="that differ")
     parser.add_argument("--s3", action="store_true")
     parser.add_argument("--folder", default=tempfile.gettempdir())
     args = parser.parse_args()
@@ -216,7 +221,7 @@ def main() -> None:
         print(f"{args.size} x {args.size}, {args.codec}, chunks of {args.chunk}")
         compare(tiff, pyramid, args.size, args.batches)
         if args.s3:
-            count_requests(pyramid, args.size, args.batches)
+            count_requests(pyramid, args.size, args.batches // 8)
 
 
 if __name__ == "__main__":
