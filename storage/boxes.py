@@ -52,38 +52,39 @@ def cut(
     """
     rows = _cut_axis(boxes[:, 0], int(boxes[0, 2]), shape_yx[0], chunk_yx[0])  # (N, R) each
     columns = _cut_axis(boxes[:, 1], int(boxes[0, 3]), shape_yx[1], chunk_yx[1])  # (N, Q) each
-    n, r, q = np.nonzero((rows.stop > rows.start)[:, :, None] & (columns.stop > columns.start)[:, None, :])
+    n, r, q = ((rows.stop > rows.start)[:, :, None] & (columns.stop > columns.start)[:, None, :]).nonzero()
     if not len(n):
         return n, n, []
     row, column = rows.chunk[n, r], columns.chunk[n, q]
     number = row * (shape_yx[1] // chunk_yx[1] + 1) + column
-    order = np.argsort(number, kind="stable")
-    n, r, q, number = n[order], r[order], q[order], number[order]
-    y0, y1, y = rows.start[n, r], rows.stop[n, r], rows.inner[n, r]
-    x0, x1, x = columns.start[n, q], columns.stop[n, q], columns.inner[n, q]
-    lines = np.stack([n, y0, y1, x0, x1, y, y + y1 - y0, x, x + x1 - x0], axis=1).tolist()
-    first = np.flatnonzero(np.diff(number, prepend=-1))
-    bounds = [*first.tolist(), len(lines)]
-    parts = [lines[a:b] for a, b in pairwise(bounds)]
-    return row[order[first]], column[order[first]], parts
+    order = number.argsort(kind="stable")
+    lines = np.empty((len(n), 9), np.int64)
+    lines[:, 0] = n
+    for axis, part, at in ((0, rows, (n, r)), (1, columns, (n, q))):
+        start, stop, begin, edge = part.start[at], part.stop[at], boxes[n, axis], part.chunk[at] * chunk_yx[axis]
+        lines[:, 1 + 2 * axis], lines[:, 2 + 2 * axis] = start - begin, stop - begin
+        lines[:, 5 + 2 * axis], lines[:, 6 + 2 * axis] = start - edge, stop - edge
+    number = number[order]
+    bounds = [0, *((number[1:] != number[:-1]).nonzero()[0] + 1).tolist(), len(order)]
+    parts = lines[order].tolist()
+    first = order[bounds[:-1]]
+    return row[first], column[first], [parts[a:b] for a, b in pairwise(bounds)]
 
 
 @dataclass(frozen=True, slots=True)
 class _AxisParts:
-    """Parts of boxes along one axis, (N, K) each; where ``stop <= start`` there is none."""
+    """Parts of boxes along one axis, (N, K) each, in pixels of the image; where ``stop <= start`` there is none."""
 
     chunk: NDArray[np.int64]
-    start: NDArray[np.int64]  # in the box
+    start: NDArray[np.int64]
     stop: NDArray[np.int64]
-    inner: NDArray[np.int64]  # in the chunk
 
 
 def _cut_axis(begin: NDArray[np.int64], extent: int, size: int, step: int) -> _AxisParts:
     """Cut ``begin .. begin + extent`` (N boxes) at multiples of ``step`` within ``0 .. size``."""
     begin = begin[:, None]
-    count = (extent + step - 2) // step + 1
-    chunk = np.maximum(begin, 0) // step + np.arange(count)
+    inside = np.maximum(begin, 0)
+    chunk = inside // step + np.arange((extent + step - 2) // step + 1)
     edge = chunk * step
-    low = np.maximum(np.maximum(edge, begin), 0)
-    high = np.minimum(np.minimum(edge + step, begin + extent), size)
-    return _AxisParts(chunk, low - begin, high - begin, low - edge)
+    end = np.minimum(begin + extent, size)
+    return _AxisParts(chunk, np.maximum(edge, inside), np.minimum(edge + step, end))

@@ -16,7 +16,7 @@ import struct
 import sys
 import zlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -57,7 +57,7 @@ class BloscCodec:
     blocksize: int = 0  # chosen by blosc
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ShardLayout:
     """How the shards of one array are cut and encoded; ``chunk`` divides ``shard`` (both in pixels)."""
 
@@ -72,12 +72,12 @@ class ShardLayout:
         """Chunks along one side of a shard."""
         return self.shard // self.chunk
 
-    @property
+    @cached_property  # asked for with every chunk that is read
     def chunk_shape(self) -> tuple[int, int, int]:
         """Shape of a decoded chunk, (C, chunk, chunk)."""
         return (self.channels, self.chunk, self.chunk)
 
-    @property
+    @cached_property  # asked for with every chunk that is read
     def chunk_bytes(self) -> int:
         """Bytes of a decoded chunk."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
@@ -186,7 +186,7 @@ def decode_chunk(data: bytes, layout: ShardLayout) -> NDArray[Any]:
         pixels = blosc.decompress(data)  # it reads no further than the encoded size; to bytes is its fastest way
     except (RuntimeError, ValueError) as error:
         raise CorruptImageError(f"the chunk does not decode ({error})") from error
-    return np.frombuffer(pixels, layout.dtype).reshape(layout.chunk_shape)
+    return np.ndarray(layout.chunk_shape, layout.dtype, pixels)
 
 
 def decode_shard(data: bytes, layout: ShardLayout, shape_yx: tuple[int, int]) -> NDArray[Any]:

@@ -25,7 +25,7 @@ from storage.source import Level, name_channels
 from storage.threads import spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     Decode = Callable[[int, bytes], None]  # position of a chunk, what is stored
 
 MAX_RUN_BYTES = 8 * 2**20  # of neighbouring chunks fetched by one request
-ANNOUNCED_RUNS = 64  # told to the store at once, before the first is read
 
 
 @dataclass(slots=True)
@@ -88,6 +87,7 @@ class ShardedSource:
         known = info.unit == "micrometer"
         self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)
         self._infos = info.levels
+        self._keys = [_Keys(level) for level in info.levels]
         self._indexes = [_Indexes(level, self._table(i, level)) for i, level in enumerate(info.levels)]
 
     def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
@@ -128,16 +128,13 @@ class ShardedSource:
 
     def _read(self, level: int, runs: list[_Run], decode: Decode) -> None:
         """Fetch runs and decode their chunks."""
-        for i in range(0, len(runs), ANNOUNCED_RUNS):
-            batch = runs[i : i + ANNOUNCED_RUNS]
-            self._store.announce([(self._key(level, run.shard), run.start, run.end - run.start) for run in batch])
-            for run in batch:
-                data = self._fetch(level, run)
-                for chunk, start, length in run.chunks:
-                    own = data[start : start + length]
-                    decode(chunk, own)
-                    if self._cache is not None:
-                        self._cache.put(self._cached_name(level, run.shard, run.start + start, length), own)
+        ranges = self._get_ranges(level, [(run.shard, run.start, run.end - run.start) for run in runs])
+        for run, data in zip(runs, ranges, strict=True):
+            for chunk, start, length in run.chunks:
+                own = data[start : start + length]
+                decode(chunk, own)
+                if self._cache is not None:
+                    self._cache.put(self._cached_name(level, run.shard, run.start + start, length), own)
         self._counters.add(
             requests=len(runs),
             read=sum(run.end - run.start for run in runs),
@@ -183,7 +180,7 @@ class ShardedSource:
         where = self._where(level, shard)
         name = self._cached_name(level, shard, start, size)
         kept = self._cache.get(name) if self._cache is not None else None
-        tail = kept or self._get_range(level, shard, start, size)
+        tail = kept or next(self._get_ranges(level, [(shard, start, size)]))
         if kept is None:
             self._counters.add(requests=1, read=len(tail))
         try:
@@ -200,30 +197,26 @@ class ShardedSource:
             self._cache.put(name, tail)
         return index
 
-    def _fetch(self, level: int, run: _Run) -> bytes:
-        length = run.end - run.start
-        data = self._get_range(level, run.shard, run.start, length)
-        if len(data) != length:
-            raise CorruptImageError(f"{self._where(level, run.shard)} is truncated; convert the image again")
-        return data
-
-    def _get_range(self, level: int, shard: int, start: int, length: int) -> bytes:
-        try:
-            return self._store.get_range(self._key(level, shard), start, length)
-        except FileNotFoundError:
-            raise CorruptImageError(f"{self._where(level, shard)} is missing; convert the image again") from None
+    def _get_ranges(self, level: int, ranges: list[tuple[int, int, int]]) -> Iterator[bytes]:
+        """Fetch ranges of shards: number, start and length each."""
+        keys = self._keys[level]
+        fetched = self._store.get_ranges([(keys[shard], start, size) for shard, start, size in ranges])
+        for shard, _, length in ranges:
+            try:
+                data = next(fetched)
+            except FileNotFoundError:
+                raise CorruptImageError(f"{self._where(level, shard)} is missing; convert the image again") from None
+            if len(data) != length:
+                raise CorruptImageError(f"{self._where(level, shard)} is truncated; convert the image again")
+            yield data
 
     def _where(self, level: int, shard: int) -> str:
         place = divmod(shard, self._infos[level].shard_grid[1])
         return f"{self._location}: level {level}, shard {place}"
 
-    def _key(self, level: int, shard: int) -> str:
-        info = self._infos[level]
-        return info.shard_key(*divmod(shard, info.shard_grid[1]))
-
     def _cached_name(self, level: int, shard: int, start: int, length: int) -> str:
         """Name of a range of a shard of this very pyramid in the cache."""
-        return f"{self._identity}\n{self._key(level, shard)}\n{start}\n{length}"
+        return f"{self._identity}\n{self._keys[level][shard]}\n{start}\n{length}"
 
     def _table(self, number: int, info: LevelInfo) -> ShardTable:
         """The level's table of shards, none of which is too short to hold its index; chunks of bounded size."""
@@ -237,6 +230,17 @@ class ShardedSource:
                 f"chunks of {chunk_bytes} bytes"
             )
         return table
+
+
+class _Keys(dict[int, str]):
+    """Key of each shard of a level by its number, made when first asked for."""
+
+    def __init__(self, info: LevelInfo) -> None:
+        self._info, self._columns = info, info.shard_grid[1]
+
+    def __missing__(self, shard: int) -> str:
+        self[shard] = key = self._info.shard_key(*divmod(shard, self._columns))
+        return key
 
 
 class _Indexes:
@@ -291,10 +295,11 @@ def _group(shard: NDArray[np.int64], places: NDArray[np.int64], chosen: NDArray[
     shard, offset, length = shard[order], places[order, 0], places[order, 1]
     between = offset[1:] - (offset + length)[:-1]
     near = (shard[1:] == shard[:-1]) & (between >= 0) & (between <= gap)
-    columns = (order, shard, offset, length, np.append(False, near)[: len(order)])
+    joins = [False, *near.tolist()]
+    columns = (order.tolist(), shard.tolist(), offset.tolist(), length.tolist())
     runs: list[_Run] = []
     run = None
-    for chunk, number, start, size, joined in zip(*(column.tolist() for column in columns), strict=True):
+    for chunk, number, start, size, joined in zip(*columns, joins, strict=False):
         if run is not None and joined and start + size - run.start <= MAX_RUN_BYTES:
             run.chunks.append((chunk, start - run.start, size))
             run.end = start + size

@@ -17,6 +17,7 @@ import resource
 import threading
 import time
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ from urllib.parse import urlsplit
 from storage.errors import MissingImageError, StorageError, TransferError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import NoReturn
 
     from obstore.store import ObjectStore
@@ -34,6 +35,7 @@ Range = tuple[str, int, int]  # key, start, length in bytes
 
 SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "abfss", "adl")  # of URLs
 SLOW_READ_S = 100e-6  # longer than a short range takes from the page cache
+ANNOUNCED_RANGES = 64  # told to the kernel at once, before the first is read
 ANNOUNCED_BYTES = 2**20  # longer ranges keep a disk busy by themselves
 TIMEOUT_S = 60.0  # of one request to a URL
 RETRIES = 4  # of a request that failed, by obstore
@@ -51,12 +53,8 @@ class Store(Protocol):
         """Return the whole object; raises ``FileNotFoundError``."""
         ...
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``start`` (fewer where the object ends); raises ``FileNotFoundError``."""
-        ...
-
-    def announce(self, ranges: Sequence[Range]) -> None:
-        """Tell which ranges are read next, in this thread."""
+    def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+        """Yield the bytes of each range (fewer where its object ends); raises ``FileNotFoundError``."""
         ...
 
     def close(self) -> None:
@@ -101,16 +99,17 @@ class _Descriptors:
         self._lock = threading.Lock()
         self.limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
-    def get(self, store: int, path: str) -> _Descriptor:
-        """Open a file, or return it open."""
+    def get(self, store: int, root: str, key: str) -> _Descriptor:
+        """Open the file ``key`` below ``root``, or return it open."""
+        name = (store, key)
         with self._lock:
-            found = self._open.get((store, path))
+            found = self._open.get(name)
             if found is not None:
-                self._open.move_to_end((store, path))
+                self._open.move_to_end(name)
                 return found
-        opened = _Descriptor(path)
+        opened = _Descriptor(f"{root}/{key}")
         with self._lock:
-            self._open[store, path] = opened
+            self._open[name] = opened
             while len(self._open) > self.limit:
                 self._open.popitem(last=False)
         return opened
@@ -142,7 +141,7 @@ class LocalStore:
         self.concurrency = 1
         self.merge_gap = 0
         self._number = next(_numbers)
-        self._slowest_s = SLOW_READ_S  # of the reads since the last announcement
+        self._slow = True  # whether a short range since the last announcement was
 
     def get(self, key: str) -> bytes:
         """Return the whole file."""
@@ -152,30 +151,35 @@ class LocalStore:
         except OSError as error:
             self._fail(key, error)
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``start``, fewer where the file ends."""
-        started = time.perf_counter()
-        try:
-            descriptor = _descriptors.get(self._number, f"{self.name}/{key}")  # held, or another thread could end it
-            data = os.pread(descriptor.fd, length, start)
-        except OSError as error:
-            self._fail(key, error)
-        if length <= ANNOUNCED_BYTES:
-            self._slowest_s = max(self._slowest_s, time.perf_counter() - started)
-        return data
+    def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+        """Yield the bytes of each range, fewer where its file ends."""
+        for first in range(0, len(ranges), ANNOUNCED_RANGES):
+            window = ranges[first : first + ANNOUNCED_RANGES]
+            if self._slow:
+                self._announce(window)
+            self._slow = False
+            for key, start, length in window:
+                started = time.perf_counter()
+                try:
+                    descriptor = _descriptors.get(self._number, self.name, key)  # held, or a thread could end it
+                    data = os.pread(descriptor.fd, length, start)
+                except OSError as error:
+                    self._fail(key, error)
+                if time.perf_counter() - started > SLOW_READ_S and length <= ANNOUNCED_BYTES:
+                    self._slow = True
+                yield data
 
-    def announce(self, ranges: Sequence[Range]) -> None:
+    def _announce(self, ranges: Sequence[Range]) -> None:
         """Have the kernel fetch what it does not hold yet, all ranges at once; a hint, which never fails.
 
-        Where the last reads were all fast, the files are in the page cache, and asking would cost more than it gains.
+        Worth it where the last reads were slow: were they all fast, the files lie in the page cache.
         """
-        slowest, self._slowest_s = self._slowest_s, 0.0
         short = [range_ for range_ in ranges if range_[2] <= ANNOUNCED_BYTES]
-        if slowest < SLOW_READ_S or len(short) < 2 or not hasattr(os, "posix_fadvise"):
+        if len(short) < 2 or not hasattr(os, "posix_fadvise"):
             return
         with contextlib.suppress(OSError):
             for key, start, length in short:
-                descriptor = _descriptors.get(self._number, f"{self.name}/{key}")
+                descriptor = _descriptors.get(self._number, self.name, key)
                 os.posix_fadvise(descriptor.fd, start, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
@@ -275,12 +279,13 @@ class UrlStore:
         """Return the whole object."""
         return self._attempt(key, lambda: bytes(self._store.get(key).bytes()))
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``start``; a server that answers anything else raises."""
-        return self._attempt(key, lambda: bytes(self._store.get_range(key, start=start, length=length)))
+    def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+        """Yield the bytes of each range, one after the other; a server that answers anything else raises."""
+        for key, start, length in ranges:
+            yield self._attempt(key, partial(self._get_range, key, start, length))
 
-    def announce(self, ranges: Sequence[Range]) -> None:
-        """Nothing to do: other threads fetch the other ranges."""
+    def _get_range(self, key: str, start: int, length: int) -> bytes:
+        return bytes(self._store.get_range(key, start=start, length=length))
 
     def close(self) -> None:
         """Nothing to give back: connections close with the object."""
