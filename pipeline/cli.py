@@ -12,12 +12,31 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from pipeline.cli_job import job
+from pipeline.cli_options import (
+    AsJson,
+    Cluster,
+    Device,
+    Draws,
+    Exact,
+    FailFast,
+    Out,
+    Overwrite,
+    Run,
+    Samples,
+    Seed,
+    Slides,
+    Split,
+    TargetError,
+    TrustEncoder,
+    Workers,
+)
+from pipeline.cli_synth import synth
 
 if TYPE_CHECKING:
     from pipeline.manifest import Entry
@@ -47,99 +66,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-synth = typer.Typer(help="Make a data set to try things on, offline.", no_args_is_help=True)
 app.add_typer(synth, name="synth")
 app.add_typer(job, name="job")
-
-Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop at the first slide that fails.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Seed = Annotated[int, typer.Option(min=0, help="Equal seeds give equal results.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Cluster = Annotated[
-    str, typer.Option("--cluster", help="none: this process; local: Ray workers on this machine; or a Ray address.")
-]
-Workers = Annotated[int, typer.Option(min=1, help="Ray workers.")]
-Run = Annotated[Path, typer.Argument(help="Folder of a training run.")]
-Slides = Annotated[list[str], typer.Argument(help="A manifest, or pyramids by path or URL.")]
-Split = Annotated[str | None, typer.Option(help="Slides of this split only: train, val or test.")]
-Draws = Annotated[int | None, typer.Option(min=1, help="Independent draws to average; default: as configured.")]
-TargetError = Annotated[
-    float | None,
-    typer.Option(min=0, help="Stop drawing at this standard error of the probabilities; --draws is the most."),
-]
-Exact = Annotated[
-    bool, typer.Option("--exact", help="Encode every patch of the opened regions; slower, no draws there.")
-]
-TrustEncoder = Annotated[
-    bool,
-    typer.Option("--trust-encoder", help="Import the model's encoder where it is code of yours (model.encoder)."),
-]
-Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 16,32; default: as trained.")]
-
-
-@synth.command("signs")
-def synth_signs(
-    out: Out,
-    count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 700,
-    size: Annotated[int, typer.Option(min=64, help="Side of a scene in pixels.")] = 1024,
-    signs: Annotated[int, typer.Option(min=1, help="Sign discs to a scene.")] = 3,
-    test: Annotated[float, typer.Option(min=0, max=1, help="Share of test scenes.")] = 0.2,
-    label: Annotated[str, typer.Option(help="Give every scene this label: none, 50, 70 or 80.")] = "",
-    compression: Annotated[
-        Literal["deflate", "jpeg", "lzw", "zstd", "none"], typer.Option(help="Of the TIFFs.")
-    ] = "deflate",
-    seed: Seed = 0,
-) -> None:
-    """Write textured scenes with small number signs; the label is the number (as the paper's speed limits)."""
-    from pipeline.progress import progress
-    from pipeline.synthetic import write_signs
-    from pipeline.synthetic_signs import LABELS
-
-    with progress("synth") as update:
-        manifest = write_signs(
-            out,
-            count=count,
-            size=size,
-            seed=seed,
-            signs=signs,
-            splits=(1 - test, 0.0, test),
-            labels=[label] if label else LABELS,
-            compression=None if compression == "none" else compression,
-            progress=lambda done, total: update(done, total, ""),
-        )
-    print(manifest)
-
-
-@synth.command("mnist")
-def synth_mnist(
-    out: Out,
-    images: Annotated[Path | None, typer.Option(help="IDX file of digits; default: scikit-learn's.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="IDX file of their labels.")] = None,
-    size: Annotated[int, typer.Option(min=64, help="Side of an image in pixels.")] = 1500,
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 5000,
-    test: Annotated[int, typer.Option(min=0, help="Test images.")] = 1000,
-    noise: Annotated[int, typer.Option(min=0, help="Noise patches to an image.")] = 50,
-    seed: Seed = 0,
-) -> None:
-    """Write Megapixel MNIST by the paper's recipe (section 4.2)."""
-    from pipeline.progress import progress
-    from pipeline.synthetic import write_megapixel_mnist
-
-    with progress("synth") as update:
-        manifest = write_megapixel_mnist(
-            out,
-            images=images,
-            labels=labels,
-            size=size,
-            train=train,
-            test=test,
-            noise=noise,
-            seed=seed,
-            progress=lambda done, total: update(done, total, ""),
-        )
-    print(manifest)
 
 
 @app.command()
