@@ -17,7 +17,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder
 from pipeline.manifest import IMAGE_SUFFIXES, Entry, has_image_suffix, read_manifest, slide_name, write_manifest
 from pipeline.progress import SlideProgress, progress
-from storage import ConversionError, ConvertOptions, ConvertReport, StorageError, convert, open_image
+from storage import ConversionError, ConvertOptions, ConvertReport, StorageError, convert, list_below, open_image
 
 if TYPE_CHECKING:
     from storage.executors import CustomExecutor, Executor
@@ -58,7 +58,7 @@ def is_manifest(source: str) -> bool:
 
 
 def find_images(sources: Sequence[str]) -> list[Entry]:
-    """Entries of files, URLs, folders of images (with their subfolders), patterns, or one manifest.
+    """Entries of files, folders of images (with their subfolders), URLs of either, patterns, or one manifest.
 
     Raises
     ------
@@ -71,14 +71,14 @@ def find_images(sources: Sequence[str]) -> list[Entry]:
     for source in sources:
         if is_manifest(source):
             raise UsageError(f"{source}: give a manifest alone, without other images")
-        found = expand(source, _is_image)
+        found = expand(source, _is_image, has_image_suffix)
         if not found:
             raise UsageError(f"{source}: no image here ({', '.join(IMAGE_SUFFIXES)})")
         files += found
     return name_slides(files)
 
 
-def expand(source: str, wanted: Callable[[Path], bool]) -> list[str]:
+def expand(source: str, wanted: Callable[[Path], bool], named: Callable[[str], bool]) -> list[str]:
     """Return what an argument stands for, sorted: what is wanted below a folder or a pattern; else just itself.
 
     Parameters
@@ -87,14 +87,20 @@ def expand(source: str, wanted: Callable[[Path], bool]) -> list[str]:
         A path, a pattern with ``*``, ``?``, ``[...]`` or ``**``, or a URL.
     wanted
         Whether to take a file or folder.
+    named
+        Whether to take what has this name at a URL.
 
     Raises
     ------
     UsageError
         A folder cannot be read.
+    storage.TransferError
+        A URL cannot be listed.
     """
+    if "://" in source:
+        return [source] if named(source.rstrip("/")) else list_below(source, named) or [source]
     path = Path(source)
-    if "://" in source or (path.exists() and (not path.is_dir() or wanted(path))):
+    if path.exists() and (not path.is_dir() or wanted(path)):
         return [source]
     if path.is_dir():
         return _search(path, wanted)

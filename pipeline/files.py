@@ -66,10 +66,12 @@ def make_folder(path: Path) -> Path:
 def file_name(slide_id: str) -> str:
     """Name for a slide's files: its id, with what a file name may not hold percent-encoded.
 
-    Different ids have different names, without a suffix or with the same one. A long id is cut and ends with a hash
-    of the whole; ``%-`` and a lone ``%`` mark what no percent-encoding gives.
+    Different ids have different names, without a suffix or with the same one; none is hidden. A long id is cut and
+    ends with a hash of the whole; ``%-`` and a lone ``%`` mark what no percent-encoding gives.
     """
-    name = quote(slide_id, safe=" ()+,=@") if slide_id.strip(".") else slide_id.replace(".", "%2E") or "%"
+    name = quote(slide_id, safe=" ()+,=@") or "%"
+    if name.startswith("."):
+        name = f"%2E{name[1:]}"
     if len(name) <= _LONGEST_NAME:
         return name
     return f"{name[: _LONGEST_NAME - 34]}%-{hashlib.sha256(slide_id.encode()).hexdigest()[:32]}"

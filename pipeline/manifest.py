@@ -98,12 +98,14 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def slide_name(path: str) -> str:
-    """Slide id of a file that has none: its name without the image suffix."""
+    """Slide id of a file that has none: its name without the image suffix, as a manifest can hold it."""
     name = path.rstrip("/").rsplit("/", 1)[-1]
     for suffix in _SUFFIXES:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+            name = name[: -len(suffix)]
+            break
+    # Names are bytes: those that are no UTF-8 are shown as Python shows them, and blanks at the ends are lost in CSV.
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").strip()
 
 
 def has_image_suffix(place: str) -> bool:

@@ -73,7 +73,7 @@ def train(
     overwrite
         Start again, whatever is in `folder` and in its copy.
     fail_fast
-        Stop at the first slide that cannot be used, instead of leaving it out.
+        Stop at the first slide that cannot be used, instead of leaving it out; also one that cannot be read later.
 
     Returns
     -------
@@ -100,6 +100,7 @@ def train(
         "mirror": mirror,
     }
     arguments["fingerprint"] = fingerprint = _fingerprint(config, arguments)
+    arguments["fail_fast"] = fail_fast
     make_folder(folder)
     with _alone(folder), progress("train") as update:
         _check(folder, fingerprint, overwrite=overwrite)
@@ -111,7 +112,7 @@ def train(
         # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
         function = partial(train_worker, on_step=update) if address == "none" else train_worker
         with _follow(folder, config, update) if address != "none" else nullcontext():
-            metrics = cluster.fit(
+            metrics, unreadable = cluster.fit(
                 function,
                 arguments,
                 address=address,
@@ -122,7 +123,7 @@ def train(
                 progress=copy.version if copy else partial(_replaced, folder / STATE),
                 timeout_s=_COPY_TIMEOUT_S if copy else 120,
             )
-    return metrics, failures
+    return metrics, failures + [Failure(slide_id, reason) for slide_id, reason in unreadable.items()]
 
 
 def _usable(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> tuple[list[Entry], int, list[Failure]]:

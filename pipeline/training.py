@@ -37,6 +37,8 @@ from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
 from pipeline.runs import CURVES, METRICS, MODEL, Position, autocast, load_state, read_metrics, save_state
 from pipeline.slides import SlideCache, draw_key
+from pipeline.unreadable import SlideError, Unreadable, WatchedImage
+from storage import StorageError
 
 # Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy while two
 # compute. What a part computed for its backward pass is held until then, so memory is that of five parts at most.
@@ -47,7 +49,9 @@ T = TypeVar("T")
 OnStep = Callable[[int, int, str], None]  # steps done, steps in all, a few words
 
 
-def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep | None = None) -> dict[str, float]:
+def train_worker(
+    context: Context, arguments: Mapping[str, Any], on_step: OnStep | None = None
+) -> tuple[dict[str, float], dict[str, str]]:
     """Train on one worker of a group; the entry point that `cluster.fit` calls.
 
     Parameters
@@ -56,18 +60,20 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
         The worker's place in its group.
     arguments
         ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``classes``,
-        ``channels``, ``folder`` and ``fingerprint`` of the run, and ``mirror`` if it has a copy: its URL.
+        ``channels``, ``folder`` and ``fingerprint`` of the run; ``mirror`` if it has a copy: its URL; ``fail_fast``
+        if a slide that cannot be read ends the training, rather than being left out.
     on_step
         Told of every step.
 
     Returns
     -------
-    Metrics of the last epoch.
+    metrics, unreadable
+        Of the last epoch; and slides that could not be read, with the reason.
 
     Raises
     ------
     DataError
-        The loss is no longer finite; the last state stands.
+        The loss is no longer finite, or no slide of an epoch could be read; the last state stands.
     """
     keep_freed_memory()
     config = parse_config(arguments["config"], "configuration")
@@ -81,8 +87,9 @@ def train_worker(context: Context, arguments: Mapping[str, Any], on_step: OnStep
         Path(arguments["folder"]),
         arguments.get("mirror"),
         arguments.get("fingerprint", ""),
+        fail_fast=arguments.get("fail_fast", False),
     )
-    return trainer.run(on_step or (lambda *_: None))
+    return trainer.run(on_step or (lambda *_: None)), trainer.unreadable.reasons
 
 
 class Trainer:
@@ -98,12 +105,15 @@ class Trainer:
         folder: Path,
         mirror: str | None = None,
         fingerprint: str = "",
+        *,
+        fail_fast: bool = False,
     ) -> None:
         self.context, self.config, self.classes, self.folder = context, config, list(classes), folder
         self.mirror, self.fingerprint = Mirror(mirror, folder) if mirror else None, fingerprint
         self.training = [entry for entry in entries if entry.split == "train"]
         self.validation = [entry for entry in entries if entry.split == "val"]
         self.slides = SlideCache(background=config.data.background, cache=config.data.cache)
+        self.unreadable = Unreadable(fail_fast=fail_fast)
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, in_channels=channels, classes=len(classes)).to(context.device)
         self.optimizer = torch.optim.AdamW(
@@ -184,9 +194,12 @@ class Trainer:
                 self._save(done)
             words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(_means(self.totals))}"
             on_step(epoch * self.steps + step + 1, self.config.train.epochs * self.steps, words)
-        metrics = {"epoch": epoch + 1, **_means(self.totals), "seconds": time.monotonic() - began}
-        if self.validation:
-            metrics |= self._validate(epoch, readers)
+        validation = self._validate(epoch, readers) if self.validation else {}
+        self.unreadable.gather(self.context)
+        if not self.totals[-1]:
+            slide_id, reason = next(iter(self.unreadable.reasons.items()))
+            raise DataError(f"no training slide can be read; slide {slide_id}: {reason}")
+        metrics = {"epoch": epoch + 1, **_means(self.totals), **validation, "seconds": time.monotonic() - began}
         self.totals = torch.zeros_like(self.totals)
         if self.context.rank == 0:
             with (self.folder / METRICS).open("a") as file:
@@ -195,33 +208,48 @@ class Trainer:
         return metrics
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, list[Entry], list[Image], list[Tensor]]]:
-        """Give this worker's slides of every step, with their coarse views read one step ahead."""
+        """Give this worker's slides of every step that can be read, with their coarse views read one step ahead."""
         order = torch.randperm(
             len(self.training), generator=torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
         ).tolist()
         size = self.config.train.batch_size
 
-        def load(entry: Entry) -> tuple[Image, Tensor]:
-            image = self._augmented(epoch, entry)
-            return image, self.model.coarse_view(image)
+        def load(entry: Entry) -> tuple[Entry, Image, Tensor] | None:
+            try:
+                image = self._augmented(epoch, entry)
+                return entry, image, self.model.coarse_view(image)
+            except SlideError:
+                return None
 
-        def submit(step: int) -> list[tuple[Entry, Future[tuple[Image, Tensor]]]]:
+        def submit(step: int) -> list[Future[tuple[Entry, Image, Tensor] | None]]:
             rows = order[step * size : (step + 1) * size][self.context.rank :: self.context.world_size]
-            return [(self.training[row], ahead.submit(load, self.training[row])) for row in rows]
+            return [ahead.submit(load, self.training[row]) for row in rows]
 
         # Threads of their own, so that a step's reads do not queue behind the next one's.
         with ThreadPoolExecutor(_READERS) as ahead:
             following = submit(start)
             for step in range(start, self.steps):
                 current, following = following, submit(step + 1)
-                loaded = [future.result() for _, future in current]
-                yield step, [entry for entry, _ in current], [i for i, _ in loaded], [view for _, view in loaded]
+                loaded = [found for future in current if (found := future.result()) is not None]
+                yield (
+                    step,
+                    [entry for entry, _, _ in loaded],
+                    [i for _, i, _ in loaded],
+                    [view for _, _, view in loaded],
+                )
 
     def _augmented(self, epoch: int, entry: Entry) -> Image:
         """Open a training slide, as it is seen in an epoch."""
         key = draw_key(self.config.seed, "augment", epoch, entry.slide_id)
         coarsest = max(self.config.model.downsamples)
-        return AugmentedImage(self.slides.open(entry.path), self.config.train.augment, key, downsample=coarsest)
+        return AugmentedImage(self._open(entry), self.config.train.augment, key, downsample=coarsest)
+
+    def _open(self, entry: Entry) -> Image:
+        """Open a slide; it, or reading it later, may raise `SlideError`."""
+        try:
+            return WatchedImage(self.slides.open(entry.path), entry.slide_id, self.unreadable)
+        except StorageError as error:
+            raise self.unreadable.error(entry.slide_id, error) from error
 
     def _step(
         self,
@@ -231,18 +259,30 @@ class Trainer:
         views: list[Tensor],
         readers: ThreadPoolExecutor,
     ) -> None:
-        """One step of the whole group; a worker without slides takes part with a gradient of zero."""
+        """One step of the whole group; a worker without slides takes part with a gradient of zero.
+
+        A slide that cannot be read is left out, as if the step had been made of the others.
+        """
         self.optimizer.zero_grad()
         sums = torch.zeros(len(_TOTALS), device=self.context.device)
         size = max(1, math.ceil(len(batch) / self.config.train.parts))
 
-        def forward(start: int) -> tuple[Output, Tensor]:
-            part = slice(start, start + size)
-            keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in batch[part]])
-            with self._turn:
-                return self._forward(images[part], keys, readers, views[part]), self._labels(batch[part])
+        def forward(start: int) -> tuple[Output, Tensor] | None:
+            rows = list(zip(batch, images, views, strict=True))[start : start + size]
+            while rows:
+                part, seen, coarse = zip(*rows, strict=True)
+                keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in part])
+                try:
+                    with self._turn:
+                        return self._forward(seen, keys, readers, coarse), self._labels(part)
+                except SlideError as error:
+                    rows = [row for row in rows if row[0].slide_id != error.slide_id]
+            return None
 
-        for output, labels in _in_order(forward, range(0, len(batch), size)):
+        for done in _in_order(forward, range(0, len(batch), size)):
+            if done is None:
+                continue
+            output, labels = done
             with self._turn:
                 loss, cross_entropy = attention_sampling_loss(
                     output.logits,
@@ -261,7 +301,7 @@ class Trainer:
         images: Sequence[Image],
         keys: Tensor,
         readers: ThreadPoolExecutor,
-        views: list[Tensor] | None = None,
+        views: Sequence[Tensor] | None = None,
     ) -> Output:
         """Run the model, letting another part of the batch compute while this one waits for its reads."""
 
@@ -288,7 +328,7 @@ class Trainer:
             raise self._diverged()
         *parts, sums = torch.split(flat, [p.numel() for p in parameters] + [len(sums)])
         for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = (part / sums[-1]).view_as(parameter)
+            parameter.grad = (part / sums[-1].clamp_min(1)).view_as(parameter)
         return sums
 
     def _diverged(self) -> DataError:
@@ -305,15 +345,23 @@ class Trainer:
         size = max(1, self.config.train.batch_size // self.context.world_size)
         for begin in range(0, len(mine), size):
             batch = mine[begin : begin + size]
-            keys = torch.tensor([draw_key(self.config.seed, "validation", epoch, entry.slide_id) for entry in batch])
-            with self._turn:
-                output = self._forward([self.slides.open(entry.path) for entry in batch], keys, readers)
-            labels = self._labels(batch)
-            loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
-            totals += _sums(loss, cross_entropy, output, labels)
+            while batch:
+                keys = [draw_key(self.config.seed, "validation", epoch, entry.slide_id) for entry in batch]
+                try:
+                    with self._turn:
+                        output = self._forward([self._open(entry) for entry in batch], torch.tensor(keys), readers)
+                except SlideError as error:
+                    batch = [entry for entry in batch if entry.slide_id != error.slide_id]
+                    continue
+                labels = self._labels(batch)
+                loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
+                totals += _sums(loss, cross_entropy, output, labels)
+                break
         self.context.all_reduce(totals)
         if not bool(totals.isfinite().all()):
             raise self._diverged()
+        if not totals[-1]:
+            return {}  # no slide can be read
         means = _means(totals)
         return {"val_cross_entropy": means["cross_entropy"], "val_accuracy": means["accuracy"]}
 

@@ -52,7 +52,7 @@ class Validation:
 
 
 def find_pyramids(places: Sequence[str]) -> list[Entry]:
-    """Entries of pyramids by path or URL, of folders of them, of patterns, or of one manifest.
+    """Entries of pyramids, of folders of them (paths or URLs), of patterns, or of one manifest.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def find_pyramids(places: Sequence[str]) -> list[Entry]:
     for place in places:
         if is_manifest(place):
             raise UsageError(f"{place}: give a manifest alone, without other pyramids")
-        here = expand(place, _is_pyramid)
+        here = expand(place, _is_pyramid, _is_pyramid_name)
         if not here:
             raise UsageError(f"{place}: no pyramid here")
         found += here
@@ -133,6 +133,10 @@ def validate_all(
 def _is_file(place: str) -> bool:
     """Whether a path or URL is an image file rather than a pyramid."""
     return has_image_suffix(place) if "://" in place else os.path.isfile(place)
+
+
+def _is_pyramid_name(place: str) -> bool:
+    return place.endswith(".zarr")
 
 
 def _is_pyramid(path: Path) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from storage.raster import RasterImage, open_image
     from storage.slide import Level, ReadStatistics, Slide
+    from storage.stores import list_below
     from storage.tiff import TiffImage
     from storage.tiff_write import write_tiff
     from storage.validation import Problem, validate
@@ -41,6 +42,7 @@ __all__ = [
     "TransferError",
     "UnsupportedImageError",
     "convert",
+    "list_below",
     "open_image",
     "validate",
     "write_pyramid",
@@ -52,6 +54,7 @@ _MODULES = {
     "cache": ("ChunkCache",),
     "converter": ("ConvertOptions", "ConvertReport", "convert", "write_pyramid"),
     "slide": ("Level", "ReadStatistics", "Slide"),
+    "stores": ("list_below",),
     "raster": ("RasterImage", "open_image"),
     "tiff": ("TiffImage",),
     "tiff_write": ("write_tiff",),

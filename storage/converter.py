@@ -380,7 +380,12 @@ def _check_lengths(target: str, present: PyramidInfo) -> None:
     for level in present.levels:
         for place in np.ndindex(level.shard_grid):
             path = os.path.join(target, level.shard_key(*place))
-            length = os.path.getsize(path) if os.path.exists(path) else 0
+            try:
+                length = os.path.getsize(path)
+            except FileNotFoundError:
+                length = 0
+            except OSError as error:
+                raise ConversionError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
             if level.shards is not None and length != level.shards.length[place]:
                 raise ConversionError(f"{target}: is damaged, {level.shard_key(*place)}; ask to overwrite it")
 
@@ -389,6 +394,8 @@ def _occupied(target: str) -> bool:
     """Whether something has this name; in an object store, whether it has a root that could mark it as whole."""
     if "://" not in target:
         return os.path.lexists(target)
+    if target.startswith(("http://", "https://")):
+        raise ConversionError(f"{target}: http and https are for reading; write to a folder, s3://, gs:// or az://")
     try:
         open_store(target).get("zarr.json")
     except FileNotFoundError:

@@ -3,7 +3,8 @@
 Notable: the root ``zarr.json`` holds everything a reader needs (``ome``, zarr's consolidated metadata of all levels,
 and our ``nested_ats`` block), so a slide opens with one small read; each level has its own ``zarr.json`` besides, as
 the specification asks. The ``nested_ats`` block lists every shard's length and checksum, with length 0 for shards
-that are absent because all their pixels are zero: zarr reads *any* absent shard as zeros, and we do not.
+that are absent because all their pixels are zero: zarr reads *any* absent shard as zeros, and we do not. It also
+holds a checksum of the whole document: a shape or scale with one bit flipped would be as well-formed as before.
 
 Specifications: https://ngff.openmicroscopy.org/0.5/ and https://zarr-specs.readthedocs.io/en/latest/v3/core/.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-FORMAT = 2  # of the nested_ats block and of what lies in shards
+FORMAT = 3  # of the nested_ats block and of what lies in shards
+CHECKSUM = "crc32"  # of the root document, in the nested_ats block
 SHARD_COLUMNS = ("length", "crc32", "index_crc32c")
 AXES = ("c", "y", "x")
 DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
@@ -103,6 +106,7 @@ def metadata_files(info: PyramidInfo) -> dict[str, bytes]:
         "attributes": {"ome": _ome_json(info), "nested_ats": _own_json(info)},
         "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": arrays},
     }
+    seal(root)
     files = {f"{path}/zarr.json": _dump(array) for path, array in arrays.items()}
     return files | {"zarr.json": _dump(root)}
 
@@ -144,9 +148,26 @@ def pyramid_info(root: dict[str, Any], read: Callable[[str], bytes], where: str)
     arrays = _member(_member(root, "consolidated_metadata"), "metadata")
     try:
         found = [arrays.get(path) or load_json(read, f"{path}/zarr.json", where) for path in paths]
-        return _parse(ome, multiscale, found, own, where)
+        info = _parse(ome, multiscale, found, own, where)
+        damaged = own is not None and own[CHECKSUM] != _checksum(root)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CorruptImageError(f"{where}: damaged metadata ({type(error).__name__}: {error})") from error
+    if damaged:
+        raise CorruptImageError(f"{where}: zarr.json is not as it was written (its checksum differs); convert again")
+    return info
+
+
+def seal(root: dict[str, Any]) -> None:
+    """Enter the checksum of a root document in it."""
+    root["attributes"]["nested_ats"][CHECKSUM] = _checksum(root)
+
+
+def _checksum(root: dict[str, Any]) -> int:
+    """CRC-32 of a root document but for what it says of itself, however its members are ordered and spaced."""
+    attributes = root["attributes"]
+    own = {key: value for key, value in attributes["nested_ats"].items() if key != CHECKSUM}
+    rest = root | {"attributes": attributes | {"nested_ats": own}}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _array_json(level: LevelInfo) -> dict[str, Any]:

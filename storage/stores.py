@@ -294,6 +294,36 @@ class UrlStore:
         return attempt(f"{self.name}/{key}", request)
 
 
+def list_below(url: str, wanted: Callable[[str], bool]) -> list[str]:
+    """URLs of what lies below one, at any depth, and is wanted by its name; sorted.
+
+    What is wanted, pyramids and hidden folders are not looked into. A web server (http, https) does not tell what it
+    has: nothing is found there.
+
+    Raises
+    ------
+    TransferError
+        The store does not answer, or there is no such bucket.
+    """
+    root = url.rstrip("/")
+    if urlsplit(root).scheme in ("http", "https"):
+        return []
+    store = connect(root)
+    found: list[str] = []
+    folders = [""]
+    while folders:
+        try:
+            answer = attempt(root, partial(store.list_with_delimiter, folders.pop() or None))
+        except FileNotFoundError as error:
+            raise TransferError(f"{root}: does not exist; check the URL") from error
+        inner = {key: key.rpartition("/")[2] for key in answer["common_prefixes"]}
+        names = inner | {meta["path"]: meta["path"].rpartition("/")[2] for meta in answer["objects"]}
+        chosen = {key for key, name in names.items() if not name.startswith(".") and wanted(name)}
+        found += chosen
+        folders += [k for k, name in inner.items() if k not in chosen and name[:1] != "." and ".zarr" not in name]
+    return sorted(f"{root}/{key}" for key in found)
+
+
 def attempt(location: str, request: Callable[[], T]) -> T:
     """Ask for something, again where the body of an answer was cut, which obstore does not repeat.
 
@@ -312,9 +342,15 @@ def attempt(location: str, request: Callable[[], T]) -> T:
             raise
         except Exception as error:  # each kind of store has its own
             if repeat == RETRIES or not was_cut(error):
-                raise TransferError(f"{location}: the request failed ({first_line(error)})") from error
+                raise TransferError(f"{location}: the request failed ({first_line(error)}); {_fix(error)}") from error
             time.sleep(BACKOFF_S * 2**repeat)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _fix(error: Exception) -> str:
+    if "Range request not supported" in str(error):
+        return "its server does not answer requests for a part of a file; copy the file, or serve it by one that does"
+    return "check the address, the network and the credentials, then run again"
 
 
 def was_cut(error: Exception) -> bool:

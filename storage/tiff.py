@@ -60,6 +60,24 @@ CANNOT_HOLD = {
 }
 
 
+# What decides how a page's segments are decoded.
+STORED_AS = (
+    "compression",
+    "predictor",
+    "fillorder",
+    "photometric",
+    "planarconfig",
+    "samplesperpixel",
+    "bitspersample",
+    "dtype",
+    "imagelength",
+    "imagewidth",
+    "tilelength",
+    "tilewidth",
+    "rowsperstrip",
+)
+
+
 @dataclass(frozen=True)
 class _Plane:
     """Segments of the channels ``first .. first + S``, which are stored together, in row-major order."""
@@ -229,6 +247,7 @@ class TiffImage:
         area = rows * columns
         for number, page in enumerate(series.pages):
             assert page is not None  # noqa: S101  checked in _checked_axes
+            self._check_alike(page)
             offsets, counts = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
             planes = 1 if self._key.planarconfig == 1 else self._key.samplesperpixel
             if len(offsets) != planes * area or len(counts) != planes * area:
@@ -242,6 +261,13 @@ class TiffImage:
                     first_index=plane * area,
                     jpegtables=page.jpegtables,
                 )
+
+    def _check_alike(self, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
+        """Refuse a plane that is stored otherwise than the first, as which tifffile would decode it."""
+        key = self._key
+        own = page.aspage() if page.offset else key  # ImageJ's later planes may have no directory of their own
+        if any(getattr(own, name) != getattr(key, name) for name in STORED_AS):
+            raise self._unsupported(f"planes that are stored in different ways (page {page.index}); {REWRITE}")
 
     def _check_segments(self, *, allow_sparse: bool) -> None:
         """Every segment must lie inside the file, be stored, and not overlap another; ratios must be sane."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
+SUB_IFDS = 330
+OFFSET_TYPES = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # SHORT, LONG, IFD, LONG8, IFD8
 NDPI_TAG = (65420).to_bytes(2, "little")  # NDPI is always little-endian
 REWRITE_SLIDE = (
     "rewrite it as a tiled TIFF (with a libvips that has OpenSlide: "
@@ -29,7 +31,7 @@ REWRITE_SLIDE = (
 
 
 def check_directories(reader: BlockReader, limits: Limits) -> None:
-    """Walk the main chain of image file directories.
+    """Walk the main chain of image file directories, and the SubIFDs below each.
 
     Raises
     ------
@@ -51,16 +53,21 @@ def check_directories(reader: BlockReader, limits: Limits) -> None:
     if big and len(head) < 16:
         raise CorruptImageError(f"{name}: truncated in its header")
     offset = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
+    if not offset:
+        raise CorruptImageError(f"{name}: a TIFF header without an image")
     seen: set[int] = set()
-    while offset:
+    waiting = [(offset, True)]  # and whether its chain goes on
+    while waiting:
+        offset, chained = waiting.pop()
         if offset in seen:
             raise CorruptImageError(f"{name}: its image directories form a circle")
         if len(seen) >= limits.ifds:
             raise UnsupportedImageError(f"{name}: more than {limits.ifds} image directories")
         seen.add(offset)
-        offset = _check_directory(reader, offset, order, big=big, limits=limits)
-    if not seen:
-        raise CorruptImageError(f"{name}: a TIFF header without an image")
+        below, following = _check_directory(reader, offset, order, big=big, limits=limits)
+        waiting += [(one, False) for one in below]
+        if chained and following:
+            waiting.append((following, True))
 
 
 def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
@@ -73,10 +80,12 @@ def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
     return False
 
 
-def _check_directory(reader: BlockReader, offset: int, order: str, *, big: bool, limits: Limits) -> int:
-    """Check one directory and return the offset of the next, 0 at the end."""
+def _check_directory(
+    reader: BlockReader, offset: int, order: str, *, big: bool, limits: Limits
+) -> tuple[list[int], int]:
+    """Check one directory and return the offsets of its SubIFDs and of the next, 0 at the end."""
     name, size = reader.file.location, reader.file.size
-    count_format, entry_format, next_format = ("Q", "HHQ8x", "Q") if big else ("H", "HHI4x", "I")
+    count_format, entry_format, next_format = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
     count_bytes, entry_bytes = struct.calcsize("<" + count_format), struct.calcsize("<" + entry_format)
     head = reader.read_at(offset, count_bytes) if offset < size else b""
     if len(head) < count_bytes:
@@ -88,7 +97,18 @@ def _check_directory(reader: BlockReader, offset: int, order: str, *, big: bool,
     body = reader.read_at(offset + count_bytes, count * entry_bytes + tail_bytes)
     if len(body) < count * entry_bytes + tail_bytes:
         raise CorruptImageError(f"{name}: truncated inside an image directory")
-    for tag, kind, values in struct.iter_unpack(order + entry_format, body[: count * entry_bytes]):
-        if values * TYPE_BYTES.get(kind, 1) > size:
+    below: list[int] = []
+    for tag, kind, values, data in struct.iter_unpack(order + entry_format, body[: count * entry_bytes]):
+        value_bytes = values * TYPE_BYTES.get(kind, 1)
+        if value_bytes > size:
             raise CorruptImageError(f"{name}: tag {tag} claims more bytes than the file has")
-    return int(struct.unpack(order + next_format, body[-tail_bytes:])[0])
+        if tag != SUB_IFDS:
+            continue
+        if values > limits.ifds or kind not in OFFSET_TYPES:
+            raise UnsupportedImageError(f"{name}: {values} image directories below one, as values of type {kind}")
+        if value_bytes > len(data):
+            data = reader.read_at(struct.unpack(order + next_format, data)[0], value_bytes)
+        if len(data) < value_bytes:
+            raise CorruptImageError(f"{name}: truncated inside a list of image directories")
+        below += struct.unpack(f"{order}{values}{OFFSET_TYPES[kind]}", data[:value_bytes])
+    return below, int(struct.unpack(order + next_format, body[-tail_bytes:])[0])

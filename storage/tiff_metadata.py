@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Resolution tags often hold a screen's or printer's dots per inch; above this they are not a microscope's.
 MAX_PLAUSIBLE_MPP = 10.0
 MICROMETRES = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
+IMAGEJ_UNITS = MICROMETRES | {"\\u00B5m": 1.0, "micron": 1.0, "microns": 1.0, "inch": 25400.0}
 
 
 def check_claims(tif: tifffile.TiffFile, name: str, limits: Limits) -> None:
@@ -49,6 +50,8 @@ def mpp_yx(tif: tifffile.TiffFile, key: tifffile.TiffPage) -> tuple[float, float
         pixels = _ome_pixels(tif)
         return _plausible(_ome_size(pixels, "Y"), _ome_size(pixels, "X"))
     unit = {2: 25400.0, 3: 10000.0}.get(int(key.resolutionunit))
+    if tif.is_imagej:
+        unit = IMAGEJ_UNITS.get(str((tif.imagej_metadata or {}).get("unit")), unit)
     x, y = key.resolution
     if unit is None or x <= 0 or y <= 0 or max(unit / y, unit / x) > MAX_PLAUSIBLE_MPP:
         return None

@@ -85,6 +85,14 @@ def tagged(tag: int, value: int, pixels: np.ndarray | None = None, **settings: o
     return put(data, entry(data, 65000), struct.pack("<H", tag))
 
 
+def with_subifds(offsets: list[int]) -> bytes:
+    """A TIFF whose first directory claims others below it, in a list at the end of the file."""
+    data = tiff(extratags=[(65000, "I", 2, (0, 0), True)])
+    place = entry(data, 65000)
+    data = recount(put(data, place, struct.pack("<H", SUB_IFDS)), SUB_IFDS, len(offsets))
+    return put(data, place + 8, struct.pack("<I", len(data))) + struct.pack(f"<{len(offsets)}I", *offsets)
+
+
 def recount(data: bytes, tag: int, count: int) -> bytes:
     """Replace the number of values of a tag."""
     out = bytearray(data)
@@ -160,6 +168,8 @@ def directories() -> Iterator[Case]:
     for name, tag in [("subifd", SUB_IFDS), ("exif", 34665), ("gps", 34853)]:
         yield f"{name}-circle.tif", tagged(tag, start), "any"
         yield f"{name}-past-end.tif", tagged(tag, 65535), "any"
+    for name, count in [("2-subifds-circle", 2), ("200k-subifds", 200_000)]:
+        yield f"{name}.tif", with_subifds([start] * count), "refused"
 
 
 def segments() -> Iterator[Case]:

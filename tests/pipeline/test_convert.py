@@ -9,13 +9,16 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
+import obstore
 import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.convert import MANIFEST, _locked, convert_all, find_images, name_slides, plan_all
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import Entry, read_manifest, write_manifest
-from storage import ConvertOptions, MissingImageError, Slide, convert, write_tiff
+from pipeline.validate import find_pyramids, validate_all
+from storage import ConvertOptions, MissingImageError, Slide, StorageError, convert, write_tiff
+from storage.stores import connect
 
 OPTIONS = ConvertOptions(min_level_size=16)
 
@@ -343,6 +346,25 @@ class TestConvertAll:
         name = "a.ome.zarr/0/c/0/0/0"
         assert (tmp_path / "threads" / name).read_bytes() == (tmp_path / "processes" / name).read_bytes()
 
+    @pytest.mark.parametrize(
+        ("name", "slide", "target"),
+        [
+            (b"bad\xff.tif", "bad\\xff", "bad%5Cxff.ome.zarr"),  # a name that is no UTF-8
+            (b" blanks .tif", "blanks", "blanks.ome.zarr"),
+            (b".hidden.tif", ".hidden", "%2Ehidden.ome.zarr"),
+        ],
+    )
+    def test_strange_names(self, tmp_path, image, name, slide, target):
+        """Converted, listed and found again, by name and in the folder."""
+        path = image(tmp_path / "a.tif").rename(tmp_path / os.fsdecode(name))
+        for _ in range(2):
+            [conversion] = run([path], tmp_path / "out")
+            assert conversion.report, conversion.error
+        [entry] = read_manifest(tmp_path / "out" / MANIFEST)
+        assert (entry.slide_id, entry.path) == (slide, str(tmp_path / "out" / target))
+        [found] = validate_all(find_pyramids([str(tmp_path / "out")]))
+        assert found.sound
+
     def test_a_storage_error_of_any_kind_is_of_its_slide(self, tmp_path, image, monkeypatch):
         def fail(*_, **__):
             raise MissingImageError("gone while it was read")
@@ -376,6 +398,23 @@ class TestUrls:
         connection.close()
         yield "s3://bucket"
         server.stop()
+
+    def test_folders(self, tmp_path, image, bucket, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        here = f"{bucket}/folders"  # other tests of this process have left theirs in the bucket
+        store = connect(here)
+        for key in ("raw/a.tif", "raw/deep/b.tif", "raw/.hidden.tif", "raw/notes.txt", "raw/x.zarr/c.tif"):
+            obstore.put(store, key, image(tmp_path / "local.tif").read_bytes())
+        conversions = run([f"{here}/raw/"], f"{here}/out")
+        assert [c.entry.slide_id for c in conversions] == ["a", "b"]
+        assert all(c.report for c in conversions)
+        found = find_pyramids([f"{here}/out"])
+        assert [entry.path for entry in found] == [f"{here}/out/a.ome.zarr", f"{here}/out/b.ome.zarr"]
+        assert all(one.sound for one in validate_all(found))
+        everything = [entry.path for entry in find_pyramids([here])]
+        assert everything == [f"{here}/out/a.ome.zarr", f"{here}/out/b.ome.zarr", f"{here}/raw/x.zarr"]
+        with pytest.raises(StorageError, match="s3://nobucket/raw"):
+            find_images(["s3://nobucket/raw"])
 
     def test_out(self, tmp_path, image, bucket, monkeypatch):
         """The manifest of a URL is written to the working directory, and added to like any other."""

@@ -6,7 +6,10 @@ import os
 import pickle
 import re
 import struct
+import threading
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import imagecodecs
 import numpy as np
@@ -259,6 +262,39 @@ def test_ome_tiff_over_several_files_is_refused(tmp_path, textured):
     path.write_bytes(bytes(data) + changed + b"\0")
     with pytest.raises(UnsupportedImageError, match="other files"):
         TiffImage(path)
+
+
+@pytest.mark.parametrize(
+    "other", [{"compression": "lzw"}, {"compression": "deflate", "predictor": True}, {"tile": (32, 32)}]
+)
+def test_planes_stored_in_different_ways_are_refused(tmp_path, textured, other):
+    """tifffile decodes all planes as the first one is stored, and would take LZW's bytes for pixels."""
+    planes = textured((2, 64, 64))
+    xml = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+        'DimensionOrder="XYCZT" Type="uint8" SizeX="64" SizeY="64" SizeC="2" SizeZ="1" SizeT="1">'
+        '<TiffData IFD="0" FirstC="0"/><TiffData IFD="1" FirstC="1"/></Pixels></Image></OME>'
+    )
+    for name, second in [("alike", {}), ("unlike", other)]:
+        with tifffile.TiffWriter(tmp_path / f"{name}.ome.tif") as writer:
+            writer.write(planes[0], tile=(16, 16), description=xml, metadata=None)
+            writer.write(planes[1], **{"tile": (16, 16)} | second, metadata=None)
+    with TiffImage(tmp_path / "alike.ome.tif") as image:
+        np.testing.assert_array_equal(image.read(0, 0, 64, 64), planes)
+    with pytest.raises(StorageError, match="planes that are stored in different ways|incompatible"):
+        TiffImage(tmp_path / "unlike.ome.tif")
+
+
+@pytest.mark.parametrize(
+    ("unit", "mpp"),
+    [("um", 0.25), ("micron", 0.25), ("\\u00B5m", 0.25), ("nm", 0.00025), ("pixel", None), ("m", None)],
+)
+def test_physical_size_of_an_imagej_tiff(tmp_path, textured, unit, mpp):
+    metadata = {"axes": "CYX", "unit": unit}
+    tifffile.imwrite(tmp_path / "x.tif", textured((2, 40, 50)), imagej=True, metadata=metadata, resolution=(4, 4))
+    with TiffImage(tmp_path / "x.tif") as image:
+        assert image.shape == (2, 40, 50)
+        assert image.mpp_yx == (None if mpp is None else (pytest.approx(mpp), pytest.approx(mpp)))
 
 
 def test_of_a_leica_scn_the_largest_image_is_read(tmp_path, smooth):
@@ -719,3 +755,14 @@ def test_unknown_kinds_are_told_what_is_read(tmp_path, data):
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(UnsupportedImageError, match=ACCEPTED[:20].replace("(", r"\(")):
         open_image(tmp_path / "x.jpg")
+
+
+def test_a_server_that_does_not_answer_ranges_is_named(tiff):
+    """As Python's own ``python -m http.server`` does not."""
+    path, _ = tiff(300, 260)
+    handler = partial(SimpleHTTPRequestHandler, directory=path.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(TransferError, match="does not answer requests for a part of a file; copy the file"):
+            open_image(f"http://127.0.0.1:{server.server_port}/{path.name}")
+        server.shutdown()

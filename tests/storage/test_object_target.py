@@ -552,3 +552,9 @@ def test_the_root_of_something_else_is_replaced_only_if_asked(s3, url, objects, 
     assert objects[0]() == {"zarr.json": root, "0/zarr.json": b"{}"}
     convert(source, url, options=small, overwrite=True)
     assert objects[0]() == expected
+
+
+def test_a_web_server_is_no_target(tiff, small):
+    path, _ = tiff(40, 50)
+    with pytest.raises(ConversionError, match="http and https are for reading; write to a folder, s3://"):
+        convert(path, "http://127.0.0.1:1/p.ome.zarr", options=small)

@@ -1,5 +1,6 @@
 """Interrupted, repeated and competing conversions."""
 
+import errno
 import multiprocessing
 import os
 import subprocess
@@ -30,10 +31,9 @@ def contents(folder):
 def clean(tiff, tmp_path, small):
     """Source, and the files of a conversion that nothing disturbed."""
     source, _ = tiff(300, 200)
-    convert(source, tmp_path / "clean.zarr", options=small)
-    return source, {
-        name: data.replace(b'"clean"', b'"p"') for name, data in contents(tmp_path / "clean.zarr").items()
-    }
+    (tmp_path / "clean").mkdir()
+    convert(source, tmp_path / "clean/p.zarr", options=small)
+    return source, contents(tmp_path / "clean/p.zarr")
 
 
 def interrupted(after, error):
@@ -95,16 +95,16 @@ def test_another_source_or_other_options_start_anew(clean, tiff, tmp_path, small
 
 def test_same_source_again_is_up_to_date(clean, tmp_path, small):
     source, _ = clean
-    before = contents(tmp_path / "clean.zarr")
-    report = convert(source, tmp_path / "clean.zarr", options=small)
+    before = contents(tmp_path / "clean/p.zarr")
+    report = convert(source, tmp_path / "clean/p.zarr", options=small)
     assert report.up_to_date
     assert report.mpp is None
-    assert contents(tmp_path / "clean.zarr") == before
+    assert contents(tmp_path / "clean/p.zarr") == before
 
 
 def test_other_contents_are_replaced_only_if_asked(clean, tmp_path, small, textured):
     source, _ = clean
-    target = tmp_path / "clean.zarr"
+    target = tmp_path / "clean/p.zarr"
     with pytest.raises(ConversionError, match="other options"):
         convert(source, target)
     with pytest.raises(ConversionError, match="another source"):
@@ -112,7 +112,7 @@ def test_other_contents_are_replaced_only_if_asked(clean, tmp_path, small, textu
     write_pyramid(target, textured((1, 9, 9)), overwrite=True)
     with Slide(target) as slide:
         assert slide.shape_yx == (9, 9)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.zarr", "image.tif"]
+    assert [p.name for p in target.parent.iterdir()] == ["p.zarr"]
 
 
 def test_a_target_that_is_no_pyramid_is_not_touched(clean, tmp_path, small):
@@ -246,7 +246,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(clean, tmp_path, small):
         convert(source, tmp_path / "p.zarr", options=small, progress=progress)
     assert not (tmp_path / "p.zarr").exists()
     convert(source, tmp_path / "p.zarr", options=small)
-    with Slide(tmp_path / "p.zarr") as slide, Slide(tmp_path / "clean.zarr") as other:
+    with Slide(tmp_path / "p.zarr") as slide, Slide(tmp_path / "clean/p.zarr") as other:
         assert (slide.read(0, (0, 0, 300, 200)) == other.read(0, (0, 0, 300, 200))).all()
 
 
@@ -343,3 +343,14 @@ def test_stopped_at_every_write_and_run_again_equals_a_clean_run(tmp_path, textu
     stops, reused = map(int, done.stdout.split())
     assert stops > 60
     assert reused > stops // 2
+
+
+def test_a_pyramid_that_may_not_be_read_is_not_called_damaged(clean, tmp_path, small, monkeypatch):
+    source, _ = clean
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os.path, "getsize", refuse)
+    with pytest.raises(ConversionError, match="0/c/0/0/0: cannot be read .Permission denied.; check its permissions"):
+        convert(source, tmp_path / "clean/p.zarr", options=small)

@@ -26,6 +26,7 @@ from storage import (
     write_pyramid,
 )
 from storage.foreign import ForeignSource
+from storage.ome_zarr import seal
 from storage.stores import _descriptors
 
 CHUNK, SHARD = 16, 64
@@ -289,7 +290,32 @@ def test_metadata_that_is_not_ours_is_refused(copy, find, replace, error):
         Slide(copy)
 
 
-@pytest.mark.parametrize("change", [{"format": 3}, {"format": 1, "shards": {}}, {"format": None}])
+@pytest.mark.parametrize(
+    ("find", "replace"),
+    [
+        (b'"shape":[3,150,200]', b'"shape":[3,151,200]'),
+        (b'"shape":[3,150,200]', b'"shape":[3,146,200]'),
+        (b'"scale":[1.0,1.0', b'"scale":[1.0,3.0'),
+        (b'"label":"0"', b'"label":"1"'),
+    ],
+)
+def test_one_flipped_bit_of_the_metadata_is_an_error(copy, find, replace):
+    meta = copy / "zarr.json"
+    data = meta.read_bytes()
+    assert find in data
+    meta.write_bytes(data.replace(find, replace, 1))
+    with pytest.raises(CorruptImageError, match=r"p\.ome\.zarr: zarr\.json is not as it was written"):
+        Slide(copy)
+
+
+def test_metadata_may_be_written_in_another_order_and_spacing(copy):
+    meta = copy / "zarr.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()), indent=2, sort_keys=True))
+    with Slide(copy) as slide:
+        assert slide.levels[0].shape_yx == (150, 200)
+
+
+@pytest.mark.parametrize("change", [{"format": 4}, {"format": 1, "shards": {}}, {"format": None}])
 def test_another_version_of_our_format_is_named(copy, change):
     root = json.loads((copy / "zarr.json").read_text())
     root["attributes"]["nested_ats"] |= change
@@ -355,6 +381,8 @@ def test_claims_that_would_fill_the_memory_are_refused(tmp_path):
         data = meta.read_bytes().replace(b"[1,32,32]", b"[1,%d,%d]" % (side, side))
         data = data.replace(b"[1,16,16]", b"[1,%d,%d]" % (chunk, chunk)).replace(b"[0,0,0,0]", b"[0]")
         (tmp_path / "q.zarr").mkdir(exist_ok=True)
-        (tmp_path / "q.zarr/zarr.json").write_bytes(data)
+        root = json.loads(data)
+        seal(root)
+        (tmp_path / "q.zarr/zarr.json").write_text(json.dumps(root))
         with pytest.raises(CorruptImageError, match=r"level 0 claims shards of (1|1048576) x "):
             Slide(tmp_path / "q.zarr")

@@ -21,6 +21,7 @@ from storage import (
     validate,
     write_pyramid,
 )
+from storage.ome_zarr import seal
 
 HEIGHT, WIDTH = 150, 200  # level 0: 3 x 4 shards of 64, chunks of 16
 
@@ -55,6 +56,12 @@ def found(problems):
     return [(problem.what, problem.level, problem.place) for problem in problems]
 
 
+def write_root(pyramid, root):
+    """Replace the root's metadata, as a converter with a bug would write it."""
+    seal(root)
+    (pyramid / "zarr.json").write_text(json.dumps(root))
+
+
 def put(pyramid, level, y, x, data):
     """Replace a shard and enter it in the root's table, as a converter with a bug would."""
     shard(pyramid, level, y, x).write_bytes(data)
@@ -67,7 +74,7 @@ def put(pyramid, level, y, x, data):
         ("index_crc32c", int.from_bytes(data[-4:], "little")),
     ):
         table[name][y * columns + x] = value
-    (pyramid / "zarr.json").write_text(json.dumps(root))
+    write_root(pyramid, root)
 
 
 @pytest.fixture(params=[False, True], ids=["quick", "full"])
@@ -216,6 +223,7 @@ class TestDamage:
     def test_a_level_that_is_not_half_of_the_finer(self, pyramid, full):
         for path in (pyramid / "zarr.json", pyramid / "1" / "zarr.json"):
             path.write_text(path.read_text().replace('"shape":[3,75,100]', '"shape":[3,75,99]'))
+        write_root(pyramid, json.loads((pyramid / "zarr.json").read_text()))
         problems = [p for p in validate(pyramid, full=full) if p.what == "metadata"]
         assert found(problems) == [("metadata", 1, None)]
         assert problems[0].message == "(3, 75, 99) is not half of level 0, (3, 150, 200)"
@@ -226,7 +234,7 @@ class TestDamage:
         root = json.loads(path.read_text())
         transform = root["attributes"]["ome"]["multiscales"][0]["datasets"][2]["coordinateTransformations"][step]
         transform[transform["type"]][2] *= 1.001
-        path.write_text(json.dumps(root))
+        write_root(pyramid, root)
         problems = validate(pyramid, full=full)
         assert found(problems) == [("metadata", 2, None)]
         assert "should be (4.0, 4.0) and (1.5, 1.5)" in problems[0].message

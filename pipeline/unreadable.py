@@ -1,0 +1,97 @@
+"""Slides that turn out to be unreadable while a model trains: left out of their steps, and reported at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cluster import Context
+from nested_ats import Image
+from pipeline.errors import DataError
+from storage import StorageError
+
+
+class SlideError(Exception):
+    """A slide cannot be read; `Unreadable` knows why."""
+
+    def __init__(self, slide_id: str) -> None:
+        super().__init__(slide_id)
+        self.slide_id = slide_id
+
+
+class Unreadable:
+    """Slides that could not be read, and why; thread safe.
+
+    Parameters
+    ----------
+    fail_fast
+        End the training at the first.
+
+    Attributes
+    ----------
+    reasons
+        By slide id. Those of all workers, once they were gathered.
+    """
+
+    def __init__(self, *, fail_fast: bool = False) -> None:
+        self.reasons: dict[str, str] = {}
+        self._fail_fast = fail_fast
+
+    def error(self, slide_id: str, error: StorageError) -> SlideError:
+        """Note what is wrong with a slide, and say so the first time.
+
+        Raises
+        ------
+        DataError
+            With `fail_fast`.
+        """
+        if self._fail_fast:
+            raise DataError(f"slide {slide_id}: {error}") from error
+        if slide_id not in self.reasons:
+            print(f"slide {slide_id} is left out: {error}", file=sys.stderr, flush=True)
+        self.reasons[slide_id] = str(error)
+        return SlideError(slide_id)
+
+    def gather(self, context: Context) -> None:
+        """Let every worker know of those of all."""
+        own = json.dumps(self.reasons).encode() if self.reasons else b""
+        lengths = torch.zeros(context.world_size, dtype=torch.int64, device=context.device)
+        lengths[context.rank] = len(own)
+        context.all_reduce(lengths)
+        if not lengths.any():
+            return
+        ends = lengths.cumsum(0).tolist()
+        text = torch.zeros(ends[-1], dtype=torch.uint8)
+        text[ends[context.rank] - len(own) : ends[context.rank]] = torch.tensor(list(own), dtype=torch.uint8)
+        text = text.to(context.device)
+        context.all_reduce(text)
+        for part in torch.split(text.cpu(), lengths.tolist()):
+            self.reasons |= json.loads(bytes(part.tolist()) or b"{}")
+
+
+class WatchedImage:
+    """An image of a slide whose failures are noted, and raised as `SlideError`."""
+
+    def __init__(self, image: Image, slide_id: str, unreadable: Unreadable) -> None:
+        self._image, self._slide_id, self._unreadable = image, slide_id, unreadable
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """Height and width of every level."""
+        return self._image.shapes
+
+    @property
+    def downsamples(self) -> Sequence[float]:
+        """Level-0 pixels per pixel of every level."""
+        return self._image.downsamples
+
+    def read(self, level: int, boxes: Tensor) -> Tensor:
+        """(N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""
+        try:
+            return self._image.read(level, boxes)
+        except StorageError as error:
+            raise self._unreadable.error(self._slide_id, error) from error
