@@ -26,6 +26,8 @@ _HEAD = {"cpu": "2", "memory": "8Gi"}
 _USER = 1000  # of the image
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")  # KubeRay appends to it, and Kubernetes allows 63 in all
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_IMAGE = re.compile(r"[A-Za-z0-9][^\s]*")
 _QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?")
 
 
@@ -71,6 +73,9 @@ class RayJob:
 
     def __post_init__(self) -> None:
         _check("--name", self.name, _NAME, "lower-case letters, digits and -, at most 47")
+        _check("--image", self.image, _IMAGE, "the name of an image, as in registry/nested-ats:1")
+        _check("--storage", self.claim, _LABEL, "a PersistentVolumeClaim: lower-case letters, digits and -")
+        _check("--namespace", self.namespace or "default", _LABEL, "lower-case letters, digits and -, at most 63")
         _check("--memory", self.memory, _QUANTITY, "a quantity as in 32Gi")
         if any("$$" in word or "$(" in word for word in self.command):
             raise ClusterError("KubeRay passes $$ and $( through Kubernetes, which changes them: leave them out")

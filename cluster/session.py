@@ -100,7 +100,8 @@ def _start(ray: ModuleType, address: str, num_cpus: int | None, num_gpus: int | 
     try:
         ray.init(runtime_env={"env_vars": _worker_environment(address)}, **options)
     except (Exception, SystemExit) as error:
-        raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}") from error
+        hint = "" if address == "local" else "; if the cluster wants a token, set RAY_AUTH_MODE=token and its token"
+        raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}{hint}") from error
 
 
 def _worker_environment(address: str) -> dict[str, str]:

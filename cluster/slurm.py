@@ -31,6 +31,7 @@ _SCRIPT = r"""
 {setup}
 set -euo pipefail
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # Slurm kills what takes longer than 30 s to end, Ray's own default
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
 export RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"  # on each node, and short: it holds sockets

@@ -137,7 +137,7 @@ def kuberay(
     from cluster.manifests import RAY_VERSION, RayJob
     from cluster.manifests import kuberay as render
 
-    _check_command(command, shared=mount, gpus=gpus)
+    _check_command(command, shared=mount, machines=(workers, cpus, gpus))
     made = RayJob(
         command=["nested-ats", *command],
         name=name,
@@ -174,7 +174,7 @@ def slurm(
     from cluster.slurm import SlurmJob
     from cluster.slurm import slurm as render
 
-    _check_command(command, shared=storage, gpus=gpus)
+    _check_command(command, shared=storage, machines=(workers, cpus, gpus))
     made = SlurmJob(
         command=["nested-ats", *command],
         name=name,
@@ -220,7 +220,11 @@ def _line(one: Job) -> str:
 
 
 def _check_command(
-    command: Sequence[str], *, working_dir: Path | None = None, shared: str = "", gpus: int | None = None
+    command: Sequence[str],
+    *,
+    working_dir: Path | None = None,
+    shared: str = "",
+    machines: tuple[int, int, int] | None = None,
 ) -> None:
     """Refuse a command that cannot succeed on the cluster.
 
@@ -230,13 +234,13 @@ def _check_command(
         Folder that travels with the job.
     shared
         Folder outside which nothing is kept, if that is known.
-    gpus
-        GPUs of each worker machine, if that is known.
+    machines
+        How many worker machines there are, and the processors and GPUs of each, if that is known.
 
     Raises
     ------
     UsageError
-        The command would work on the head alone, its results would be lost, or its device is not there.
+        The command would work on the head alone, its results would be lost, or what it asks for is not there.
     """
     from pipeline.errors import UsageError
 
@@ -250,18 +254,36 @@ def _check_command(
             raise UsageError(
                 f"{option} {place}: a job ends in a folder that is deleted; give an absolute path that all share"
             )
+        if ".." in PurePosixPath(place).parts:
+            raise UsageError(f"{option} {place}: give a path without ..")
         if shared and not PurePosixPath(place).is_relative_to(shared):
             raise UsageError(
                 f"{option} {place}: not in {shared}, so it would be lost; give a path there (--storage, --mount)"
             )
-    if gpus and values.get("device") == "auto":
-        raise UsageError("auto takes the GPUs that have joined, or CPUs: add --device cuda, which insists on them")
-    if gpus == 0 and values.get("device") == "cuda":
-        raise UsageError("--device cuda: give the workers GPUs with --gpus-per-worker")
+    if machines:
+        _check_machines(values, *machines)
     for path in _relative(values):
         if working_dir is None or not (working_dir / path).exists():
             where = "give an absolute path that all share, or --working-dir" if working_dir is None else "not there"
             raise UsageError(f"{path}: relative to {working_dir or 'no working folder'}; {where}")
+
+
+def _check_machines(values: dict[str, Any], count: int, cpus: int, gpus: int) -> None:
+    """Refuse a command that asks for more than there will be."""
+    from pipeline.errors import UsageError
+
+    device, workers = values.get("device"), values.get("workers")
+    if gpus and device == "auto":
+        raise UsageError("auto takes the GPUs that have joined, or CPUs: add --device cuda, which insists on them")
+    if not gpus and device == "cuda":
+        raise UsageError("--device cuda: give the workers GPUs with --gpus-per-worker")
+    if isinstance(workers, str):  # of train, whose workers all run at once
+        least = int(workers.partition("-")[0])
+        each, kind = (min(cpus, gpus), "GPUs") if device == "cuda" else (cpus, "processors")
+        if least > count * each:
+            raise UsageError(
+                f"--workers {workers}: {count} machines with {each} {kind} each; give more, or ask for less"
+            )
 
 
 def _parse(command: Sequence[str]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import UsageError
+from storage.locks import locked
 
 _LONGEST_NAME = 200  # characters: file systems allow 255 bytes, of which suffixes and temporary names need some
 
@@ -61,6 +63,32 @@ def make_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK):
         raise UsageError(f"{path}: no permission to write; choose another --out")
     return path
+
+
+@contextmanager
+def alone(lock: Path, otherwise: str) -> Iterator[None]:
+    """See that no other process works in a folder while this one does.
+
+    Parameters
+    ----------
+    lock
+        A file in the folder, there while the block runs.
+    otherwise
+        What to say where another process holds it.
+
+    Raises
+    ------
+    UsageError
+        It does.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock))
+        except BlockingIOError:
+            raise UsageError(f"{lock.parent}: {otherwise}; wait for it, or give another --out") from None
+        except OSError:  # a network file system without locks: then only chance protects
+            pass
+        yield
 
 
 def file_name(slide_id: str) -> str:

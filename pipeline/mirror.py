@@ -21,6 +21,8 @@ from storage import StorageError
 from storage.objects import Objects, Occupied, mark_of
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
+
     from storage.objects import PutMode
 
 _TIMEOUT_S = 300.0  # of a request: a state of some hundred megabytes must get through
@@ -57,20 +59,31 @@ class Mirror:
         Raises
         ------
         UsageError
-            It is of another run and not to be overwritten, or something else lies there.
+            It is of another run and not to be overwritten, something else lies there, or it cannot be read.
         """
         try:
             run, about = self._objects.get(RUN)
         except FileNotFoundError:
-            if self._objects.list():
+            if self._list():
                 raise UsageError(f"{self.url}: not empty and not a training run; give another --mirror") from None
             return
+        except StorageError as error:
+            raise self._out_of_reach(error) from error
         self._run = mark_of(about)
         if not overwrite and _fingerprint(run) != fingerprint:
             raise UsageError(
                 f"{self.url}: holds a run of another configuration or of other slides; give another --mirror, "
                 "or --overwrite to start again"
             )
+
+    def _list(self) -> dict[str, ObjectMeta]:
+        try:
+            return self._objects.list()
+        except StorageError as error:
+            raise self._out_of_reach(error) from error
+
+    def _out_of_reach(self, error: StorageError) -> UsageError:
+        return UsageError(f"--mirror {error}; check its name, the credentials and the network")
 
     def claim(self, *, overwrite: bool) -> None:
         """Bring the copy, which was checked, up to date with the folder.

@@ -37,14 +37,14 @@ from nested_ats import (
 from nested_ats import predict as estimate
 from pipeline.config import CacheConfig, Precision, digest
 from pipeline.errors import DataError, UsageError
-from pipeline.files import file_name, make_folder, write_atomic, write_json
+from pipeline.files import alone, file_name, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import progress
 from pipeline.runs import MODEL, autocast, choose_device, read_run
 from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
 from storage import Slide, StorageError
 
-RESULTS, TABLE, ABOUT = "slides", "predictions", "predict.json"
+RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
 _ENCODED_AT_ONCE = 256  # patches of an exact evaluation
 
 
@@ -118,7 +118,8 @@ def predict(
     Raises
     ------
     UsageError
-        `run` is no finished run, `samples` does not fit the model, or `folder` holds other predictions.
+        `run` is no finished run, `samples` does not fit the model, or `folder` holds other predictions or is being
+        written by another process.
     """
     settings = prediction_settings(
         run,
@@ -131,32 +132,33 @@ def predict(
     )
     fingerprint = _fingerprint(settings)
     results = make_folder(folder / RESULTS)
-    _check_folder(folder, fingerprint, overwrite=overwrite)
-    write_json(folder / ABOUT, {"settings": _plain(settings), "fingerprint": fingerprint})
-    rows = {entry.slide_id: _read_result(results, entry) for entry in entries}
-    todo = [entry for entry in entries if rows[entry.slide_id] is None]
-    tasks = cluster.run_tasks(
-        partial(Classifier, settings),
-        todo,
-        key=lambda entry: entry.slide_id,
-        address=address,
-        workers=workers,
-        device=device,
-        timeout_s=timeout_s,
-        cost=_pixels,
-    )
-    with progress("predict") as update, closing(tasks):
-        for outcome in tasks:
-            entry = outcome.item
-            if outcome.result is None:
-                rows[entry.slide_id] = {"status": "failed", "error": outcome.error}
-            else:
-                write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **outcome.result})
-                rows[entry.slide_id] = outcome.result
-            update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
-    table = [{**_identity(entry), **(rows[entry.slide_id] or {})} for entry in entries]
-    write_table(folder, table)
-    return table
+    with alone(folder / LOCK, "another prediction is being written there"):
+        _check_folder(folder, fingerprint, overwrite=overwrite)
+        write_json(folder / ABOUT, {"settings": _plain(settings), "fingerprint": fingerprint})
+        rows = {entry.slide_id: _read_result(results, entry) for entry in entries}
+        todo = [entry for entry in entries if rows[entry.slide_id] is None]
+        tasks = cluster.run_tasks(
+            partial(Classifier, settings),
+            todo,
+            key=lambda entry: entry.slide_id,
+            address=address,
+            workers=workers,
+            device=device,
+            timeout_s=timeout_s,
+            cost=_pixels,
+        )
+        with progress("predict") as update, closing(tasks):
+            for outcome in tasks:
+                entry = outcome.item
+                if outcome.result is None:
+                    rows[entry.slide_id] = {"status": "failed", "error": outcome.error}
+                else:
+                    write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **outcome.result})
+                    rows[entry.slide_id] = outcome.result
+                update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
+        table = [{**_identity(entry), **(rows[entry.slide_id] or {})} for entry in entries]
+        write_table(folder, table)
+        return table
 
 
 class Classifier:

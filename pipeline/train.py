@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ from typing import Any
 import cluster
 from pipeline.config import Config, digest, dump_config, plain
 from pipeline.errors import DataError, UsageError
-from pipeline.files import make_folder, write_atomic, write_json
+from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
 from pipeline.progress import OnProgress, progress
@@ -26,7 +26,6 @@ from pipeline.slides import check_slide, open_slide
 from pipeline.splits import assign_splits
 from pipeline.training import describe, plain_entries, train_worker
 from storage import StorageError
-from storage.locks import locked
 
 _COPY_TIMEOUT_S = 1200  # that workers wait for rank 0, which may be copying a state over a slow line
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
@@ -102,7 +101,7 @@ def train(
     arguments["fingerprint"] = fingerprint = _fingerprint(config, arguments)
     arguments["fail_fast"] = fail_fast
     make_folder(folder)
-    with _alone(folder), progress("train") as update:
+    with alone(folder / LOCK, "another training is running there"), progress("train") as update:
         _check(folder, fingerprint, overwrite=overwrite)
         if copy:
             copy.check(fingerprint, overwrite=overwrite)
@@ -111,7 +110,7 @@ def train(
             copy.claim(overwrite=overwrite)
         # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
         function = partial(train_worker, on_step=update) if address == "none" else train_worker
-        with _follow(folder, config, update) if address != "none" else nullcontext():
+        with _follow(folder, config, update) if address != "none" else nullcontext(), _swept(folder / WORKERS):
             metrics, unreadable = cluster.fit(
                 function,
                 arguments,
@@ -205,21 +204,6 @@ def _replaced(path: Path) -> int | None:
     return None
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """See that no other process trains into the folder while this one does."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(folder / LOCK))
-        except BlockingIOError:
-            raise UsageError(
-                f"{folder}: another training is running there; wait for it, or give another --out"
-            ) from None
-        except OSError:  # a network file system without locks: then only chance protects
-            pass
-        yield
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the results, and the commit of this code."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
@@ -237,6 +221,15 @@ def versions() -> dict[str, str]:
         if commit.returncode == 0:
             found["commit"] = commit.stdout.strip()
     return found
+
+
+@contextmanager
+def _swept(folder: Path) -> Iterator[None]:
+    """Remove, on the way out, what Ray leaves where its group was killed; nothing in it is gone on from."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

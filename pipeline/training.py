@@ -429,7 +429,10 @@ class _Curves:
         if context.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
+            there = (folder / CURVES).is_dir()
             self.writer = SummaryWriter(str(folder / CURVES), purge_step=position.epoch + 1)
+            for metrics in [] if there else read_metrics(folder):  # of a run that goes on from its copy
+                self.write(metrics)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

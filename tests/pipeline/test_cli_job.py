@@ -105,6 +105,7 @@ def test_nodes_that_are_too_few_are_an_error_of_one_line(cli, monkeypatch):
     assert result.stderr.startswith("error: 1 of 3 nodes have joined (10.0.0.1); ")
 
 
+SLURM = "manifest slurm --storage /data"
 KUBERAY = "manifest kuberay --image registry/ats:1 --storage shared"
 
 
@@ -131,6 +132,19 @@ class TestManifests:
             ("add --device cuda", f"{KUBERAY} --gpus-per-worker 1 -- {TRAIN}"),
             ("--gpus-per-worker", f"manifest slurm --storage /data -- {TRAIN} --device cuda"),
             ("--name 'A'", f"{KUBERAY} --name A -- {TRAIN}"),
+            ("--image ''", f"manifest kuberay --image '' --storage shared -- {TRAIN}"),
+            ("--storage 'Slides_X y'", f"manifest kuberay --image a --storage 'Slides_X y' -- {TRAIN}"),
+            ("--namespace 'Bad_NS'", f"{KUBERAY} --namespace Bad_NS -- {TRAIN}"),
+            ("--workers 9: 1 machines with 4 proc", f"{KUBERAY} -- {TRAIN} --workers 9"),
+            ("--workers 9-12: 2 machines with 3 proc", f"{SLURM} --workers 2 --cpus 3 -- {TRAIN} --workers 9-12"),
+            (
+                "--workers 9: 2 machines with 1 GPUs",
+                f"{KUBERAY} --workers 2 --gpus-per-worker 1 -- {TRAIN} --workers 9 --device cuda",
+            ),
+            (
+                "/data/../r: give a path without ..",
+                f"{KUBERAY} -- train --manifest /data/m.csv --cluster auto --out /data/../r",
+            ),
             ("Missing option '--image'", f"manifest kuberay --storage shared -- {TRAIN}"),
         ],
     )

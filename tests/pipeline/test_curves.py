@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import pytest
@@ -44,3 +45,17 @@ def test_curves_are_there_while_training_goes_on(config, pyramids, tmp_path):
     assert seen == [1, 2]
     train_worker(LocalContext(), {**job, "folder": str(tmp_path)})
     assert epochs_of(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_curves_of_a_run_that_goes_on_without_them(config, pyramids, tmp_path, epochs):
+    """As on another machine, from a copy: whether it has finished there or not."""
+    entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"]
+    job = {"entries": plain_entries(entries), "classes": ["bar", "box"], "channels": 3, "folder": str(tmp_path)}
+    train_worker(LocalContext(), {**job, "config": plain(config)})
+    shutil.rmtree(tmp_path / CURVES)
+    longer = plain(config)
+    longer["train"]["epochs"] = epochs
+    train_worker(LocalContext(), {**job, "config": longer})
+    assert epochs_of(tmp_path) == [*range(1, epochs + 1)]

@@ -21,9 +21,10 @@ from pipeline.config import parse_config, plain
 from pipeline.errors import UsageError
 from pipeline.files import file_name
 from pipeline.manifest import Entry, read_manifest
-from pipeline.predict import Classifier, predict, prediction_settings, read_predictions, write_table
+from pipeline.predict import LOCK, Classifier, predict, prediction_settings, read_predictions, write_table
 from pipeline.train import train
 from storage import write_pyramid
+from storage.locks import locked
 
 COLUMNS = ["slide_id", "case_id", "label", "split", "prediction", "prob_bar", "prob_box", "se_bar", "se_box"]
 COLUMNS += ["draws", "requests", "bytes_read", "seconds", "status", "error"]
@@ -373,3 +374,13 @@ def test_workers_begin_with_the_largest_slide_and_have_the_time_that_was_given(
     words = ["predict", finished, pyramids, "--out", tmp_path / "cli", "--slide-timeout", "9"]
     CliRunner().invoke(app, [str(word) for word in words])
     assert asked[3] == 9
+
+
+def test_a_folder_that_another_process_predicts_into_is_left_alone(finished, entries, tmp_path):
+    predict(entries[:1], finished, tmp_path)
+    before = sorted((path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file())
+    with locked(tmp_path / LOCK):
+        for overwrite in (False, True):
+            with pytest.raises(UsageError, match="another prediction is being written there; wait"):
+                predict(entries, finished, tmp_path, draws=1, overwrite=overwrite)
+    assert sorted((path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()) == before
