@@ -52,6 +52,11 @@ class EncoderConfig:
             raise ValueError("std: must be positive")
 
     @property
+    def smallest_view(self) -> int:
+        """Sides, in pixels, that an image must have at the coarsest level that is read."""
+        return 1
+
+    @property
     def downsamples(self) -> tuple[float, ...]:
         """Of all levels that the model reads."""
         raise NotImplementedError

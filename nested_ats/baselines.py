@@ -31,6 +31,7 @@ from nested_ats.base import (
     image_cells,
     take_all,
 )
+from nested_ats.encoders import ENCODERS
 from nested_ats.expectation import entropy, expectation
 from nested_ats.images import Image, Map, find_level
 from nested_ats.sampling import Draw, draw, fold_in
@@ -84,6 +85,11 @@ class CNNConfig(EncoderConfig):
         super().__post_init__()
         if self.downsample < 1:
             raise ValueError("downsample: must be at least 1")
+
+    @property
+    def smallest_view(self) -> int:
+        """Sides, in pixels, that an image must have at the coarsest level that is read."""
+        return ENCODERS[self.encoder].smallest_patch if self.encoder in ENCODERS else 1
 
     @property
     def downsamples(self) -> tuple[float, ...]:
@@ -278,6 +284,7 @@ class CNN(ImageModel):
 
 def _draw_equally(weights: Tensor, n: int, keys: Tensor) -> Draw:
     """Draw n of the units of positive (and equal) weight without replacement, z = K / n."""
+    n = min(n, weights.shape[-1])
     drawn = draw(weights, n, method="desraj", keys=keys.to(weights.device))
     units = (weights > 0).sum(-1, keepdim=True)
     return Draw(drawn.indices, torch.where(drawn.z > 0, (units / n).clamp_min(1.0), 0.0).to(weights.dtype))

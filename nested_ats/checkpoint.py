@@ -7,6 +7,7 @@ build the network again and to name its classes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -59,8 +60,9 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
         "in_channels": model.in_channels,
         "classes": list(classes),
     }
-    (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     save_file(weights, partial / WEIGHTS)
+    description["weights_sha256"] = _sha256(partial / WEIGHTS)
+    (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -129,7 +131,15 @@ def load_model(
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ModelFileError(f"{folder / WEIGHTS}: weights do not fit {CONFIG}: {reason}") from error
+    digest = _sha256(folder / WEIGHTS)
+    if description.get("weights_sha256", digest) != digest:
+        raise ModelFileError(f"{folder / WEIGHTS}: damaged, or not the weights that {CONFIG} was written for")
     return model, classes
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse_config(description: Any) -> AnyConfig:

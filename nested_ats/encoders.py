@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_ats.backbones import import_encoder, timm_encoder, transformers_encoder
-from nested_ats.errors import EncoderError
+from nested_ats.errors import EncoderError, NestedATSError
 
 Trainable = Literal["all", "none"] | int
 
@@ -274,14 +274,19 @@ def build_encoder(
             encoder = transformers_encoder(in_channels=in_channels, pretrained=pretrained, **options)
         else:
             encoder = import_encoder(name)(in_channels=in_channels, **options)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except NestedATSError:
+        raise
+    except Exception as error:  # whatever a stranger's code raises
         raise EncoderError(f"encoder_options: {name} cannot be built with {options!r}: {error}") from error
     if not isinstance(encoder, nn.Module):
         raise EncoderError(f"encoder: {name} gives a {type(encoder).__name__}, not a torch.nn.Module")
     features = getattr(encoder, "features", None)
-    if not isinstance(features, int):
-        features = _try(name, encoder, in_channels, patch_size or 224)
-    return encoder, features
+    if isinstance(features, int) and not is_import_path(name):
+        return encoder, features
+    found = _try(name, encoder, in_channels, patch_size or 224)
+    if isinstance(features, int) and features != found:
+        raise EncoderError(f"encoder: {name} says that it has {features} features, and gives {found}")
+    return encoder, found
 
 
 def _try(name: str, encoder: nn.Module, in_channels: int, size: int) -> int:

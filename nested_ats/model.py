@@ -281,6 +281,8 @@ class NestedATS(SamplingModel):
         return Population(logits.log_softmax(-1, dtype=precision), centers, extent)
 
     def _draw(self, weights: Tensor, n: int, keys: Tensor) -> Draw:
+        if self.config.method != "multinomial":  # the others take what there is; each unit more would cost a region
+            n = min(n, weights.shape[-1])
         return draw(weights, n, method=self.config.method, keys=keys.to(weights.device))
 
     def _network(self, depth: int) -> AttentionNetwork:

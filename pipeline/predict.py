@@ -197,7 +197,7 @@ class Classifier:
             It cannot be opened, or has not.
         """
         slide = open_slide(entry.path, self.settings.cache)
-        check_slide(slide, self.model.config.downsamples, self.model.in_channels)
+        check_slide(slide, self.model.config, self.model.in_channels)
         return slide
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:

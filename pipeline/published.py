@@ -11,7 +11,10 @@ annotated; the rule here is that of the authors' published code (github.com/idia
 
 - ``MISC_SIGNS`` are left out of account. An image with no other sign is of class "none".
 - An image with a sign of 50, 70 or 80 that is ``VISIBLE`` is of the class of the largest such sign, whatever else it
-  shows. Images with other signs alone, or whose limits are all blurred, occluded or at a side road, are not used.
+  shows. Images with other signs alone, or whose limits are all of another visibility (blurred, occluded, at a side
+  road), are not used.
+
+As there, only what decides a class is insisted on: a sign of another kind may have any box, or none.
 
 By it the published files give 747 training and 684 test images, as the paper and others who applied it report
 (google-research, ``ptopk_patch_selection``); that was not tried here, where they could not be downloaded.
@@ -37,8 +40,8 @@ SETS = {"Set1": "train", "Set2": "test"}
 ANNOTATIONS = "annotations.txt"
 
 _MAT_BYTES = 2**20  # most that a file of points may have; it may be compressed, up to a thousandfold
-_VISIBILITIES = ("VISIBLE", "BLURRED", "SIDE_ROAD", "OCCLUDED")
-_NUMBER = re.compile(r"-?\d+(\.\d+)?")  # what begins a field; the authors' code too drops what some have behind it
+# What begins a field; the authors' code too drops what some have behind it.
+_NUMBER = re.compile(r"-?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 Box = tuple[float, float, float, float]
 
@@ -46,7 +49,7 @@ Box = tuple[float, float, float, float]
 class Sign(NamedTuple):
     """One annotated traffic sign; box is y, x, height and width in pixels."""
 
-    visibility: str  # VISIBLE, BLURRED, SIDE_ROAD or OCCLUDED
+    visibility: str  # VISIBLE, BLURRED, SIDE_ROAD, OCCLUDED, ...
     box: Box
     name: str  # such as 50_SIGN
 
@@ -213,8 +216,11 @@ def _read_annotations(path: Path) -> Iterator[tuple[int, str, list[Sign]]]:
             file, signs = _read_line(line)
         except ValueError as error:
             raise DataError(f"{path}: line {number}: {error}; download it again") from error
-        if seen.setdefault(file, number) != number:
-            raise DataError(f"{path}: line {number}: {file} was in line {seen[file]} already; download it again")
+        first = seen.setdefault(file, number)
+        if first != number and lines[first - 1].strip() == line.strip():
+            continue
+        if first != number:
+            raise DataError(f"{path}: line {number}: {file} was in line {first} already; download it again")
         yield number, file, signs
 
 
@@ -231,12 +237,12 @@ def _read_line(line: str) -> tuple[str, list[Sign]]:
 
 def _read_sign(text: str) -> Sign:
     fields = [field.strip() for field in text.split(",")]
-    if len(fields) != 7:
+    if len(fields) == 1:  # a word, as MISC_SIGNS is, for a sign of which no more is known
+        return Sign(text, (np.nan,) * 4, "")
+    if len(fields) < 7:
         raise ValueError(f"{text!r} has {len(fields)} fields, not VISIBILITY, xmax, ymax, xmin, ymin, TYPE, NAME")
     numbers = [_NUMBER.match(field) for field in fields[1:5]]
     x_max, y_max, x_min, y_min = (float(number[0]) if number else np.nan for number in numbers)
-    if not (x_max >= x_min and y_max >= y_min):
+    if fields[6] in LIMITS and not (x_max >= x_min and y_max >= y_min):
         raise ValueError(f"{text!r} has no box of xmax, ymax, xmin, ymin")
-    if fields[0] not in _VISIBILITIES and fields[6] in LIMITS:
-        raise ValueError(f"{fields[0]!r} is none of {', '.join(_VISIBILITIES)}")
     return Sign(fields[0], (y_min, x_min, y_max - y_min, x_max - x_min), fields[6])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nested_ats.base import EncoderConfig
 from nested_ats.images import find_level
 from pipeline.config import CacheConfig
 from pipeline.errors import DataError
@@ -105,34 +106,39 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
 
 
-def check_slide(slide: Slide, downsamples: Sequence[float], channels: int | None = None) -> int:
+def check_slide(slide: Slide, config: EncoderConfig, channels: int | None = None) -> int:
     """See that a slide has what a model reads, and return its number of channels.
 
     Parameters
     ----------
     slide
         Open.
-    downsamples
-        Of the levels that the model reads.
+    config
+        Of the model.
     channels
         Number of channels that it must have.
 
     Raises
     ------
     DataError
-        It has other channels, or lacks a level.
+        It has other channels, lacks a level, or is too small for the model's encoder.
     """
     path, found = slide.location, len(slide.channels)
     if channels is not None and found != channels:
         raise DataError(f"{path}: {found} channels where the model has {channels}; convert slides of one kind")
     try:
-        for downsample in downsamples:
-            find_level(SlideImage(slide), downsample)
+        found_levels = [find_level(SlideImage(slide), downsample) for downsample in config.downsamples]
     except ValueError as error:
         raise DataError(
             f"{path}: {error}; set the model's downsamples to levels there are, "
             "or convert with a smaller --min-level-size"
         ) from error
+    height, width = slide.levels[max(found_levels)].shape_yx
+    if min(height, width) < config.smallest_view:
+        raise DataError(
+            f"{path}: {height} x {width} pixels where the model looks first, and its encoder takes no less than "
+            f"{config.smallest_view} on a side; leave it out, or choose a finer downsample"
+        )
     return found
 
 

@@ -133,7 +133,7 @@ def _usable(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> tup
     for entry in entries:
         try:
             with open_slide(entry.path, config.data.cache) as slide:
-                channels = check_slide(slide, config.model.downsamples, channels)
+                channels = check_slide(slide, config.model, channels)
             usable.append(entry)
         except (StorageError, DataError) as error:
             if fail_fast:

@@ -112,6 +112,14 @@ class TestWeights:
         with pytest.raises(ModelFileError, match=r"attention\.2"):
             load_model(folder)
 
+    def test_one_flipped_bit(self, folder):
+        path = folder / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-100] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ModelFileError, match=r"model\.safetensors: damaged"):
+            load_model(folder)
+
     def test_truncated_or_pickled(self, model, folder):
         path = folder / "model.safetensors"
         whole = path.read_bytes()

@@ -55,6 +55,11 @@ class Small(nn.Module):
         return self.norm(self.convolution(patches)).mean((-2, -1))
 
 
+def _with_features(module, features):
+    module.features = features
+    return module
+
+
 @pytest.fixture
 def strangers(monkeypatch):
     """Module of encoders that can be imported as ``strangers``."""
@@ -63,6 +68,8 @@ def strangers(monkeypatch):
     module.number = 3
     module.not_a_module = lambda **_: object()
     module.a_map = lambda in_channels: nn.Conv2d(in_channels, 4, 3)
+    module.lacking = lambda in_channels: {}["weights"]
+    module.boasting = lambda in_channels: _with_features(Small(in_channels=in_channels, width=7), 5)
     module.picky = lambda in_channels: nn.Sequential(nn.Flatten(), nn.Linear(10, 4))
     monkeypatch.setitem(sys.modules, "strangers", module)
     return module
@@ -143,6 +150,8 @@ class TestImportPath:
             ("strangers:number", "cannot be called"),
             ("strangers:not_a_module", r"not a torch\.nn\.Module"),
             ("strangers:a_map", r"not to \(2, features\)"),
+            ("strangers:lacking", r"cannot be built with \{\}: 'weights'"),
+            ("strangers:boasting", "says that it has 5 features, and gives 7"),
             ("strangers:picky", r"does not take patches of shape \(2, 3, 27, 27\)"),
         ],
     )

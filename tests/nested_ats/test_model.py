@@ -187,3 +187,26 @@ def test_impossible_levels_are_refused():
 )
 def test_the_rule_for_levels(side, downsamples):
     assert [level.downsample for level in levels_for((side // 2, side))] == downsamples
+
+
+@pytest.mark.parametrize("method", ["systematic", "desraj"])
+def test_a_budget_beyond_all_cells_opens_each_once(method):
+    """It takes what there is: a budget a thousand times as large reads, computes and answers the same."""
+    images, keys = [image(200, 300), image(97, 64)], torch.arange(2)
+
+    def classify(first, last):
+        levels = (
+            dataclasses.replace(TWO_LEVELS.levels[0], samples=first),
+            dataclasses.replace(TWO_LEVELS.levels[1], samples=last),
+        )
+        torch.manual_seed(0)
+        config = dataclasses.replace(TWO_LEVELS, levels=levels, method=method)
+        return NestedATS(config, in_channels=3, classes=4).double()(
+            [ArrayImage(i.read(0, torch.tensor([[0, 0, *i.shapes[0]]]))[0].double(), levels=4) for i in images], keys
+        )
+
+    few, many = classify(70, 70 * 16), classify(70_000, 10**7)
+    assert many.phases[1].population.log_attention.shape == (2, 70, 16)
+    assert many.phases[1].centers_l0.shape == (2, 70 * 16, 2)
+    torch.testing.assert_close(many.logits, few.logits)
+    torch.testing.assert_close(many.entropy, few.entropy)

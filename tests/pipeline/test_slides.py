@@ -8,6 +8,7 @@ import pytest
 import torch
 import zarr
 
+from nested_ats import CNNConfig
 from nested_ats.images import find_level
 from pipeline import slides as module
 from pipeline.config import CacheConfig, parse_config, plain
@@ -79,13 +80,16 @@ def test_levels_of_other_writers_are_found_whatever_their_rounding(tmp_path):
 
 def check(place, model):
     with open_slide(place) as slide:
-        return check_slide(slide, model.downsamples)
+        return check_slide(slide, model)
 
 
 def test_what_a_model_does_not_take_is_refused(config, tmp_path):
     place = write_foreign(tmp_path / "single.zarr", np.ones((3, 64, 64), np.uint8), (1,))
     with pytest.raises(DataError, match=r"no level at downsample 4 \(it has 1\)"):
         check(place, config.model)
+    narrow = write_foreign(tmp_path / "narrow.zarr", np.ones((3, 64, 20), np.uint8), (1,))
+    with pytest.raises(DataError, match="64 x 20 pixels where the model looks first, .* no less than 24"):
+        check(narrow, CNNConfig(encoder="lenet"))
     write_tiff(tmp_path / "a.tif", [np.zeros((64, 64, 3), np.uint8)], shape=(64, 64, 3), dtype="uint8", tile=64)
     with pytest.raises(NotAPyramidError, match="a TIFF, not a pyramid; run nested-ats convert"):
         open_slide(str(tmp_path / "a.tif"))
