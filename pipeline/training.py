@@ -40,10 +40,10 @@ from pipeline.slides import SlideCache, draw_key
 from pipeline.unreadable import SlideError, Unreadable, WatchedImage
 from storage import StorageError
 
-# Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy while two
-# compute. What a part computed for its backward pass is held until then, so memory is that of five parts at most.
-_PARTS_AHEAD = 4
-_READERS = 8  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
+# Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy, and at most
+# half of them, since what a part computed for its backward pass is held until then.
+_PARTS_AHEAD = 8
+_READERS = 16  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
 
 T = TypeVar("T")
 OnStep = Callable[[int, int, str], None]  # steps done, steps in all, a few words
@@ -388,11 +388,12 @@ def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]
     if len(items) == 1:
         yield function(items[0])
         return
-    with ThreadPoolExecutor(_PARTS_AHEAD) as pool:
+    ahead = min(_PARTS_AHEAD, len(items) // 2)
+    with ThreadPoolExecutor(ahead) as pool:
         waiting: deque[Future[T]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > _PARTS_AHEAD:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

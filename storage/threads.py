@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-POOL_THREADS = 32
+POOL_THREADS = 128  # they wait for a store; as many as eight slides have requests in flight
 
 
 @cache
