@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -136,10 +136,9 @@ def predict(
         _check_folder(folder, fingerprint, overwrite=overwrite)
         write_json(folder / ABOUT, {"settings": _plain(settings), "fingerprint": fingerprint})
         rows = {entry.slide_id: _read_result(results, entry) for entry in entries}
-        todo = [entry for entry in entries if rows[entry.slide_id] is None]
         tasks = cluster.run_tasks(
             partial(Classifier, settings),
-            todo,
+            [entry for entry in entries if rows[entry.slide_id] is None],
             key=lambda entry: entry.slide_id,
             address=address,
             workers=workers,
@@ -147,18 +146,26 @@ def predict(
             timeout_s=timeout_s,
             cost=_pixels,
         )
-        with progress("predict") as update, closing(tasks):
-            for outcome in tasks:
-                entry = outcome.item
-                if outcome.result is None:
-                    rows[entry.slide_id] = {"status": "failed", "error": outcome.error}
-                else:
-                    write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **outcome.result})
-                    rows[entry.slide_id] = outcome.result
-                update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
+        with closing(tasks):
+            _collect(tasks, rows, results)
         table = [{**_identity(entry), **(rows[entry.slide_id] or {})} for entry in entries]
         write_table(folder, table)
         return table
+
+
+def _collect(
+    outcomes: Iterable[cluster.Outcome[Entry, Any]], rows: dict[str, dict[str, Any] | None], results: Path
+) -> None:
+    """Enter results in the rows and commit each to its file, as they come."""
+    with progress("predict") as update:
+        for outcome in outcomes:
+            entry = outcome.item
+            if outcome.result is None:
+                rows[entry.slide_id] = {"status": "failed", "error": outcome.error}
+            else:
+                write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **outcome.result})
+                rows[entry.slide_id] = outcome.result
+            update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
 
 
 class Classifier:
