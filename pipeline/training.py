@@ -388,8 +388,8 @@ def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]
     if len(items) == 1:
         yield function(items[0])
         return
-    ahead = min(_PARTS_AHEAD, len(items) // 2)
-    with ThreadPoolExecutor(ahead) as pool:
+    ahead = max(1, min(_PARTS_AHEAD, len(items) // 2))
+    with ThreadPoolExecutor(ahead + 1) as pool:
         waiting: deque[Future[T]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
