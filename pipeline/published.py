@@ -217,11 +217,10 @@ def _read_annotations(path: Path) -> Iterator[tuple[int, str, list[Sign]]]:
         except ValueError as error:
             raise DataError(f"{path}: line {number}: {error}; download it again") from error
         first = seen.setdefault(file, number)
-        if first != number and lines[first - 1].strip() == line.strip():
-            continue
-        if first != number:
+        if first == number:
+            yield number, file, signs
+        elif lines[first - 1].strip() != line.strip():
             raise DataError(f"{path}: line {number}: {file} was in line {first} already; download it again")
-        yield number, file, signs
 
 
 def _read_line(line: str) -> tuple[str, list[Sign]]:
