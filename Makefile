@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+# Two processes, which two cores keep busy; `make test TESTS='-n 0 tests/storage'` runs some in one.
+TESTS ?= -n 2 --dist loadgroup
+
+.PHONY: demo test test-random lint clean
 
 # The stamp is newer than the files that decide what is installed, or the install runs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -21,7 +24,11 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
+
+# Other examples and another order each time; the seeds are printed, to be given again.
+test-random: $(VENV)/.installed
+	$(BIN)/pytest $(TESTS) --random-order --hypothesis-profile=random
 
 clean:
 	rm -rf $(VENV) demo

@@ -1,4 +1,8 @@
-"""What tests of several rooms share."""
+"""What tests of several rooms share, and which of them run beside each other.
+
+Notable: `make test` runs two processes at once (pytest-xdist). A file's tests stay in one of them, in order, so that
+what a module makes is made once; all that use the one Ray head stay in one, too.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,34 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy come: their threads would only get in the way
+
 import pytest
+from hypothesis import settings
 
 from cluster import session
+
+# `make test` tries the same examples each time; `make test-random` draws anew and prints how to draw them again.
+# No deadline: another process on this machine must not fail a test.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile("fixed")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests stay together, and begin with the groups that take long, so that none is left for the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    slow: dict[str, int] = {}
+    groups: dict[pytest.Item, str] = {}
+    for item in items:
+        on_head = "ray_head" in getattr(item, "fixturenames", ())
+        group = "ray" if on_head else str(item.path.relative_to(config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(group))
+        groups[item] = group
+        slow[group] = slow.get(group, 0) + (item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[groups[item]])
 
 
 @pytest.fixture
