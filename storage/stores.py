@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from storage.credentials import check_credentials
 from storage.errors import MissingImageError, StorageError, TransferError
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
     Raises
     ------
     TransferError
-        The URL is not of a kind that can be opened, or this process was forked from one that had opened a URL.
+        The URL is not of a kind that can be opened, S3 has no credentials, or this process was forked from one that
+        had opened a URL.
     """
     global _connected_in  # noqa: PLW0603
     from datetime import timedelta
@@ -214,7 +216,7 @@ def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
     check_not_forked(url)
     _connected_in = os.getpid()
     try:
-        return from_url(
+        store = from_url(
             url,
             client_options={"allow_http": True, "timeout": timedelta(seconds=timeout_s or TIMEOUT_S)},
             retry_config={
@@ -225,6 +227,8 @@ def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
         )
     except Exception as error:
         raise TransferError(f"{url}: not a location that can be opened ({first_line(error)})") from error
+    check_credentials(url, store)
+    return store
 
 
 def check_url(url: str) -> None:

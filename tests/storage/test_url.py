@@ -15,7 +15,7 @@ from storage import (
     open_image,
     write_pyramid,
 )
-from storage.stores import RETRIES, connect
+from storage.stores import RETRIES, connect, list_below
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +166,33 @@ def test_refusals_of_obstore_are_one_line(monkeypatch):
     with pytest.raises(TransferError, match="not a location that can be opened") as caught:
         connect("az://container/p.zarr")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def no_keys(monkeypatch, tmp_path):
+    """No credentials of S3 anywhere."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("storage.credentials._VENDOR", tmp_path / "none")
+
+
+@pytest.mark.parametrize("url", ["s3://slides/p.ome.zarr", "https://slides.s3.amazonaws.com/p.ome.zarr"])
+def test_s3_without_keys_says_so_and_asks_nothing(no_keys, tmp_path, monkeypatch, url):
+    with pytest.raises(TransferError, match=f"^{url}: no credentials for S3; set AWS_ACCESS.* AWS_SKIP_SIGNATURE=t"):
+        connect(url)
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    with pytest.raises(TransferError, match="profiles in ~/.aws are not read.*export-credentials"):
+        connect(url)
+    for name in ("AWS_SKIP_SIGNATURE", "AWS_METADATA_ENDPOINT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "true")
+            connect(url)
+    (tmp_path / "none").write_text("Amazon EC2\n")  # a role of the machine gives keys there
+    connect(url)
+
+
+def test_every_way_to_open_s3_looks_for_keys(no_keys):
+    for open_ in (Slide, open_image, lambda url: list_below(url, bool)):
+        with pytest.raises(TransferError, match="no credentials"):
+            open_("s3://slides/p.ome.zarr")

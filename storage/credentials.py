@@ -1,0 +1,51 @@
+"""Whether S3 can be asked at all: obstore without keys asks a metadata service, for minutes where there is none."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.errors import TransferError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+# What obstore looks for, in its order; the metadata service of a virtual machine comes after them.
+_SOURCES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_METADATA_ENDPOINT",
+)
+_VENDOR = Path("/sys/class/dmi/id/sys_vendor")  # "Amazon EC2" there, where a role of the machine gives keys
+
+
+def check_credentials(url: str, store: ObjectStore) -> None:
+    """See that obstore has credentials for a store in S3 or is told to go without; nothing is asked of the network.
+
+    Raises
+    ------
+    TransferError
+        It has not.
+    """
+    from obstore.store import S3Store
+
+    unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "on", "yes", "y")
+    if not isinstance(store, S3Store) or unsigned or any(os.environ.get(name) for name in _SOURCES) or _on_ec2():
+        return
+    profiles = ""
+    if os.environ.get("AWS_PROFILE") or (Path.home() / ".aws" / "credentials").exists():
+        profiles = ' (profiles in ~/.aws are not read: eval "$(aws configure export-credentials --format env)")'
+    raise TransferError(
+        f"{url}: no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY{profiles}, or "
+        "AWS_SKIP_SIGNATURE=true for a bucket that anyone may read"
+    )
+
+
+def _on_ec2() -> bool:
+    with suppress(OSError):
+        return _VENDOR.read_text().startswith("Amazon EC2")
+    return False
