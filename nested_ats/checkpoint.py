@@ -6,10 +6,12 @@ build the network again and to name its classes.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ M = TypeVar("M", bound=ImageModel)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "nested-ats/1"
+_HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
 
 
 def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> None:
@@ -37,7 +40,8 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
     Parameters
     ----------
     folder
-        Where `WEIGHTS` and `CONFIG` go; an earlier model there is replaced.
+        Where `WEIGHTS` and `CONFIG` go; an earlier model there is replaced in one step (on Linux; elsewhere a reader
+        may find none for a moment).
     model
         The network, of any kind; its weights are written as they are.
     classes
@@ -63,12 +67,21 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
     save_file(weights, partial / WEIGHTS)
     description["weights_sha256"] = _sha256(partial / WEIGHTS)
     (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read it
+    if not _exchange(partial, folder):
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False, and nothing done, where one is missing or the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux; Python has no function for it
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0
 
 
 @overload

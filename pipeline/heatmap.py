@@ -97,7 +97,8 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
     config = classifier.model.config
     assert isinstance(config, PatchConfig)  # noqa: S101  seen in `heatmaps`
     with classifier.open(entry) as slide:
-        prediction = classifier.estimate(entry, SlideImage(slide, background=classifier.settings.background))
+        image = SlideImage(slide, background=classifier.settings.background)
+        prediction = classifier.estimate(entry, image)
         density, pitch = attention_map(prediction.outputs, slide.shape_yx)
         # In times the uniform attention: one number means the same on slides of any size.
         heat = (density * density.numel()).float().numpy()
@@ -113,7 +114,8 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
             channels=("attention, times uniform",),
             overwrite=True,
         )
-        write_atomic(folder / PICTURE, draw_picture(slide, heat, pitch, patches, f"{entry.slide_id}: {words}"))
+        picture = draw_picture(slide, heat, pitch, patches, f"{entry.slide_id}: {words}", fill=image.fill)
+        write_atomic(folder / PICTURE, picture)
     write_atomic(folder / OBJECTS, json.dumps(to_geojson(patches)) + "\n")
     return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()))
 
@@ -165,7 +167,7 @@ def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
 
 
 def draw_picture(
-    slide: Slide, heat: NDArray[np.float32], pitch: float, patches: Sequence[Patch], title: str
+    slide: Slide, heat: NDArray[np.float32], pitch: float, patches: Sequence[Patch], title: str, *, fill: float = 0
 ) -> bytes:
     """Draw the slide under its attention, with colour bar, scale bar and the heaviest patches; returns a PNG.
 
@@ -181,6 +183,8 @@ def draw_picture(
         Heaviest first.
     title
         Of the picture.
+    fill
+        Value of pixels off the slide, as the model saw them (`SlideImage.fill`).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
@@ -214,7 +218,7 @@ def draw_picture(
     for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
         place.axis("off")
         if patch is not None:
-            place.imshow(_to_rgb(_read_patch(slide, patch)))
+            place.imshow(_to_rgb(_read_patch(slide, patch, fill)))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
     buffer = io.BytesIO()
@@ -238,12 +242,13 @@ def _thumbnail(slide: Slide) -> tuple[NDArray[Any], tuple[float, float]]:
     return _to_rgb(pixels), (height * level.downsample, width * level.downsample)
 
 
-def _read_patch(slide: Slide, patch: Patch) -> NDArray[Any]:
+def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
     """(C, h, w) of a patch, from a level coarse enough that a large one is cheap."""
     fine = [i for i, level in enumerate(slide.levels) if patch.side_l0 / level.downsample >= _PATCH_PIXELS]
     number = fine[-1] if fine else 0
     corner_and_side = (patch.y_l0, patch.x_l0, patch.side_l0, patch.side_l0)
-    return slide.read(number, [round(value / slide.levels[number].downsample) for value in corner_and_side])
+    box = [round(value / slide.levels[number].downsample) for value in corner_and_side]
+    return slide.read(number, box, fill=fill)
 
 
 def _to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:

@@ -31,12 +31,16 @@ class SlideImage:
         An open slide.
     background
         Value of pixels off the slide, from 0 (black) to 1 (white).
+
+    Attributes
+    ----------
+    fill : `background` as a value of the slide's type
     """
 
     def __init__(self, slide: Slide, *, background: float = 0.0) -> None:
         self.slide = slide
         dtype = np.dtype(slide.dtype)
-        self._fill = background if dtype.kind == "f" else round(background * np.iinfo(dtype).max)
+        self.fill = background if dtype.kind == "f" else round(background * np.iinfo(dtype).max)
 
     @property
     def shapes(self) -> Sequence[tuple[int, int]]:
@@ -50,7 +54,7 @@ class SlideImage:
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """(N, C, h, w) of the slide's type; see `nested_ats.Image.read`."""
-        return torch.from_numpy(self.slide.read_many(level, boxes.numpy(), fill=self._fill))
+        return torch.from_numpy(self.slide.read_many(level, boxes.numpy(), fill=self.fill))
 
 
 class SlideCache:

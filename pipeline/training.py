@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,13 +134,9 @@ class Trainer:
         return math.ceil(len(self.training) / self.config.train.batch_size)
 
     def run(self, on_step: OnStep) -> dict[str, float]:
-        """Train from the last state to the last epoch and write the model."""
+        """Train from the last state to the last epoch and write the model; that of a shorter run stays until then."""
         position = self._resume()
         metrics: dict[str, float] = {}
-        if self.context.rank == 0 and position.epoch < self.config.train.epochs:
-            shutil.rmtree(self.folder / MODEL, ignore_errors=True)  # that of a shorter run, which this one extends
-            if self.mirror:
-                self.mirror.remove(MODEL)
         with (
             ThreadPoolExecutor(_READERS) as readers,
             _Curves(self.folder, position, self.context) as curves,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from math import isfinite
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -73,6 +75,31 @@ def test_saving_again_replaces_the_model(model, folder):
     save_model(folder, model, classes=list("wxyz"))
     assert load_model(folder)[1] == list("wxyz")
     assert [path.name for path in folder.parent.iterdir()] == ["m"]
+
+
+def test_a_reader_always_finds_a_model_while_another_takes_its_place(model, folder):
+    saver = Thread(target=lambda: [save_model(folder, model, classes=list("wxyz")) for _ in range(20)])
+    saver.start()
+    found = [True]
+    while saver.is_alive():
+        found.append((folder / "config.json").exists())
+    saver.join()
+    assert all(found)
+
+
+def test_a_system_that_cannot_exchange_folders(model, folder, monkeypatch):
+    monkeypatch.setattr("nested_ats.checkpoint._exchange", lambda *_: False)
+    test_saving_again_replaces_the_model(model, folder)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_files_have_the_mode_that_the_umask_gives(model, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_model(tmp_path / "m", model, classes=list("abcd"))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -97,7 +98,7 @@ def centre_of_mass(values, edges):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Pictures take most of the time, and their own tests."""
-    monkeypatch.setattr("pipeline.heatmap.draw_picture", lambda *_: b"")
+    monkeypatch.setattr("pipeline.heatmap.draw_picture", lambda *_, **__: b"")
 
 
 SPOTS = [(8, 16), (104, 16), (8, 144), (104, 144), (60, 77)]
@@ -258,6 +259,28 @@ class TestPicture:
             png = draw_picture(slide, np.ones((17, 22), np.float32), CELL, [], "title")
         assert png[:8] == b"\x89PNG\r\n\x1a\n"
         assert extents == [((33, 44), (0, 44 * 4, 33 * 4, 0)), ((17, 22), (0, 22 * CELL, 17 * CELL, 0))]
+
+    @pytest.mark.parametrize(("dtype", "value"), [("uint8", 255), ("uint16", 1.0)])  # all but uint8 are stretched
+    def test_off_the_slide_the_strip_shows_what_the_model_saw(self, spotted, monkeypatch, dtype, value):
+        from matplotlib.axes import Axes
+
+        shown = []
+        monkeypatch.setattr(Axes, "imshow", lambda self, image, **_: shown.append(np.asarray(image)))
+        monkeypatch.setattr("matplotlib.figure.FigureBase.colorbar", lambda *_, **__: None)
+        with Slide(spotted((3, 131, 173), (60, 77), dtype=dtype).path) as slide:
+            image = SlideImage(slide, background=1.0)
+            patches = [Patch(-20, 0, 40, 0.5, 0.1, 1)]
+            draw_picture(slide, np.ones((17, 22), np.float32), CELL, patches, "title", fill=image.fill)
+        strip = shown[-1]
+        assert (strip[:20] == value).all()
+        assert strip[20:].mean() < value / 2
+
+    def test_the_model_s_background_is_that_of_the_picture(self, bright_model, spotted, tmp_path, monkeypatch):
+        fills = []
+        monkeypatch.setattr("pipeline.heatmap.draw_picture", lambda *_, fill: fills.append(fill) or b"")
+        settings = replace(bright_model[3], background=1.0)
+        draw(spotted((3, 131, 173), (60, 77)), settings, tmp_path / "out")
+        assert fills == [255]
 
     def test_large_patches_are_read_from_a_coarse_level(self, spotted, monkeypatch):
         entry = spotted((3, 3000, 600), (60, 77))

@@ -209,13 +209,16 @@ def test_a_run_killed_as_it_began_can_be_started_again(config, pyramids, tmp_pat
     assert train(entries, config, folder)[0]["epoch"] == 3
 
 
-def test_an_extended_run_has_no_model_until_it_has_ended(config, pyramids, tmp_path):
+def test_an_extended_run_keeps_its_last_model_until_the_next_takes_its_place(config, pyramids, tmp_path):
     job = arguments(config, pyramids, tmp_path / "run")
     train_worker(LocalContext(), job)
+    before = weights(tmp_path / "run")
     job["config"] = {**job["config"], "train": {**job["config"]["train"], "epochs": 5}}
     with pytest.raises(Stop):
         train_worker(LocalContext(), job, stop_at(10))
-    assert not (tmp_path / "run" / "model").exists()
+    assert_same(weights(tmp_path / "run"), before)
+    train_worker(LocalContext(), job)
+    assert not torch.equal(weights(tmp_path / "run")["head.weight"], before["head.weight"])
 
 
 AUGMENT = {"brightness": 0.2, "contrast": 0.3, "translation": 0.2, "flip": True}
