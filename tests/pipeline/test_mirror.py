@@ -112,14 +112,20 @@ def test_the_copy_of_another_run_is_refused_and_overwritten_when_asked(config, e
     assert not (before.keys() - after.keys()) - {name for name in before if name.startswith("tensorboard/")}
 
 
-def test_an_extended_run_has_no_model_until_it_has_ended(config, entries, url, s3, tmp_path, monkeypatch):
+def test_the_copy_of_an_extended_run_keeps_its_last_model_until_the_next_takes_its_place(
+    config, entries, url, s3, tmp_path, monkeypatch
+):
     train(entries, config, tmp_path / "run", mirror=url)
+    before = s3.objects("runs/first")
     values = plain(config)
     longer = parse_config({**values, "train": {**values["train"], "epochs": config.train.epochs + 1}}, "")
     stop_after(1, monkeypatch)
     with pytest.raises(Stop):
         train(entries, longer, tmp_path / "run", mirror=url)
-    assert not [name for name in s3.objects("runs/first") if name.startswith(MODEL)]
+    name = f"{MODEL}/model.safetensors"
+    assert s3.objects("runs/first")[name] == before[name]
+    train(entries, longer, tmp_path / "run", mirror=url)
+    assert s3.objects("runs/first")[name] != before[name]
 
 
 def test_of_two_trainings_one_finds_out_before_it_has_changed_anything(
