@@ -72,12 +72,25 @@ class PatchConfig(EncoderConfig):
     patch_size: int = 64  # side of the patches that the encoder sees, in pixels
     patch_downsample: float = 1.0  # of the patches
     location: bool = False  # whether the feature network is told where in the image a patch lies (section 3.3)
+    allow_gaps: bool = (
+        False  # whether cells may be larger than a patch, which is centred on one: no draw sees the rest
+    )
 
     def _check_encoder(self, patch_size: int | None) -> None:
         assert patch_size is None  # noqa: S101 - the size is the configuration's own
         super()._check_encoder(self.patch_size)
         if self.patch_downsample < 1:
             raise ValueError("patch_downsample: must be at least 1")
+
+    def _check_cover(self, field: str, cell_l0: float) -> None:
+        """Raise ValueError where a patch is smaller than the cell that it stands for, and that is not meant."""
+        side = self.patch_size * self.patch_downsample
+        if side * (1 + 1e-9) < cell_l0 and not self.allow_gaps:  # 30 * 1.1 is to cover 33
+            raise ValueError(
+                f"{field}: patches of patch_size * patch_downsample = {side:g} level-0 pixels do not cover the cells "
+                f"of {cell_l0:g} that they are drawn from; take smaller cells or larger patches, or set "
+                "allow_gaps to true where the gaps are meant"
+            )
 
     @property
     def downsamples(self) -> tuple[float, ...]:

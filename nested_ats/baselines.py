@@ -53,6 +53,7 @@ class DeepMILConfig(PatchConfig):
         super().__post_init__()
         if min(self.stride, self.attention_features, self.chunk) < 1:
             raise ValueError("stride, attention_features and chunk must be positive")
+        self._check_cover("stride", self.stride * self.patch_downsample)
         if self.attention not in ("plain", "gated"):
             raise ValueError(f"attention: must be plain or gated, not {self.attention!r}")
 
@@ -70,6 +71,7 @@ class UniformConfig(PatchConfig):
         super().__post_init__()
         if min(self.samples, self.cell) < 1:
             raise ValueError("samples and cell must be at least 1")
+        self._check_cover("cell", self.cell)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,16 +115,17 @@ def scale_pixels(pixels: Tensor) -> Tensor:
 
 
 def find_level(image: Image, downsample: float) -> int:
-    """Level of `image` with the given downsample.
+    """Level of `image` with the given downsample: of several that have it nearly, as in a small image, the nearest.
 
     Raises
     ------
     ValueError
         No level has it, to within half of the level's pixels over the whole image.
     """
-    for level, (have, shape) in enumerate(zip(image.downsamples, image.shapes, strict=True)):
-        if abs(have / downsample - 1) * max(shape) < 0.5:
-            return level
+    levels = enumerate(zip(image.downsamples, image.shapes, strict=True))
+    near = [level for level, (have, shape) in levels if abs(have / downsample - 1) * max(shape) < 0.5]
+    if near:
+        return min(near, key=lambda level: abs(image.downsamples[level] - downsample))
     there = ", ".join(f"{d:g}" for d in image.downsamples)
     raise ValueError(f"the image has no level at downsample {downsample:g} (it has {there})")
 

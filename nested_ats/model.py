@@ -95,6 +95,7 @@ class ModelConfig(PatchConfig):
                     f"cells of {self.levels[depth - 1].extent_l0:g} above them"
                 )
         super().__post_init__()
+        self._check_cover(f"levels[{len(self.levels) - 1}].stride", self.levels[-1].extent_l0)
         if self.method not in METHODS:
             raise ValueError(f"method: must be one of {', '.join(METHODS)}, not {self.method!r}")
         if self.baseline not in get_args(Baseline):

@@ -184,7 +184,7 @@ class TestUniform:
         torch.testing.assert_close(output.entropy, torch.full((200,), 20.0).log())
 
     def test_more_patches_than_cells_takes_each_once(self):
-        model = UniformSampling(UniformConfig(patch_size=28, samples=9, cell=40), in_channels=3, classes=4)
+        model = UniformSampling(UniformConfig(patch_size=40, samples=9, cell=40), in_channels=3, classes=4)
         output = model([image()], torch.tensor([0]))
         phase = output.phases[0]
         assert (phase.z[0] > 0).sum() == 4

@@ -50,6 +50,18 @@ def test_a_downsample_that_would_drift_over_a_large_image_is_not_taken():
         find_level(Drifting(), 8)
 
 
+def test_the_nearest_level_is_taken_where_several_are_near_enough():
+    """Over so few pixels a downsample of 4 drifts from one of 5 by less than half a pixel."""
+
+    class Small:
+        downsamples = (1.0, 2.0, 4.0, 5.0)
+        shapes = ((5, 5), (3, 3), (2, 2), (1, 1))
+
+    assert find_level(Small(), 5) == 3
+    assert find_level(Small(), 4.4) == 2
+    assert [find_level(Small(), each) for each in Small.downsamples] == [0, 1, 2, 3]
+
+
 def test_batch_reads_each_image_its_own_boxes():
     images = [ArrayImage(torch.full((1, 8, 8), float(i))) for i in range(3)]
     boxes = torch.zeros(3, 2, 4, dtype=torch.int64)

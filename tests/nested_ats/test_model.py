@@ -9,10 +9,12 @@ import torch
 
 from nested_ats import (
     ArrayImage,
+    DeepMILConfig,
     ImpossibleWeightsError,
     LevelConfig,
     ModelConfig,
     NestedATS,
+    UniformConfig,
     attention_sampling_loss,
     levels_for,
     predict,
@@ -95,6 +97,7 @@ def test_bf16_autocast_stays_close(method, depth):
     config = ModelConfig(
         levels=levels[:depth],
         patch_size=28,
+        allow_gaps=True,
         method=method,
         baseline="leave-one-out" if method == "multinomial" else "constant",
     )
@@ -151,6 +154,27 @@ def test_a_region_as_large_as_the_cell_above_covers_it_whatever_the_rounding():
     below = LevelConfig(downsample=1.2, samples=1, size=6, stride=1)
     assert below.downsample * 6 < above.extent_l0
     assert ModelConfig(levels=(above, below)).levels[1].size == 6
+
+
+@pytest.mark.parametrize("downsample", [1, 1.5])
+def test_patches_must_cover_the_cells_that_they_are_drawn_from(downsample):
+    """As regions do between the levels: what lies between the patches could never be seen."""
+    last = LevelConfig(downsample=16, samples=4)  # cells of 128
+    patch = {"patch_size": 32, "patch_downsample": downsample}
+    for make in (
+        lambda **more: ModelConfig(levels=(last,), **patch, **more),
+        lambda **more: ModelConfig(
+            levels=(TWO_LEVELS.levels[0], LevelConfig(downsample=8, size=8, samples=1)), **patch, **more
+        ),
+        lambda **more: UniformConfig(cell=64, **patch, **more),
+        lambda **more: DeepMILConfig(stride=64, **patch, **more),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"(levels\[[01]\]\.stride|cell|stride): .* = {32 * downsample:g} .*allow_gaps"
+        ):
+            make()
+        assert make(allow_gaps=True).patch_size == 32
+    ModelConfig(levels=(LevelConfig(downsample=1.1, samples=1, stride=30),), patch_size=30, patch_downsample=1.1)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def test_more_epochs_go_on_and_other_settings_are_refused(config, pyramids, tmp_
     entries, folder = read_manifest(pyramids), tmp_path / "run"
     train(entries, config, folder)
     first = (folder / STATE).read_bytes()
-    longer = parse_config({**plain(config), "train": {**plain(config)["train"], "epochs": 4}}, "")
+    same = {"model": plain(config)["model"] | {"allow_gaps": True}}  # a permission; older runs do not know of it
+    longer = parse_config({**plain(config), **same, "train": {**plain(config)["train"], "epochs": 4}}, "")
     metrics, failures = train(entries, longer, folder)
     assert metrics["epoch"] == 4
     assert not failures
@@ -236,7 +237,7 @@ EVERY = {
     },
     "deepmil": {"kind": "deepmil", "patch_size": 24, "stride": 24, "features": 8, "attention": "gated"},
     "recomputed": {"kind": "deepmil", "patch_size": 24, "stride": 24, "features": 8, "recompute": True, "chunk": 7},
-    "uniform": {"kind": "uniform", "patch_size": 24, "samples": 25, "cell": 32, "features": 8},
+    "uniform": {"kind": "uniform", "patch_size": 24, "samples": 25, "cell": 32, "features": 8, "allow_gaps": True},
     "cnn": {"kind": "cnn", "encoder": "resnet8", "downsample": 2, "features": 8},
 }
 
@@ -444,7 +445,7 @@ def test_labels_that_allow_no_training(config, pyramids, tmp_path):
 
 def test_a_level_the_slides_lack_is_named(config, pyramids, tmp_path):
     deep = plain(config)
-    deep["model"]["levels"] = [{"downsample": 64, "samples": 2, "stride": 1}]
+    deep["model"] |= {"levels": [{"downsample": 64, "samples": 2, "stride": 1}], "patch_size": 64}
     with pytest.raises(DataError, match="no level at downsample 64"):
         train(read_manifest(pyramids), parse_config(deep, ""), tmp_path / "run")
 
