@@ -7,8 +7,14 @@ behind the same interface (`build_model` makes any of them). Images are read thr
 
 from nested_ats.base import ImageModel, Output, SamplingModel
 from nested_ats.baselines import CNN, CNNConfig, DeepMIL, DeepMILConfig, UniformConfig, UniformSampling
-from nested_ats.checkpoint import load_model, save_model
-from nested_ats.errors import EncoderError, ImpossibleWeightsError, ModelFileError, NestedATSError
+from nested_ats.checkpoint import ModelInfo, inspect_model, load_model, save_model
+from nested_ats.errors import (
+    EncoderError,
+    ImpossibleWeightsError,
+    ModelFileError,
+    NestedATSError,
+    UntrustedEncoderError,
+)
 from nested_ats.evaluation import Prediction, predict
 from nested_ats.expectation import entropy, expectation
 from nested_ats.images import ArrayImage, Image, read_batch
@@ -34,6 +40,7 @@ __all__ = [
     "LevelConfig",
     "ModelConfig",
     "ModelFileError",
+    "ModelInfo",
     "NestedATS",
     "NestedATSError",
     "Output",
@@ -41,11 +48,13 @@ __all__ = [
     "SamplingModel",
     "UniformConfig",
     "UniformSampling",
+    "UntrustedEncoderError",
     "attention_sampling_loss",
     "build_model",
     "draw",
     "entropy",
     "expectation",
+    "inspect_model",
     "levels_for",
     "load_model",
     "predict",

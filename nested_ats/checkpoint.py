@@ -1,7 +1,9 @@
 """Models on disk: weights as safetensors, configuration as JSON; nothing is ever unpickled.
 
 A model folder holds ``model.safetensors`` and ``config.json``; the latter states everything that is needed to
-build the network again and to name its classes.
+build the network again and to name its classes, with a checksum of the weights and one of itself, so that a flipped
+bit anywhere is noticed. Folders of the first format, which lack the latter, load as they are. Both are regular files
+in the folder: what is a pipe or a device, or a link that leads out of it, is refused.
 """
 
 from __future__ import annotations
@@ -16,22 +18,26 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from nested_ats.base import ImageModel
 from nested_ats.encoders import is_import_path
-from nested_ats.errors import ModelFileError
+from nested_ats.errors import ModelFileError, UntrustedEncoderError
+from nested_ats.files import open_regular
 from nested_ats.model import LevelConfig, NestedATS
 from nested_ats.models import KINDS, AnyConfig, build_model
-from nested_ats.weights import read_tensors
+from nested_ats.weights import read_tensors, sha256
 
-__all__ = ["CONFIG", "WEIGHTS", "load_model", "read_tensors", "save_model"]
+__all__ = ["CONFIG", "WEIGHTS", "ModelInfo", "inspect_model", "load_model", "save_model"]
 
 M = TypeVar("M", bound=ImageModel)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_FORMAT = "nested-ats/1"
 _HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+_FIRST_FORMAT, _FORMAT = "nested-ats/1", "nested-ats/2"
+_SUM, _WEIGHTS_SUM = "sha256", "weights_sha256"
+_KEYS = {"format", "model", "in_channels", "classes", _WEIGHTS_SUM, _SUM}
+_LONGEST = 64 * 2**20  # bytes of a description
 
 
 def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> None:
@@ -58,14 +64,16 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    description = {
+    said = {
         "format": _FORMAT,
         "model": dataclasses.asdict(model.config),
         "in_channels": model.in_channels,
         "classes": list(classes),
     }
+    description = json.loads(json.dumps(said))  # as it will be read: the checksum is of that
     save_file(weights, partial / WEIGHTS)
-    description["weights_sha256"] = _sha256(partial / WEIGHTS)
+    description[_WEIGHTS_SUM] = sha256(partial / WEIGHTS)
+    description[_SUM] = _checksum(description)
     (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read it
     if not _exchange(partial, folder):
@@ -82,6 +90,63 @@ def _exchange(one: Path, other: Path) -> bool:
     """Exchange two folders in one step; False, and nothing done, where one is missing or the system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux; Python has no function for it
     return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0
+
+
+class ModelInfo(NamedTuple):
+    """What a model folder says of its model.
+
+    Attributes
+    ----------
+    config
+        Of the network.
+    in_channels
+        C of the images.
+    classes
+        Names of the classes, in the order of the logits.
+    sha256
+        Of the description and the weights: tells one model from another.
+    """
+
+    config: AnyConfig
+    in_channels: int
+    classes: list[str]
+    sha256: str
+
+
+def inspect_model(folder: Path, *, expect: type[ImageModel] = ImageModel, trust_encoder: bool = False) -> ModelInfo:
+    """See that a folder holds a whole model, and say which: nothing is built, and the weights are read in pieces.
+
+    The parameters are those of `load_model`.
+
+    Raises
+    ------
+    ModelFileError
+        A file is missing or damaged, the model is of another kind, or its encoder would be imported and
+        `trust_encoder` is not set.
+    """
+    description = _read_json(folder)
+    try:
+        _check_format(description)
+        config = _parse_config(description["model"], first_format=description["format"] == _FIRST_FORMAT)
+        channels, classes = description["in_channels"], description["classes"]
+        if not _is(channels, int) or channels < 1:
+            raise ValueError(f"in_channels is {channels!r}")
+        if not isinstance(classes, list) or not classes or not all(_is(name, str) for name in classes):
+            raise ValueError(f"classes is {classes!r}, not a list of names")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"classes is {classes!r}, which names one twice")
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{folder / CONFIG}: not a model description: {error}") from error
+    if not issubclass(KINDS[config.kind].model, expect):
+        raise ModelFileError(f"{folder}: a model of kind {config.kind}, where {expect.__name__} is wanted")
+    if is_import_path(config.encoder) and not trust_encoder:
+        raise UntrustedEncoderError(folder / CONFIG, config.encoder)
+    weights = sha256(folder / WEIGHTS, within=folder)
+    if description.setdefault(_WEIGHTS_SUM, weights) != weights:
+        raise ModelFileError(
+            f"{folder / WEIGHTS}: damaged, or not the weights that {CONFIG} was written for; copy the folder again"
+        )
+    return ModelInfo(config, channels, classes, _checksum(description))
 
 
 @overload
@@ -111,51 +176,44 @@ def load_model(
     Raises
     ------
     ModelFileError
-        A file is missing or damaged, the weights do not fit the configuration, the model is of another kind, or its
-        encoder would be imported and `trust_encoder` is not set.
+        As of `inspect_model`, or the weights do not fit the configuration.
     EncoderError
         The encoder cannot be built here.
     """
-    description = _read_json(folder / CONFIG)
-    try:
-        if description["format"] != _FORMAT:
-            raise ValueError(f"format is {description['format']!r}, not {_FORMAT!r}")
-        config = _parse_config(description["model"])
-        channels, classes = description["in_channels"], description["classes"]
-        if not _is(channels, int) or channels < 1:
-            raise ValueError(f"in_channels is {channels!r}")
-        if not isinstance(classes, list) or not classes or not all(_is(name, str) for name in classes):
-            raise ValueError(f"classes is {classes!r}, not a list of names")
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ModelFileError(f"{folder / CONFIG}: not a model description: {error}") from error
-    if not issubclass(KINDS[config.kind].model, expect):
-        raise ModelFileError(f"{folder}: a model of kind {config.kind}, where {expect.__name__} is wanted")
-    if is_import_path(config.encoder) and not trust_encoder:
-        raise ModelFileError(
-            f"{folder / CONFIG}: its encoder is code to import, {config.encoder}; if you trust it, "
-            "load the model with trust_encoder=True"
-        )
+    config, channels, classes, _ = inspect_model(folder, expect=expect, trust_encoder=trust_encoder)
     try:
         model = build_model(config, in_channels=channels, classes=len(classes), pretrained=False)
     except (OverflowError, RuntimeError, TypeError) as error:  # sizes that no network has
         raise ModelFileError(f"{folder / CONFIG}: no network can be built of it: {error}") from error
     try:
-        model.load_state_dict(read_tensors(folder / WEIGHTS))
+        model.load_state_dict(read_tensors(folder / WEIGHTS, within=folder))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ModelFileError(f"{folder / WEIGHTS}: weights do not fit {CONFIG}: {reason}") from error
-    digest = _sha256(folder / WEIGHTS)
-    if description.get("weights_sha256", digest) != digest:
-        raise ModelFileError(f"{folder / WEIGHTS}: damaged, or not the weights that {CONFIG} was written for")
     return model, classes
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_format(description: dict[str, Any]) -> None:
+    """Raise ValueError where a description is of a format that is unknown here, or not as it was written.
+
+    Those of the first format have no checksum of their own and are taken as they are. No single bit makes one format
+    of the other.
+    """
+    if description["format"] == _FIRST_FORMAT:
+        return
+    if description["format"] != _FORMAT:
+        raise ValueError(f"format is {description['format']!r}, not {_FORMAT!r}")
+    if description.keys() != _KEYS or description[_SUM] != _checksum(description):
+        raise ValueError("damaged, or edited by hand, as its checksum shows; copy the folder again, or train again")
 
 
-def _parse_config(description: Any) -> AnyConfig:
+def _checksum(description: dict[str, Any]) -> str:
+    """SHA-256 of what a description says, but for its own checksum, whatever the blanks between."""
+    said = {key: value for key, value in description.items() if key != _SUM}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
     raw = dict(description)
     kind = raw.setdefault("kind", "ats")  # there was one kind before there were several
     if kind not in KINDS:
@@ -164,6 +222,8 @@ def _parse_config(description: Any) -> AnyConfig:
         raw["levels"] = tuple(
             LevelConfig(**{**level, "channels": tuple(level["channels"])}) for level in raw["levels"]
         )
+    if first_format and "patch_size" in raw:
+        raw.setdefault("allow_gaps", True)  # nothing was said of gaps then: what was trained with them has them
     config: AnyConfig = KINDS[kind].config(**raw)  # type: ignore[assignment]
     _check_types(config)
     return config
@@ -194,9 +254,13 @@ def _is(value: Any, wanted: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
     try:
-        description = json.loads(path.read_text())
+        with open_regular(path, within=folder) as file:
+            if os.fstat(file.fileno()).st_size > _LONGEST:
+                raise ValueError(f"longer than {_LONGEST} bytes")
+            description = json.load(file)
     except FileNotFoundError as error:
         raise ModelFileError(f"{path}: no such file; is the folder that of a trained model?") from error
     except (OSError, RecursionError, ValueError) as error:

@@ -1,5 +1,9 @@
 """Errors that a user of `nested_ats` can cause."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class NestedATSError(Exception):
     """Root of the errors of this package."""
@@ -11,6 +15,29 @@ class ImpossibleWeightsError(NestedATSError, ValueError):
 
 class ModelFileError(NestedATSError):
     """A saved model is missing, damaged or not one of ours."""
+
+
+class UntrustedEncoderError(ModelFileError):
+    """A saved model names code to import as its encoder, and nobody has said that it may be.
+
+    Attributes
+    ----------
+    path
+        Of the description that names it.
+    encoder
+        Its name, ``package.module:factory``.
+    """
+
+    def __init__(self, path: Path, encoder: str) -> None:
+        super().__init__(path, encoder)
+        self.path, self.encoder = path, encoder
+
+    def __str__(self) -> str:
+        """Say how a program trusts it."""
+        return (
+            f"{self.path}: its encoder is code to import, {self.encoder}; if you trust it, "
+            "load the model with trust_encoder=True"
+        )
 
 
 class EncoderError(NestedATSError):

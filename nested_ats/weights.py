@@ -2,27 +2,75 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from torch import Tensor
 
 from nested_ats.errors import ModelFileError
+from nested_ats.files import open_regular
+
+# What `torch.save` writes: a zip since torch 1.6, a pickle of protocol 2 before.
+_PICKLES = (b"PK\x03\x04", b"\x80\x02")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, within: Path | None = None) -> dict[str, Tensor]:
     """Tensors of a safetensors file.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    within
+        Folder that it must lie in (`open_regular`).
 
     Raises
     ------
     ModelFileError
-        It is missing, or not whole.
+        It is missing, no regular file, or not whole; of a pickle it says how to convert it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        with open_regular(path, within) as file:
+            start = file.read(4)
+        if start.startswith(_PICKLES):
+            raise ModelFileError(f"{path}: {how_to_convert(path)}")
         return load_file(path)
     except FileNotFoundError as error:
         raise ModelFileError(f"{path}: no such file; is the folder that of a trained model?") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelFileError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def how_to_convert(path: Path) -> str:
+    """What to do with weights that `torch.save` wrote: the command that makes a safetensors file of them."""
+    new = path.with_suffix(".safetensors").name.replace("pytorch_model", "model")
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"w = torch.load({path.name!r}, map_location='cpu', weights_only=True); w = w.get('state_dict', w); "
+        "save_file({k: v.clone().contiguous() for k, v in w.items()}, "
+        f"{new!r}, metadata={{'format': 'pt'}})"
+    )
+    return (
+        "written by torch.save, a pickle, which is never read here since it may run code; "
+        f'convert it once, in its folder, and give {new} instead: python -c "{code}"'
+    )
+
+
+def sha256(path: Path, *, within: Path | None = None) -> str:
+    """Checksum of a file, read in pieces.
+
+    Raises
+    ------
+    ModelFileError
+        It is missing, no regular file, or cannot be read.
+    """
+    try:
+        with open_regular(path, within) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{path}: no such file; is the folder that of a trained model?") from error
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error}") from error

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from nested_ats.files import open_regular
 from pipeline.errors import UsageError
 from storage.locks import locked
 
 _LONGEST_NAME = 200  # characters: file systems allow 255 bytes, of which suffixes and temporary names need some
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it into place.
+def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
+    """Write a file, made of parts, under a temporary name, flush it to the disk, and rename it into place.
 
     Raises
     ------
@@ -30,7 +31,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -41,6 +42,25 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def read_inside(folder: Path, name: str) -> bytes:
+    """Content of a file of a folder that the pipeline made, which may since have been anybody's.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    UsageError
+        It cannot be read, is a pipe or a device, or lies outside the folder.
+    """
+    try:
+        with open_regular(folder / name, within=folder) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{folder / name}: cannot be read: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
-from pipeline.files import write_atomic
+from pipeline.files import read_inside, write_atomic
 from pipeline.runs import CONFIG, CURVES, METRICS, MODEL, RUN, STATE, read_run, state_metadata
 from storage import StorageError
 from storage.objects import Objects, Occupied, mark_of
@@ -99,7 +99,7 @@ class Mirror:
         self._replace(RUN, self._run)
         self._put(self._folder / CONFIG)
         there, here = self._fetch_state(), self._folder / STATE
-        if here.exists() and _position(here.read_bytes()) > _position(there):
+        if here.exists() and _position(read_inside(self._folder, STATE)) > _position(there):
             self.put()
 
     def fetch(self, fingerprint: str) -> None:
@@ -120,7 +120,7 @@ class Mirror:
         path = self._folder / STATE
         if state is None:
             path.unlink(missing_ok=True)
-        elif not path.exists() or path.read_bytes() != state:
+        elif not path.exists() or read_inside(self._folder, STATE) != state:
             write_atomic(path, state)
 
     def put(self) -> None:
@@ -156,7 +156,7 @@ class Mirror:
 
     def _replace(self, name: str, mode: PutMode) -> PutMode:
         try:
-            return self._objects.put(name, (self._folder / name).read_bytes(), mode)
+            return self._objects.put(name, read_inside(self._folder, name), mode)
         except Occupied:
             raise self._taken() from None
 
@@ -169,7 +169,7 @@ class Mirror:
         name, status = path.relative_to(self._folder).as_posix(), path.stat()
         version = status.st_mtime_ns, status.st_size
         if self._done.get(name) != version:
-            self._objects.put(name, path.read_bytes(), "overwrite")
+            self._objects.put(name, read_inside(self._folder, name), "overwrite")
             self._done[name] = version
 
     def _below(self, name: str) -> list[Path]:

@@ -24,23 +24,24 @@ import torch
 
 import cluster
 from nested_ats import (
-    AnyConfig,
     Image,
     ImageModel,
     ImpossibleWeightsError,
     ModelConfig,
     Prediction,
     UniformConfig,
-    build_model,
+    UntrustedEncoderError,
+    inspect_model,
     load_model,
 )
 from nested_ats import predict as estimate
+from nested_ats.base import EncoderConfig
 from pipeline.config import CacheConfig, Precision, digest
 from pipeline.errors import DataError, UsageError
 from pipeline.files import alone, file_name, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.progress import progress
-from pipeline.runs import MODEL, autocast, choose_device, read_run
+from pipeline.runs import autocast, choose_device, model_folder, read_run
 from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
 from storage import Slide, StorageError
 
@@ -63,6 +64,7 @@ class Settings:
     precision: Precision = "float32"  # of the networks
     trust_encoder: bool = False  # import the model's encoder where it is code of the user's
     cache: CacheConfig | None = None  # of chunks fetched from URLs
+    model_sha256: str = ""  # which model that folder holds (`nested_ats.ModelInfo`)
 
 
 def predict(
@@ -192,8 +194,9 @@ class Classifier:
         model, self.classes = load_model(
             Path(settings.model), expect=ImageModel, trust_encoder=settings.trust_encoder
         )
+        model.config = with_samples(model.config, settings.samples)  # its weights do not depend on it
         self.settings = settings
-        self.model = with_samples(model, settings.samples).to(choose_device(settings.device))
+        self.model = model.to(choose_device(settings.device))
 
     def open(self, entry: Entry) -> Slide:
         """Open a slide that has what the model reads.
@@ -269,18 +272,24 @@ def prediction_settings(
 
     Raises
     ------
+    nested_ats.ModelFileError
+        The model is damaged.
     UsageError
-        `run` is no finished run, or `samples` does not fit its model.
+        `run` is no finished run, `samples` does not fit its model, or its encoder is code and not to be trusted.
     """
-    about = read_run(run)
-    if not (run / MODEL).exists():
-        raise UsageError(f"{run}: training has not finished; run nested-ats train again to go on with it")
-    model, _ = load_model(run / MODEL, expect=ImageModel, trust_encoder=trust_encoder)
-    with_samples(model, samples)
+    about, folder = read_run(run), model_folder(run)
+    try:
+        model = inspect_model(folder, trust_encoder=trust_encoder)
+    except UntrustedEncoderError as error:
+        raise UsageError(
+            f"{error.path}: its encoder is code to import, {error.encoder}; if you trust it, give --trust-encoder"
+        ) from error
+    with_samples(model.config, samples)
     config = about["config"]
     cache = config["data"].get("cache")
     return Settings(
-        model=str((run / MODEL).absolute()),
+        model=str(folder.absolute()),
+        model_sha256=model.sha256,
         device=device,
         draws=draws or config["predict"]["draws"],
         samples=tuple(samples),
@@ -294,8 +303,8 @@ def prediction_settings(
     )
 
 
-def with_samples(model: ImageModel, samples: Sequence[int]) -> ImageModel:
-    """Return the model with another budget; its weights do not depend on it.
+def with_samples(config: EncoderConfig, samples: Sequence[int]) -> EncoderConfig:
+    """Return the configuration of a model with another budget.
 
     Raises
     ------
@@ -303,20 +312,16 @@ def with_samples(model: ImageModel, samples: Sequence[int]) -> ImageModel:
         There is not one positive number for each level.
     """
     if not samples:
-        return model
-    config: AnyConfig
-    match model.config:
+        return config
+    match config:
         case ModelConfig() as old if len(samples) == len(old.levels) and min(samples) > 0:
             drawn = zip(old.levels, samples, strict=True)
-            config = replace(old, levels=tuple(replace(level, samples=n) for level, n in drawn))
+            return replace(old, levels=tuple(replace(level, samples=n) for level, n in drawn))
         case UniformConfig() as old if len(samples) == 1 and samples[0] > 0:
-            config = replace(old, samples=samples[0])
+            return replace(old, samples=samples[0])
         case old:
             levels = len(old.levels) if isinstance(old, ModelConfig) else int(isinstance(old, UniformConfig))
             raise UsageError(f"--samples: the model draws at {levels} levels; give that many positive numbers")
-    other = build_model(config, in_channels=model.in_channels, classes=model.classes, pretrained=False)
-    other.load_state_dict(model.state_dict())
-    return other
 
 
 def _pixels(entry: Entry) -> int:
@@ -374,8 +379,7 @@ def table_digest(folder: Path) -> str:
 
 
 def _fingerprint(settings: Settings) -> str:
-    weights = digest((Path(settings.model) / "model.safetensors").read_bytes().hex())
-    return digest({**_plain(settings), "model": weights, "device": ""})
+    return digest({**_plain(settings), "model": "", "device": ""})
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

@@ -10,12 +10,15 @@
     train.lock              held by the process that trains
 
 The state is one file, replaced in one step, so weights, optimizer and position always belong together, whichever
-number of workers wrote them.
+number of workers wrote them; a checksum of all of it is part of it. What is read must be a regular file
+in the folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nested_ats import ModelFileError
-from nested_ats.checkpoint import read_tensors
 from pipeline.config import Precision
 from pipeline.errors import UsageError
-from pipeline.files import write_atomic
+from pipeline.files import read_inside, write_atomic
 
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
 MODEL, CURVES, WORKERS, LOCK = "model", "tensorboard", "ray", "train.lock"
 
+_ABOUT = {"run", "epoch", "step", "metrics"}  # what a state says of itself
+_SUM, _BLANK = "sha256", "-" * 64  # its checksum, and what stands there while it is computed
 _RUN_KEYS = {"fingerprint", "classes", "channels", "config", "versions", "entries"}
 
 
@@ -71,12 +74,28 @@ def save_state(
 
     metrics = "".join(json.dumps(line) + "\n" for line in read_metrics(folder))
     about = {"run": fingerprint, "epoch": str(position.epoch), "step": str(position.step), "metrics": metrics}
+    about[_SUM] = _BLANK
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
     tensors["totals"] = totals
     data = save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata=about)
-    write_atomic(folder / STATE, data)
+    before, after = _around(data, _BLANK)
+    write_atomic(folder / STATE, before, _checksum(before, after), after)
+
+
+def _around(data: bytes, checksum: str) -> tuple[memoryview, memoryview]:
+    """What comes before and after the checksum of a state."""
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    at = header.index(f'"{checksum}"'.encode()) + 1  # no other value can hold it: quotes inside them are escaped
+    return memoryview(data)[:at], memoryview(data)[at + len(checksum) :]
+
+
+def _checksum(before: memoryview, after: memoryview) -> str:
+    """SHA-256 of a whole state, but for the checksum itself."""
+    digest = hashlib.sha256(before)
+    digest.update(after)
+    return digest.hexdigest()
 
 
 def state_metadata(data: bytes) -> dict[str, str]:
@@ -84,10 +103,19 @@ def state_metadata(data: bytes) -> dict[str, str]:
 
     Raises
     ------
-    ValueError, LookupError
-        It is none.
+    ValueError
+        It is none, or any bit of it is not as it was written. States of earlier versions have no checksum and are
+        taken as they are: no single bit makes one of the other.
     """
-    about: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    try:
+        about: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        if about.keys() == _ABOUT:
+            return about
+        whole = about.keys() == _ABOUT | {_SUM} and _checksum(*_around(data, about[_SUM])) == about[_SUM]
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError("it is damaged")
     return about
 
 
@@ -106,11 +134,16 @@ def load_state(
     UsageError
         The state is damaged, or that of another run or model.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     path = folder / STATE
-    if not path.exists():
+    try:
+        data = read_inside(folder, STATE)
+    except FileNotFoundError:
         return None
     try:
-        tensors, about = read_tensors(path), state_metadata(path.read_bytes())
+        about, tensors = state_metadata(data), load(data)
         if about["run"] != fingerprint:
             raise ValueError("it is that of another")
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
@@ -121,7 +154,7 @@ def load_state(
                 states.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
         return Position(int(about["epoch"]), int(about["step"])), tensors["totals"], about["metrics"]
-    except (ModelFileError, RuntimeError, KeyError, ValueError) as error:
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UsageError(f"{path}: not a state of this run ({reason}); start again with --overwrite") from error
 
@@ -136,16 +169,32 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN
     try:
-        run: dict[str, Any] = json.loads(path.read_text())
+        run: dict[str, Any] = json.loads(read_inside(folder, RUN))
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder}: no training run here ({RUN} is missing); give the --out of nested-ats train"
         ) from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UsageError(f"{path}: not readable: {error}") from error
     if not isinstance(run, dict) or not run.keys() >= _RUN_KEYS:
         raise UsageError(f"{path}: not that of a training run; give the --out of nested-ats train")
     return run
+
+
+def model_folder(run: Path) -> Path:
+    """Folder of the model of a finished run.
+
+    Raises
+    ------
+    UsageError
+        Training has not finished, or the model lies elsewhere, by a link.
+    """
+    folder = run / MODEL
+    if not folder.exists():
+        raise UsageError(f"{run}: training has not finished; run nested-ats train again to go on with it")
+    if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(run)):
+        raise UsageError(f"{folder}: a link that leads out of its run; copy the model itself there")
+    return folder
 
 
 def clear_run(folder: Path) -> None:
@@ -175,8 +224,10 @@ def autocast(device: str, precision: Precision) -> torch.autocast:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Metrics of every finished epoch, in order; a line cut short by a crash is left out."""
-    path = folder / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        lines = read_inside(folder, METRICS).splitlines()
+    except FileNotFoundError:
+        lines = []
     metrics = []
     for line in lines:
         try:

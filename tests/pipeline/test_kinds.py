@@ -108,7 +108,7 @@ def test_an_encoder_of_ones_own_is_trusted_only_if_asked(pyramids, tmp_path, mon
     config = parse_config({"model": model, "train": {"epochs": 1, "batch_size": 4}}, "test")
     entries = read_manifest(pyramids)
     train(entries, config, tmp_path / "run")
-    with pytest.raises(Exception, match="trust_encoder"):
+    with pytest.raises(UsageError, match=r"code to import, my_encoders:small; if you trust it, give --trust-encoder"):
         predict(entries[:1], tmp_path / "run", tmp_path / "out")
     [row] = predict(entries[:1], tmp_path / "run", tmp_path / "out", trust_encoder=True)
     assert row["status"] == "ok"

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from pyarrow import parquet
 from typer.testing import CliRunner
 
 import cluster
-from nested_ats import ModelFileError, NestedATS
+from nested_ats import ModelFileError, NestedATS, checkpoint, load_model, save_model
+from nested_ats.weights import read_tensors
 from pipeline import predict as module
 from pipeline.cli import app
 from pipeline.config import parse_config, plain
@@ -152,6 +154,36 @@ class TestResume:
         predict(entries, finished, tmp_path)
         assert len(worked) == len(entries) + 1
         assert (tmp_path / "predictions.parquet").read_bytes() == table
+
+    def test_a_model_is_loaded_once(self, finished, entries, tmp_path, monkeypatch):
+        loads = []
+
+        def counted(path, **options):
+            loads.append(path)
+            return read_tensors(path, **options)
+
+        monkeypatch.setattr(checkpoint, "read_tensors", counted)
+        predict(entries, finished, tmp_path, samples=(2, 2))
+        assert loads == [finished / "model" / "model.safetensors"]
+        predict(entries, finished, tmp_path, samples=(2, 2))  # nothing is left to do
+        assert len(loads) == 1
+
+    def test_predictions_of_another_model_are_refused(self, finished, entries, tmp_path):
+        """One weight is enough, or one word of its description."""
+        run = tmp_path / "run"
+        shutil.copytree(finished, run)
+        predict(entries[:1], run, tmp_path / "out")
+        model, classes = load_model(run / "model")
+        with torch.no_grad():
+            model.head.bias[0] += 1e-3
+        save_model(run / "model", model, classes=classes)
+        with pytest.raises(UsageError, match="of another model"):
+            predict(entries[:1], run, tmp_path / "out")
+        predict(entries[:1], run, tmp_path / "out", overwrite=True)
+        model.config = replace(model.config, mean=0.25)
+        save_model(run / "model", model, classes=classes)
+        with pytest.raises(UsageError, match="of another model"):
+            predict(entries[:1], run, tmp_path / "out")
 
     def test_an_interrupt_keeps_what_has_finished(self, finished, entries, rows, tmp_path, monkeypatch, worked):
         spied = Classifier.__call__
