@@ -105,7 +105,8 @@ def fit(
     require_ray()
     with session(address):
         use_gpu = _use_gpu(device, least)
-        launch = _Launch(function, arguments, least, most, use_gpu, name, Path(storage_path).resolve(), timeout_s)
+        path = Path(storage_path).resolve()
+        launch = _Launch(function, arguments, least, most, use_gpu, name, path, timeout_s, local=address == "local")
         _check_resources(address, launch)
         failures, seen = 0, progress()
         while failures <= max_failures:
@@ -148,6 +149,7 @@ class _Launch:
     name: str
     storage_path: Path
     timeout_s: int
+    local: bool = False
 
     @property
     def resources(self) -> dict[str, float]:
@@ -284,10 +286,13 @@ def _trainer(launch: _Launch, workers: int, ray_name: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from cluster.rendezvous import FileConfig
+
+    kind = FileConfig if launch.local else TorchConfig
     return TorchTrainer(
         _worker,
         train_loop_config={"launch": launch},
-        torch_config=TorchConfig(backend="nccl" if launch.use_gpu else "gloo", timeout_s=launch.timeout_s),
+        torch_config=kind(backend="nccl" if launch.use_gpu else "gloo", timeout_s=launch.timeout_s),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=launch.use_gpu, resources_per_worker=launch.resources
         ),

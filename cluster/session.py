@@ -1,15 +1,20 @@
 """A Ray session for the length of a `with` block, or none at all.
 
 Notable: a session that this process already holds is used again, so nested calls and a test-run-wide head both
-work; what was started here is shut down here, and nothing else ever is.
+work; what was started here is shut down here, and nothing else ever is. A local instance listens on the loopback
+interface only, and keeps its sockets and logs in a folder of its own that goes with it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
-from contextlib import contextmanager
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 
 OBJECT_STORE_BYTES = 200_000_000  # workers fetch their own chunks, so the store carries only small messages
 CONNECT_TIMEOUT_S = 10.0
+_SWEEPS, _SWEEP_PAUSE_S = 50, 0.1  # workers that are being ended may still write their logs
 
 # Read by Ray when it is imported or initialised; a value that the user has set wins.
 _DRIVER_ENVIRONMENT = {
@@ -59,13 +65,14 @@ def session(address: str, *, num_cpus: int | None = None, num_gpus: int | None =
         _probe(address)
     if _open_address is not None:
         raise ClusterError(f"cannot open {address!r}: a session with {_open_address!r} is open in this process")
-    _start(ray, address, num_cpus, num_gpus)
-    _open_address = address
-    try:
-        yield
-    finally:
-        _open_address = None
-        ray.shutdown()
+    with _temporary_folder() if address == "local" else nullcontext("") as folder:
+        _start(ray, address, folder, num_cpus, num_gpus)
+        _open_address = address
+        try:
+            yield
+        finally:
+            _open_address = None
+            ray.shutdown()
 
 
 def require_ray() -> ModuleType:
@@ -88,20 +95,49 @@ def require_ray() -> ModuleType:
     return module
 
 
-def _start(ray: ModuleType, address: str, num_cpus: int | None, num_gpus: int | None) -> None:
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """Make a folder where Ray would have its own; removed when all of Ray's processes have let go of it."""
+    # As Ray chooses: the paths of its sockets must be short, and macOS has long temporary folders.
+    place = os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform == "darwin" else None)  # noqa: S108
+    folder = tempfile.mkdtemp(prefix="ray-", dir=place)
+    try:
+        yield folder
+    finally:
+        for _ in range(_SWEEPS):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.exists(folder):
+                break
+            time.sleep(_SWEEP_PAUSE_S)
+
+
+def _start(ray: ModuleType, address: str, folder: str, num_cpus: int | None, num_gpus: int | None) -> None:
+    from ray._private import ray_constants
+
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
+    environment = _worker_environment(address)
+    # Ray's switch for systems on which it has no clusters: this node is 127.0.0.1, and all that it opens is there.
+    # Its public setting, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, is read once and for all when Ray is imported.
+    ray_constants.ENABLE_RAY_CLUSTER = address != "local"
     if address == "local":
         options |= {
             "num_cpus": num_cpus,
             "num_gpus": num_gpus,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": folder,
         }
+        environment |= {"TMPDIR": folder} | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())
     try:
-        ray.init(runtime_env={"env_vars": _worker_environment(address)}, **options)
+        ray.init(runtime_env={"env_vars": environment}, **options)
     except (Exception, SystemExit) as error:
         hint = "" if address == "local" else "; if the cluster wants a token, set RAY_AUTH_MODE=token and its token"
         raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}{hint}") from error
+
+
+def _loopback() -> str:
+    """Name of the interface of 127.0.0.1: ``lo``, or ``lo0`` on macOS."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _worker_environment(address: str) -> dict[str, str]:

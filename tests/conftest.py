@@ -61,4 +61,6 @@ def ray_head():
             patch.setenv("RAY_TMPDIR", home)
             stack.enter_context(session("local", num_cpus=2, num_gpus=0))
         yield
+    left = {path.name for path in Path(home).iterdir()}
     shutil.rmtree(home, ignore_errors=True)
+    assert left <= {".ray"}, "a session's temporary folder goes with it; only the user's token stays"

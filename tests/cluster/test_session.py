@@ -2,10 +2,14 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
+from ipaddress import ip_address
 
+import psutil
 import pytest
+import torch
 
-from cluster import ClusterError, run_tasks, session
+from cluster import ClusterError, fit, run_tasks, session
 
 WITHOUT_RAY = """
 import sys, tempfile, cluster
@@ -106,3 +110,31 @@ def test_workers_import_our_packages_and_use_one_thread(head):
     assert outcome.result["path"].split(os.pathsep)[0] == root
     assert outcome.result["room"] == cluster.__file__
     assert outcome.result["threads"] == os.environ.get("OMP_NUM_THREADS", "1")
+
+
+def listening(context, arguments):
+    """Addresses on which the driver's processes listen while two workers train: of Ray, of torch and of gloo."""
+    context.all_reduce(torch.ones(1))  # after which all have what they need
+    driver = psutil.Process(arguments["driver"])
+    found = []
+    for process in [driver, *driver.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("inet")
+            found += [(process.name(), one.laddr.ip) for one in connections if one.status == psutil.CONN_LISTEN]
+    context.barrier()
+    return found
+
+
+def only_from_here(address):
+    address = ip_address(address)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_local_session_listens_on_the_loopback_interface_only(head, tmp_path):
+    """That nothing of it stays in the temporary folder, the fixture `ray_head` asserts when all is over."""
+    found = fit(listening, {"driver": os.getpid()}, address="local", workers=2, storage_path=tmp_path)
+    assert {"gcs_server", "raylet"} < {name for name, _ in found}
+    assert sum("Train" in name for name, _ in found) >= 2  # the workers themselves
+    assert [(name, address) for name, address in found if not only_from_here(address)] == []
