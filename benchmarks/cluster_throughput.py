@@ -43,7 +43,7 @@ from pipeline.runs import read_metrics
 from pipeline.slides import SlideImage
 from pipeline.train import train
 from pipeline.training import plain_entries, train_worker
-from storage import write_pyramid
+from storage import processors, write_pyramid
 
 CLASSES = ["bar", "box"]
 BANDWIDTH = 100e9 / 8  # bytes a second between GPUs' nodes: one 100 Gbit/s adapter
@@ -247,7 +247,7 @@ def main() -> None:
     args = parser.parse_args()
     slides, batch, epochs, turns = (4, 4, 2, 1) if args.quick else (32, 16, 6, 3)
     config = make_config(epochs, batch)
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors, one to a worker")
+    print(f"{platform.machine()}, {processors()} processors, one to a worker")
     print(", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "numcodecs", "numpy")))
     with tempfile.TemporaryDirectory() as name, cluster.session("local", num_cpus=2):
         folder = Path(name)

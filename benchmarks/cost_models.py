@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import tempfile
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ import torch
 
 from nested_ats import CNNConfig, DeepMILConfig, LevelConfig, ModelConfig, build_model, step_cost
 from pipeline.slides import SlideImage
-from storage import Slide, write_pyramid
+from storage import Slide, processors, write_pyramid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -200,7 +199,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    machine = f"{name}, {len(os.sched_getaffinity(0))} processors, {torch.get_num_threads()} threads"
+    machine = f"{name}, {processors()} processors, {torch.get_num_threads()} threads"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numcodecs", "numpy"))
     print(machine, versions, sep="\n")
     tables = {}

@@ -35,7 +35,7 @@ import torch
 from nested_ats import DeepMIL, DeepMILConfig, ModelConfig, NestedATS, levels_for
 from nested_ats.profiling import peak_bytes, training_step
 from pipeline.slides import SlideImage
-from storage import Slide, write_pyramid
+from storage import Slide, processors, write_pyramid
 from storage.build import downsample
 from storage.ome_zarr import LevelInfo, metadata_files, parse_pyramid, with_shards
 from storage.shard import encode_shard
@@ -244,7 +244,7 @@ def main() -> None:
     if args.resident:
         print(grow(args.sides[0], args.resident))
         return
-    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors, {torch.get_num_threads()} threads"
+    machine = f"{platform.machine()}, {processors()} processors, {torch.get_num_threads()} threads"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numcodecs", "numpy"))
     print(machine, versions, sep="\n")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

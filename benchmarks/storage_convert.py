@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from storage import processors
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -200,7 +202,7 @@ def main() -> None:
     """Run every way in turn, several times, and print medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 24576])
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) + 1)
+    parser.add_argument("--workers", type=int, default=processors() + 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--folder", default=tempfile.gettempdir())
@@ -211,7 +213,7 @@ def main() -> None:
         print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]))
         return
     packages = ("tifffile", "imagecodecs", "numcodecs", "dask", "zarr", "ngff-zarr", "ome-zarr")
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors, {args.workers} workers")
+    print(f"{platform.machine()}, {processors()} processors, {args.workers} workers")
     print(", ".join(f"{name} {version(name)}" for name in packages))
     ways = [way for way in WAYS if not (args.no_peers and way in PEERS)]
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from storage_convert import make_slide
 
-from storage import ConvertOptions, Slide, convert
+from storage import ConvertOptions, Slide, convert, processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--folder", default=tempfile.gettempdir())
     args = parser.parse_args()
     packages = ("numcodecs", "tensorstore", "zarr", "openslide-python", "openslide-bin", "tiffslide", "numpy")
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors")
+    print(f"{platform.machine()}, {processors()} processors")
     print(", ".join(f"{name} {version(name)}" for name in packages))
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         tiff, pyramid = Path(name, "slide.tif"), Path(name, "slide.ome.zarr")

@@ -10,7 +10,6 @@ in threads), and ends with the optimizer's update; readers take turns. "reading"
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ import torch
 from storage_convert import make_slide
 
 from nested_ats import LevelConfig, ModelConfig, NestedATS, attention_sampling_loss
-from storage import Slide, convert
+from storage import Slide, convert, processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,7 +144,7 @@ def main() -> None:
     parser.add_argument("--pyramid", type=Path)
     args = parser.parse_args()
     packages = ("torch", "numcodecs", "tensorstore", "zarr", "numpy")
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors")
+    print(f"{platform.machine()}, {processors()} processors")
     print(", ".join(f"{name} {version(name)}" for name in packages))
     with tempfile.TemporaryDirectory() as name:
         path = args.pyramid

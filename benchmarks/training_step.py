@@ -47,7 +47,7 @@ from pipeline.config import Config, TrainConfig
 from pipeline.manifest import Entry
 from pipeline.slides import SlideImage
 from pipeline.training import Trainer
-from storage import Slide, convert
+from storage import Slide, convert, processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -245,7 +245,7 @@ def measure(slides: Sequence[str], parts: int, rounds: int, folder: Path) -> dic
     return {
         **medians,
         **{part: watch.seconds[part] / steps for part in PARTS},
-        "busy": used / wall / len(os.sched_getaffinity(0)),
+        "busy": used / wall / processors(),
     }
 
 
@@ -276,7 +276,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     about = {
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+        "machine": f"{platform.machine()}, {processors()} processors",
         "versions": {name: version(name) for name in ("torch", "numcodecs", "obstore", "numpy")},
         **{name: getattr(args, name) for name in ("size", "slides", "threads", "rounds")},
     }

@@ -17,7 +17,16 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder
 from pipeline.manifest import IMAGE_SUFFIXES, Entry, has_image_suffix, read_manifest, slide_name, write_manifest
 from pipeline.progress import SlideProgress, progress
-from storage import ConversionError, ConvertOptions, ConvertReport, StorageError, convert, list_below, open_image
+from storage import (
+    ConversionError,
+    ConvertOptions,
+    ConvertReport,
+    StorageError,
+    convert,
+    list_below,
+    open_image,
+    processors,
+)
 
 if TYPE_CHECKING:
     from storage.executors import CustomExecutor, Executor
@@ -244,7 +253,7 @@ def convert_all(
     conversions: list[Conversion] = []
     spread: Executor = executor
     if address != "none":
-        spread = ray_executor(address, workers or len(os.sched_getaffinity(0)))
+        spread = ray_executor(address, workers or processors())
     try:
         with cluster.session(address), progress("convert") as update:
             shown = SlideProgress(update, len(entries))

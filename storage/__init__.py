@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from storage.raster import RasterImage, open_image
     from storage.slide import Level, ReadStatistics, Slide
     from storage.stores import list_below
+    from storage.threads import processors
     from storage.tiff import TiffImage
     from storage.tiff_write import write_tiff
     from storage.validation import Problem, validate
@@ -44,6 +45,7 @@ __all__ = [
     "convert",
     "list_below",
     "open_image",
+    "processors",
     "validate",
     "write_pyramid",
     "write_tiff",
@@ -55,6 +57,7 @@ _MODULES = {
     "converter": ("ConvertOptions", "ConvertReport", "convert", "write_pyramid"),
     "slide": ("Level", "ReadStatistics", "Slide"),
     "stores": ("list_below",),
+    "threads": ("processors",),
     "raster": ("RasterImage", "open_image"),
     "tiff": ("TiffImage",),
     "tiff_write": ("write_tiff",),

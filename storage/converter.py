@@ -27,6 +27,7 @@ from storage.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_fi
 from storage.shard import BloscCodec, ShardLayout
 from storage.stores import open_store
 from storage.target import Receipt, by_place, check_replaceable, open_partial, sweep_leftovers
+from storage.threads import processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +141,7 @@ def convert(
             strip_rows=_strip_rows(image, info.levels[0]),
             executor=executor,
             # One thread more than processors: there is always one that waits for the disk.
-            workers=workers or len(os.sched_getaffinity(0)) + (executor == "threads"),
+            workers=workers or processors() + (executor == "threads"),
             progress=progress,
             overwrite=overwrite,
             check_source=partial(_check_unchanged, source, identity),

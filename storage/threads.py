@@ -1,4 +1,4 @@
-"""Threads for reading, shared by all slides of a process."""
+"""Threads for reading, shared by all slides of a process; and how many processors there are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 POOL_THREADS = 128  # they wait for a store; as many as eight slides have requests in flight
+
+
+def processors() -> int:
+    """Count the processors that this process may use; macOS, which binds none, tells those of the machine."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
 
 
 @cache

@@ -33,6 +33,7 @@ from storage.raster import open_image
 from storage.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
 from storage.slide import Slide
 from storage.stores import Store, connect, first_line, open_store
+from storage.threads import processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +106,7 @@ def validate(
         The source cannot be opened.
     """
     text = os.fspath(location).rstrip("/")
-    check = _Check(progress, workers or len(os.sched_getaffinity(0)))
+    check = _Check(progress, workers or processors())
     if _is_unfinished(text):
         check.add(None, None, "unfinished", UNFINISHED)
         return check.problems

@@ -1,8 +1,10 @@
 """The package's face: light to import, and complete."""
 
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import storage
@@ -39,3 +41,19 @@ def test_every_public_name_exists():
 def test_errors_form_one_tree():
     errors = [getattr(storage, name) for name in storage.__all__ if name.endswith("Error")]
     assert all(issubclass(error, storage.StorageError) for error in errors)
+
+
+def test_processors_are_counted_where_none_can_be_bound(monkeypatch):
+    assert storage.processors() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert storage.processors() == os.cpu_count()
+
+
+def test_processors_are_counted_in_one_place(monkeypatch, tmp_path):
+    """macOS has no `sched_getaffinity`: converting and validating ask for none of it."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    storage.write_tiff(
+        tmp_path / "a.tif", [np.zeros((16, 16, 3), np.uint8)], shape=(16, 16, 3), dtype="uint8", tile=16
+    )
+    storage.convert(tmp_path / "a.tif", tmp_path / "a.ome.zarr")
+    assert storage.validate(tmp_path / "a.ome.zarr") == []
