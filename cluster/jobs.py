@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.dashboard import find_dashboard, refused
 from cluster.errors import ClusterError, one_line
-from cluster.working_dir import check_size, files_to_upload, pack
+from cluster.working_dir import check_size, describe, files_to_upload, pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +80,15 @@ class Jobs:
         self.address = dashboard.url
         self.warning = dashboard.warning
 
-    def submit(self, command: Sequence[str], *, job_id: str | None = None, working_dir: Path | None = None) -> str:
+    def submit(
+        self,
+        command: Sequence[str],
+        *,
+        job_id: str | None = None,
+        working_dir: Path | None = None,
+        secrets: bool = False,
+        say: Callable[[str], object] = lambda _: None,
+    ) -> str:
         """Start a command on the head of the cluster and return the job's id at once.
 
         Parameters
@@ -92,6 +100,10 @@ class Jobs:
             twice is one job.
         working_dir
             Folder to send along, without what its `.gitignore` files name; the job starts in a copy of it.
+        secrets
+            Whether files of it may go that are named as secrets are.
+        say
+            Told in a line what is sent, before it is.
 
         Raises
         ------
@@ -102,13 +114,15 @@ class Jobs:
             environment: dict[str, Any] = {}
             digest = ""
             if working_dir is not None:
-                files = files_to_upload(working_dir)
+                files = files_to_upload(working_dir, secrets=secrets)
                 check_size(working_dir, files)
                 archive = Path(folder) / "working_dir.zip"
                 digest = pack(working_dir, files, archive)
                 environment["working_dir"] = str(archive)
             job_id = job_id or derived_id(command, digest)
             self._refuse_duplicate(job_id)
+            if working_dir is not None:
+                say(f"sending {describe(working_dir, files)}")
             with self._translated(job_id):
                 self._client.submit_job(
                     entrypoint=shlex.join(command),

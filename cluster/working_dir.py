@@ -1,7 +1,9 @@
 """The folder that travels with a job: what is in it, whether it is small enough, and its archive.
 
 Notable: the archive is made here rather than by Ray, so that it can be counted before anything is sent, a link to a
-folder cannot loop, and equal content gives equal bytes, from which a job's id is derived.
+folder cannot loop, and equal content gives equal bytes, from which a job's id is derived. Whoever may use the cluster
+can read what is sent: links that lead out of the folder and files named as secrets are must not
+slip in unseen.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import os
 import re
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +26,18 @@ if TYPE_CHECKING:
 UPLOAD_BYTES = 100_000_000  # Ray's dashboard takes requests of 100 MiB; the rest is for names
 _NAMED = 5
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can hold
+# Names under which keys, passwords and tokens lie, as patterns of a .gitignore, in lower case.
+_SECRETS = """
+.env .env.* .envrc !.env.example !.env.sample !.env.template
+id_rsa* id_dsa* id_ecdsa* id_ed25519* !*.pub
+*.pem *.key *.p12 *.pfx *.jks *.keystore *.kdbx *.ppk
+.aws/ .azure/ .docker/ .gcloud/ .gnupg/ .huggingface/ .kube/ .ray/ .ssh/ .config/gcloud/
+.boto .git-credentials .htpasswd .netrc _netrc .npmrc .pgpass .pypirc .s3cfg .vault-token auth_token
+credentials credentials.* client_secret*.json kubeconfig service-account*.json service_account*.json secrets.*
+"""
 
 
-def files_to_upload(folder: Path) -> list[Path]:
+def files_to_upload(folder: Path, *, secrets: bool = False) -> list[Path]:
     """List the files below a folder as git would add them: `.gitignore` files are obeyed, `.git` is left out.
 
     Links to files count as files; links to folders are left out.
@@ -34,6 +46,8 @@ def files_to_upload(folder: Path) -> list[Path]:
     ----------
     folder
         An existing folder.
+    secrets
+        Whether files may go that are named as keys, passwords and tokens are.
 
     Returns
     -------
@@ -43,14 +57,36 @@ def files_to_upload(folder: Path) -> list[Path]:
     Raises
     ------
     ClusterError
-        The folder does not exist, something in it cannot be read, or a `.gitignore` has patterns that are none.
+        The folder does not exist, something in it cannot be read, a `.gitignore` has patterns that are none, a link
+        leads out of the folder, or there are secrets and they may not go; the message names them.
     """
     if not folder.is_dir():
         raise ClusterError(f"{folder}: no such folder; check --working-dir")
     try:
-        return sorted(_walk(folder, Path(), []))
-    except OSError as error:
+        found = sorted(_walk(folder, Path(), []))
+        targets = {path: (folder / path).resolve() for path in found}
+        links = [path for path in found if (folder / path).is_symlink()]
+        root = folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise ClusterError(f"{folder}: cannot be read ({one_line(error)}); leave it out by a .gitignore") from error
+    if out := [path for path in links if not targets[path].is_relative_to(root)]:
+        raise ClusterError(
+            f"{folder}: links lead out of it: {_some(out)}. Put copies there, or name the links in .gitignore"
+        )
+    files = [path for path in found if targets[path].is_file()]
+    named = [path for path in files if _secret(path) or _secret(targets[path].relative_to(root))]
+    if named and not secrets:
+        raise ClusterError(
+            f"{folder}: named as secrets are, and whoever may use the cluster could read them: {_some(named)}. Name "
+            "them in .gitignore, or add --send-secrets"
+        )
+    return files
+
+
+def describe(folder: Path, files: Sequence[Path]) -> str:
+    """Say in a line what is sent: how many files and bytes, and the first names."""
+    size = sum((folder / file).stat().st_size for file in files)
+    return f"{len(files)} files, {size:,} bytes, of {folder}: {_some(files)}"
 
 
 def check_size(folder: Path, files: Sequence[Path]) -> None:
@@ -97,7 +133,7 @@ def pack(folder: Path, files: Sequence[Path], archive: Path) -> str:
             for file in files:
                 entry = zipfile.ZipInfo(file.as_posix(), _EPOCH)
                 entry.compress_type = zipfile.ZIP_DEFLATED
-                entry.external_attr = (0o755 if os.access(folder / file, os.X_OK) else 0o644) << 16
+                entry.external_attr = (0o700 if os.access(folder / file, os.X_OK) else 0o600) << 16
                 zipped.writestr(entry, (folder / file).read_bytes())
     except (OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
         raise ClusterError(f"{folder}: cannot be packed ({one_line(error)})") from error
@@ -105,15 +141,16 @@ def pack(folder: Path, files: Sequence[Path], archive: Path) -> str:
 
 
 def _walk(root: Path, below: Path, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> Iterator[Path]:
-    """Yield files below ``root / below``; rules are those of its parents, outermost first."""
+    """Yield files and links below ``root / below``; rules are those of its parents, outermost first."""
     rules = [*rules, *_rules(root, below)]
-    for child in os.scandir(root / below):
-        path = below / child.name
-        if child.is_dir(follow_symlinks=False):
-            if child.name != ".git" and not _ignored(f"{path.as_posix()}/", rules):
-                yield from _walk(root, path, rules)
-        elif child.is_file() and not _ignored(path.as_posix(), rules):
-            yield path
+    with os.scandir(root / below) as children:
+        for child in children:
+            path = below / child.name
+            if child.is_dir(follow_symlinks=False):
+                if child.name != ".git" and not _ignored(f"{path.as_posix()}/", rules):
+                    yield from _walk(root, path, rules)
+            elif (child.is_symlink() or child.is_file()) and not _ignored(path.as_posix(), rules):
+                yield path
 
 
 def _rules(root: Path, below: Path) -> list[tuple[Path, GitIgnoreSpec]]:
@@ -136,6 +173,22 @@ def _ignored(name: str, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> bool:
         if verdict is not None:
             return verdict
     return False
+
+
+@cache
+def _secrets() -> GitIgnoreSpec:
+    from pathspec import GitIgnoreSpec
+
+    return GitIgnoreSpec.from_lines(_SECRETS.split())
+
+
+def _secret(path: Path) -> bool:
+    return _secrets().match_file(path.as_posix().lower())
+
+
+def _some(paths: Sequence[Path]) -> str:
+    """Name the first of them."""
+    return ", ".join(map(str, paths[:_NAMED])) + (f", ... ({len(paths)} in all)" if len(paths) > _NAMED else "")
 
 
 def _megabytes(size: int) -> str:

@@ -55,6 +55,9 @@ def submit(
     working_dir: Annotated[
         Path | None, typer.Option(help="Folder to send along, without what .gitignore names; at most 100 MB.")
     ] = None,
+    send_secrets: Annotated[
+        bool, typer.Option("--send-secrets", help="Send files of --working-dir that are named as keys or tokens are.")
+    ] = False,
     follow: Follow = True,
     pending_timeout: PendingTimeout = 300.0,
     insecure: Insecure = False,
@@ -62,7 +65,8 @@ def submit(
     """Run a command on a running cluster; by default follow it to its end."""
     _check_command(command, working_dir=working_dir)
     jobs = _connect(address, insecure)
-    job_id = jobs.submit(["nested-ats", *command], job_id=job_id, working_dir=working_dir)
+    words = ["nested-ats", *command]
+    job_id = jobs.submit(words, job_id=job_id, working_dir=working_dir, secrets=send_secrets, say=_say)
     print(job_id)
     _say(f"submitted; {jobs.hint(job_id)}")
     if follow:

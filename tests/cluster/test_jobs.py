@@ -6,6 +6,7 @@ import asyncio
 import http.server
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -83,6 +84,54 @@ class TestWorkingDir:
         (tmp_path / "loop").symlink_to(tmp_path)
         (tmp_path / "b.py").symlink_to(tmp_path / "a.py")
         assert self.names(tmp_path) == ["a.py", "b.py"]
+
+    def test_link_to_itself(self, tmp_path):
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(ClusterError, match="cannot be read .*loop"):
+            files_to_upload(tmp_path)
+
+    @pytest.mark.parametrize("target", ["../shadow", "/etc", "../gone"])
+    def test_links_that_lead_out_are_refused(self, tmp_path, target):
+        (tmp_path / "shadow").write_text("root:$6$")
+        self.write(tmp_path / "sent", {"sub/a.yaml": "", ".gitignore": "ignored"})
+        (tmp_path / "sent" / "ignored").symlink_to(target)
+        files_to_upload(tmp_path / "sent")
+        (tmp_path / "sent" / "sub" / "notes.txt").symlink_to(f"../{target}" if target[0] == "." else target)
+        with pytest.raises(ClusterError, match=r"links lead out of it: sub/notes.txt\. .*\.gitignore"):
+            files_to_upload(tmp_path / "sent")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *(".env", ".env.production", "id_rsa", "sub/id_ed25519", "server.PEM", "tls.key", ".netrc", ".npmrc"),
+            *(".aws/credentials", "sub/.kube/config", ".ssh/config", ".pypirc", ".git-credentials"),
+            *(".ray/auth_token", "secrets.yaml", "gcp/service-account-1.json", "credentials.json"),
+        ],
+    )
+    def test_secrets_stop_the_submission_unless_asked_for(self, tmp_path, name):
+        fine = [".env.example", "id_rsa.pub", "ids.csv", "keys.py", "train.yaml"]
+        self.write(tmp_path, dict.fromkeys([name, *fine], "x"))
+        with pytest.raises(ClusterError, match=rf"secrets are.*read them: {re.escape(name)}\. .*--send-secrets"):
+            files_to_upload(tmp_path)
+        assert set(map(str, files_to_upload(tmp_path, secrets=True))) == {name, *fine}
+        self.write(tmp_path, {".gitignore": name})
+        assert name not in self.names(tmp_path)
+
+    def test_a_secret_behind_another_name_stops_it_too(self, tmp_path):
+        self.write(tmp_path, {".env": "x", ".gitignore": ".env"})
+        (tmp_path / "notes.txt").symlink_to(".env")
+        with pytest.raises(ClusterError, match=r"read them: notes.txt\."):
+            files_to_upload(tmp_path)
+
+    def test_what_is_sent_is_said_and_is_for_its_owner_only(self, tmp_path):
+        self.write(tmp_path / "sent", {f"{i}.yaml": "x" * 1000 for i in range(7)})
+        files = files_to_upload(tmp_path / "sent")
+        said = working_dir.describe(tmp_path / "sent", files)
+        assert said.startswith("7 files, 7,000 bytes, of ")
+        assert said.endswith("/sent: 0.yaml, 1.yaml, 2.yaml, 3.yaml, 4.yaml, ... (7 in all)")
+        pack(tmp_path / "sent", files, tmp_path / "a.zip")
+        with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+            assert {entry.external_attr >> 16 & 0o077 for entry in archive.infolist()} == {0}
 
     def test_too_large_names_the_largest(self, tmp_path, monkeypatch):
         monkeypatch.setattr(working_dir, "UPLOAD_BYTES", 1000)
@@ -477,6 +526,7 @@ class TestHead:
         train = ["train", "--manifest", manifest, "--config", "small.yaml", *common]
         done = cli("submit", "--working-dir", tmp_path / "sent", "--id", "first", "--", *train)
         assert done.code == 0, done
+        assert f"sending 1 files, {len(SMALL)} bytes, of {tmp_path / 'sent'}: small.yaml\n" in done.err
         assert "first" in done.out.splitlines()
         assert "epoch 1" in done.out
         assert (run / "model" / "model.safetensors").exists()
