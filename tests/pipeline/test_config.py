@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipeline.config import Config, digest, dump_config, load_config, plain
+from nested_ats.models import KINDS
+from pipeline.config import CacheConfig, Config, digest, dump_config, load_config, plain
 from pipeline.errors import UsageError
+
+SIGNS = Path(__file__).parents[2] / "examples" / "signs.yaml"
 
 
 def write(tmp_path, text):
@@ -85,4 +92,30 @@ def test_digest_tells_configurations_apart():
 
 
 def test_the_commented_example_states_the_defaults():
-    assert load_config(Path(__file__).parents[2] / "examples" / "signs.yaml") == Config()
+    assert load_config(SIGNS) == Config()
+
+
+def keys(values, above=()):
+    """Every key of nested mappings and lists, with those above it."""
+    if isinstance(values, list):
+        return set().union(*(keys(value, above) for value in values))
+    if not isinstance(values, dict):
+        return set()
+    return set().union(*({(*above, key)} | keys(value, (*above, key)) for key, value in values.items()))
+
+
+def test_the_commented_example_has_every_key():
+    """Those of other kinds of models, and of what is left out by default, in comments."""
+    text = SIGNS.read_text()
+    assert keys(yaml.safe_load(text)) == keys(plain(Config()))
+    elsewhere = {field.name for kind in KINDS.values() for field in fields(kind.config)} | {*CacheConfig.model_fields}
+    assert {name for name in elsewhere if not re.search(rf"\b{name}: ", text)} == set()
+
+
+def test_the_commented_example_explains_every_key():
+    """A comment behind it or above it."""
+    lines = SIGNS.read_text().splitlines()
+    sections = ("model:", "train:", "data:", "predict:")
+    assert [
+        line for above, line in pairwise(lines) if line and line not in sections and "#" not in above[:5] + line
+    ] == []
