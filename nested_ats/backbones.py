@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nested_ats.errors import EncoderError
-from nested_ats.weights import read_tensors
+from nested_ats.weights import how_to_convert, read_tensors
 
 
 def import_encoder(name: str) -> Callable[..., Any]:
@@ -99,6 +99,8 @@ def transformers_encoder(
     """
     if not (Path(path) / "config.json").is_file():
         raise EncoderError(f"{path}: no folder with a config.json; give a local folder, nothing is downloaded")
+    if pretrained:
+        _check_weights(Path(path))
     transformers = _library("transformers")
     local = {"local_files_only": True, "trust_remote_code": False}
     extra = {} if add_pooling_layer else {"add_pooling_layer": False}
@@ -123,6 +125,13 @@ def transformers_encoder(
     if channels != in_channels:
         raise EncoderError(f"{path}: made for {channels} channels, the images have {in_channels}")
     return _TransformersEncoder(model)
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise EncoderError where a folder has no weights but pickled ones, which transformers would not name."""
+    pickled = folder / "pytorch_model.bin"
+    if pickled.exists() and not any(folder.glob("*.safetensors*")):
+        raise EncoderError(f"{pickled}: {how_to_convert(pickled)}")
 
 
 class _TransformersEncoder(nn.Module):

@@ -10,6 +10,7 @@ Shape letters: P patches, C channels, H W pixels, D features.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -197,7 +198,11 @@ ENCODERS: dict[str, Builtin] = {
     # are not in the paper: here the image is halved by the stem and wherever the width doubles.
     "resnet16": _resnet(stem=3, stem_stride=2, widths=(1, 1, 2, 2, 4, 4, 8), strides=(1, 1, 2, 1, 2, 1, 2)),
 }
-EXTRAS = ("timm", "transformers")
+# What the option says that an encoder from elsewhere cannot do without.
+EXTRAS = {
+    "timm": ("name", "an architecture of timm, such as resnet18"),
+    "transformers": ("path", "a local folder with config.json and model.safetensors"),
+}
 
 
 def check_encoder(name: str, channels: int, patch_size: int | None) -> None:
@@ -265,6 +270,9 @@ def build_encoder(
     EncoderError
         It cannot be imported, built, or used on such patches.
     """
+    needed, meaning = EXTRAS.get(name, ("", ""))
+    if needed not in options and needed:
+        raise EncoderError(f"encoder_options: {name} needs {needed}, {meaning}")
     try:
         if name in ENCODERS:
             encoder = ENCODERS[name].build(in_channels, channels, patch_size or 0, options)
@@ -277,7 +285,8 @@ def build_encoder(
     except NestedATSError:
         raise
     except Exception as error:  # whatever a stranger's code raises
-        raise EncoderError(f"encoder_options: {name} cannot be built with {options!r}: {error}") from error
+        reason = re.sub(r"^[\w.<>]+\(\) ", "", str(error))  # of a TypeError: the name of our function or class
+        raise EncoderError(f"encoder_options: {name} cannot be built with {options!r}: {reason}") from error
     if not isinstance(encoder, nn.Module):
         raise EncoderError(f"encoder: {name} gives a {type(encoder).__name__}, not a torch.nn.Module")
     features = getattr(encoder, "features", None)

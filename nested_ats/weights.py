@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +13,13 @@ from nested_ats.files import open_regular
 
 # What `torch.save` writes: a zip since torch 1.6, a pickle of protocol 2 before.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02")
+# For a shell, in double quotes. Weights may lie in a checkpoint beside other things, and may share their memory.
+_CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "w = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "w = w.get('state_dict', w.get('model', w)); "
+    "save_file({k: v.clone().contiguous() for k, v in w.items()}, sys.argv[2], metadata={'format': 'pt'})"
+)
 
 
 def read_tensors(path: Path, *, within: Path | None = None) -> dict[str, Tensor]:
@@ -39,23 +47,17 @@ def read_tensors(path: Path, *, within: Path | None = None) -> dict[str, Tensor]
             raise ModelFileError(f"{path}: {how_to_convert(path)}")
         return load_file(path)
     except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: no such file; is the folder that of a trained model?") from error
+        raise ModelFileError(f"{path}: no such file; check its path") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelFileError(f"{path}: not a whole safetensors file: {error}") from error
 
 
 def how_to_convert(path: Path) -> str:
     """What to do with weights that `torch.save` wrote: the command that makes a safetensors file of them."""
-    new = path.with_suffix(".safetensors").name.replace("pytorch_model", "model")
-    code = (
-        "import torch; from safetensors.torch import save_file; "
-        f"w = torch.load({path.name!r}, map_location='cpu', weights_only=True); w = w.get('state_dict', w); "
-        "save_file({k: v.clone().contiguous() for k, v in w.items()}, "
-        f"{new!r}, metadata={{'format': 'pt'}})"
-    )
+    new = path.with_name(path.with_suffix(".safetensors").name.removeprefix("pytorch_"))
     return (
-        "written by torch.save, a pickle, which is never read here since it may run code; "
-        f'convert it once, in its folder, and give {new} instead: python -c "{code}"'
+        "written by torch.save, a pickle, which is never read here since it may run code; convert it once and use "
+        f'{new} instead: python -c "{_CONVERT}" {shlex.quote(str(path))} {shlex.quote(str(new))}'
     )
 
 

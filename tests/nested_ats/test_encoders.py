@@ -7,6 +7,7 @@ timm and transformers are not installed where the tests run (timm needs torchvis
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -223,6 +224,36 @@ class TestLibraries:
         with pytest.raises(EncoderError, match="do not fit"):
             build(encoder="timm", encoder_options=options)
 
+    @pytest.mark.parametrize(("name", "option"), [("timm", "name"), ("transformers", "path")])
+    def test_what_an_encoder_cannot_do_without_is_named(self, name, option):
+        with pytest.raises(
+            EncoderError, match=rf"^encoder_options: {name} needs {option}, .*such as|^.*a local folder"
+        ):
+            build(encoder=name)
+
+    def test_a_wrong_option_is_named_without_our_function(self, timm):
+        for name, options in {"timm": {"name": "x", "in_channels": 3}, "lenet": {"depth": 3}}.items():
+            with pytest.raises(EncoderError, match=r"cannot be built with \{.*\}: got (an|multiple)") as caught:
+                build(encoder=name, encoder_options=options)
+            assert "()" not in str(caught.value)
+
+    @pytest.mark.parametrize("nested", [None, "state_dict", "model"])
+    @pytest.mark.parametrize("old", [False, True])
+    def test_pickled_weights_say_how_to_convert_them(self, timm, tmp_path, nested, old):
+        """As those that pathology's foundation models come with; the steps are taken as they are given."""
+        source, path = Small(in_channels=3, width=7), tmp_path / "the weights" / "pytorch_model.bin"
+        path.parent.mkdir()
+        weights = source.state_dict()
+        torch.save({nested: weights} if nested else weights, path, _use_new_zipfile_serialization=not old)
+        with pytest.raises(ModelFileError, match="pickle.* convert it once") as caught:
+            build(encoder="timm", encoder_options={"name": "vit", "checkpoint": str(path)})
+        command = str(caught.value).partition("instead: ")[2]
+        subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+        new = str(path.with_name("model.safetensors"))
+        assert f"use {new} instead" in str(caught.value)
+        model = build(encoder="timm", encoder_options={"name": "vit", "checkpoint": new})
+        assert torch.equal(model.encoder.convolution.weight, source.convolution.weight)
+
     @pytest.mark.parametrize("name", ["timm", "transformers"])
     def test_a_missing_library_is_named_with_its_installation(self, monkeypatch, tmp_path, name):
         monkeypatch.setitem(sys.modules, name, None)
@@ -280,6 +311,18 @@ class TestLibraries:
             build(2, encoder="transformers", encoder_options={"path": str(tmp_path)})
         with pytest.raises(EncoderError, match="nothing is downloaded"):
             build(encoder="transformers", encoder_options={"path": "google/vit"})
+
+    def test_transformers_names_pickled_weights(self, transformers, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"num_channels": 3, "output": "pooled"}))
+        torch.save({}, tmp_path / "pytorch_model.bin")
+        options = {"path": str(tmp_path)}
+        with pytest.raises(
+            EncoderError, match=r"pytorch_model\.bin: .*convert it once and use .*/model\.safetensors"
+        ):
+            build(encoder="transformers", encoder_options=options)
+        assert not transformers.asked
+        save_file({}, tmp_path / "model.safetensors")
+        build(encoder="transformers", encoder_options=options)
 
     def test_transformers_would_fill_up_with_random_weights(self, transformers, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"num_channels": 3, "output": "random"}))
