@@ -79,7 +79,7 @@ class Task:
         return int(math.log2(self.model.downsamples[0]))
 
 
-_LEVEL = LevelConfig(downsample=4, stride=2, samples=10, channels=(8, 8, 8))
+_LEVEL = LevelConfig(downsample=4, stride=2, samples=10, channels=(8, 8))
 _MNIST = ModelConfig(levels=(_LEVEL,), patch_size=50, mean=0.13, std=0.31)
 _SIGNS = ModelConfig(levels=DEFAULT_LEVELS)
 TASKS = {

@@ -12,7 +12,6 @@ scikit-learn's. What the paper leaves open (batch size, strides of the CNN, nois
 - Patches are drawn by `systematic`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`).
 - The feature network ends with 32 channels and begins with 16; the authors' code has four convolutions of 32.
 - Batches of 32 images, where the authors' code has 128 and an entropy weight of 1e-4 by default (0.01 here, as in H.1).
-- Three convolutions of 8 channels come before the map to logits, where the authors' code has two.
 - The attention sees downsample 8 of a true pyramid, 188 x 188 pixels; --view pasted is the authors' 180 x 180.
 - Networks have group normalisation where the paper's have batch normalisation.
 """

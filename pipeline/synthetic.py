@@ -189,7 +189,8 @@ def write_megapixel_mnist(
     pools = load_pools(images, labels, test_images=test_images, test_labels=test_labels, digit_split=digit_split)
     split_of = _split_names(train + test, (train, 0, test))
     recipe = {"set": "megapixel-mnist", "size": size, "train": train, "test": test, "noise": noise, "seed": seed}
-    recipe |= {"tile": tile, "digits": [_digest(pool) for pool in pools]}
+    recipe |= {"tile": tile, "digits": [_digest(pool.images, pool.labels) for pool in pools]}
+    recipe |= {"noise_patterns": [_digest(pool.noise) for pool in pools]}
     recipe |= {"view": view} if view != "pyramid" else {}  # sets made before there was a choice stay what they are
     write, suffix = (_write_mnist, ".tif") if view == "pyramid" else (_write_pasted, ".ome.zarr")
 
@@ -305,5 +306,5 @@ def _split_names(count: int, splits: tuple[float, float, float]) -> list[str]:
     return [SPLITS[np.searchsorted(ends, index, side="right")] for index in range(count)]
 
 
-def _digest(pool: DigitPool) -> str:
-    return hashlib.sha256(pool.images.tobytes() + pool.labels.tobytes()).hexdigest()
+def _digest(*arrays: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

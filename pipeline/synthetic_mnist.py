@@ -1,11 +1,12 @@
 """Megapixel MNIST, the paper's artificial task (section 4.2): find five digits and name the most frequent.
 
 The paper's text fixes an empty canvas of 1500 × 1500 pixels, 50 "patches of random noise" of a digit's size, and
-five digits of which three share a class. What it leaves open is decided here as follows. A noise patch is a thin
-straight line at a random place and angle of its box, as in the authors' released data maker, because strokes are
-harder to tell from digits than white noise. Noise patches lie anywhere, also over one another. Digits are placed
-afterwards, without overlapping one another, and a digit's box replaces the noise beneath it, so that no stroke
-crosses a digit. The two other digits are drawn independently from the nine other classes, so both may share one.
+five digits of which three share a class. What it leaves open is as in the authors' released data maker. Noise comes
+in 50 fixed patterns, others for test images than for training images, each of two thin straight lines from corners of
+its box (`noise_patterns`), since strokes are harder to tell from digits than white noise. Digits do not overlap.
+Noise boxes lie anywhere but at the border, are placed after the digits, and replace what they cover, with their empty
+pixels too: a digit may be cut or covered. Two things are ours: the three digits of a class are different ones, and
+the two others are drawn independently from the nine other classes, so both may share one.
 
 The low-resolution view that the attention sees is, in the authors' released data, no downsampled canvas: the same
 pieces are shrunk one by one and pasted at scaled places (`MnistScene.render_view`). Pieces of three pixels are
@@ -14,7 +15,7 @@ then as sharp as such pieces can be, wherever they lie, where a true pyramid blu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,12 +24,14 @@ from pipeline.errors import DataError, UsageError
 from pipeline.idx import read_idx
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
 DIGIT = 28  # side of a digit in pixels
 CLASSES = 10
+PATTERNS = 50  # of noise, in each split
 SAME, OTHER = 3, 2
 VIEW = 0.12  # side of the pasted view over that of the canvas: 180 pixels of 1500
 # From here on five boxes always fit: four of them forbid at most 4 × 55 × 55 of the 113 × 113 places.
@@ -37,33 +40,26 @@ MIN_SIZE = 5 * DIGIT
 
 @dataclass(frozen=True)
 class DigitPool:
-    """Digits to build images from.
+    """Digits and noise to build images from.
 
     Attributes
     ----------
     images : (N, 28, 28) uint8, white on black
     labels : (N,) uint8 in 0..9
+    noise : (50, 28, 28) uint8, the patterns that lie among them
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.uint8]
+    noise: NDArray[np.uint8]
 
 
-class PlacedDigit(NamedTuple):
-    """A digit on the canvas; (y, x) is the first pixel of its box."""
-
-    y: int
-    x: int
-    number: int  # index into the pool
-
-
-class NoiseLine(NamedTuple):
-    """A line in a box on the canvas; (y, x) is the first pixel of its box."""
+class Placed(NamedTuple):
+    """A digit or a noise pattern on the canvas; (y, x) is the first pixel of its box."""
 
     y: int
     x: int
-    angle: float  # radians in [0, pi)
-    offset: float  # distance from the middle of the box, in pixels
+    number: int  # index into the pool's images, or its noise
 
 
 @dataclass(frozen=True)
@@ -72,40 +68,35 @@ class MnistScene:
 
     size: int
     label: str
-    digits: tuple[PlacedDigit, ...]
-    noise: tuple[NoiseLine, ...]
+    digits: tuple[Placed, ...]
+    noise: tuple[Placed, ...]
 
     def render(self, pool: DigitPool) -> NDArray[np.uint8]:
-        """Draw the noise, then the digits of the pool that the scene was made from, as (size, size) uint8."""
+        """Draw the digits, then the noise, of the pool that the scene was made from, as (size, size) uint8."""
         canvas = np.zeros((self.size, self.size), np.uint8)
-        for line in self.noise:
-            box = canvas[line.y : line.y + DIGIT, line.x : line.x + DIGIT]
-            box[_line(line)] = 255
-        for digit in self.digits:
-            canvas[digit.y : digit.y + DIGIT, digit.x : digit.x + DIGIT] = pool.images[digit.number]
+        for (y, x, _), image in self._pieces(pool):
+            canvas[y : y + DIGIT, x : x + DIGIT] = image
         return canvas
 
     def render_view(self, pool: DigitPool) -> NDArray[np.uint8]:
         """Draw the pasted low-resolution view, (side, side) uint8 with side = round(0.12 size).
 
-        Each line and digit is shrunk by the mean over areas to a whole number of pixels (three) and pasted where
-        its box begins, times 0.12, rounded. As on the canvas, lines add up and digits replace what they cover.
+        Each digit and noise pattern is shrunk by the mean over areas to a whole number of pixels (three) and pasted
+        where its box begins, times 0.12, rounded, in the order of the canvas.
         """
         side = round(VIEW * self.size)
         scale = side / self.size
         piece = round(DIGIT * scale)
         view = np.zeros((side, side), np.uint8)
-
-        def place(y: int, x: int) -> tuple[slice, slice]:
+        for (y, x, _), image in self._pieces(pool):
             top, left = (min(round(start * scale), side - piece) for start in (y, x))
-            return slice(top, top + piece), slice(left, left + piece)
-
-        for line in self.noise:
-            box = view[place(line.y, line.x)]
-            np.maximum(box, _shrunk(_line(line) * np.uint8(255), piece), out=box)
-        for digit in self.digits:
-            view[place(digit.y, digit.x)] = _shrunk(pool.images[digit.number], piece)
+            view[top : top + piece, left : left + piece] = _shrunk(image, piece)
         return view
+
+    def _pieces(self, pool: DigitPool) -> Iterator[tuple[Placed, NDArray[np.uint8]]]:
+        """Give what lies on the canvas in the order in which it is put there."""
+        for placed, images in ((self.digits, pool.images), (self.noise, pool.noise)):
+            yield from ((each, images[each.number]) for each in placed)
 
 
 def mnist_scene(index: int, *, seed: int, pool: DigitPool, size: int = 1500, noise: int = 50) -> MnistScene:
@@ -127,9 +118,27 @@ def mnist_scene(index: int, *, seed: int, pool: DigitPool, size: int = 1500, noi
     return MnistScene(
         size=size,
         label=str(label),
-        digits=tuple(PlacedDigit(y, x, number) for (y, x), number in zip(places, numbers, strict=True)),
-        noise=tuple(_random_line(rng, size) for _ in range(noise)),
+        digits=tuple(Placed(y, x, number) for (y, x), number in zip(places, numbers, strict=True)),
+        noise=tuple(_random_noise(rng, size) for _ in range(noise)),
     )
+
+
+def noise_patterns(part: int) -> NDArray[np.uint8]:
+    """Make the 50 noise patterns of the training images (`part` 0) or of the test images (1), (50, 28, 28) uint8.
+
+    Each is two lines from corners of its box, one pixel thick. The first leaves the first corner with a slope of
+    tan(u), u uniform in [0, pi / 2.5]; the second is the first line of some pattern, mirrored with probability 0.33
+    along each axis. Pixels of a line are uniform in [0.8, 1] of white. (The authors' code draws twice whether to
+    mirror, but mirrors along one axis both times.)
+    """
+    rng = np.random.default_rng([part, PATTERNS])
+    first = np.stack([_line(slope) for slope in np.tan(rng.uniform(0, np.pi / 2.5, PATTERNS))])
+    second = rng.permutation(first)
+    for axis in (1, 2):
+        mirrored = rng.random(PATTERNS) < 0.33
+        second[mirrored] = np.flip(second[mirrored], axis)
+    patterns: NDArray[np.uint8] = ((first | second) * rng.uniform(0.8, 1, first.shape) * 255).astype(np.uint8)
+    return patterns
 
 
 def load_pools(
@@ -140,7 +149,7 @@ def load_pools(
     test_labels: Path | None = None,
     digit_split: float = 0.8,
 ) -> tuple[DigitPool, DigitPool]:
-    """Load disjoint pools of digits for the training and the test images.
+    """Load pools for the training and the test images: disjoint digits, and different noise.
 
     Parameters
     ----------
@@ -171,7 +180,7 @@ def load_pools(
         pools = _split_pool(pool, digit_split)
     for part in pools:
         _check_classes(origin, part)
-    return pools
+    return pools[0], replace(pools[1], noise=noise_patterns(1))
 
 
 def _read_pool(images: Path, labels: Path) -> DigitPool:
@@ -180,7 +189,7 @@ def _read_pool(images: Path, labels: Path) -> DigitPool:
         raise DataError(f"{images}: values of shape {digits.shape}, expected (N, {DIGIT}, {DIGIT}) digits")
     if classes.shape != digits.shape[:1] or classes.max(initial=0) >= CLASSES:
         raise DataError(f"{labels}: not one label in 0..9 for each of the {len(digits)} digits of {images}")
-    return DigitPool(digits, classes)
+    return DigitPool(digits, classes, noise_patterns(0))
 
 
 def _bundled_digits() -> DigitPool:
@@ -188,7 +197,7 @@ def _bundled_digits() -> DigitPool:
 
     bunch = load_digits()
     images = _enlarged(bunch.images * (255 / 16))
-    return DigitPool(np.rint(images).astype(np.uint8), bunch.target.astype(np.uint8))
+    return DigitPool(np.rint(images).astype(np.uint8), bunch.target.astype(np.uint8), noise_patterns(0))
 
 
 def _enlarged(images: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -204,7 +213,9 @@ def _split_pool(pool: DigitPool, digit_split: float) -> tuple[DigitPool, DigitPo
     if not 0 < digit_split < 1:
         raise UsageError(f"digit_split {digit_split}: give the share of digits for training images, inside (0, 1)")
     first = round(digit_split * len(pool.labels))
-    return DigitPool(pool.images[:first], pool.labels[:first]), DigitPool(pool.images[first:], pool.labels[first:])
+    parts = slice(None, first), slice(first, None)
+    one, other = (replace(pool, images=pool.images[part], labels=pool.labels[part]) for part in parts)
+    return one, other
 
 
 def _check_classes(origin: str, pool: DigitPool) -> None:
@@ -222,15 +233,17 @@ def _places(rng: np.random.Generator, size: int, count: int) -> list[tuple[int, 
     return places
 
 
-def _random_line(rng: np.random.Generator, size: int) -> NoiseLine:
-    y, x = rng.integers(0, size - DIGIT + 1, 2).tolist()
-    return NoiseLine(y, x, angle=float(rng.uniform(0, np.pi)), offset=float(rng.uniform(-6, 6)))
+def _random_noise(rng: np.random.Generator, size: int) -> Placed:
+    y, x = rng.integers(DIGIT, size - DIGIT, 2).tolist()
+    return Placed(y, x, int(rng.integers(PATTERNS)))
 
 
-def _line(line: NoiseLine) -> NDArray[np.bool_]:
-    """Return which of (28, 28) pixels a line of 1.6 pixels' width covers."""
-    y, x = np.mgrid[:DIGIT, :DIGIT] - (DIGIT - 1) / 2
-    covered: NDArray[np.bool_] = np.abs(np.cos(line.angle) * y - np.sin(line.angle) * x - line.offset) <= 0.8
+def _line(slope: float) -> NDArray[np.bool_]:
+    """Return which of (28, 28) pixels lie on the line x = slope y, from the first corner to the far border."""
+    end = DIGIT - 0.51  # rounds to the last pixel
+    y = np.linspace(0, end / max(slope, 1), 2 * DIGIT)
+    covered = np.zeros((DIGIT, DIGIT), np.bool_)
+    covered[np.rint(y).astype(int), np.rint(slope * y).astype(int)] = True
     return covered
 
 

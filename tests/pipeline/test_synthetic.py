@@ -19,7 +19,7 @@ from pipeline.idx import read_idx
 from pipeline.manifest import read_manifest
 from pipeline.slides import SlideImage
 from pipeline.synthetic import write_megapixel_mnist, write_sign_scene, write_signs
-from pipeline.synthetic_mnist import DIGIT, DigitPool, load_pools, mnist_scene
+from pipeline.synthetic_mnist import DIGIT, DigitPool, _line, _shrunk, load_pools, mnist_scene, noise_patterns
 from pipeline.synthetic_signs import (
     DISTRACTOR_RINGS,
     LABELS,
@@ -365,9 +365,9 @@ def test_a_missing_idx_file_is_the_users_mistake(tmp_path):
 
 @pytest.fixture
 def pool():
-    """Two hundred digits, each a plain square of its own grey."""
+    """Two hundred digits, each a plain square of its own grey, and noise."""
     images = np.broadcast_to(np.arange(1, 201, dtype=np.uint8)[:, None, None], (200, DIGIT, DIGIT))
-    return DigitPool(images, (np.arange(200) % 10).astype(np.uint8))
+    return DigitPool(images, (np.arange(200) % 10).astype(np.uint8), noise_patterns(0))
 
 
 def test_three_digits_share_the_label_and_two_do_not(pool):
@@ -385,7 +385,7 @@ def test_three_digits_share_the_label_and_two_do_not(pool):
 
 @pytest.mark.parametrize("size", [140, 1500])
 def test_digits_are_whole_and_do_not_overlap(pool, size):
-    made = mnist_scene(1, seed=0, pool=pool, size=size)
+    made = mnist_scene(1, seed=0, pool=pool, size=size, noise=0)
     canvas = made.render(pool)
     assert (canvas.shape, canvas.dtype) == ((size, size), np.uint8)
     for digit in made.digits:
@@ -395,20 +395,70 @@ def test_digits_are_whole_and_do_not_overlap(pool, size):
         assert max(abs(a.y - b.y), abs(a.x - b.x)) >= DIGIT
 
 
-def test_noise_is_thin_lines_of_a_digits_size_and_the_rest_is_empty(pool):
-    made = mnist_scene(2, seed=0, pool=pool)
-    canvas = replace(made, digits=()).render(pool)
+def test_noise_patterns_are_two_lines_from_corners():
+    """As in the authors' data maker: a line's slope is tan(u), u up to 72 degrees, and its grey 0.8 to 1 of white."""
+    patterns = np.concatenate([noise_patterns(0), noise_patterns(1)])
+    assert (patterns.shape, patterns.dtype) == ((100, DIGIT, DIGIT), np.uint8)
+    grey = patterns[patterns > 0]
+    assert (grey.min(), grey.max()) == (204, 254)
+    assert grey.mean() == pytest.approx(229, abs=1)
+    lines = patterns > 0
+    assert lines[:, 0, 0].all()  # the first line begins here, whatever the second does
+    assert 28 <= lines.sum((1, 2)).min() <= lines.sum((1, 2)).max() <= 2 * 56
+    for each in lines:  # each line crosses the box: it ends at the last row or column
+        assert each[-1].any() or each[:, -1].any()
+    # A line mirrored along one axis, 0.33 * 0.67 of them, begins in one of these corners; few others end there.
+    assert 10 <= lines[:, 0, -1].sum() <= 36
+    assert 10 <= lines[:, -1, 0].sum() <= 36
+    assert 3 <= lines[:, -1, -1].sum() <= 25  # and one mirrored along both in this one
+
+
+def test_a_line_of_noise_has_its_slope_and_no_gaps():
+    for slope in (0.0, 0.3, 1.0, 3.07):
+        y, x = np.nonzero(_line(slope))
+        assert (y[0], x[0]) == (0, 0)
+        assert max(y.max(), x.max()) == DIGIT - 1
+        assert np.abs(x - slope * y).max() <= 0.5 * (1 + slope)
+        assert np.diff(np.unique(y)).max(initial=0) <= 1
+        assert np.diff(np.unique(x)).max(initial=0) <= 1
+
+
+def test_test_images_have_other_noise_than_training_images(pool):
+    train, test = load_pools(None, None)
+    np.testing.assert_array_equal(train.noise, noise_patterns(0))
+    np.testing.assert_array_equal(test.noise, noise_patterns(1))
+    same = (train.noise[:, None] > 0) == (test.noise[None] > 0)
+    assert not same.all((2, 3)).any()
+    scenes = [mnist_scene(index, seed=0, pool=pool) for index in range(40)]
+    drawn = Counter(each.number for scene in scenes for each in scene.noise)
+    assert set(drawn) == set(range(50))
+    assert max(drawn.values()) < 80  # 40 on average
+
+
+@pytest.mark.parametrize("size", [140, 1500])
+def test_noise_replaces_what_it_covers_and_the_rest_is_empty(pool, size):
+    made = mnist_scene(2, seed=0, pool=pool, size=size)
+    canvas = made.render(pool)
     assert len(made.noise) == 50
-    assert set(np.unique(canvas)) == {0, 255}
-    empty = np.ones_like(canvas, bool)
-    for line in made.noise:
-        box = np.s_[line.y : line.y + DIGIT, line.x : line.x + DIGIT]
-        empty[box] = False
-        alone = replace(made, digits=(), noise=(line,)).render(pool)[box] > 0
-        assert alone.shape == (DIGIT, DIGIT)
-        assert 20 <= alone.sum() <= 80
-        assert max(np.ptp(axis) for axis in np.nonzero(alone)) >= 16
-    assert not canvas[empty].any()
+    places = np.array([(each.y, each.x) for each in made.noise])
+    assert places.min() >= 28
+    assert places.max() < size - 28
+    expected = np.zeros_like(canvas)
+    for digit in made.digits:
+        expected[digit.y : digit.y + DIGIT, digit.x : digit.x + DIGIT] = pool.images[digit.number]
+    for each in made.noise:  # later ones replace earlier ones, and all of them digits, with zeros too
+        expected[each.y : each.y + DIGIT, each.x : each.x + DIGIT] = pool.noise[each.number]
+    np.testing.assert_array_equal(canvas, expected)
+    if size == 140:  # crowded: much of the digits is gone
+        assert sum((canvas == pool.images[digit.number, 0, 0]).sum() for digit in made.digits) < 5 * DIGIT**2
+
+
+def test_noise_lies_anywhere_but_at_the_border(pool):
+    scenes = [mnist_scene(index, seed=1, pool=pool, size=150) for index in range(40)]
+    places = np.array([(each.y, each.x) for scene in scenes for each in scene.noise])
+    assert places.min(0).tolist() == [28, 28]
+    assert places.max(0).tolist() == [121, 121]
+    assert np.abs(places.mean(0) - 74.5).max() < 3
 
 
 def test_mnist_scenes_are_a_function_of_seed_and_index(pool):
@@ -426,8 +476,11 @@ def test_the_pasted_view_has_every_piece_at_its_scaled_place(pool):
     for piece in (*made.noise, *made.digits):
         y, x = (min(round(start * 0.12), 177) for start in (piece.y, piece.x))
         empty[y : y + 3, x : x + 3] = False
-        assert view[y : y + 3, x : x + 3].any()
     assert not view[empty].any()
+    last = made.noise[-1]
+    y, x = round(last.y * 0.12), round(last.x * 0.12)
+    np.testing.assert_array_equal(view[y : y + 3, x : x + 3], _shrunk(pool.noise[last.number], 3))
+    view = replace(made, noise=()).render_view(pool)
     for digit in made.digits:
         y, x = round(digit.y * 0.12), round(digit.x * 0.12)
         assert (view[y : y + 3, x : x + 3] == pool.images[digit.number, 0, 0]).all()
@@ -437,7 +490,7 @@ def test_pieces_of_the_pasted_view_are_means_over_areas(pool):
     ramp = np.broadcast_to(np.arange(DIGIT, dtype=np.uint8) * 9, (200, DIGIT, DIGIT))
     made = mnist_scene(2, seed=0, pool=pool, noise=0)
     digit = made.digits[0]
-    view = made.render_view(DigitPool(ramp, pool.labels))
+    view = made.render_view(replace(pool, images=ramp))
     y, x = round(digit.y * 0.12), round(digit.x * 0.12)
     # Thirds of 28 pixels have their middles at 14/3, 14 and 70/3; pixel i has its own at i + 1/2.
     expected = [
