@@ -391,10 +391,10 @@ def _end(failures: Sequence[tuple[str, str]], total: int) -> None:
 def _entries(slides: Sequence[str], split: str | None) -> list[Entry]:
     from pipeline.convert import name_slides
     from pipeline.errors import UsageError
-    from pipeline.manifest import read_manifest
+    from pipeline.manifest import is_manifest, read_manifest
 
-    is_manifest = len(slides) == 1 and Path(slides[0]).suffix in (".csv", ".parquet")
-    entries = read_manifest(Path(slides[0])) if is_manifest else name_slides(slides)
+    alone = len(slides) == 1 and is_manifest(slides[0])
+    entries = read_manifest(Path(slides[0])) if alone else name_slides(slides)
     chosen = [entry for entry in entries if split in (None, entry.split)]
     if not chosen:
         raise UsageError(f"{slides[0]}: no slide in split {split!r}")

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import cluster
 from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder
-from pipeline.manifest import IMAGE_SUFFIXES, Entry, has_image_suffix, read_manifest, slide_name, write_manifest
+from pipeline.manifest import (
+    IMAGE_SUFFIXES,
+    Entry,
+    has_image_suffix,
+    is_manifest,
+    read_manifest,
+    slide_name,
+    write_manifest,
+)
 from pipeline.progress import SlideProgress, progress
 from storage import (
     ConversionError,
@@ -59,11 +67,6 @@ class Plan:
         """One line."""
         channels, height, width = self.shape or (0, 0, 0)
         return f"{self.target}: {height} x {width} pixels, {channels} channels"
-
-
-def is_manifest(source: str) -> bool:
-    """Whether an argument of the command line is a manifest rather than a slide."""
-    return Path(source).suffix.lower() in (".csv", ".parquet")
 
 
 def find_images(sources: Sequence[str]) -> list[Entry]:
@@ -388,5 +391,6 @@ def _merge(known: dict[str, Entry], done: Sequence[Entry]) -> list[Entry]:
             split=entry.split or old.split,
             fold=entry.fold or old.fold,
             mpp=None,  # it is in the pyramid now
+            extra={**old.extra, **entry.extra},
         )
     return list(rows.values())

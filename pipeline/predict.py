@@ -46,6 +46,7 @@ from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
 from storage import Slide, StorageError
 
 RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
+_COLUMNS = ("prediction", "draws", "requests", "bytes_read", "seconds", "status", "error")  # and prob_*, se_*
 _ENCODED_AT_ONCE = 256  # patches of an exact evaluation
 
 
@@ -132,6 +133,7 @@ def predict(
         trust_encoder=trust_encoder,
         device=device,
     )
+    _check_columns(entries)
     fingerprint = _fingerprint(settings)
     results = make_folder(folder / RESULTS)
     with alone(folder / LOCK, "another prediction is being written there"):
@@ -416,4 +418,12 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 
 def _identity(entry: Entry) -> dict[str, str]:
-    return {"slide_id": entry.slide_id, "case_id": entry.case_id, "label": entry.label, "split": entry.split}
+    own = {"slide_id": entry.slide_id, "case_id": entry.case_id, "label": entry.label, "split": entry.split}
+    return own | dict(entry.extra)
+
+
+def _check_columns(entries: Sequence[Entry]) -> None:
+    """See that no column that a manifest brings along has the name of one of the table's own."""
+    for name in dict.fromkeys(name for entry in entries for name in entry.extra):
+        if name in _COLUMNS or name.startswith(("prob_", "se_")):
+            raise UsageError(f"manifest: column {name} would be lost, as predictions have one too; rename it")

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.convert import expand, find_images, is_manifest
+from pipeline.convert import expand, find_images
 from pipeline.errors import UsageError
 from pipeline.files import file_name
-from pipeline.manifest import Entry, has_image_suffix, read_manifest, slide_name
+from pipeline.manifest import Entry, has_image_suffix, is_manifest, read_manifest, slide_name
 from pipeline.progress import SlideProgress, progress
 from storage import Problem, Slide, StorageError, validate
 

@@ -7,7 +7,15 @@ import pytest
 from pyarrow import parquet
 
 from pipeline.errors import UsageError
-from pipeline.manifest import Entry, has_image_suffix, read_manifest, slide_name, write_manifest
+from pipeline.manifest import (
+    Entry,
+    has_image_suffix,
+    is_manifest,
+    read_manifest,
+    remarks,
+    slide_name,
+    write_manifest,
+)
 from pipeline.splits import assign_splits
 
 
@@ -73,6 +81,10 @@ def test_parquet_keeps_leading_zeros(tmp_path):
         ("slide_id,path,label\n", "no slides"),
         ("", "empty"),
         ("path,path,label\na,b,c\n", "column path given twice"),
+        ("slide_id,path,label\na,b\0,x\n", "row 2: path holds a NUL character"),
+        ("path,label,splt\na,x,test\n", r"unknown column splt \(did you mean split\?\)"),
+        ("path,label,Case\na,x,p\n", r"unknown column Case \(did you mean case_id\?\)"),
+        ("path,label,\na,x,note\n", "column 3 has values and no name"),
     ],
 )
 def test_problems_are_named(tmp_path, text, message):
@@ -86,6 +98,80 @@ def test_all_problems_at_once(tmp_path):
     text = "slide_id,path,label,split\na,,x,train\na,b,,up\n"
     with pytest.raises(UsageError, match="row 2: path.*row 3: label.*row 3: split.*occurs 2 times"):
         read_manifest(write(tmp_path, text), labelled=True)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "delimiter"),
+    [("utf-8", ";"), ("utf-8-sig", ";"), ("utf-16", "\t"), ("utf-16", ","), ("utf-8", "\t")],
+)
+def test_what_spreadsheets_write_is_understood(tmp_path, encoding, delimiter):
+    """A decimal comma comes with semicolons, empty columns with much clicking."""
+    rows = [["slide_id", "path", "label", "mpp", "", ""], ["Ä1", "a.tif", '"x,;y"', '"0,25"', "", ""]]
+    text = "\r\n".join(delimiter.join(row) for row in rows) + "\r\n\r\n"
+    [entry] = read_manifest(write(tmp_path, text, encoding=encoding), labelled=True)
+    assert (entry.slide_id, entry.label, entry.mpp, entry.extra) == ("Ä1", "x,;y", 0.25, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04rest", "a workbook of Excel or LibreOffice, not a CSV file; save it there as CSV UTF-8"),
+        (b"\xd0\xcf\x11\xe0rest", "a workbook of old Excel"),
+        ("path,label\na,Gewächs\n".encode("latin-1"), "not a CSV file in UTF-8 .*; save it as CSV UTF-8"),
+    ],
+)
+def test_other_files_are_named_for_what_they_are(tmp_path, content, message):
+    (tmp_path / "m.csv").write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read_manifest(tmp_path / "m.csv")
+
+
+def test_other_columns_are_kept(tmp_path):
+    entries = read_manifest(write(tmp_path, "path,label,site,age\na.tif,x,Bern,061\nb.tif,y,,\n"))
+    assert entries[0].extra == {"site": "Bern", "age": "061"}
+    write_manifest(tmp_path / "again.csv", entries)
+    assert (tmp_path / "again.csv").read_text().splitlines()[1] == "a,a.tif,x,Bern,061"
+    assert read_manifest(tmp_path / "again.csv") == entries
+
+
+def test_rows_are_named_each(tmp_path):
+    text = "path,mpp\n" + "a{},big\n" * 2 + "b,0.5\nc,big\n"
+    with pytest.raises(UsageError, match="row 2: mpp is 'big', not a number; row 3: mpp .*; row 5: mpp"):
+        read_manifest(write(tmp_path, text.replace("{}", "1", 1).replace("{}", "2", 1)))
+
+
+def test_labels_that_look_alike_and_folds_are_remarked_on():
+    labels = ["tumour"] * 3 + [
+        "Tumour",
+        "tu mour",
+        "tumor",
+        "normal",
+        "normol",
+        "50",
+        "70",
+        "type A",
+        "type B",
+        "Grade",
+    ]
+    entries = [Entry(slide_id=str(i), path="p", label=label) for i, label in enumerate(labels)]
+    pairs = [remark.split("two classes")[0] + remark[remark.index("differ") :] for remark in remarks(entries)]
+    assert len(pairs) == 7
+    assert (
+        "labels 'Tumour' (1 slides) and 'tumour' (3) are differ in case or blanks" in pairs[0] + pairs[1] + pairs[2]
+    )
+    text = " ".join(pairs)
+    assert "'tu mour' (1 slides) and 'tumour' (3)" in text
+    assert "'tumor' (1 slides) and 'tumour' (3) are differ by one letter" in text
+    assert "'normal' (1 slides) and 'normol' (1)" in text
+    assert not any(name in text for name in ("50", "type", "Grade"))
+    [remark] = remarks([Entry(slide_id="a", path="p", label="x", fold="1")])
+    assert remark.startswith("column fold: not supported yet, and ignored")
+
+
+def test_names_of_manifests():
+    assert is_manifest("a/M.CSV")
+    assert is_manifest("m.Parquet")
+    assert not is_manifest("m.ome.zarr")
 
 
 @pytest.mark.parametrize(("name", "content"), [("m.csv", b"\xff\xfe\x00"), ("m.parquet", b"no"), ("m.csv", b'"a')])
