@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from pipeline.manifest import Entry
 
 USAGE, SOME_FAILED, NOTHING_USABLE, INTERRUPTED = 2, 3, 4, 130
-_OUR_ERRORS = ("pipeline.errors", "storage.errors", "cluster.errors", "nested_ats.errors")
 
 
 class _Group(TyperGroup):
@@ -187,14 +186,14 @@ def info(
 ) -> None:
     """Show the size, levels, channels and pixel size of images."""
     from pipeline.info import describe
-    from storage import StorageError
+    from pipeline.net import Net
 
     found, failures = [], []
     for source in sources:
-        try:
+        with Net() as net:
             found.append(describe(source))
-        except StorageError as error:
-            failures.append((source, str(error)))
+        if net.error:
+            failures.append((source, net.error))
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -362,10 +361,9 @@ def main() -> NoReturn:
 
 def _explain(error: Exception) -> int:
     """Say what went wrong in one line where a user can mend it; let anything else show itself whole."""
-    from pipeline.errors import PipelineError
+    from pipeline.errors import PipelineError, is_ours
 
-    # Told by where they are defined: importing all rooms, and torch, would make a misspelt option wait for seconds.
-    if type(error).__module__ not in _OUR_ERRORS:
+    if not is_ours(error):
         raise error
     _say(f"error: {error}")
     if isinstance(error, PipelineError):

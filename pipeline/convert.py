@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import cluster
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import UsageError
 from pipeline.files import file_name, make_folder
 from pipeline.manifest import (
     IMAGE_SUFFIXES,
@@ -24,12 +24,12 @@ from pipeline.manifest import (
     slide_name,
     write_manifest,
 )
+from pipeline.net import Net
 from pipeline.progress import SlideProgress, progress
 from storage import (
     ConversionError,
     ConvertOptions,
     ConvertReport,
-    StorageError,
     convert,
     list_below,
     open_image,
@@ -191,11 +191,10 @@ def plan_all(entries: Sequence[Entry], out: str | Path, *, options: ConvertOptio
     plans = []
     for entry in entries:
         target = _target(out, entry)
-        try:
-            with open_image(entry.path, allow_sparse=options.allow_sparse) as image:
-                plans.append(Plan(entry, target, image.shape))
-        except StorageError as error:
-            plans.append(Plan(entry, target, None, str(error)))
+        with Net() as net, open_image(entry.path, allow_sparse=options.allow_sparse) as image:
+            plans.append(Plan(entry, target, image.shape))
+        if net.error:
+            plans.append(Plan(entry, target, None, net.error))
     return plans
 
 
@@ -263,7 +262,7 @@ def convert_all(
             for entry in entries:
                 shown.begin(entry.slide_id)
                 target = _target(out, entry)
-                try:
+                with Net(entry.slide_id, fail_fast=fail_fast) as net:
                     report = convert(
                         entry.path,
                         target,
@@ -274,10 +273,8 @@ def convert_all(
                         overwrite=overwrite,
                     )
                     conversions.append(Conversion(replace(entry, path=target), report))
-                except StorageError as error:
-                    if fail_fast:
-                        raise DataError(f"slide {entry.slide_id}: {error}") from error
-                    conversions.append(Conversion(entry, None, str(error)))
+                if net.error:
+                    conversions.append(Conversion(entry, None, net.error))
                 shown.end()
     finally:  # also when it is interrupted: what is there is in the manifest
         _add_to_manifest(manifest, out, [conversion.entry for conversion in conversions if conversion.report])

@@ -21,13 +21,14 @@ from nested_ats import Prediction
 from nested_ats.base import PatchConfig, PatchModel
 from nested_ats.geometry import box_starts
 from nested_ats.maps import attention_map
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import UsageError
 from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.manifest import Entry
+from pipeline.net import Net
 from pipeline.predict import Classifier, Settings
 from pipeline.progress import progress
 from pipeline.slides import SlideImage
-from storage import Slide, StorageError, write_pyramid
+from storage import Slide, write_pyramid
 
 MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
 _PICTURE_PIXELS = 1600  # longer side of the slide in the picture
@@ -85,10 +86,10 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
     with progress("heatmap") as update:
         for number, entry in enumerate(entries):
             place = folder / file_name(entry.slide_id)
-            try:
+            with Net() as net:
                 done.append(_heatmap(classifier, entry, make_folder(place)))
-            except (StorageError, PipelineError) as error:
-                done.append(Heatmap(entry.slide_id, place, error=str(error)))
+            if net.error:
+                done.append(Heatmap(entry.slide_id, place, error=net.error))
             update(number + 1, len(entries), entry.slide_id)
     return done
 

@@ -40,10 +40,11 @@ from pipeline.config import CacheConfig, Precision, digest
 from pipeline.errors import DataError, UsageError
 from pipeline.files import alone, file_name, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
+from pipeline.net import Net
 from pipeline.progress import progress
 from pipeline.runs import autocast, choose_device, model_folder, read_run
 from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
-from storage import Slide, StorageError
+from storage import Slide
 
 RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
 _COLUMNS = ("prediction", "draws", "requests", "bytes_read", "seconds", "status", "error")  # and prob_*, se_*
@@ -164,11 +165,10 @@ def _collect(
     with progress("predict") as update:
         for outcome in outcomes:
             entry = outcome.item
-            if outcome.result is None:
-                rows[entry.slide_id] = {"status": "failed", "error": outcome.error}
-            else:
-                write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **outcome.result})
-                rows[entry.slide_id] = outcome.result
+            row = outcome.result or _failed(outcome.error)  # the latter where its worker was lost
+            if row["status"] == "ok":
+                write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **row})
+            rows[entry.slide_id] = row
             update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
 
 
@@ -235,13 +235,12 @@ class Classifier:
         raise DataError(f"{entry.path}: what the model computes is not finite; has the slide pixels that are not?")
 
     def __call__(self, entry: Entry) -> dict[str, Any]:
-        """Classify a slide and return its row of the table, without the slide's identity.
+        """Classify a slide and return its row of the table, without the slide's identity; it may have failed."""
+        with Net() as net:
+            return self._row(entry)
+        return _failed(net.error)
 
-        Raises
-        ------
-        storage.StorageError, DataError
-            The slide cannot be read, or has not what the model reads.
-        """
+    def _row(self, entry: Entry) -> dict[str, Any]:
         began = time.monotonic()
         with self.open(entry) as slide:
             prediction = self.estimate(entry, SlideImage(slide, background=self.settings.background))
@@ -326,9 +325,14 @@ def with_samples(config: EncoderConfig, samples: Sequence[int]) -> EncoderConfig
             raise UsageError(f"--samples: the model draws at {levels} levels; give that many positive numbers")
 
 
+def _failed(error: str | None) -> dict[str, Any]:
+    """Row of a slide that failed."""
+    return {"status": "failed", "error": error}
+
+
 def _pixels(entry: Entry) -> int:
     """Pixels of a slide in a folder, for the largest to start first; 0 of others, whose size takes a request."""
-    with suppress(StorageError):
+    with Net():
         if os.path.isdir(entry.path):
             with Slide(entry.path) as slide:
                 return math.prod(slide.shape_yx)

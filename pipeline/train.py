@@ -20,12 +20,12 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
+from pipeline.net import Net
 from pipeline.progress import OnProgress, progress
 from pipeline.runs import CONFIG, LOCK, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
 from pipeline.slides import check_slide, open_slide
 from pipeline.splits import assign_splits
 from pipeline.training import describe, plain_entries, train_worker
-from storage import StorageError
 
 _COPY_TIMEOUT_S = 1200  # that workers wait for rank 0, which may be copying a state over a slow line
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
@@ -131,14 +131,11 @@ def _usable(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> tup
     failures: list[Failure] = []
     channels: int | None = None
     for entry in entries:
-        try:
-            with open_slide(entry.path, config.data.cache) as slide:
-                channels = check_slide(slide, config.model, channels)
+        with Net(entry.slide_id, fail_fast=fail_fast) as net, open_slide(entry.path, config.data.cache) as slide:
+            channels = check_slide(slide, config.model, channels)
             usable.append(entry)
-        except (StorageError, DataError) as error:
-            if fail_fast:
-                raise DataError(f"slide {entry.slide_id}: {error}") from error
-            failures.append(Failure(entry.slide_id, str(error)))
+        if net.error:
+            failures.append(Failure(entry.slide_id, net.error))
     if channels is None:
         raise DataError(f"no slide can be used; the first: {failures[0].error}")
     return usable, channels, failures

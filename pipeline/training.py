@@ -34,10 +34,10 @@ from pipeline.errors import DataError
 from pipeline.files import make_folder, write_atomic
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
+from pipeline.net import Net
 from pipeline.runs import CURVES, METRICS, MODEL, Position, autocast, load_state, read_metrics, save_state
 from pipeline.slides import SlideCache, draw_key
 from pipeline.unreadable import SlideError, Unreadable, WatchedImage
-from storage import StorageError
 
 # Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy, and at most
 # half of them, since what a part computed for its backward pass is held until then.
@@ -241,10 +241,9 @@ class Trainer:
 
     def _open(self, entry: Entry) -> Image:
         """Open a slide; it, or reading it later, may raise `SlideError`."""
-        try:
+        with Net() as net:
             return WatchedImage(self.slides.open(entry.path), entry.slide_id, self.unreadable)
-        except StorageError as error:
-            raise self.unreadable.error(entry.slide_id, error) from error
+        raise self.unreadable.error(entry.slide_id, net)
 
     def _step(
         self,

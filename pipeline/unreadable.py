@@ -12,7 +12,7 @@ from torch import Tensor
 from cluster import Context
 from nested_ats import Image
 from pipeline.errors import DataError
-from storage import StorageError
+from pipeline.net import Net
 
 
 class SlideError(Exception):
@@ -41,8 +41,8 @@ class Unreadable:
         self.reasons: dict[str, str] = {}
         self._fail_fast = fail_fast
 
-    def error(self, slide_id: str, error: StorageError) -> SlideError:
-        """Note what is wrong with a slide, and say so the first time.
+    def error(self, slide_id: str, net: Net) -> SlideError:
+        """Note what was caught of a slide, and say so the first time.
 
         Raises
         ------
@@ -50,10 +50,10 @@ class Unreadable:
             With `fail_fast`.
         """
         if self._fail_fast:
-            raise DataError(f"slide {slide_id}: {error}") from error
+            raise DataError(f"slide {slide_id}: {net.error}") from net.cause
         if slide_id not in self.reasons:
-            print(f"slide {slide_id} is left out: {error}", file=sys.stderr, flush=True)
-        self.reasons[slide_id] = str(error)
+            print(f"slide {slide_id} is left out: {net.error}", file=sys.stderr, flush=True)
+        self.reasons[slide_id] = net.error
         return SlideError(slide_id)
 
     def gather(self, context: Context) -> None:
@@ -91,7 +91,6 @@ class WatchedImage:
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """(N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""
-        try:
+        with Net() as net:
             return self._image.read(level, boxes)
-        except StorageError as error:
-            raise self._unreadable.error(self._slide_id, error) from error
+        raise self._unreadable.error(self._slide_id, net)

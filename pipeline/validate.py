@@ -11,8 +11,9 @@ from pipeline.convert import expand, find_images
 from pipeline.errors import UsageError
 from pipeline.files import file_name
 from pipeline.manifest import Entry, has_image_suffix, is_manifest, read_manifest, slide_name
+from pipeline.net import Net
 from pipeline.progress import SlideProgress, progress
-from storage import Problem, Slide, StorageError, validate
+from storage import Problem, Slide, validate
 
 _SHOWN = 20  # problems of one pyramid
 _NO_SOURCE = "no source image has its name"
@@ -111,7 +112,7 @@ def validate_all(
             shown.begin(entry.slide_id)
             source = None if sources is None else sources.get(entry.slide_id)
             lacking = [] if sources is None or source else [Problem(0, None, "unchecked", _NO_SOURCE)]
-            try:
+            with Net() as net:
                 if _is_file(entry.path):
                     Slide(entry.path).close()  # a TIFF is refused
                     found = [Problem(0, None, "unchecked", _NO_PYRAMID)] if source else []
@@ -124,8 +125,8 @@ def validate_all(
                         workers=workers,
                     )
                 results.append(Validation(entry, (*lacking, *found)))
-            except StorageError as error:
-                results.append(Validation(entry, (), str(error)))
+            if net.error:
+                results.append(Validation(entry, (), net.error))
             shown.end()
     return results
 

@@ -216,11 +216,11 @@ class TestMistakes:
         assert [path.name for path in places["full"].iterdir()] == ["precious.txt"]
 
     def test_a_bug_is_shown_whole(self, monkeypatch, pyramids):
-        def bug(*_):
+        def bug(*_, **__):
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr("pipeline.info.describe", bug)
-        result = CliRunner().invoke(app, ["info", str(pyramids)])
+        monkeypatch.setattr("pipeline.evaluate.evaluate", bug)
+        result = CliRunner().invoke(app, ["evaluate", str(pyramids)])
         assert result.exit_code == 1
         assert isinstance(result.exception, ZeroDivisionError)
 

@@ -416,3 +416,14 @@ def test_a_folder_that_another_process_predicts_into_is_left_alone(finished, ent
             with pytest.raises(UsageError, match="another prediction is being written there; wait"):
                 predict(entries, finished, tmp_path, draws=1, overwrite=overwrite)
     assert sorted((path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_other_columns_of_a_manifest_are_in_the_table(finished, pyramids, tmp_path):
+    entries = [replace(entry, extra={"site": "Bern", "age": "061"}) for entry in read_manifest(pyramids)[:2]]
+    predict(entries, finished, tmp_path / "out")
+    assert [(row["site"], row["age"], row["status"]) for row in read_predictions(tmp_path / "out")] == [
+        ("Bern", "061", "ok")
+    ] * 2
+    for name in ("status", "prob_bar"):
+        with pytest.raises(UsageError, match=f"column {name} would be lost"):
+            predict([replace(entries[0], extra={name: "x"})], finished, tmp_path / "other")

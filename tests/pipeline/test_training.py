@@ -105,14 +105,14 @@ def test_parts_read_while_others_wait(config, pyramids, tmp_path, monkeypatch):
 
 def test_an_error_in_one_part_ends_the_step(config, pyramids, tmp_path, monkeypatch):
     parted = parse_config({**plain(config), "train": {"epochs": 1, "batch_size": 4, "parts": 4}}, "test")
-    read, calls = SlideImage.read, itertools.count(1)
+    labels, calls = Trainer._labels, itertools.count(1)
 
-    def fails(self, level, boxes):
-        if next(calls) == 20:  # several threads read: each has a number of its own
+    def fails(self, batch):
+        if next(calls) == 7:  # several threads compute: each has a number of its own
             raise ValueError("gone")
-        return read(self, level, boxes)
+        return labels(self, batch)
 
-    monkeypatch.setattr(SlideImage, "read", fails)
+    monkeypatch.setattr(Trainer, "_labels", fails)
     with pytest.raises(ValueError, match="gone"):
         train_worker(LocalContext(), arguments(parted, pyramids, tmp_path / "run"))
 
