@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from storage.errors import StorageError
+from storage.errors import ConversionError, CorruptImageError, StorageError
 from storage.shard import decode_shard, encode_shard
 from storage.target import Receipt, by_place
 
@@ -223,6 +223,7 @@ class Job:
     levels: tuple[LevelInfo, ...]
     output: Output
     bands: Bands | None = None
+    target: str = ""  # as messages name it
 
     def attempt(self, task: Task) -> list[Receipt] | Exception:
         """Run a task; errors of files and disks are returned, so that they cross processes as they are."""
@@ -242,7 +243,11 @@ class Job:
         if receipt.empty:
             return None
         level = self.levels[receipt.level]
-        return decode_shard(self.output.read(receipt.key), level.layout, level.shard_shape(receipt.y, receipt.x))
+        try:
+            return decode_shard(self.output.read(receipt.key), level.layout, level.shard_shape(receipt.y, receipt.x))
+        except CorruptImageError as error:
+            where = f"{self.target}: {receipt.key}"
+            raise ConversionError(f"{where} was damaged after it was written ({error}); convert again") from error
 
     def write(self, key: ShardKey, pixels: NDArray[Any] | None, *, read_again: bool = True) -> Receipt:
         """Encode and store a shard; one of zeros is not stored."""
@@ -369,9 +374,10 @@ def _mean_2x2(pixels: NDArray[Any], out: NDArray[Any]) -> None:
     """Average (H, W) into (H / 2, W / 2), both even: first pairs of rows, which lie side by side in memory."""
     if pixels.dtype.kind == "f":
         quarter = pixels.dtype.type(0.25)  # scaled before they are added, so that no sum overflows
-        rows = pixels[0::2] * quarter
-        rows += pixels[1::2] * quarter
-        np.add(rows[:, 0::2], rows[:, 1::2], out=out)
+        with np.errstate(invalid="ignore"):  # of infinities of both signs the mean is no number, as it should be
+            rows = pixels[0::2] * quarter
+            rows += pixels[1::2] * quarter
+            np.add(rows[:, 0::2], rows[:, 1::2], out=out)
         return
     rows = np.add(pixels[0::2], pixels[1::2], dtype=SUM_TYPES[pixels.dtype.name])
     total = rows[:, 0::2] + rows[:, 1::2]

@@ -8,6 +8,7 @@ Shape letters: C channels, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.build import ArraySource, Bands, Job, PixelSource, build
-from storage.errors import ConversionError, StorageError, TransferError
+from storage.errors import ConversionError, CorruptImageError, StorageError, TransferError
 from storage.executors import Executor, check_executor, open_executor
 from storage.files import fingerprint
 from storage.limits import LIMITS
@@ -92,7 +93,8 @@ def convert(
 ) -> ConvertReport:
     """Turn an image into an OME-Zarr 0.5 pyramid.
 
-    Interrupted, it leaves ``TARGET.partial``; called again, it goes on from there and ends with the same bytes.
+    Interrupted, it leaves ``TARGET.partial``; called again, it goes on from there and ends with the same bytes. Of a
+    source that turns out to be damaged nothing is left.
 
     Parameters
     ----------
@@ -309,9 +311,14 @@ def _write(
             )
         shard = info.levels[0].layout.shard
         bands = Bands(source, output.scratch, shard, strip_rows) if strip_rows else None
-        job = Job(source, info.levels, output.output, bands)
-        with open_executor(executor, workers, job) as run:
-            receipts = build(job, done, run, on_made)
+        job = Job(source, info.levels, output.output, bands, target)
+        try:
+            with open_executor(executor, workers, job) as run:
+                receipts = build(job, done, run, on_made)
+        except CorruptImageError:  # the source is, and will be when it is converted again: nothing is worth keeping
+            with contextlib.suppress(OSError, StorageError):  # a worker elsewhere may be writing still
+                output.discard()
+            raise
         check_source()
         output.verify(receipts, info.levels[0].layout.index_bytes)
         info = _with_receipts(info, receipts)

@@ -3,8 +3,8 @@
 Notable: such a file is decoded whole, so it is held in memory; what its header claims is checked before.
 
 - PNG: grey or RGB, with or without alpha, 8 or 16 bits, kept as they are. Palette colours become the RGB (or RGBA)
-  that they stand for, a transparent colour becomes an alpha channel, as libpng does both. Grey of 1, 2 or 4 bits is
-  refused, because it would be rescaled.
+  that they stand for, a transparent colour becomes an alpha channel, and grey of 1, 2 or 4 bits the 8 bits that it
+  stands for (ISO 15948, 13.12), as libpng does all three.
 - JPEG: 8 bits, grey or colour (as RGB). CMYK is refused, because files disagree on its sign.
 - BMP: uncompressed, 24 bits (as RGB) or 8 bits of grey. Palettes of colours, other depths and compressed rows are
   refused.
@@ -34,6 +34,7 @@ from storage.errors import CorruptImageError, UnsupportedImageError
 from storage.files import RandomFile, open_file
 from storage.limits import LIMITS, Limits
 from storage.tiff import TiffImage
+from storage.tiff_kinds import AGAIN, REWRITE
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -44,6 +45,10 @@ TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BMP_HEADERS = (40, 52, 56, 108, 124)  # bytes of the second header: BITMAPINFOHEADER and what extends it
 MAGIC_BYTES = 18  # enough of a file to tell its kind; "BM" alone could begin a text
 ACCEPTED = "TIFF (BigTIFF, OME-TIFF, SVS and other whole-slide TIFFs), PNG, JPEG or BMP"
+BMP_AS_PNG = "python -c \"from PIL import Image; Image.open('IN.bmp').save('OUT.png')\""
+JPEG_AS_TIFF = (
+    "store it as TIFF: python -c \"import imagecodecs as i, tifffile as t; t.imwrite('OUT.tif', i.imread('IN.jpg'))\""
+)
 CHANNELS = {1: ("0",), 2: ("0", "A"), 3: ("R", "G", "B"), 4: ("R", "G", "B", "A")}
 
 
@@ -126,10 +131,12 @@ class RasterImage:
     def _read(self, file: RandomFile) -> bytes:
         """Return the file's bytes; none of a kind that is accepted is larger than its pixels may be."""
         if file.size > self._limits.raster_bytes:
-            raise self._unsupported(f"{file.size} bytes; larger images are read as tiled TIFFs only")
+            raise self._unsupported(
+                f"{file.size} bytes, and more than {self._limits.raster_bytes} are not read; {REWRITE}"
+            )
         data = file.read_at(0, file.size)
         if len(data) != file.size:
-            raise CorruptImageError(f"{self.location}: {len(data)} of {file.size} bytes can be read")
+            raise self._corrupt(f"{len(data)} of {file.size} bytes can be read")
         return data
 
     def _decode(self, data: bytes) -> NDArray[Any]:
@@ -140,50 +147,48 @@ class RasterImage:
         read_header = {"png": png_header, "jpeg": _whole_jpeg_header, "bmp": _bmp_header}[kind]
         try:
             header = read_header(data)
-        except (ValueError, IndexError) as error:
-            raise CorruptImageError(f"{self.location}: damaged ({error})") from error
-        {"png": self._check_png, "jpeg": self._check_jpeg, "bmp": self._check_bmp}[kind](header)
+        except ValueError as error:
+            raise self._corrupt(f"damaged ({error})") from error
+        if kind != "png":
+            {"jpeg": self._check_jpeg, "bmp": self._check_bmp}[kind](header)
         self._check_size(header, len(data))
         try:
             pixels = getattr(imagecodecs, f"{kind}_decode")(data)
         except Exception as error:  # each codec has its own errors
-            raise CorruptImageError(f"{self.location}: does not decode ({error})") from error
+            raise self._corrupt(f"damaged, it does not decode as {kind.upper()}") from error
         if pixels.shape[:2] != (header.height, header.width) or pixels.dtype.name not in ("uint8", "uint16"):
-            raise CorruptImageError(f"{self.location}: decodes to other pixels than its header says")
+            raise self._corrupt("decodes to other pixels than its header says")
         pixels = pixels.reshape(header.height, header.width, -1)
         return _upright(pixels, header.orientation)
 
-    def _check_png(self, header: StreamHeader) -> None:
-        if header.bits < 8 and header.kind != 3:
-            raise self._unsupported(f"grey of {header.bits} bits, which would be rescaled; store it with 8 bits")
-
     def _check_jpeg(self, header: StreamHeader) -> None:
         if header.kind not in JPEG_FRAMES or header.bits != 8:
-            raise self._unsupported(f"a lossless, arithmetic or {header.bits} bit JPEG; store it as PNG")
+            raise self._unsupported(
+                f"a JPEG of a rare kind (lossless, arithmetic or of {header.bits} bits); {JPEG_AS_TIFF}"
+            )
         if header.samples not in (1, 3):
             raise self._unsupported(
-                f"a JPEG of {header.samples} channels (CMYK?); convert it to RGB (for example: vips colourspace "
-                "IN OUT srgb)"
+                f"a JPEG of {header.samples} channels (CMYK?); store it as RGB: vips colourspace IN.jpg OUT.png srgb"
             )
 
     def _check_bmp(self, header: StreamHeader) -> None:
         if header.bits != 8 or header.kind != 0:
             what = "compressed or with a palette" if header.bits == 8 else f"of {header.bits * header.samples} bits"
-            raise self._unsupported(f"a BMP {what}, not of 24 bits or 8 bits of grey; store it as PNG")
+            raise self._unsupported(f"a BMP {what}, not of 24 bits or 8 bits of grey; store it as PNG: {BMP_AS_PNG}")
 
     def _check_size(self, header: StreamHeader, file_bytes: int) -> None:
         height, width = header.height, header.width
         if height < 1 or width < 1:
-            raise CorruptImageError(f"{self.location}: an image without pixels")
+            raise self._corrupt("an image without pixels")
         raw = height * width * header.samples * (2 if header.bits == 16 else 1)
         most = self._limits.raster_bytes
         if raw > most:
-            raise self._unsupported(
-                f"{height} x {width} pixels decode to {raw} bytes, over {most}; rewrite it as a tiled TIFF "
-                "(for example: vips tiffsave IN OUT --tile --compression deflate)"
-            )
+            raise self._unsupported(f"{height} x {width} pixels decode to {raw} bytes, over {most}; {REWRITE}")
         if raw > self._limits.ratio_free_bytes and raw > file_bytes * self._limits.raster_ratio:
-            raise self._unsupported(f"claims {raw} bytes of pixels in a file of {file_bytes}")
+            raise self._unsupported(f"claims {raw} bytes of pixels in a file of {file_bytes}; {AGAIN}")
+
+    def _corrupt(self, reason: str) -> CorruptImageError:
+        return CorruptImageError(f"{self.location}: {reason}; {AGAIN}")
 
     def _unsupported(self, reason: str) -> UnsupportedImageError:
         return UnsupportedImageError(f"{self.location}: {reason}")

@@ -5,15 +5,19 @@ decoded, by tifffile's own decoder, so level 0 equals ``tifffile.imread``. What 
 segment that is not stored, too few segments or one that is cut short, is refused here first.
 
 Accepted: tiled or striped, planar or not, classic or BigTIFF, OME-TIFF, SVS, SCN, Philips and other whole-slide
-TIFFs; axes YX, YXS, SYX or CYX; the types of ``DTYPES``; grey, RGB, YCbCr (as JPEG) and CMYK (kept as four channels).
-Everything else is refused by name.
+TIFFs; axes YX, YXS, SYX or CYX; grey, RGB, YCbCr (as JPEG), CMYK (kept as four channels) and palettes (as the RGB
+that they stand for); the types of ``DTYPES`` and those that one of them holds exactly. Everything else is refused by
+name: see ``storage.tiff_kinds``. What tifffile logs names no file: it goes to this module's log, at debug.
 
 Shape letters: C channels, H height, W width, S samples of a pixel stored together.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import product
 from typing import IO, TYPE_CHECKING, Any, Self, cast
@@ -25,8 +29,20 @@ from storage.codestreams import StreamHeader, j2k_header, jpeg_header, jpeg_is_w
 from storage.errors import CorruptImageError, StorageError, UnsupportedImageError
 from storage.files import BlockReader, open_file
 from storage.limits import LIMITS, Limits
-from storage.ome_zarr import DTYPES
-from storage.tiff_header import REWRITE_SLIDE, check_directories
+from storage.tiff_header import check_directories
+from storage.tiff_kinds import (
+    AGAIN,
+    COMPRESSIONS,
+    DIFFERENT_PLANES,
+    GDAL,
+    PALETTE,
+    REWRITE,
+    REWRITE_SLIDE,
+    held_as,
+    palette,
+    why_a_stack,
+    why_refused,
+)
 from storage.tiff_metadata import channel_names, check_claims, mpp_yx
 
 if TYPE_CHECKING:
@@ -38,28 +54,7 @@ if TYPE_CHECKING:
 
     from storage.files import Range
 
-COMPRESSIONS = {
-    1: "none",
-    5: "lzw",
-    7: "jpeg",
-    8: "deflate",
-    32773: "packbits",
-    32946: "deflate",
-    33005: "jpeg2000",  # Aperio's, RGB
-    34712: "jpeg2000",
-    34925: "lzma",
-    50000: "zstd",
-    50001: "webp",
-}
-STREAM_HEADERS = {"jpeg": jpeg_header, "jpeg2000": j2k_header, "webp": webp_header}
-PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", 5: "CMYK", 6: "YCbCr"}
-REWRITE = "rewrite it as a tiled TIFF (for example: vips tiffsave IN OUT --tile --bigtiff --compression jpeg)"
-CANNOT_HOLD = {
-    3: "palette colours, which cannot be averaged; expand them to RGB (for example: vips tiffsave IN OUT --tile)",
-    8: "CIELab colours; convert it to RGB (for example: vips colourspace IN OUT srgb)",
-}
-
-
+STREAM_HEADERS = {"JPEG": jpeg_header, "JPEG 2000": j2k_header, "WebP": webp_header}
 # What decides how a page's segments are decoded.
 STORED_AS = (
     "compression",
@@ -76,6 +71,28 @@ STORED_AS = (
     "tilewidth",
     "rowsperstrip",
 )
+_reading: ContextVar[str] = ContextVar("reading", default="")
+_logger = logging.getLogger(__name__)
+
+
+def _ours(record: logging.LogRecord) -> bool:
+    """Let pass what tifffile logs of files that others read; of ours it goes, with the file's name, to our log."""
+    if location := _reading.get():
+        _logger.debug("%s: %s", location, record.getMessage())
+    return not location
+
+
+tifffile.logger().addFilter(_ours)
+
+
+@contextmanager
+def _named(location: str) -> Iterator[None]:
+    """Have tifffile's log lines name this file."""
+    token = _reading.set(location)
+    try:
+        yield
+    finally:
+        _reading.reset(token)
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,7 @@ class TiffImage:
     Attributes
     ----------
     shape : (C, H, W)
-    dtype : one of ``DTYPES``
+    dtype : one of ``DTYPES``, that of the file or the next that holds its values
     mpp_yx : micrometres per pixel (y, x), or None where the file does not tell
     channels : channel names
     segment_yx : height and width of a tile or strip, in pixels
@@ -147,13 +164,18 @@ class TiffImage:
         with BlockReader(self._file) as reader:
             check_directories(reader, self._limits)
             try:
-                with tifffile.TiffFile(cast("IO[bytes]", reader), name=self._file.name) as tif:
+                with (
+                    _named(self.location),
+                    tifffile.TiffFile(cast("IO[bytes]", reader), name=self._file.name) as tif,
+                ):
                     self._describe(tif)
             except StorageError:
                 raise
             except Exception as error:  # tifffile raises whatever a damaged header makes it run into
+                if isinstance(error, RuntimeError) and "keyframe" in str(error):
+                    raise self._unsupported(DIFFERENT_PLANES) from error
                 if reader.failure is None:
-                    raise self._corrupt(f"its headers cannot be read ({type(error).__name__}: {error})") from error
+                    raise self._corrupt("its headers are damaged or contradict each other") from error
             if reader.failure is not None:  # tifffile goes on without what it could not read
                 raise reader.failure
 
@@ -163,21 +185,26 @@ class TiffImage:
         self._axes = self._checked_axes(series)
         self._key = key = series.keyframe
         samples = key.samplesperpixel if self._axes != "CYX" else len(series.pages)
-        self.shape = (samples, key.imagelength, key.imagewidth)
-        self._check_page(key)
-        self.dtype = np.dtype(key.dtype).newbyteorder("=")
+        if reason := why_refused(key, samples):
+            raise self._unsupported(reason)
+        self._colours = palette(key) if key.photometric == PALETTE else None
         self._stored = key.samplesperpixel if key.planarconfig == 1 else 1  # S
+        self._made = self._stored if self._colours is None else 3  # of S samples
+        self.shape = (samples * self._made // max(self._stored, 1), key.imagelength, key.imagewidth)
+        self.dtype = held_as(key)
+        self._file_dtype = np.dtype(key.dtype).newbyteorder(tif.byteorder)
         tile = (key.tilelength, key.tilewidth)
         strip = (min(key.rowsperstrip, key.imagelength), key.imagewidth)
         self.segment_yx = tile if key.is_tiled else strip
         self._codec = COMPRESSIONS[key.compression]
         self._check_sizes(key)
-        self.direct = key.compression == 1 and key.predictor == 1 and key.fillorder == 1
-        self._file_dtype = self.dtype.newbyteorder(tif.byteorder)
+        whole = key.bitspersample == self._file_dtype.itemsize * 8
+        self.direct = whole and key.compression == 1 and key.predictor == 1 and key.fillorder == 1
+        self._nodata = key.nodata
         self._planes = list(self._collect_planes(series))
         self._decode = key.decode
         self.mpp_yx = mpp_yx(tif, key)
-        self.channels = channel_names(tif, key, samples)
+        self.channels = channel_names(tif, key, self.shape[0])
 
     def _check_format(self, tif: tifffile.TiffFile) -> None:
         """Refuse what tifffile's own look at the metadata would choke on, and tiles that must be stitched."""
@@ -189,55 +216,32 @@ class TiffImage:
         """Reduce the axes to YX, YXS, SYX or CYX, or refuse."""
         pages = list(series.pages)
         if None in pages:
-            raise self._unsupported("a series with planes that are missing or in other files; join them in one file")
+            raise self._unsupported("some of its planes are missing or in other files; join them in one file")
         sizes = list(zip(series.get_axes(squeeze=False), series.get_shape(squeeze=False), strict=True))
         axes = "".join(axis for axis, size in sizes if size != 1 or axis in "YX")
         if axes not in ("YX", "YXS", "SYX", "CYX"):
-            found = series.get_axes(squeeze=True)
-            raise self._unsupported(
-                f"axes {found}; only one plane of grey, colour or channels (YX, YXS, SYX, CYX) is read"
-            )
+            found, shape = series.get_axes(squeeze=True), series.get_shape(squeeze=True)
+            raise self._unsupported(why_a_stack(found, shape))
         if len(pages) != (dict(sizes)["C"] if axes == "CYX" else 1):
-            raise self._unsupported(f"{len(pages)} pages for a series of axes {axes} and shape {series.shape}")
+            raise self._corrupt(f"it has {len(pages)} pages where its metadata tells of others")
         return axes
-
-    def _check_page(self, key: tifffile.TiffPage) -> None:
-        """Refuse what would be decoded wrongly, kept wrongly or not at all."""
-        orientation = key.tags.valueof(274, 1)
-        kinds = ", ".join(sorted(set(COMPRESSIONS.values())))
-        refusals = [
-            (str(key.dtype) not in DTYPES, f"pixels of type {key.dtype}; only {', '.join(DTYPES)} are kept"),
-            (
-                key.dtype is None or key.bitspersample != key.dtype.itemsize * 8,
-                f"{key.bitspersample} bits per sample; only whole bytes are read",
-            ),
-            (key.compression == 33003, f"Aperio's YCbCr JPEG 2000 (33003), which would stay YCbCr; {REWRITE_SLIDE}"),
-            (key.compression not in COMPRESSIONS, f"compression {key.compression!s} is not read, only {kinds}"),
-            (
-                key.photometric not in PHOTOMETRICS,
-                CANNOT_HOLD.get(int(key.photometric), f"photometric interpretation {key.photometric!s} is not read"),
-            ),
-            (key.photometric == 6 and key.compression != 7, f"YCbCr pixels outside JPEG; {REWRITE}"),
-            (key.imagedepth != 1 or key.tiledepth != 1, "a volume, not an image"),
-            (
-                orientation in range(2, 9),
-                f"stored turned or mirrored (orientation {orientation}); make it upright (vips autorot IN OUT[tile])",
-            ),
-        ]
-        for refused, reason in refusals:
-            if refused:
-                raise self._unsupported(reason)
 
     def _check_sizes(self, key: tifffile.TiffPage) -> None:
         """Refuse what could not be held."""
         channels, height, width = self.shape
         if channels > self._limits.channels:
-            raise self._unsupported(f"{channels} channels; at most {self._limits.channels}")
+            raise self._unsupported(
+                f"{channels} channels, and at most {self._limits.channels} are read; keep those that you need, here "
+                f"the first three: {GDAL} -b 1 -b 2 -b 3 IN.tif OUT.tif"
+            )
         if max(height, width) > self._limits.side or channels * height * width > self._limits.samples:
-            raise self._unsupported(f"{channels} x {height} x {width} samples, more than any scanner's")
+            raise self._unsupported(
+                f"claims {height} x {width} pixels of {channels} channels, more than any scanner makes; {AGAIN}"
+            )
         if min(height, width, self._stored, *self.segment_yx) < 1:
-            raise self._corrupt("an image or segment without pixels")
-        segment = self.segment_yx[0] * self.segment_yx[1] * self._stored * self.dtype.itemsize
+            raise self._corrupt("an image, tile or strip without pixels")
+        pixel = max(self._stored * self._file_dtype.itemsize, self._made * self.dtype.itemsize)
+        segment = self.segment_yx[0] * self.segment_yx[1] * pixel
         if segment > self._limits.segment_bytes and not (key.compression == 1 and key.predictor == 1):
             most = self._limits.segment_bytes
             raise self._unsupported(f"one tile or strip decodes to {segment} bytes, over {most}; {REWRITE}")
@@ -251,13 +255,16 @@ class TiffImage:
             offsets, counts = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
             planes = 1 if self._key.planarconfig == 1 else self._key.samplesperpixel
             if len(offsets) != planes * area or len(counts) != planes * area:
-                raise self._corrupt(f"{len(offsets)} offsets and {len(counts)} lengths of {planes * area} segments")
+                raise self._corrupt(
+                    f"it tells the places of {len(offsets)} and the lengths of {len(counts)} of its {planes * area} "
+                    f"{self._segment_name}s"
+                )
             for plane in range(planes):
                 part = slice(plane * area, (plane + 1) * area)
                 yield _Plane(
                     offsets[part],
                     counts[part],
-                    first_channel=(number * planes + plane) * self._stored,
+                    first_channel=(number * planes + plane) * self._made,
                     first_index=plane * area,
                     jpegtables=page.jpegtables,
                 )
@@ -267,7 +274,7 @@ class TiffImage:
         key = self._key
         own = page.aspage() if page.offset else key  # ImageJ's later planes may have no directory of their own
         if any(getattr(own, name) != getattr(key, name) for name in STORED_AS):
-            raise self._unsupported(f"planes that are stored in different ways (page {page.index}); {REWRITE}")
+            raise self._unsupported(DIFFERENT_PLANES)
 
     def _check_segments(self, *, allow_sparse: bool) -> None:
         """Every segment must lie inside the file, be stored, and not overlap another; ratios must be sane."""
@@ -278,7 +285,7 @@ class TiffImage:
         if not allow_sparse and not stored.all():
             missing = int(np.count_nonzero(~stored))
             raise self._unsupported(
-                f"a sparse TIFF: {missing} of its {len(stored)} tiles are not stored; "
+                f"a sparse TIFF: {missing} of its {len(stored)} {self._segment_name}s are not stored; "
                 "if they are meant to be blank, read them as zeros with --allow-sparse (allow_sparse=True)"
             )
         plain_bytes = self._plain_bytes()[stored]
@@ -292,19 +299,19 @@ class TiffImage:
         ends = starts + counts[order][first]
         if (ends[:-1] > starts[1:]).any():
             raise self._corrupt("tiles or strips overlap in the file")
-        if self.direct and (counts < plain_bytes).any():
+        if self._key.compression == 1 and (counts < plain_bytes).any():
             raise self._corrupt("uncompressed tiles or strips are shorter than their pixels")
         raw = int(plain_bytes.sum())
         if raw > self._limits.ratio_free_bytes and raw > size * self._limits.ratio:
-            raise self._unsupported(f"claims {raw} bytes of pixels in a file of {size}")
+            raise self._unsupported(f"claims {raw} bytes of pixels in a file of {size}; {AGAIN}")
 
     def _plain_bytes(self) -> NDArray[np.int64]:
-        """Bytes that each segment has when it is decoded, in the order of all planes."""
+        """Bytes that each segment has uncompressed, in the order of all planes; rows begin at whole bytes."""
         rows, columns = self.segment_grid
         heights = np.full(rows, self.segment_yx[0], np.int64)
         if not self._key.is_tiled:
             heights[-1] = self.shape[1] - (rows - 1) * self.segment_yx[0]
-        row_bytes = self.segment_yx[1] * self._stored * self.dtype.itemsize
+        row_bytes = -(-self.segment_yx[1] * self._stored * self._key.bitspersample // 8)
         return np.tile(np.repeat(heights * row_bytes, columns), len(self._planes))
 
     @property
@@ -341,14 +348,20 @@ class TiffImage:
         parts = [part for plane in self._planes for part in self._parts(plane, y, x, h, w)]
         data = self._file.read_ranges([wanted for part in parts for wanted in self._ranges(part)])
         for part in parts:
-            out[part.place] = self._segment(part.plane, part.index, part, data).transpose(2, 0, 1)
+            out[part.place] = self._held(self._segment(part.plane, part.index, part, data)).transpose(2, 0, 1)
         return out
+
+    def _held(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """(h, w, C) of (h, w, S): colours for a palette's numbers, 0 and 255 for bits; else as they are."""
+        if self._colours is not None:
+            return self._colours[pixels[..., 0].astype(np.uint16, copy=False)]
+        return pixels * np.uint8(255) if pixels.dtype == bool else pixels
 
     def _parts(self, plane: _Plane, y: int, x: int, h: int, w: int) -> Iterator[_Part]:
         """Cut a box at the borders of segments, row by row."""
         height, width = self.segment_yx
         columns = self.segment_grid[1]
-        channels = slice(plane.first_channel, plane.first_channel + self._stored)
+        channels = slice(plane.first_channel, plane.first_channel + self._made)
         rows_touched = range(y // height, (y + h - 1) // height + 1)
         for row, column in product(rows_touched, range(x // width, (x + w - 1) // width + 1)):
             top, left = row * height, column * width
@@ -362,7 +375,7 @@ class TiffImage:
         offset, count = int(part.plane.offsets[part.index]), int(part.plane.counts[part.index])
         if not self.direct or not count:
             return [(offset, count)] if count else []
-        pixel = self._stored * self.dtype.itemsize
+        pixel = self._stored * self._file_dtype.itemsize
         stride = self.segment_yx[1] * pixel
         if self._whole_rows(part):
             return [(offset + part.y0 * stride, (part.y1 - part.y0) * stride)]
@@ -377,7 +390,7 @@ class TiffImage:
         shape = (part.y1 - part.y0, part.x1 - part.x0, self._stored)
         wanted = self._ranges(part)
         if not wanted:
-            return np.full(shape, self._key.nodata, self.dtype)
+            return np.full(shape, self._nodata, self._file_dtype)
         pieces = [next(data) for _ in wanted]
         if any(len(piece) != length for piece, (_, length) in zip(pieces, wanted, strict=True)):
             raise self._corrupt(f"{self._where(i)} is truncated")
@@ -388,28 +401,37 @@ class TiffImage:
 
     def _decoded(self, plane: _Plane, i: int, data: bytes) -> NDArray[Any]:
         """(h, w, S) pixels of a compressed segment."""
+        self._check_stream(i, data)
         try:
-            self._check_stream(data)
-            pixels, _, _ = self._decode(data, plane.first_index + i, jpegtables=plane.jpegtables)
+            with _named(self.location):
+                pixels, _, _ = self._decode(data, plane.first_index + i, jpegtables=plane.jpegtables)
+        except MemoryError as error:
+            raise self._unsupported(f"{self._where(i)} needs more memory than there is; use fewer workers") from error
         except Exception as error:  # each codec has its own errors
-            raise self._corrupt(f"{self._where(i)} does not decode ({error})") from error
+            raise self._corrupt(f"{self._where(i)} does not decode as {self._codec}") from error
+        if pixels is not None and self._codec == "CCITT":
+            pixels = pixels.astype(bool)  # bits as bytes
         height, width = self._inside(i)
-        if pixels is None or pixels.shape[1] < height or pixels.shape[2] < width or pixels.dtype != self.dtype:
+        if pixels is None or pixels.shape[1] < height or pixels.shape[2] < width or pixels.dtype != self._key.dtype:
             raise self._corrupt(f"{self._where(i)} decodes to other pixels than its header says")
         return np.asarray(pixels[0])
 
-    def _check_stream(self, data: bytes) -> None:
+    def _check_stream(self, i: int, data: bytes) -> None:
         """Refuse an inner image that claims more pixels than the TIFF gives it, or is cut short."""
         if self._codec not in STREAM_HEADERS:
             return
-        header = STREAM_HEADERS[self._codec](data)
+        try:
+            header = STREAM_HEADERS[self._codec](data)
+            if self._codec == "JPEG" and not jpeg_is_whole(data):
+                raise ValueError("a JPEG that is cut short")
+        except ValueError as error:
+            raise self._corrupt(f"{self._where(i)} is damaged ({error})") from error
         if header.height > self.segment_yx[0] or header.width > self.segment_yx[1] or self._too_many_samples(header):
-            raise ValueError(f"{self._codec} of {header.height} x {header.width} pixels of {header.samples} samples")
-        if self._codec == "jpeg" and not jpeg_is_whole(data):
-            raise ValueError("it is cut short")
+            claim = f"{header.height} x {header.width} pixels of {header.samples} samples"
+            raise self._corrupt(f"{self._where(i)} is damaged ({self._codec} of {claim})")
 
     def _too_many_samples(self, header: StreamHeader) -> bool:
-        return self._codec != "webp" and header.samples > self._stored
+        return self._codec != "WebP" and header.samples > self._stored
 
     def _inside(self, i: int) -> tuple[int, int]:
         """Height and width of what of a segment lies inside the image."""
@@ -419,10 +441,14 @@ class TiffImage:
 
     def _where(self, i: int) -> str:
         row, column = divmod(i, self.segment_grid[1])
-        return f"segment ({row}, {column}) of level 0"
+        return f"{self._segment_name} ({row}, {column})"
+
+    @property
+    def _segment_name(self) -> str:
+        return "tile" if self._key.is_tiled else "strip"
 
     def _corrupt(self, reason: str) -> CorruptImageError:
-        return CorruptImageError(f"{self.location}: {reason}")
+        return CorruptImageError(f"{self.location}: {reason}; {AGAIN}")
 
     def _unsupported(self, reason: str) -> UnsupportedImageError:
         return UnsupportedImageError(f"{self.location}: {reason}")
@@ -445,9 +471,9 @@ def _reopen(location: str, allow_sparse: bool, limits: Limits) -> TiffImage:
 
 
 def _baseline(tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
-    """Return the first series; of an SCN, whose first is an overview of the glass, the largest."""
+    """Return the first series that is no reduced copy; of an SCN, whose first is an overview, the largest."""
     if not tif.is_scn:
-        return tif.series[0]
+        return next((series for series in tif.series if not series.keyframe.is_reduced), tif.series[0])
     return max(tif.series, key=lambda series: series.keyframe.imagelength * series.keyframe.imagewidth)
 
 

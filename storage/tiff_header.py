@@ -12,6 +12,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from storage.errors import CorruptImageError, UnsupportedImageError
+from storage.tiff_kinds import AGAIN, OUT, REWRITE_SLIDE
 
 if TYPE_CHECKING:
     from storage.files import BlockReader
@@ -24,10 +25,6 @@ TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4
 SUB_IFDS = 330
 OFFSET_TYPES = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # SHORT, LONG, IFD, LONG8, IFD8
 NDPI_TAG = (65420).to_bytes(2, "little")  # NDPI is always little-endian
-REWRITE_SLIDE = (
-    "rewrite it as a tiled TIFF (with a libvips that has OpenSlide: "
-    "vips tiffsave IN OUT --tile --bigtiff --compression jpeg)"
-)
 
 
 def check_directories(reader: BlockReader, limits: Limits) -> None:
@@ -45,24 +42,26 @@ def check_directories(reader: BlockReader, limits: Limits) -> None:
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     version = struct.unpack(order + "H", head[2:4])[0] if order and len(head) >= 8 else 0
     if order is None or version not in (42, 43):
-        what = "empty file" if not size else "not a TIFF file; give TIFF, BigTIFF, OME-TIFF or SVS"
+        what = "an empty file" if not size else "not a TIFF file; give TIFF, BigTIFF, OME-TIFF or SVS"
         raise UnsupportedImageError(f"{name}: {what}")
     if version == 42 and _is_ndpi(reader, head):
         raise UnsupportedImageError(f"{name}: NDPI is not read; {REWRITE_SLIDE}")
     big = version == 43
     if big and len(head) < 16:
-        raise CorruptImageError(f"{name}: truncated in its header")
+        raise CorruptImageError(f"{name}: truncated in its header; {AGAIN}")
     offset = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
     if not offset:
-        raise CorruptImageError(f"{name}: a TIFF header without an image")
+        raise CorruptImageError(f"{name}: a TIFF header without an image; {AGAIN}")
     seen: set[int] = set()
     waiting = [(offset, True)]  # and whether its chain goes on
     while waiting:
         offset, chained = waiting.pop()
         if offset in seen:
-            raise CorruptImageError(f"{name}: its image directories form a circle")
+            raise CorruptImageError(f"{name}: its image directories form a circle; {AGAIN}")
         if len(seen) >= limits.ifds:
-            raise UnsupportedImageError(f"{name}: more than {limits.ifds} image directories")
+            raise UnsupportedImageError(
+                f"{name}: more than {limits.ifds} images; keep one: vips copy 'IN.tif[page=0]' {OUT}"
+            )
         seen.add(offset)
         below, following = _check_directory(reader, offset, order, big=big, limits=limits)
         waiting += [(one, False) for one in below]
@@ -72,7 +71,7 @@ def check_directories(reader: BlockReader, limits: Limits) -> None:
 
 def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
     """Tell whether the first directory has Hamamatsu's tag; beyond 4 GB its offset has eight bytes, as no TIFF's."""
-    for offset in (int.from_bytes(head[4:8], "little"), int.from_bytes(head[4:12], "little")):
+    for offset in {int.from_bytes(head[4:8], "little"), int.from_bytes(head[4:12], "little")} - {0}:
         count = int.from_bytes(reader.read_at(offset, 2), "little")
         entries = reader.read_at(offset + 2, 12 * count)
         if any(entries[i : i + 2] == NDPI_TAG for i in range(0, len(entries), 12)):
@@ -89,26 +88,26 @@ def _check_directory(
     count_bytes, entry_bytes = struct.calcsize("<" + count_format), struct.calcsize("<" + entry_format)
     head = reader.read_at(offset, count_bytes) if offset < size else b""
     if len(head) < count_bytes:
-        raise CorruptImageError(f"{name}: truncated, an image directory lies past the end of the file")
+        raise CorruptImageError(f"{name}: truncated, an image directory lies past the end of the file; {AGAIN}")
     count = struct.unpack(order + count_format, head)[0]
     if count > limits.ifd_entries:
-        raise UnsupportedImageError(f"{name}: {count} tags in one image directory")
+        raise UnsupportedImageError(f"{name}: {count} tags in one image directory; {AGAIN}")
     tail_bytes = struct.calcsize("<" + next_format)
     body = reader.read_at(offset + count_bytes, count * entry_bytes + tail_bytes)
     if len(body) < count * entry_bytes + tail_bytes:
-        raise CorruptImageError(f"{name}: truncated inside an image directory")
+        raise CorruptImageError(f"{name}: truncated inside an image directory; {AGAIN}")
     below: list[int] = []
     for tag, kind, values, data in struct.iter_unpack(order + entry_format, body[: count * entry_bytes]):
         value_bytes = values * TYPE_BYTES.get(kind, 1)
         if value_bytes > size:
-            raise CorruptImageError(f"{name}: tag {tag} claims more bytes than the file has")
+            raise CorruptImageError(f"{name}: truncated, tag {tag} claims more bytes than the file has; {AGAIN}")
         if tag != SUB_IFDS:
             continue
         if values > limits.ifds or kind not in OFFSET_TYPES:
-            raise UnsupportedImageError(f"{name}: {values} image directories below one, as values of type {kind}")
+            raise UnsupportedImageError(f"{name}: claims {values} images inside one; {AGAIN}")
         if value_bytes > len(data):
             data = reader.read_at(struct.unpack(order + next_format, data)[0], value_bytes)
         if len(data) < value_bytes:
-            raise CorruptImageError(f"{name}: truncated inside a list of image directories")
+            raise CorruptImageError(f"{name}: truncated inside a list of image directories; {AGAIN}")
         below += struct.unpack(f"{order}{values}{OFFSET_TYPES[kind]}", data[:value_bytes])
     return below, int(struct.unpack(order + next_format, body[-tail_bytes:])[0])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 from storage.errors import UnsupportedImageError
+from storage.tiff_kinds import AGAIN
 
 if TYPE_CHECKING:
     import tifffile
@@ -38,7 +39,7 @@ def check_claims(tif: tifffile.TiffFile, name: str, limits: Limits) -> None:
             step = _number(get("Step", "1")) or 1.0
             claims.append((_number(get("End", "")) - _number(get("Start", ""))) / step)
     if max(claims) > 4 * limits.ifds:  # samples stored together count as planes too
-        raise UnsupportedImageError(f"{name}: its metadata claims {max(claims):.0f} planes")
+        raise UnsupportedImageError(f"{name}: its metadata claims {max(claims):.0f} planes; {AGAIN}")
 
 
 def mpp_yx(tif: tifffile.TiffFile, key: tifffile.TiffPage) -> tuple[float, float] | None:
@@ -95,7 +96,7 @@ def channel_names(tif: tifffile.TiffFile, key: tifffile.TiffPage, channels: int)
     names = [name for element in elements if (name := element.get("Name"))]
     if len(names) == channels:
         return tuple(names)
-    known = {2: "RGB", 5: "CMYK", 6: "RGB"}.get(int(key.photometric), "")  # tifffile turns YCbCr to RGB
+    known = {2: "RGB", 3: "RGB", 5: "CMYK", 6: "RGB"}.get(int(key.photometric), "")  # YCbCr and palettes become RGB
     if len(known) + 1 == channels and key.extrasamples and key.extrasamples[0] in (1, 2):
         known += "A"
     return tuple(known) if len(known) == channels else tuple(str(i) for i in range(channels))

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Place = tuple[int, int]  # row, column
 Kind = Literal["unfinished", "metadata", "shard", "chunk", "pixels", "stray", "unchecked"]
-UNFINISHED = "its conversion was interrupted or is running; convert again to go on with it"
+UNFINISHED = "its conversion was interrupted or is running; convert again to go on with it, or delete it"
 WARNINGS = ("stray", "unchecked")
 ROUNDING = 1e-9  # relative, of a level's pixel size and position
 FOREIGN_SIDE = 1024  # pixels; boxes of other writers' pyramids are read in whole shards of about this side

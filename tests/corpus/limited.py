@@ -51,6 +51,11 @@ def reference(path: Path) -> np.ndarray:
         pixels = tifffile.imread(path)
         with tifffile.TiffFile(path) as tif:
             axes = tif.series[0].axes
+            colours = tif.pages.first.colormap
+        if colours is not None:
+            return (colours >> 8)[:, pixels]
+        if pixels.dtype == bool:
+            pixels = pixels * np.uint8(255)
     else:
         pixels = imagecodecs.imread(path)
         axes = "YXS"[: pixels.ndim]

@@ -215,7 +215,7 @@ def claims() -> Iterator[Case]:
     yield "width-0.tif", change(data, WIDTH, 0, 0), "refused"
     for tag, value in [(COMPRESSION, 9999), (PHOTOMETRIC, 32803), (PLANAR, 9)]:
         yield f"tag-{tag}-is-{value}.tif", change(data, tag, 0, value), "refused"
-    yield "bits-7.tif", put(data, values(data, BITS)[0], struct.pack("<HHH", 7, 7, 7)), "refused"
+    yield "bits-7.tif", put(data, values(data, BITS)[0], struct.pack("<HHH", 7, 7, 7)), "any"
     yield "bits-differ.tif", change(data, BITS, 1, 16), "refused"
     yield "format-9.tif", tagged(FORMAT, 9), "refused"
     yield "predictor-9.tif", change(tiff(predictor=True), PREDICTOR, 0, 9), "damaged"
@@ -344,16 +344,24 @@ def kinds() -> Iterator[Case]:
         "jpeg2000": tiff(compression="jpeg2000"),
         "webp": tiff(compression="webp"),
         "fill-order-2": fill_order_2(),
+        "one-bit": tiff(grey > 99, **black),
+        "four-bits": tiff(grey >> 4, **black, tile=None, compression=None, bitspersample=4),
+        "twelve-bits": tiff(grey.astype(np.uint16) << 4, **black, tile=None, compression=None, bitspersample=12),
+        "group-4": fax(grey > 99),
+        "int8": tiff((grey >> 1).astype(np.int8) - 64, **black),
+        "int32": tiff(grey.astype(np.int32) << 20, **black),
+        "uint32": tiff(grey.astype(np.uint32) << 24, **black),
+        "float16": tiff(floats.astype(np.float16), **black),
+        "palette": tiff(grey, photometric="palette", colormap=rng.integers(0, 256, (3, 256), np.uint16) * 257),
     }.items():
         yield f"kind-{name}.tif", data, "read"
-    colormap = np.zeros((3, 256), np.uint16)
     for name, data in {
-        "palette": tiff(grey, photometric="palette", colormap=colormap),
         "orientation": tagged(274, 6),
-        "float16": tiff(floats.astype(np.float16), **black),
-        "uint32": tiff(grey.astype(np.uint32), **black),
+        "int64": tiff(grey.astype(np.int64), **black),
         "complex": tiff(floats.astype(np.complex64), **black),
-        "one-bit": tiff(grey > 99, **black),
+        "cielab": tiff(photometric="cielab"),
+        "ycbcr": tiff(photometric="ycbcr", subsampling=(1, 1)),
+        "camera": tiff(grey, photometric="cfa"),
         "stack": tiff(np.stack([grey] * 5), **black),
         "volume": tiff(np.stack([grey[:64, :64]] * 16), **black, volumetric=True, tile=(16, 16, 16)),
         "65-channels": tiff(np.zeros((20, 20, 65), np.uint8), **black, planarconfig="contig"),
@@ -366,8 +374,15 @@ def kinds() -> Iterator[Case]:
     yield "colour.bmp", imagecodecs.bmp_encode(picture()), "read"
     yield "grey.bmp", imagecodecs.bmp_encode(grey), "read"
     yield "png-overwritten.png", put(imagecodecs.png_encode(picture()), 500, b"\x55" * 16), "refused"
-    yield "png-one-bit.png", png(8, 1, zlib.compress(b"\0\xaa"), bits=1, colour=0), "refused"
+    yield "png-one-bit.png", png(8, 1, zlib.compress(b"\0\xaa"), bits=1, colour=0), "read"
     yield "png-palette-missing.png", png(4, 1, zlib.compress(b"\0\0\0\0\0"), colour=3), "refused"
+
+
+def fax(pixels: np.ndarray) -> bytes:
+    """A TIFF of one bit a pixel, compressed as fax machines do."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "TIFF", compression="group4")
+    return buffer.getvalue()
 
 
 def fill_order_2() -> bytes:

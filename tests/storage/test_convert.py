@@ -118,6 +118,20 @@ def test_nan_stays_nan_and_spreads_only_to_its_parents(tmp_path):
         assert np.argwhere(np.isnan(whole(slide, 1)[0])).tolist() == [[2, 3]]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_extreme_numbers_are_averaged_without_a_warning(tmp_path, dtype):
+    """Warnings are errors here."""
+    pixels = np.zeros((40, 40), dtype)
+    largest = np.finfo(dtype).max
+    pixels[0, :2], pixels[0, 2:4], pixels[0, 4:6] = (np.inf, -np.inf), (largest, largest), (np.nan, 1)
+    pixels[1, 2:4] = largest
+    tifffile.imwrite(tmp_path / "x.tif", pixels)
+    convert(tmp_path / "x.tif", tmp_path / "p.zarr", options=SMALL)
+    with Slide(tmp_path / "p.zarr") as slide:
+        np.testing.assert_array_equal(whole(slide)[0], pixels)
+        np.testing.assert_array_equal(whole(slide, 1)[0, 0, :4], [np.nan, np.float64(largest), np.nan, 0])
+
+
 def test_svs_baseline(tmp_path, svs):
     report = convert(svs, tmp_path / "p.zarr")
     expected = tifffile.imread(svs, series=0).transpose(2, 0, 1)
@@ -274,5 +288,5 @@ def test_arrays_of_other_types_are_refused(tmp_path):
 
 def test_stacks_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "z.tif", np.zeros((5, 40, 40), np.uint8), photometric="minisblack")
-    with pytest.raises(UnsupportedImageError, match="only one plane"):
+    with pytest.raises(UnsupportedImageError, match=r"z\.tif: a stack of 5 pages, not one image; keep the first"):
         convert(tmp_path / "z.tif", tmp_path / "p.zarr")

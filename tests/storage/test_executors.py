@@ -74,12 +74,13 @@ def test_other_executors_write_the_same_bytes(clean, tmp_path, small, executor, 
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes", "dask", pooled])
-def test_errors_of_workers_arrive_as_they_are_and_leave_what_was_done(damage, tmp_path, small, executor, request):
+def test_errors_of_workers_arrive_as_they_are(damage, tmp_path, small, executor, request):
     executor = request.getfixturevalue("scheduler") if executor == "dask" else executor
-    with pytest.raises(CorruptImageError, match=r"damaged\.tif: segment \(1, 1\) of level 0 does not decode"):
+    with pytest.raises(CorruptImageError, match=r"damaged\.tif: tile \(1, 1\) does not decode as \w+; copy"):
         convert(damage, tmp_path / "p.zarr", options=small, executor=executor, workers=2)
     assert not (tmp_path / "p.zarr").exists()
-    assert (tmp_path / "p.zarr.partial").exists()
+    if executor in ("threads", "processes"):  # elsewhere a task may still run
+        assert not (tmp_path / "p.zarr.partial").exists()
 
 
 def test_strips_are_banded_in_other_processes(tmp_path, textured, small):

@@ -168,13 +168,103 @@ def test_images_are_pickled_by_their_place(tiff, tmp_path, smooth):
                 np.testing.assert_array_equal(whole(again), whole(image))
 
 
+# Held in another type, exactly
+
+
+@pytest.mark.parametrize(
+    ("stored", "held"),
+    [("int8", "int16"), ("float16", "float32"), ("int32", "float64"), ("uint32", "float64")],
+)
+@pytest.mark.parametrize("settings", [{}, {"tile": (16, 32), "compression": "deflate"}])
+def test_types_go_into_the_next_that_holds_them(tmp_path, rng, stored, held, settings):
+    values = np.finfo(stored) if stored[0] == "f" else np.iinfo(stored)
+    pixels = rng.normal(0, 99, (70, 50)).astype(stored)
+    pixels[0, :2] = values.min, values.max
+    tifffile.imwrite(tmp_path / "x.tif", pixels, **settings)
+    with TiffImage(tmp_path / "x.tif") as image:
+        assert image.dtype == held
+        np.testing.assert_array_equal(whole(image)[0], pixels)
+        np.testing.assert_array_equal(image.read(20, 30, 17, 19)[0], pixels[20:37, 30:49])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 9, 10, 12, 15, 17, 24])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_packed_bits_are_kept_as_they_are(tmp_path, rng, bits, channels):
+    pixels = rng.integers(0, 2**bits, (40, 37, channels)).astype(f"uint{next(n for n in (8, 16, 32) if n >= bits)}")
+    pixels = pixels[..., 0] if channels == 1 else pixels
+    colours = "minisblack" if channels == 1 else "rgb"
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric=colours, bitspersample=bits, rowsperstrip=16)
+    with TiffImage(tmp_path / "x.tif") as image:
+        np.testing.assert_array_equal(whole(image), as_chw(pixels, channels))
+        assert image.dtype == ("uint8" if bits < 8 else "uint16" if bits < 16 else "float64")
+        np.testing.assert_array_equal(image.read(13, 5, 20, 30), as_chw(pixels, channels)[:, 13:33, 5:35])
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("compression", [None, "packbits", "lzw", "tiff_ccitt", "group3", "group4"])
+def test_one_bit_becomes_0_and_255(tmp_path, smooth, photometric, compression):
+    pixels = smooth(channels=1)[..., 0] > 120
+    if compression in (None, "packbits", "lzw"):
+        tifffile.imwrite(tmp_path / "x.tif", pixels, photometric=photometric, compression=compression)
+    else:  # Pillow has libtiff, and calls white zero
+        Image.fromarray(pixels).save(tmp_path / "x.tif", compression=compression)
+    with TiffImage(tmp_path / "x.tif") as image:
+        assert (image.dtype, image.channels) == ("uint8", ("0",))
+        np.testing.assert_array_equal(whole(image)[0], tifffile.imread(tmp_path / "x.tif") * np.uint8(255))
+        np.testing.assert_array_equal(np.unique(whole(image)), [0, 255])
+
+
+@pytest.mark.parametrize("fill", [257, 256, 1])
+@pytest.mark.parametrize("bits", [8, 4, 1])
+def test_palettes_become_the_colours_that_they_stand_for(tmp_path, rng, bits, fill):
+    colours = rng.integers(0, 256, (3, 2**bits), np.uint16)
+    pixels = rng.integers(0, 2**bits, (60, 50)).astype(bool if bits == 1 else np.uint8)
+    if bits == 8:
+        options = {"photometric": "palette", "colormap": colours * fill, "tile": (16, 16), "compression": "lzw"}
+        tifffile.imwrite(tmp_path / "x.tif", pixels, **options)
+    else:  # tifffile writes none of these, so grey gets a palette
+        options = {"extratags": [(65000, "H", colours.size, (colours * fill).ravel().tolist(), True)]}
+        tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="minisblack", bitspersample=bits, **options)
+        data = (tmp_path / "x.tif").read_bytes()
+        data = data.replace(struct.pack("<HHI", 65000, 3, colours.size), struct.pack("<HHI", 320, 3, colours.size))
+        data = data.replace(struct.pack("<HHIH", 262, 3, 1, 1), struct.pack("<HHIH", 262, 3, 1, 3))
+        (tmp_path / "x.tif").write_bytes(data)
+    with TiffImage(tmp_path / "x.tif") as image:
+        assert (image.shape, image.dtype, image.channels) == ((3, 60, 50), "uint8", ("R", "G", "B"))
+        np.testing.assert_array_equal(whole(image), colours[:, pixels.astype(int)])
+        np.testing.assert_array_equal(image.read(10, 20, 30, 25), colours[:, pixels[10:40, 20:45].astype(int)])
+    if bits == 8 and fill != 1:
+        shown = np.asarray(Image.open(tmp_path / "x.tif").convert("RGB"))
+        np.testing.assert_array_equal(shown.transpose(2, 0, 1), colours[:, pixels])
+
+
+def test_a_palette_of_16_bits_keeps_them(tmp_path, rng):
+    colours = rng.integers(0, 2**16, (3, 256), np.uint16)
+    pixels = rng.integers(0, 256, (30, 20), np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="palette", colormap=colours)
+    with TiffImage(tmp_path / "x.tif") as image:
+        assert image.dtype == "uint16"
+        np.testing.assert_array_equal(whole(image), colours[:, pixels])
+
+
+def test_a_reduced_copy_that_comes_first_is_passed_over(tmp_path, smooth):
+    with tifffile.TiffWriter(tmp_path / "x.tif") as writer:
+        writer.write(smooth(25, 32), photometric="rgb", subfiletype=1, metadata=None)
+        writer.write(smooth(), photometric="rgb", metadata=None)
+    with TiffImage(tmp_path / "x.tif") as image:
+        np.testing.assert_array_equal(whole(image), as_chw(tifffile.imread(tmp_path / "x.tif", key=1), 3))
+
+
 # Refused, with the way out
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "uint32", "int32", "uint64", "complex64"])
-def test_types_that_are_refused_name_those_that_are_not(tmp_path, dtype):
-    tifffile.imwrite(tmp_path / "x.tif", np.zeros((20, 20), dtype))
-    with pytest.raises(UnsupportedImageError, match=f"{dtype}; only uint8, uint16, int16, float32, float64 are kept"):
+def test_a_palette_that_lacks_colours_is_refused(tmp_path):
+    tifffile.imwrite(
+        tmp_path / "x.tif", np.zeros((9, 9), np.uint8), photometric="palette", colormap=np.zeros((3, 256), np.uint16)
+    )
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+") as tif:
+        tif.pages[0].tags[320].overwrite([0] * 30)
+    with pytest.raises(UnsupportedImageError, match="a palette that lacks colours"):
         TiffImage(tmp_path / "x.tif")
 
 
@@ -189,16 +279,9 @@ def test_turned_images_are_refused(tmp_path, orientation):
         TiffImage(tmp_path / "x.tif")
 
 
-def test_colours_that_cannot_be_averaged_are_refused(tmp_path):
-    grey = np.zeros((20, 20), np.uint8)
-    tifffile.imwrite(tmp_path / "x.tif", grey, photometric="palette", colormap=np.zeros((3, 256), np.uint16))
-    with pytest.raises(UnsupportedImageError, match="palette.*vips tiffsave"):
-        TiffImage(tmp_path / "x.tif")
-
-
 def test_ycbcr_jpeg2000_of_aperio_is_refused(tmp_path, smooth):
     tifffile.imwrite(tmp_path / "x.svs", smooth(), photometric="rgb", compression=33003, tile=(32, 32))
-    with pytest.raises(UnsupportedImageError, match="33003.*vips tiffsave"):
+    with pytest.raises(UnsupportedImageError, match="33003.*vips extract_band"):
         TiffImage(tmp_path / "x.svs")
 
 
@@ -235,7 +318,7 @@ def test_ndpi_is_refused_by_name(tmp_path, beyond_4_gb):
             + struct.pack("<HHII", 65420, 4, 1, 1)
             + bytes(8)
         )
-    with pytest.raises(UnsupportedImageError, match="NDPI is not read.*vips tiffsave"):
+    with pytest.raises(UnsupportedImageError, match="NDPI is not read.*vips extract_band"):
         TiffImage(tmp_path / "x.ndpi")
 
 
@@ -281,7 +364,7 @@ def test_planes_stored_in_different_ways_are_refused(tmp_path, textured, other):
             writer.write(planes[1], **{"tile": (16, 16)} | second, metadata=None)
     with TiffImage(tmp_path / "alike.ome.tif") as image:
         np.testing.assert_array_equal(image.read(0, 0, 64, 64), planes)
-    with pytest.raises(StorageError, match="planes that are stored in different ways|incompatible"):
+    with pytest.raises(StorageError, match="planes that are stored in different ways"):
         TiffImage(tmp_path / "unlike.ome.tif")
 
 
@@ -316,6 +399,22 @@ def test_of_a_leica_scn_the_largest_image_is_read(tmp_path, smooth):
         assert tif.series[0].name == "overview"
     with TiffImage(tmp_path / "x.scn") as image:
         np.testing.assert_array_equal(whole(image), pixels.transpose(2, 0, 1))
+
+
+def test_what_tifffile_logs_of_a_file_goes_with_its_name_to_our_log(tmp_path, smooth, caplog):
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, smooth(), photometric="rgb", extratags=[(42113, "s", 0, "n/a", True)])
+    with caplog.at_level("DEBUG"):
+        assert_equals_tifffile(path)  # the reference's own lines stay what they are
+    ours = [record for record in caplog.records if record.name == "storage.tiff"]
+    others = [record for record in caplog.records if record.name == "tifffile"]
+    assert {record.levelname for record in ours} == {"DEBUG"}
+    assert all(str(path) in record.message and "GDAL_NODATA" in record.message for record in ours)
+    caplog.clear()
+    with TiffImage(path) as image:
+        whole(image)
+    assert [record for record in caplog.records if record.levelno > 10] == []
+    assert len(others) < 2
 
 
 # Sparse files
@@ -421,7 +520,7 @@ def test_a_tile_that_claims_more_than_its_place_is_not_decoded(
     path.write_bytes(data)
     with TiffImage(path) as image:
         monkeypatch.setattr(image, "_decode", lambda *_, **__: pytest.fail("it reached the decoder"))
-        with pytest.raises(CorruptImageError, match=r"x\.tif: segment \(0, 0\) of level 0 does not decode"):
+        with pytest.raises(CorruptImageError, match=r"x\.tif: tile \(0, 0\) is damaged"):
             image.read(0, 0, 8, 8)
 
 
@@ -434,7 +533,10 @@ def test_a_tile_that_is_cut_short_is_damage(tmp_path, rng, compression):
     with tifffile.TiffFile(path, mode="r+") as tif:
         counts = list(tif.pages[0].tags[325].value)
         tif.pages[0].tags[325].overwrite([counts[0] - 400, *counts[1:]])
-    with TiffImage(path) as image, pytest.raises(CorruptImageError, match="does not decode"):
+    with (
+        TiffImage(path) as image,
+        pytest.raises(CorruptImageError, match=r"tile \(0, 0\) (does not decode|is damaged)"),
+    ):
         image.read(0, 0, 96, 96)
 
 
@@ -684,10 +786,8 @@ def test_rasters_lie_as_viewers_show_them(tmp_path, rng, orientation, kind):
         assert np.abs(whole(image)[0].astype(int) - expected).max() <= 1
 
 
-def test_rasters_that_would_be_rescaled_or_guessed_are_refused(tmp_path, smooth):
+def test_rasters_that_would_be_guessed_are_refused(tmp_path, smooth):
     colour = Image.fromarray(smooth())
-    with pytest.raises(UnsupportedImageError, match="1 bits, which would be rescaled"):
-        open_image(save(tmp_path / "x.png", colour.convert("1")))
     with pytest.raises(UnsupportedImageError, match="CMYK.*vips colourspace"):
         open_image(save(tmp_path / "x.jpg", colour.convert("CMYK")))
     (tmp_path / "l.jpg").write_bytes(imagecodecs.ljpeg_encode(smooth(channels=1)[..., 0]))
@@ -719,10 +819,10 @@ def test_large_rasters_are_refused(tmp_path, smooth):
     path = save(tmp_path / "x.jpg", Image.fromarray(smooth()))
     with pytest.raises(UnsupportedImageError, match="over 30000; rewrite it as a tiled TIFF"):
         RasterImage(path, limits=Limits(raster_bytes=30_000))
-    with pytest.raises(UnsupportedImageError, match="tiled TIFFs only"):
+    with pytest.raises(UnsupportedImageError, match="bytes, (and more than|over) .*rewrite it as a tiled TIFF"):
         RasterImage(path, limits=Limits(raster_bytes=100))
     path = save(tmp_path / "x.bmp", Image.fromarray(smooth()))
-    with pytest.raises(UnsupportedImageError, match="tiled TIFFs only"):
+    with pytest.raises(UnsupportedImageError, match="bytes, (and more than|over) .*rewrite it as a tiled TIFF"):
         RasterImage(path, limits=Limits(raster_bytes=30_000))
 
 

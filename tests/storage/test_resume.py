@@ -233,6 +233,24 @@ def test_a_journal_cut_short_loses_its_last_shard_only(clean, tmp_path, small):
     assert contents(tmp_path / "p.zarr") == expected
 
 
+@pytest.mark.parametrize("strips", [False, True])
+def test_of_a_damaged_source_nothing_is_left(tmp_path, textured, strips):
+    """It would not be better the next time; what is interrupted is kept instead."""
+    settings = {"rowsperstrip": 80} if strips else {"tile": (32, 32)}
+    pixels = textured((3, 200, 200)).transpose(1, 2, 0)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="rgb", compression="deflate", **settings)
+    with tifffile.TiffFile(tmp_path / "x.tif") as tif:
+        offset, count = tif.pages[0].dataoffsets[-1], tif.pages[0].databytecounts[-1]
+    with open(tmp_path / "x.tif", "r+b") as file:
+        file.seek(offset + count // 2)
+        file.write(bytes(8))
+    with pytest.raises(
+        CorruptImageError, match=r"x\.tif: (tile|strip) .* does not decode as deflate; copy"
+    ):
+        convert(tmp_path / "x.tif", tmp_path / "p.zarr", options=ConvertOptions(chunk=16, shard=64), workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tif"]
+
+
 def test_a_source_that_changes_meanwhile_is_noticed(clean, tmp_path, small):
     source, _ = clean
     calls = []

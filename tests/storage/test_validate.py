@@ -312,7 +312,7 @@ class TestPixels:
         flip(path, offset + 40)
         [problem] = validate(tmp_path / "p.zarr", source=path)
         assert found([problem]) == [("unchecked", 0, (1, 2))]
-        assert "segment (1, 2)" in problem.message
+        assert "tile (1, 2)" in problem.message
 
     def test_a_source_that_cannot_be_opened(self, tmp_path, tiff, pyramid):
         with pytest.raises(MissingImageError, match="gone.tif"):
