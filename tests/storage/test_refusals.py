@@ -106,26 +106,7 @@ def test_too_many_directories(tmp_path):
     for i in range(5000):
         data += struct.pack("<HHHIII", 1, 256, 3, 1, 1, 8 + 18 * (i + 1))
     (tmp_path / "x.tif").write_bytes(data)
-    with pytest.raises(UnsupportedImageError, match="directories"):
-        TiffImage(tmp_path / "x.tif")
-
-
-@pytest.mark.parametrize(
-    ("pixels", "settings", "reason"),
-    [
-        (np.zeros((40, 40), bool), {}, "bits|bool"),
-        (np.zeros((40, 40, 70), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "channels"),
-        (np.zeros((40, 40, 3), np.uint8), {"photometric": "rgb", "compression": "jpegxl"}, "compression"),
-        (
-            np.zeros((16, 40, 40), np.uint8),
-            {"photometric": "minisblack", "volumetric": True, "tile": (16, 16, 16)},
-            "axes|volume",
-        ),
-    ],
-)
-def test_kinds_that_are_not_read(tmp_path, pixels, settings, reason):
-    tifffile.imwrite(tmp_path / "x.tif", pixels, **settings)
-    with pytest.raises(UnsupportedImageError, match=reason):
+    with pytest.raises(UnsupportedImageError, match="more than 4096 images; keep one: vips copy"):
         TiffImage(tmp_path / "x.tif")
 
 
@@ -135,7 +116,7 @@ def test_jpeg_tile_that_claims_more_pixels(tiff):
     frame = data.find(b"\xff\xc0")
     struct.pack_into(">HH", data, frame + 5, 60000, 60000)
     path.write_bytes(data)
-    with TiffImage(path) as image, pytest.raises(CorruptImageError, match=r"segment \(0, 0\) of level 0"):
+    with TiffImage(path) as image, pytest.raises(CorruptImageError, match=r"tile \(0, 0\) is damaged"):
         image.read(0, 0, 8, 8)
 
 
@@ -146,7 +127,7 @@ def test_undecodable_tile_stops_the_conversion(tiff, tmp_path):
     data = bytearray(path.read_bytes())
     data[offset : offset + 16] = b"\xff" * 16
     path.write_bytes(data)
-    with pytest.raises(CorruptImageError, match=r"segment \(1, 1\) of level 0"):
+    with pytest.raises(CorruptImageError, match=r"tile \(1, 1\) does not decode"):
         convert(path, tmp_path / "p.zarr")
     assert not (tmp_path / "p.zarr").exists()
 

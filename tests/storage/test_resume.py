@@ -244,9 +244,7 @@ def test_of_a_damaged_source_nothing_is_left(tmp_path, textured, strips):
     with open(tmp_path / "x.tif", "r+b") as file:
         file.seek(offset + count // 2)
         file.write(bytes(8))
-    with pytest.raises(
-        CorruptImageError, match=r"x\.tif: (tile|strip) .* does not decode as deflate; copy"
-    ):
+    with pytest.raises(CorruptImageError, match=r"x\.tif: (tile|strip) .* does not decode as deflate; copy"):
         convert(tmp_path / "x.tif", tmp_path / "p.zarr", options=ConvertOptions(chunk=16, shard=64), workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["x.tif"]
 
