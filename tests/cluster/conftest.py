@@ -18,7 +18,7 @@ def head(ray_head, request):
 
 @pytest.fixture
 def wait_until():
-    def wait(condition, seconds=60):
+    def wait(condition, seconds=200):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "the condition did not become true"

@@ -466,30 +466,45 @@ main()
 """
 
 
-def start(pyramids, folder, epochs=40):
-    command = [sys.executable, "-c", LISTENING, "train", "--manifest", str(pyramids), "--out", str(folder)]
-    command += ["--config", str(folder.parent / "config.yaml"), "--set", f"train.epochs={epochs}"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+PATIENCE_S = 300  # with a process beside which others work
+
+
+@pytest.fixture
+def start(pyramids):
+    """Start the command in a process of its own, which does not outlive the test."""
+    processes = []
+
+    def start(folder, epochs=40):
+        command = [sys.executable, "-c", LISTENING, "train", "--manifest", str(pyramids), "--out", str(folder)]
+        command += ["--config", str(folder.parent / "config.yaml"), "--set", f"train.epochs={epochs}"]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * PATIENCE_S)
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_the_command_goes_on_after_a_signal(config, pyramids, tmp_path, kind):
+def test_the_command_goes_on_after_a_signal(start, config, pyramids, tmp_path, kind):
     (tmp_path / "config.yaml").write_text(json.dumps(plain(config)))
-    process = start(pyramids, tmp_path / "run")
-    deadline = time.monotonic() + 100
+    process = start(tmp_path / "run")
+    deadline = time.monotonic() + PATIENCE_S
     while len(read_metrics(tmp_path / "run")) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, kind)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     done = len(read_metrics(tmp_path / "run"))
     assert 2 <= done < 40, errors
     if kind == signal.SIGINT:
         assert process.returncode == 130
         assert "run the same command again" in errors
         assert "Traceback" not in errors
-    process = start(pyramids, tmp_path / "run")
-    _, errors = process.communicate(timeout=120)
+    process = start(tmp_path / "run")
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == list(range(1, 41))
     longer = parse_config({**plain(config), "train": {**plain(config)["train"], "epochs": 40}}, "")
