@@ -1,11 +1,12 @@
 # The image of a Ray cluster that runs nested-ats jobs (docs/cluster.md), for every pod: head, workers, submitter.
 #
-#   docker build -t nested-ats:cpu .
-#   docker build -t nested-ats:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
+#   docker build -t nested-ats .
+#   docker build -t nested-ats --build-arg PIP_INDEX_URL=... .    from another package index than pip's own setting
+#   docker build -t nested-ats:cpu --build-arg TORCH_INDEX=... .  from an index of PyTorch builds without CUDA, much smaller
 #
 # The base is Python's own slim image, not rayproject/ray: that brings conda and gigabytes of pinned packages that this
 # project does not use, and this one takes every version from constraints.txt, with which the tests run. No CUDA base
-# is needed: PyTorch's wheels from PyPI bring CUDA, and the node's container runtime brings the driver.
+# is needed: PyTorch's usual wheels bring CUDA, and the node's container runtime brings the driver.
 ARG PYTHON_VERSION=3.11
 FROM python:${PYTHON_VERSION}-slim
 
@@ -16,13 +17,16 @@ RUN apt-get update \
 
 # As constraints.txt, and as rayVersion in `nested-ats job manifest kuberay`; a test compares them.
 ARG RAY_VERSION=2.60.0
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Without a value pip takes the index that it is set to (in the base image's pip.conf, or its default).
+ARG PIP_INDEX_URL
+# Looked into for torch beside that one: a build named 2.13.0+cpu is preferred to 2.13.0.
+ARG TORCH_INDEX
 
 # Into /usr/local, not a virtual environment: KubeRay starts login shells, which reset PATH.
 WORKDIR /opt/nested-ats
 COPY constraints.txt ./
 RUN pip install --no-cache-dir --constraint constraints.txt \
-        --index-url "${TORCH_INDEX}" --extra-index-url https://pypi.org/simple torch \
+        ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} torch \
     && pip install --no-cache-dir --constraint constraints.txt "ray[default,train]==${RAY_VERSION}"
 COPY pyproject.toml README.md LICENSE ./
 COPY cluster cluster/

@@ -406,3 +406,8 @@ class TestImage:
 
     def test_has_what_kuberays_probes_call(self):
         assert " wget" in self.dockerfile
+
+    def test_takes_the_index_of_the_builders_pip(self):
+        """Or one that is given: no index is named here."""
+        assert "://" not in self.dockerfile
+        assert re.findall("(?m)^ARG ([A-Z_]+)$", self.dockerfile) == ["PIP_INDEX_URL", "TORCH_INDEX"]  # pip reads one
