@@ -76,6 +76,19 @@ def entropy(log_attention: Tensor) -> Tensor:
     return -(log_attention.exp() * log_attention.clamp_min(-1e4)).sum(-1)
 
 
+def uniform_entropy(phases: Sequence[Phase]) -> Tensor:
+    """Entropy in nats that the attention of a model's phases would have if it were uniform, (B,).
+
+    The logarithm of the number of cells; where levels are nested, that of the leaves, estimated from the same draws
+    as the attention's own entropy (`Output.entropy`), so that the two may be compared.
+    """
+    cells = [phase.population.log_attention.isfinite().sum(-1) for phase in phases]  # (B, n) each
+    total = cells[0][:, 0].log()
+    for parents, within in zip(phases[:-1], cells[1:], strict=True):
+        total = total + (parents.z * parents.attention).detach().mul(within.log()).sum(-1)
+    return total
+
+
 def leave_one_out(phases: Sequence[Phase], features: Tensor) -> Tensor:
     """Baseline on the gradient of the attention, for independent draws: zero in value and in mean gradient.
 

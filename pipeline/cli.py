@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -29,7 +30,6 @@ from pipeline.cli_options import (
     Overwrite,
     Run,
     Samples,
-    Seed,
     Slides,
     Split,
     TargetError,
@@ -246,7 +246,9 @@ def train(
         overwrite=overwrite,
         fail_fast=fail_fast,
     )
-    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not isinstance(value, str)))
+    if metrics.get("verdict"):
+        print(metrics["verdict"])
     print(mirror or out)
     _end([(failure.slide_id, failure.error) for failure in failures], len(entries))
 
@@ -273,10 +275,11 @@ def predict(
     """Classify slides; run again, it classifies only what is missing."""
     from pipeline.predict import TABLE
     from pipeline.predict import predict as classify
+    from pipeline.splits import count_seen, seen_words
 
     _check_cluster(cluster, workers, device)
     rows = classify(
-        _entries(slides, split),
+        _entries(slides, split, run),
         run,
         out,
         draws=draws,
@@ -291,6 +294,9 @@ def predict(
         overwrite=overwrite,
     )
     print(out / f"{TABLE}.csv")
+    seen = seen_words(count_seen(rows), len(rows))
+    if seen:
+        _say(f"{seen}: so it says in the column seen, and evaluate leaves them out")
     _end([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))
 
 
@@ -298,19 +304,23 @@ def predict(
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder that predict wrote.")],
     split: Split = None,
-    seed: Seed = 0,
+    include_seen: Annotated[
+        bool, typer.Option("--include-seen", help="Count slides too that the model was trained or validated on.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predictions with the labels of the manifest."""
+    """Compare predictions with the labels of the manifest, on slides that the training has not seen."""
     from pipeline.evaluate import evaluate as measure
     from pipeline.report import describe_metrics
 
-    metrics = measure(predictions, split=split, seed=seed)
+    metrics = measure(predictions, split=split, include_seen=include_seen)
     if as_json:
         print(json.dumps(metrics, indent=2))
         return
     for name, value in describe_metrics(metrics):
         print(f"{name:18} {value}")
+    if metrics["verdict"]:
+        print(metrics["verdict"])
 
 
 @app.command()
@@ -333,7 +343,7 @@ def heatmap(
     settings = prediction_settings(
         run, draws=draws, samples=_numbers(samples), trust_encoder=trust_encoder, device=device
     )
-    done = heatmaps(_entries(slides, split)[:limit], settings, out)
+    done = heatmaps(_entries(slides, split, run)[:limit], settings, out)
     for one in done:
         if not one.error:
             print(f"{one.folder / PICTURE}  {one.prediction}, attention up to {one.peak:.4g} times uniform")
@@ -386,16 +396,26 @@ def _end(failures: Sequence[tuple[str, str]], total: int) -> None:
     raise typer.Exit(SOME_FAILED if len(failures) < total else NOTHING_USABLE)
 
 
-def _entries(slides: Sequence[str], split: str | None) -> list[Entry]:
+def _entries(slides: Sequence[str], split: str | None, run: Path) -> list[Entry]:
+    """Slides of a split, which is the run's where they have none of their own."""
     from pipeline.convert import name_slides
     from pipeline.errors import UsageError
     from pipeline.manifest import is_manifest, read_manifest
+    from pipeline.runs import read_run
+    from pipeline.splits import RunSplits
 
     alone = len(slides) == 1 and is_manifest(slides[0])
     entries = read_manifest(Path(slides[0])) if alone else name_slides(slides)
-    chosen = [entry for entry in entries if split in (None, entry.split)]
+    if split is None:
+        return entries
+    filled = RunSplits(read_run(run)["entries"]).fill(entries)
+    chosen = [entry for entry in filled if entry.split == split]
+    counts = Counter(entry.split or "none" for entry in filled)
     if not chosen:
-        raise UsageError(f"{slides[0]}: no slide in split {split!r}")
+        there = ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
+        raise UsageError(f"{slides[0]}: no slide in split {split!r} ({there})")
+    if counts["none"]:
+        _say(f"{counts['none']} of {len(filled)} slides are in no split of {run}: left out")
     return chosen
 
 

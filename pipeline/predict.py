@@ -42,12 +42,16 @@ from pipeline.files import alone, file_name, make_folder, write_atomic, write_js
 from pipeline.manifest import Entry
 from pipeline.net import Net
 from pipeline.progress import progress
-from pipeline.runs import autocast, choose_device, model_folder, read_run
+from pipeline.runs import autocast, choose_device, model_folder, read_run, short
 from pipeline.slides import SlideImage, check_slide, draw_key, open_slide
+from pipeline.splits import RunSplits
+from pipeline.verdict import Observer, run_shares
 from storage import Slide
 
 RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
-_COLUMNS = ("prediction", "draws", "requests", "bytes_read", "seconds", "status", "error")  # and prob_*, se_*
+SIGNS = ("entropy", "uniform_entropy", "background")
+_LAST = ("model", "status", "error")
+_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and prob_*, se_*
 _ENCODED_AT_ONCE = 256  # patches of an exact evaluation
 
 
@@ -117,7 +121,9 @@ def predict(
 
     Returns
     -------
-    One row a slide, in the order of `entries`, as in the table; failed slides have an ``error``.
+    One row a slide, in the order of `entries`, as in the table; failed slides have an ``error``. ``split`` is the
+    run's where the manifest has none, ``seen`` says whether the training has seen the slide (`RunSplits.seen`), and
+    ``model`` tells which model answered.
 
     Raises
     ------
@@ -135,11 +141,14 @@ def predict(
         device=device,
     )
     _check_columns(entries)
-    fingerprint = _fingerprint(settings)
+    about = read_run(run)
+    splits, model = RunSplits(about["entries"]), short(settings.model_sha256)
+    entries, fingerprint = splits.fill(entries), _fingerprint(settings)
     results = make_folder(folder / RESULTS)
     with alone(folder / LOCK, "another prediction is being written there"):
         _check_folder(folder, fingerprint, overwrite=overwrite)
-        write_json(folder / ABOUT, {"settings": _plain(settings), "fingerprint": fingerprint})
+        facts = {"model": model, "class_shares": run_shares(about)}  # what `evaluate` wants to know of the training
+        write_json(folder / ABOUT, {"settings": _plain(settings), "fingerprint": fingerprint, **facts})
         rows = {entry.slide_id: _read_result(results, entry) for entry in entries}
         tasks = cluster.run_tasks(
             partial(Classifier, settings),
@@ -153,7 +162,10 @@ def predict(
         )
         with closing(tasks):
             _collect(tasks, rows, results)
-        table = [{**_identity(entry), **(rows[entry.slide_id] or {})} for entry in entries]
+        table = [
+            {**_identity(entry), "seen": splits.seen(entry), **(rows[entry.slide_id] or {}), "model": model}
+            for entry in entries
+        ]
         write_table(folder, table)
         return table
 
@@ -199,6 +211,7 @@ class Classifier:
         model.config = with_samples(model.config, settings.samples)  # its weights do not depend on it
         self.settings = settings
         self.model = model.to(choose_device(settings.device))
+        self.observer = Observer(self.model)
 
     def open(self, entry: Entry) -> Slide:
         """Open a slide that has what the model reads.
@@ -251,12 +264,22 @@ class Classifier:
             **{f"prob_{name}": p for name, p in zip(self.classes, probabilities, strict=True)},
             **{f"se_{name}": None if math.isnan(e) else e for name, e in zip(self.classes, errors, strict=True)},
             "draws": int(prediction.draws[0]),
+            **self._signs(prediction),
             "requests": read.requests,
             "bytes_read": read.bytes_read,
             "seconds": round(time.monotonic() - began, 4),
             "status": "ok",
             "error": "",
         }
+
+    def _signs(self, prediction: Prediction) -> dict[str, float | None]:
+        """What tells an attention that has learned nothing (`pipeline.verdict`), over the draws of one slide."""
+        background, patches = self.observer.take().tolist()
+        drawn = patches and not self.settings.exact  # or else patches were encoded that nobody has chosen
+        uniform = torch.cat([self.observer.uniform_entropy(output) for output in prediction.outputs])
+        entropy = torch.cat([output.entropy for output in prediction.outputs]).mean()
+        share = background / patches if drawn else None
+        return dict(zip(SIGNS, (float(entropy), float(uniform.mean()), share), strict=True))
 
 
 def prediction_settings(
@@ -346,7 +369,7 @@ def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     # The identity comes first and the status last, whatever the first row has.
-    names.sort(key=lambda name: name in ("status", "error"))
+    names.sort(key=lambda name: _LAST.index(name) if name in _LAST else -1)
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
@@ -419,6 +442,11 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What `predict` says of the predictions in a folder; empty where there is nothing."""
+    return _read_object(folder / ABOUT) or {}
 
 
 def _identity(entry: Entry) -> dict[str, str]:

@@ -15,7 +15,8 @@ from pipeline.evaluate import METRICS
 from pipeline.files import make_folder, write_atomic
 from pipeline.heatmap import PICTURE
 from pipeline.predict import read_predictions, table_digest
-from pipeline.runs import read_metrics, read_run
+from pipeline.runs import MODEL, model_fingerprint, read_metrics, read_run
+from pipeline.splits import seen_words
 
 _SHOWN_SLIDES = 50
 _SHOWN_HEATMAPS = 12
@@ -45,18 +46,22 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     Raises
     ------
     UsageError
-        A folder is not what it should be, the predictions were not evaluated, or `page` cannot be written.
+        A folder is not what it should be, the predictions were not evaluated or are of another model, or `page`
+        cannot be written.
     """
     about = read_run(run)
     rows = read_predictions(predictions)
     metrics = _read_metrics(predictions)
+    _check_model(run, predictions, metrics)
+    epochs = read_metrics(run)
     title = html.escape(run.absolute().name)
     parts = [
         f"<h1>{title}</h1>",
         "<h2>Results</h2>",
         _results(metrics),
         "<h2>Training</h2>",
-        _curves(read_metrics(run)),
+        _warning(epochs[-1].get("verdict", "") if epochs else ""),
+        _curves(epochs),
         "<h2>Slides</h2>",
         _slides(rows),
         _heatmaps(heatmaps),
@@ -71,13 +76,16 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
 
 def describe_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of a table of metrics: name, and value with its interval."""
+    seen = sum(metrics["seen"].values())
     rows = [("slides", str(metrics["slides"])), ("failed", str(metrics["failed"]))]
+    rows.append((f"seen, {'counted' if metrics['seen_included'] else 'left out'}", str(seen)))
     for name in ("accuracy", "balanced_accuracy", "auc"):
         value, interval = metrics[name]["value"], metrics[name]["interval_95"]
         text = "undefined for one class" if value is None else f"{value:.3f}"
         text += f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         rows.append((name.replace("_", " "), text))
-    return [*rows, ("cross-entropy", f"{metrics['cross_entropy']:.3f}")]
+    guess = f"{metrics['guess_cross_entropy']:.3f} by guessing"
+    return [*rows, ("cross-entropy", f"{metrics['cross_entropy']:.3f} ({guess})")]
 
 
 def _read_metrics(predictions: Path) -> dict[str, Any]:
@@ -85,9 +93,18 @@ def _read_metrics(predictions: Path) -> dict[str, Any]:
         metrics: dict[str, Any] = json.loads((predictions / METRICS).read_text())
     except (FileNotFoundError, ValueError):
         raise UsageError(f"{predictions}: not evaluated yet; run nested-ats evaluate first") from None
-    if metrics.get("predictions") != table_digest(predictions):
+    if metrics.get("predictions") != table_digest(predictions) or "verdict" not in metrics:
         raise UsageError(f"{predictions}: other predictions than were evaluated; run nested-ats evaluate again")
     return metrics
+
+
+def _check_model(run: Path, predictions: Path, metrics: dict[str, Any]) -> None:
+    """See that the predictions are those of the run's model, as it is now."""
+    if metrics["model"] != model_fingerprint(run):
+        raise UsageError(
+            f"{predictions}: predictions of another model than {run / MODEL}: of another run, or from before it was "
+            "trained on; give those of this run, or run nested-ats predict and evaluate again"
+        )
 
 
 def _results(metrics: dict[str, Any]) -> str:
@@ -96,11 +113,27 @@ def _results(metrics: dict[str, Any]) -> str:
         [f"label {name}", *map(str, counts)]
         for name, counts in zip(metrics["classes"], metrics["confusion"], strict=True)
     ]
+    methods = dict.fromkeys(metrics[name]["method"] for name in ("accuracy", "balanced_accuracy", "auc"))
+    how = "; ".join(method for method in methods if method)
     return (
-        f"<p>Split: {html.escape(metrics['split'])}; in brackets 95 % intervals over resampled cases.</p>"
+        f"<p>Split: {html.escape(metrics['split'])}. {html.escape(_seen(metrics))}</p>"
+        + _warning(metrics["verdict"])
         + _table(["", "value"], rows)
+        + (f"<p>In brackets 95 % intervals over cases: {html.escape(how)}.</p>" if how else "")
         + _table(["", *(f"predicted {name}" for name in metrics["classes"])], confusion)
     )
+
+
+def _seen(metrics: dict[str, Any]) -> str:
+    """A sentence on slides that the training has seen; empty where there are none."""
+    labelled = metrics["slides"] + (0 if metrics["seen_included"] else sum(metrics["seen"].values()))
+    words = seen_words(metrics["seen"], labelled)
+    return words and f"{words} and are {'counted' if metrics['seen_included'] else 'left out of the results'}."
+
+
+def _warning(verdict: str) -> str:
+    """A paragraph on what speaks against anything having been learned."""
+    return f"<p class=wrong>The model {html.escape(verdict)}.</p>" if verdict else ""
 
 
 def _curves(metrics: Sequence[dict[str, Any]]) -> str:

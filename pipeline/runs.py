@@ -6,7 +6,7 @@
     metrics.jsonl           one line an epoch
     tensorboard/            the same as curves
     ray/                    book-keeping of Ray, where it trained
-    model/                  the trained model, once training has finished
+    model/                  the trained model, once training has finished; replaced when a longer one has
     train.lock              held by the process that trains
 
 The state is one file, replaced in one step, so weights, optimizer and position always belong together, whichever
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nested_ats import inspect_model
 from pipeline.config import Precision
 from pipeline.errors import UsageError
 from pipeline.files import read_inside, write_atomic
@@ -195,6 +196,24 @@ def model_folder(run: Path) -> Path:
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(run)):
         raise UsageError(f"{folder}: a link that leads out of its run; copy the model itself there")
     return folder
+
+
+def model_fingerprint(run: Path) -> str:
+    """Short hash of the model of a finished run, by which its predictions are known.
+
+    Raises
+    ------
+    nested_ats.ModelFileError
+        The model is damaged.
+    UsageError
+        The run has none.
+    """
+    return short(inspect_model(model_folder(run), trust_encoder=True).sha256)  # nothing is imported to look
+
+
+def short(sha256: str) -> str:
+    """As much of a hash as tells one thing from another, and fits a table."""
+    return sha256[:16]
 
 
 def clear_run(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import cluster
 from pipeline.config import Config, digest, dump_config, plain
+from pipeline.epochs import describe
 from pipeline.errors import DataError, UsageError
 from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
@@ -25,7 +26,7 @@ from pipeline.progress import OnProgress, progress
 from pipeline.runs import CONFIG, LOCK, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
 from pipeline.slides import check_slide, open_slide
 from pipeline.splits import assign_splits
-from pipeline.training import describe, plain_entries, train_worker
+from pipeline.training import plain_entries, train_worker
 
 _COPY_TIMEOUT_S = 1200  # that workers wait for rank 0, which may be copying a state over a slow line
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,14 +30,16 @@ from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling
 from pipeline.allocator import keep_freed_memory
 from pipeline.augment import AugmentedImage
 from pipeline.config import Config, parse_config
+from pipeline.epochs import TOTALS, Curves, describe, epoch_verdict, means, validation_auc
 from pipeline.errors import DataError
 from pipeline.files import make_folder, write_atomic
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
 from pipeline.net import Net
-from pipeline.runs import CURVES, METRICS, MODEL, Position, autocast, load_state, read_metrics, save_state
+from pipeline.runs import METRICS, MODEL, Position, autocast, load_state, read_metrics, save_state
 from pipeline.slides import SlideCache, draw_key
 from pipeline.unreadable import SlideError, Unreadable, WatchedImage
+from pipeline.verdict import Observer, class_shares
 
 # Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy, and at most
 # half of them, since what a part computed for its backward pass is held until then.
@@ -50,7 +52,7 @@ OnStep = Callable[[int, int, str], None]  # steps done, steps in all, a few word
 
 def train_worker(
     context: Context, arguments: Mapping[str, Any], on_step: OnStep | None = None
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Train on one worker of a group; the entry point that `cluster.fit` calls.
 
     Parameters
@@ -67,7 +69,8 @@ def train_worker(
     Returns
     -------
     metrics, unreadable
-        Of the last epoch; and slides that could not be read, with the reason.
+        Of the last epoch, with its ``verdict`` in words (`pipeline.verdict`); and slides that could not be read, with
+        the reason.
 
     Raises
     ------
@@ -123,8 +126,11 @@ class Trainer:
             # steps of the size of lr, or the number of threads and workers would show in the weights.
             eps=1e-6,
         )
+        self.observer = Observer(self.model)
         self.class_weights = self._class_weights().to(context.device)
-        self.totals = torch.zeros(len(_TOTALS), dtype=torch.float64)
+        balanced = config.train.class_weights == "balanced"
+        self.shares = class_shares([entry.label for entry in self.training], self.classes, balanced=balanced)
+        self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)
         self.saved_at = time.monotonic()
         self._turn = Lock()  # held by the part of a batch that computes, given up while it waits for pixels
 
@@ -133,13 +139,13 @@ class Trainer:
         """Steps of an epoch."""
         return math.ceil(len(self.training) / self.config.train.batch_size)
 
-    def run(self, on_step: OnStep) -> dict[str, float]:
+    def run(self, on_step: OnStep) -> dict[str, Any]:
         """Train from the last state to the last epoch and write the model; that of a shorter run stays until then."""
         position = self._resume()
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Any] = {}
         with (
             ThreadPoolExecutor(_READERS) as readers,
-            _Curves(self.folder, position, self.context) as curves,
+            Curves(self.folder, position, self.context) as curves,
         ):
             for epoch in range(position.epoch, self.config.train.epochs):
                 start = position.step if epoch == position.epoch else 0
@@ -158,6 +164,8 @@ class Trainer:
             self.mirror.fetch(self.fingerprint)
         state = load_state(self.folder, self.model, self.optimizer, self.fingerprint)
         position, self.totals, metrics = state or (Position(), self.totals, "")
+        if len(self.totals) != len(TOTALS):  # a state of an earlier version: the epoch's metrics begin here
+            self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)
         self._check_agreement(position)
         if self.context.rank == 0:
             # An epoch's line is written before its state: a line that the state does not know of is written again.
@@ -176,7 +184,7 @@ class Trainer:
                 "or give --mirror"
             )
 
-    def _epoch(self, epoch: int, start: int, readers: ThreadPoolExecutor, on_step: OnStep) -> dict[str, float]:
+    def _epoch(self, epoch: int, start: int, readers: ThreadPoolExecutor, on_step: OnStep) -> dict[str, Any]:
         began = time.monotonic()
         self.model.train()
         for step, batch, images, views in self._batches(epoch, start):
@@ -187,14 +195,16 @@ class Trainer:
                 and time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes
             ):
                 self._save(done)
-            words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(_means(self.totals))}"
+            words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(means(self.totals))}"
             on_step(epoch * self.steps + step + 1, self.config.train.epochs * self.steps, words)
         validation = self._validate(epoch, readers) if self.validation else {}
         self.unreadable.gather(self.context)
         if not self.totals[-1]:
             slide_id, reason = next(iter(self.unreadable.reasons.items()))
             raise DataError(f"no training slide can be read; slide {slide_id}: {reason}")
-        metrics = {"epoch": epoch + 1, **_means(self.totals), **validation, "seconds": time.monotonic() - began}
+        seconds = time.monotonic() - began
+        metrics: dict[str, Any] = {"epoch": epoch + 1, **means(self.totals), **validation, "seconds": seconds}
+        metrics["verdict"] = epoch_verdict(metrics, self.training, self.validation, self.shares)
         self.totals = torch.zeros_like(self.totals)
         if self.context.rank == 0:
             with (self.folder / METRICS).open("a") as file:
@@ -258,7 +268,7 @@ class Trainer:
         A slide that cannot be read is left out, as if the step had been made of the others.
         """
         self.optimizer.zero_grad()
-        sums = torch.zeros(len(_TOTALS), device=self.context.device)
+        sums = torch.zeros(len(TOTALS), device=self.context.device)
         size = max(1, math.ceil(len(batch) / self.config.train.parts))
 
         def forward(start: int) -> tuple[Output, Tensor] | None:
@@ -286,7 +296,7 @@ class Trainer:
                     class_weights=self.class_weights,
                 )
                 torch.autograd.backward(loss.sum())
-                sums += _sums(loss, cross_entropy, output, labels)
+                sums += self._sums(loss, cross_entropy, output, labels)
         self.totals += self._reduce(sums).cpu()
         self.optimizer.step()
 
@@ -334,8 +344,10 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, epoch: int, readers: ThreadPoolExecutor) -> dict[str, float]:
         self.model.eval()
-        totals = torch.zeros(len(_TOTALS), device=self.context.device)
+        totals = torch.zeros(len(TOTALS), device=self.context.device)
+        answers = torch.zeros(len(self.validation), len(self.classes), device=self.context.device)
         mine = self.validation[self.context.rank :: self.context.world_size]
+        places = {entry.slide_id: place for place, entry in enumerate(self.validation)}
         size = max(1, self.config.train.batch_size // self.context.world_size)
         for begin in range(0, len(mine), size):
             batch = mine[begin : begin + size]
@@ -349,15 +361,25 @@ class Trainer:
                     continue
                 labels = self._labels(batch)
                 loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
-                totals += _sums(loss, cross_entropy, output, labels)
+                totals += self._sums(loss, cross_entropy, output, labels)
+                answers[[places[entry.slide_id] for entry in batch]] = output.logits.softmax(-1)
                 break
         self.context.all_reduce(totals)
+        self.context.all_reduce(answers)
         if not bool(totals.isfinite().all()):
             raise self._diverged()
         if not totals[-1]:
             return {}  # no slide can be read
-        means = _means(totals)
-        return {"val_cross_entropy": means["cross_entropy"], "val_accuracy": means["accuracy"]}
+        found = means(totals)
+        validated = {f"val_{name}": found[name] for name in ("cross_entropy", "accuracy")}
+        return validated | validation_auc(self.validation, self.classes, answers)
+
+    def _sums(self, loss: Tensor, cross_entropy: Tensor, output: Output, labels: Tensor) -> Tensor:
+        """What `TOTALS` names, summed over the slides, and patches, of a batch."""
+        correct = output.logits.argmax(-1) == labels
+        parts = (loss, cross_entropy, correct, output.entropy, self.observer.uniform_entropy(output))
+        of_slides = torch.stack([part.detach().sum() for part in parts])
+        return torch.cat([of_slides, self.observer.take().to(of_slides), of_slides.new_tensor([len(labels)])])
 
     def _save(self, position: Position) -> None:
         self.saved_at = time.monotonic()
@@ -391,55 +413,6 @@ def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-_TOTALS = ("loss", "cross_entropy", "accuracy", "entropy", "slides")
-
-
-def _sums(loss: Tensor, cross_entropy: Tensor, output: Output, labels: Tensor) -> Tensor:
-    """What `_TOTALS` names, summed over the slides of a batch."""
-    correct = output.logits.argmax(-1) == labels
-    parts = (loss, cross_entropy, correct, output.entropy, torch.ones_like(loss))
-    return torch.stack([part.detach().sum() for part in parts])
-
-
-def _means(totals: Tensor) -> dict[str, float]:
-    """Means over the slides of an epoch, so far."""
-    values = (totals / totals[-1]).tolist()
-    return dict(zip(_TOTALS[:-1], values[:-1], strict=True))
-
-
-def describe(means: Mapping[str, float]) -> str:
-    """A few words on the metrics of an epoch, for a progress bar."""
-    return (
-        f"cross-entropy {means['cross_entropy']:.3f} accuracy {means['accuracy']:.3f} entropy {means['entropy']:.2f}"
-    )
-
-
-class _Curves:
-    """TensorBoard curves, written by rank 0; those of epochs that will be done again are dropped."""
-
-    def __init__(self, folder: Path, position: Position, context: Context) -> None:
-        self.writer = None
-        if context.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            there = (folder / CURVES).is_dir()
-            self.writer = SummaryWriter(str(folder / CURVES), purge_step=position.epoch + 1)
-            for metrics in [] if there else read_metrics(folder):  # of a run that goes on from its copy
-                self.write(metrics)
-
-    def write(self, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            if self.writer and name != "epoch":
-                self.writer.add_scalar(name, value, int(metrics["epoch"]))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.writer:
-            self.writer.close()
 
 
 def plain_entries(entries: Sequence[Entry]) -> list[dict[str, Any]]:

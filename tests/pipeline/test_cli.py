@@ -241,7 +241,7 @@ class TestSomeFailed:
         assert len(read_manifest(tmp_path / "out" / "manifest.csv")) == 2
 
     def test_predict_and_heatmap(self, cli, places, pyramids, tmp_path):
-        good = pyramids.parent / "slide 0.ome.zarr"
+        good = pyramids.parent / "slide 10.ome.zarr"
         for command in ("predict", "heatmap"):
             result = cli(command, places["run"], good, "gone.ome.zarr", "--out", command)
             assert result.exit_code == 3

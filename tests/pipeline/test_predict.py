@@ -21,15 +21,19 @@ from pipeline import predict as module
 from pipeline.cli import app
 from pipeline.config import parse_config, plain
 from pipeline.errors import UsageError
+from pipeline.evaluate import evaluate
 from pipeline.files import file_name
-from pipeline.manifest import Entry, read_manifest
+from pipeline.manifest import Entry, read_manifest, write_manifest
 from pipeline.predict import LOCK, Classifier, predict, prediction_settings, read_predictions, write_table
+from pipeline.runs import read_run
+from pipeline.splits import RunSplits
 from pipeline.train import train
 from storage import write_pyramid
 from storage.locks import locked
 
-COLUMNS = ["slide_id", "case_id", "label", "split", "prediction", "prob_bar", "prob_box", "se_bar", "se_box"]
-COLUMNS += ["draws", "requests", "bytes_read", "seconds", "status", "error"]
+COLUMNS = ["slide_id", "case_id", "label", "split", "seen", "prediction", "prob_bar", "prob_box", "se_bar", "se_box"]
+COLUMNS += ["draws", "entropy", "uniform_entropy", "background", "requests", "bytes_read", "seconds"]
+COLUMNS += ["model", "status", "error"]
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +98,8 @@ class TestTable:
         assert str(late) in first[0]["error"]
         table = read_predictions(tmp_path / "out")
         assert table[0]["prob_bar"] is None
-        assert list(table[0])[:4] == COLUMNS[:4]
-        assert list(table[0])[-2:] == ["status", "error"]
+        assert list(table[0])[:5] == COLUMNS[:5]
+        assert list(table[0])[-3:] == ["model", "status", "error"]
         shutil.copytree(entries[1].path, late)
         again = predict(bad, finished, tmp_path / "out")
         assert [row["status"] for row in again] == ["ok", "ok"]
@@ -122,6 +126,125 @@ class TestTable:
             path.write_bytes(damage)
             with pytest.raises(UsageError, match="not a Parquet file.*run nested-ats predict again"):
                 read_predictions(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def drawn(config, pyramids, tmp_path_factory):
+    """A run of slides without splits, in two to a case, and those slides."""
+    entries = [replace(entry, split="", case_id=f"case {i % 7}") for i, entry in enumerate(read_manifest(pyramids))]
+    values = plain(config)
+    values["train"]["epochs"] = 1
+    values["data"] |= {"test": 0.3, "validation": 0.3}
+    folder = tmp_path_factory.mktemp("drawn") / "run"
+    train(entries, parse_config(values, ""), folder)
+    return folder, entries
+
+
+class TestSplitsOfTheRun:
+    def test_slides_without_splits_have_those_of_the_run(self, drawn, tmp_path):
+        folder, entries = drawn
+        known = {row["slide_id"]: row["split"] for row in read_run(folder)["entries"]}
+        assert set(known.values()) == {"train", "val", "test"}
+        returned = predict(entries, folder, tmp_path)
+        for row in returned:
+            assert row["split"] == known[row["slide_id"]]
+            assert row["seen"] == row["split"].replace("test", "")
+
+    def test_a_slide_is_known_by_its_id_or_its_path_or_its_case(self, drawn, tmp_path):
+        folder, entries = drawn
+        splits = RunSplits(read_run(folder)["entries"])
+        trained = next(entry for entry in entries if splits.of(entry) == "train")
+        moved = replace(trained, path="/elsewhere", case_id="")
+        renamed = replace(trained, slide_id="new name", case_id="")
+        sibling = Entry(slide_id="new", path="/new", case_id=trained.case_id)
+        stranger = Entry(slide_id="new", path="/new", case_id="new")
+        assert [splits.of(entry) for entry in (moved, renamed, sibling, stranger)] == ["train", "train", "", ""]
+        assert [splits.seen(entry) for entry in (moved, renamed, sibling, stranger)] == [
+            "train",
+            "train",
+            "train",
+            "",
+        ]
+        copy = tmp_path / "copy.ome.zarr"
+        shutil.copytree(trained.path, copy)
+        assert splits.seen(replace(trained, path=str(copy), case_id="")) == "train"
+        write_pyramid(tmp_path / "other.ome.zarr", np.zeros((3, 120, 150), np.uint8), mpp=0.5)
+        other = replace(trained, path=str(tmp_path / "other.ome.zarr"), case_id="")  # of another cohort
+        assert (splits.of(other), splits.seen(other)) == ("", "")
+        tested = next(entry for entry in entries if splits.of(entry) == "test")
+        assert splits.seen(tested) == ""
+
+    def test_the_manifest_s_own_splits_stay_and_what_was_seen_is_marked(self, drawn, tmp_path):
+        folder, entries = drawn
+        splits = RunSplits(read_run(folder)["entries"])
+        claimed = [replace(entry, split="test") for entry in entries if splits.of(entry) != "test"][:2]
+        returned = predict(claimed, folder, tmp_path)
+        assert {row["split"] for row in returned} == {"test"}
+        assert all(row["seen"] in ("train", "val") for row in returned)
+        with pytest.raises(UsageError, match="2 of them seen in training: --include-seen"):
+            evaluate(tmp_path)
+        assert evaluate(tmp_path, include_seen=True)["slides"] == 2
+
+    def test_the_way_of_the_readme(self, drawn, tmp_path):
+        """A manifest without splits, then ``predict --split test``; and without ``--split``, nothing silent."""
+        folder, entries = drawn
+        write_manifest(tmp_path / "m.csv", [replace(entry, case_id="") for entry in entries])
+
+        def cli(*words):
+            result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+            return result
+
+        cli("predict", folder, tmp_path / "m.csv", "--split", "test", "--out", tmp_path / "test")
+        tested = [row["slide_id"] for row in read_run(folder)["entries"] if row["split"] == "test"]
+        assert [row["slide_id"] for row in read_predictions(tmp_path / "test")] == tested
+        shown = cli(
+            "heatmap", folder, tmp_path / "m.csv", "--split", "test", "--out", tmp_path / "maps", "--limit", 1
+        )
+        assert file_name(tested[0]) in shown.stdout
+        seen = len(entries) - len(tested)
+        told = cli("predict", folder, tmp_path / "m.csv", "--out", tmp_path / "all").stderr
+        assert f"{seen} of {len(entries)} slides were seen in training" in told
+        assert f"seen, left out     {seen}" in cli("evaluate", tmp_path / "all").stdout
+        assert json.loads((tmp_path / "all" / "metrics.json").read_text())["slides"] == len(tested)
+        cli("report", folder, tmp_path / "all", "--out", tmp_path / "page.html")
+        assert f"{seen} of {len(entries)} slides were seen in training" in (tmp_path / "page.html").read_text()
+        assert f"seen, counted      {seen}" in cli("evaluate", tmp_path / "all", "--include-seen").stdout
+
+    def test_slides_in_no_split_of_the_run_are_told_of(self, drawn, tmp_path):
+        folder, entries = drawn
+        rows = [replace(entry, case_id="") for entry in entries]
+        write_manifest(tmp_path / "m.csv", [*rows, Entry(slide_id="new", path="/new", label="bar")])
+        words = ["predict", folder, tmp_path / "m.csv", "--split", "test", "--out", tmp_path / "out"]
+        result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert "1 of 15 slides are in no split of" in result.stderr
+        words[4] = "tset"
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 2
+        assert "no slide in split 'tset' (1 in none, " in result.stderr
+
+
+class TestSigns:
+    def test_entropies_and_background(self, finished, tmp_path):
+        """A blank slide is background wherever it is looked at; one of noise nowhere."""
+        rng = np.random.default_rng(0)
+        entries = []
+        for name, pixels in {
+            "blank": np.full((3, 130, 90), 240, np.uint8),
+            "noise": rng.integers(0, 255, (3, 130, 90), dtype=np.uint8),
+        }.items():
+            write_pyramid(tmp_path / f"{name}.ome.zarr", pixels)
+            entries.append(Entry(slide_id=name, path=str(tmp_path / f"{name}.ome.zarr")))
+        classifier = Classifier(replace(prediction_settings(finished), background=240 / 255))
+        blank, noise = (classifier(entry) for entry in entries)
+        assert (blank["background"], noise["background"]) == (1.0, 0.0)
+        assert blank["entropy"] == pytest.approx(blank["uniform_entropy"], abs=1e-3)
+        assert 0 < noise["entropy"] <= noise["uniform_entropy"] + 1e-6
+        assert noise["uniform_entropy"] == pytest.approx(blank["uniform_entropy"], rel=0.05)
+
+    def test_an_exact_evaluation_chooses_no_patches(self, finished, entries):
+        row = Classifier(replace(prediction_settings(finished), exact=True))(entries[0])
+        assert row["background"] is None
 
 
 class TestSameAgain:

@@ -15,6 +15,7 @@ from pipeline.heatmap import PICTURE, heatmaps
 from pipeline.manifest import read_manifest
 from pipeline.predict import predict, prediction_settings, write_table
 from pipeline.report import describe_metrics, report
+from pipeline.runs import model_fingerprint
 
 VOID = {"meta", "img", "br", "hr"}
 
@@ -60,7 +61,7 @@ def write(finished, tmp_path):
     """Write a table, evaluate it, and return its report."""
 
     def make(rows, **settings):
-        write_table(tmp_path, rows)
+        write_table(tmp_path, [{**row, "model": model_fingerprint(finished)} for row in rows])
         evaluate(tmp_path)
         return report(finished, tmp_path, tmp_path / "page.html", **settings).read_text()
 
@@ -92,6 +93,23 @@ def test_says_what_it_should(whole, finished):
     for words in ("balanced accuracy", "cross-entropy", "predicted bar", "label box", "slide 10", "learning_rate"):
         assert words in whole
     assert f"<h1>{finished.name}</h1>" in whole
+
+
+def test_says_which_split_how_and_what_was_seen(whole, write):
+    assert "<p>Split: test. </p>" in whole
+    assert "In brackets 95 % intervals over cases: Wilson" in whole
+    seen = {**row("seen", "bar", "bar"), "split": "train", "seen": "train"}
+    text = write([row("a", "bar", "bar") | {"seen": ""}, seen])
+    assert "Split: test. 1 of 2 slides were seen in training (1 as train) and are left out of the results." in text
+
+
+def test_says_in_words_when_nothing_was_learned(write):
+    rows = [row(str(i), ("bar", "box")[i // 5], "bar" if i % 2 else "box") for i in range(10)]
+    results, training = write(rows).split("<h2>Training</h2>")
+    assert "The model has learned nothing yet: cross-entropy 1.055 is worse than that of guessing" in results
+    assert "The model has learned nothing yet: cross-entropy 0." in training  # three epochs of a tiny data set
+    right = [row(str(i), ("bar", "box")[i % 2], ("bar", "box")[i % 2]) for i in range(20)]
+    assert "learned nothing" not in write(right).split("<h2>Training")[0]
 
 
 def test_the_curves_are_drawn(whole):
@@ -135,6 +153,7 @@ def test_ids_labels_and_errors_are_escaped(write):
 def test_class_names_and_the_run_are_escaped(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "a<b>c")
     about = {"slide_id": "1", "case_id": "", "label": NASTY, "split": "test", "prediction": NASTY}
+    about["model"] = model_fingerprint(finished)
     write_table(tmp_path, [{**about, f"prob_{NASTY}": 1.0, "prob_z": 0.0, "status": "ok", "error": ""}])
     evaluate(tmp_path)
     page = report(tmp_path / "a<b>c", tmp_path, tmp_path / "page.html").read_text()
@@ -157,9 +176,12 @@ def test_one_class(write):
 
 def test_intervals_are_shown():
     metric = {"value": 0.5, "interval_95": [0.25, 0.75]}
-    metrics = {"slides": 1, "failed": 0, "cross_entropy": 1.0}
+    metrics = {"slides": 1, "failed": 0, "seen": {"train": 2, "val": 1}, "seen_included": False}
+    metrics |= {"cross_entropy": 1.0, "guess_cross_entropy": 1.25}
     rows = dict(describe_metrics(metrics | dict.fromkeys(("accuracy", "balanced_accuracy", "auc"), metric)))
     assert rows["balanced accuracy"] == "0.500 [0.250, 0.750]"
+    assert rows["seen, left out"] == "3"
+    assert rows["cross-entropy"] == "1.000 (1.250 by guessing)"
 
 
 class TestRefusals:
@@ -172,13 +194,22 @@ class TestRefusals:
                 report(finished, tmp_path, tmp_path / "page.html")
 
     def test_predictions_that_changed_since(self, finished, tmp_path):
-        write_table(tmp_path, [row("a", "bar", "bar")])
+        model = {"model": model_fingerprint(finished)}
+        write_table(tmp_path, [row("a", "bar", "bar") | model])
         evaluate(tmp_path)
-        write_table(tmp_path, [row("a", "bar", "box")])
+        write_table(tmp_path, [row("a", "bar", "box") | model])
         with pytest.raises(UsageError, match="run nested-ats evaluate again"):
             report(finished, tmp_path, tmp_path / "page.html")
         evaluate(tmp_path)
         assert report(finished, tmp_path, tmp_path / "page.html").exists()
+
+    @pytest.mark.parametrize("model", [{}, {"model": "of another run"}])
+    def test_predictions_of_another_model(self, finished, tmp_path, model):
+        write_table(tmp_path, [row("a", "bar", "bar") | model])
+        evaluate(tmp_path)
+        with pytest.raises(UsageError, match="predictions of another model than .*of another run, or from before"):
+            report(finished, tmp_path, tmp_path / "page.html")
+        assert not (tmp_path / "page.html").exists()
 
     def test_folders_that_are_something_else(self, finished, write, tmp_path):
         write([row("a", "bar", "bar")])

@@ -17,13 +17,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from cluster import LocalContext
+from pipeline.cli import app
 from pipeline.config import parse_config, plain
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import Entry, read_manifest
 from pipeline.predict import Classifier, predict, prediction_settings
-from pipeline.runs import LOCK, METRICS, STATE, read_metrics
+from pipeline.runs import LOCK, METRICS, STATE, load_state, read_metrics
 from pipeline.slides import SlideImage
 from pipeline.train import train
 from pipeline.training import Trainer, plain_entries, train_worker
@@ -302,6 +304,45 @@ def test_slides_change_from_epoch_to_epoch_and_resume_as_they_would_have(config,
     views = [trainer.model.coarse_view(trainer._augmented(epoch, entries[0])).float() for epoch in (0, 0, 1)]
     assert torch.equal(views[0], views[1])
     assert views[0].shape != views[2].shape or not torch.equal(views[0], views[2])
+
+
+def test_an_epoch_says_when_nothing_was_learned(config, pyramids, tmp_path):
+    """With a learning rate of nearly nothing, on validation slides; and in the line of each epoch."""
+    still = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-30}
+    job = arguments(parse_config({**plain(config), "train": still}, "test"), pyramids, tmp_path / "run")
+    job["entries"] = [{**row, "split": "val" if i < 4 else "train"} for i, row in enumerate(job["entries"])]
+    metrics, _ = train_worker(LocalContext(), job)
+    for line in read_metrics(tmp_path / "run"):
+        assert line["val_auc_low"] < 0.5
+        assert line["val_auc_low"] <= line["val_auc"] <= line["val_auc_high"]
+        assert line["background"] == 0.0  # noise everywhere
+        assert 0 < line["entropy"] <= line["uniform_entropy"] + 1e-6
+        assert line["verdict"].startswith("has learned nothing yet: cross-entropy 0.")
+        assert "of guessing by class frequencies (0.693); AUC 0." in line["verdict"]
+    assert metrics["verdict"] == line["verdict"]
+
+
+def test_the_command_says_when_nothing_was_learned(config, pyramids, tmp_path):
+    (tmp_path / "config.yaml").write_text(json.dumps(plain(config)))
+    words = ["train", "--manifest", pyramids, "--out", tmp_path / "run", "--config", tmp_path / "config.yaml"]
+    words += ["--set", "train.epochs=1", "--set", "train.learning_rate=1e-30"]
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    numbers, verdict, _ = result.stdout.splitlines()
+    assert "verdict" not in numbers
+    assert verdict.startswith("has learned nothing yet: cross-entropy 0.")
+
+
+def test_a_state_of_an_earlier_version_goes_on(config, pyramids, whole, tmp_path):
+    """It had fewer sums of the epoch under way."""
+    job = arguments(config, pyramids, tmp_path / "run")
+    with pytest.raises(Stop):
+        train_worker(LocalContext(), job, stop_at(4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "pipeline.training.load_state", lambda *args: (*(found := load_state(*args))[:1], found[1][:5], found[2])
+        )
+        train_worker(LocalContext(), job)
+    assert_same(weights(tmp_path / "run"), weights(whole))
 
 
 def gradient(trainer):
