@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from storage.errors import ConversionError, CorruptImageError, StorageError
+from storage.receipts import Receipt, by_place
 from storage.shard import decode_shard, encode_shard
-from storage.target import Receipt, by_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from storage.ome_zarr import LevelInfo
-    from storage.target import Output, ShardKey
+    from storage.receipts import ShardKey
+    from storage.target import Output
 
 PAIRED_SHARDS = 64  # of level 0, from which on there are tasks enough for tasks of five shards
 BLOCK_ROWS = 128  # averaged at once
@@ -244,7 +245,8 @@ class Job:
             return None
         level = self.levels[receipt.level]
         try:
-            return decode_shard(self.output.read(receipt.key), level.layout, level.shard_shape(receipt.y, receipt.x))
+            data = self.output.read(receipt.key, receipt.length)
+            return decode_shard(data, level.layout, level.shard_shape(receipt.y, receipt.x))
         except CorruptImageError as error:
             where = f"{self.target}: {receipt.key}"
             raise ConversionError(f"{where} was damaged after it was written ({error}); convert again") from error

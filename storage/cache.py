@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.errors import StorageError
+from storage.local_store import NotAFile, open_regular
 from storage.shard import checksum_holds
 
 if TYPE_CHECKING:
@@ -76,13 +77,13 @@ class ChunkCache:
         """What was put under ``name``, or None; what is damaged is dropped."""
         path = self._path(name)
         try:
-            with open(path, "rb") as file:
-                data = file.read()
+            with os.fdopen(open_regular(path), "rb") as file:
+                data = file.read(min(os.fstat(file.fileno()).st_size, self.max_bytes))
             if checksum_holds(data):
                 os.utime(path)  # the time of last use, by which the oldest are chosen
                 return data
             path.unlink()  # put counts it until files are next counted anew, which is safe
-        except OSError:
+        except (OSError, NotAFile):
             pass
         return None
 

@@ -25,9 +25,10 @@ from storage.executors import Executor, check_executor, open_executor
 from storage.files import fingerprint
 from storage.limits import LIMITS
 from storage.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, parse_pyramid, with_shards
+from storage.receipts import Receipt, by_place
 from storage.shard import BloscCodec, ShardLayout
 from storage.stores import open_store
-from storage.target import Receipt, by_place, check_replaceable, open_partial, sweep_leftovers
+from storage.target import check_replaceable, open_partial, sweep_leftovers
 from storage.threads import processors
 
 if TYPE_CHECKING:
@@ -249,6 +250,8 @@ def _plan(
                 ),
             )
         )
+    if (shards := sum(math.prod(level.shard_grid) for level in levels)) > LIMITS.shards:
+        raise ConversionError(f"{target}: would have {shards} shards, more than readers take; choose a larger shard")
     bounds = np.iinfo(source.dtype) if source.dtype.kind in "iu" else None
     window = (float(bounds.min), float(bounds.max)) if bounds else (0.0, 1.0)
     names = tuple(str(i) for i in range(channels))
@@ -264,7 +267,7 @@ def _layout(source: PixelSource, options: ConvertOptions, target: str) -> ShardL
     shuffle = "noshuffle" if dtype.itemsize == 1 else "shuffle"
     codec = BloscCodec(options.codec, CLEVELS[options.codec], shuffle, dtype.itemsize)
     layout = ShardLayout(channels, options.chunk, shard, dtype, codec)
-    if max(layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+    if max(layout.grid**2 * layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
         raise ConversionError(
             f"{target}: chunks of {layout.chunk_bytes} bytes, {layout.grid**2} in a shard, which readers refuse; "
             "choose another chunk"
@@ -394,7 +397,7 @@ def _check_lengths(target: str, present: PyramidInfo) -> None:
                 length = 0
             except OSError as error:
                 raise ConversionError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-            if level.shards is not None and length != level.shards.length[place]:
+            if length != level.table.length[place]:
                 raise ConversionError(f"{target}: is damaged, {level.shard_key(*place)}; ask to overwrite it")
 
 
@@ -434,7 +437,7 @@ def _with_receipts(info: PyramidInfo, receipts: list[Receipt]) -> PyramidInfo:
 
 def _report(info: PyramidInfo, target: str, started: float, *, reused: int | None) -> ConvertReport:
     """Summarise a pyramid; ``reused`` None means that it was there."""
-    tables = [level.shards for level in info.levels if level.shards is not None]
+    tables = [level.table for level in info.levels]
     shards = sum(table.length.size for table in tables)
     first = info.levels[0]
     return ConvertReport(

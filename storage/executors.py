@@ -20,7 +20,7 @@ from storage.errors import ConversionError
 
 if TYPE_CHECKING:
     from storage.build import Job, Task
-    from storage.target import Receipt
+    from storage.receipts import Receipt
 
 CustomExecutor = Callable[[Callable[[], Callable[[Any], Any]], Sequence[Any]], Iterable[Any]]
 """``executor(make_worker, items)``: call ``make_worker()`` once in each worker, give each item to the function that

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 from collections import OrderedDict
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import unquote
 
 from storage.errors import MissingImageError, StorageError, UnsupportedImageError
-from storage.stores import attempt, check_url, connect
+from storage.local_store import NotAFile, open_regular
+from storage.stores import attempt, check_url, connect_requests
+from storage.threads import spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +28,9 @@ Range = tuple[int, int]  # offset and length in bytes
 BLOCK_BYTES = 256 * 1024
 KEPT_BLOCKS = 64
 MERGE_GAP = 64 * 1024  # bytes worth reading in vain to save a request; tiles of one row lie closer than this
-BATCH_BYTES = 64 * 2**20  # asked for at once
+BATCH_BYTES = 64 * 2**20  # asked for at once,
+RUN_BYTES = 8 * 2**20  # of it by one request,
+CONCURRENCY = 10  # of which as many are in flight
 SAMPLED_BYTES = 64 * 1024  # at each end of a file, for its fingerprint
 
 
@@ -94,17 +98,14 @@ class LocalFile:
         self.location = path
         self.name = os.path.basename(path)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+            self._fd = open_regular(path)
+        except NotAFile as error:
+            raise UnsupportedImageError(f"{path}: {error}, not an image file") from None
         except FileNotFoundError:
             raise MissingImageError(f"{path}: does not exist; check the path") from None
         except OSError as error:
             raise StorageError(f"{path}: cannot be opened ({error.strerror})") from error
-        status = os.fstat(self._fd)
-        self.size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            self.close()
-            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-            raise UnsupportedImageError(f"{path}: {what}, not an image file")
+        self.size = os.fstat(self._fd).st_size
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``, fewer where the file ends."""
@@ -136,11 +137,8 @@ class RemoteFile:
         check_url(url)
         parent, _, name = url.rpartition("/")
         self.name = unquote(name) if url.startswith("http") else name
-        self._store = connect(parent)
-        meta = self._attempt(lambda: self._store.head(self.name))
-        self.size = int(meta["size"])
-        e_tag = meta["e_tag"]
-        self._version = {"e_tag": e_tag} if e_tag else {"last_modified": meta["last_modified"].isoformat()}
+        self._requests = connect_requests(parent)
+        self.size, self._version = self._attempt(lambda: self._requests.stat(self.name))
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``, fewer where the file ends."""
@@ -155,11 +153,17 @@ class RemoteFile:
             yield from (next(found) if length else b"" for _, length in batch)
 
     def _fetch(self, ranges: Sequence[Range]) -> list[bytes]:
-        starts, lengths = zip(*ranges, strict=True)
-        found = self._attempt(
-            lambda: self._store.get_ranges(self.name, starts=starts, lengths=lengths, coalesce=MERGE_GAP)
-        )
-        return [bytes(part) for part in found]
+        """Fetch ranges, those near each other by one request."""
+        found: dict[Range, bytes] = {}
+
+        def work(share: list[list[Range]]) -> None:
+            for run in share:
+                start, length = run[0][0], max(map(sum, run)) - run[0][0]
+                data = self._attempt(partial(self._requests.get_range, self.name, start, length))
+                found.update({pair: data[pair[0] - start : sum(pair) - start] for pair in run})
+
+        spread(work, list(_runs(sorted(set(ranges)))), CONCURRENCY)
+        return [found[pair] for pair in ranges]
 
     def _attempt(self, request: Callable[[], T]) -> T:
         try:
@@ -173,6 +177,20 @@ class RemoteFile:
 
     def close(self) -> None:
         """Nothing to give back: connections close with the object."""
+
+
+def _runs(ranges: Iterable[Range]) -> Iterator[list[Range]]:
+    """Cut a sorted list of ranges where they lie too far apart, or are too much for one request."""
+    run: list[Range] = []
+    end = 0
+    for offset, length in ranges:
+        if run and (offset > end + MERGE_GAP or max(end, offset + length) - run[0][0] > RUN_BYTES):
+            yield run
+            run, end = [], 0
+        run.append((offset, length))
+        end = max(end, offset + length)
+    if run:
+        yield run
 
 
 def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:

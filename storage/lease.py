@@ -17,6 +17,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from storage import typed
 from storage.errors import ConversionError, StorageError
 from storage.objects import Objects, Occupied, mark_of
 
@@ -137,7 +138,7 @@ class Lease:
             raise ConversionError(f"{busy}, or has just ended; run again")
         if not entry.get("released"):
             age = (self._store_time() - meta["last_modified"]).total_seconds()
-            if (left := entry.get("seconds", LEASE_S) + CLOCK_STEP_S - age) > 0:
+            if (left := _seconds(entry) + CLOCK_STEP_S - age) > 0:
                 raise ConversionError(f"{busy} ({entry.get('holder')}); if it was killed, run again in {left:.0f} s")
         try:
             self._put(mark_of(meta))
@@ -155,10 +156,9 @@ class Lease:
         except FileNotFoundError:
             return {}, None
         try:
-            entry = json.loads(data)
+            return typed.parse_object(data), meta
         except ValueError:
-            entry = None
-        return entry if isinstance(entry, dict) else {}, meta
+            return {}, meta
 
     def _store_time(self) -> datetime:
         """What time it is for the store: that of an object just made."""
@@ -180,3 +180,11 @@ class Lease:
                     f"{self._output}: the store ignores conditions on writes (If-Match, If-None-Match), so that two "
                     "converters could mix their outputs; convert to a local folder and copy it there"
                 )
+
+
+def _seconds(entry: dict[str, Any]) -> float:
+    """For how long a lock holds without renewal; of one that does not say, the usual time."""
+    try:
+        return typed.number(entry.get("seconds"), "seconds", 0)
+    except ValueError:
+        return LEASE_S

@@ -1,7 +1,8 @@
 """Caps on untrusted input, checked before anything is decoded or allocated.
 
-A TIFF header of one kilobyte may claim 60000 x 60000 pixels, and a tile of a few bytes may claim gigabytes; the
-caps bound what a file can make this process allocate. They leave room for every scanner format we know.
+A TIFF header of one kilobyte may claim 60000 x 60000 pixels, a tile of a few bytes gigabytes, and a web server an
+answer of terabytes; the caps bound what they can make this process allocate. They leave room for every scanner format
+we know.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ class Limits:
     channels: int = 64  # all channels of a pixel lie in one chunk
     side: int = 2**24  # pixels along y or x
     samples: int = 2**40  # channels x height x width
-    segment_bytes: int = 256 * 2**20  # one decoded tile or strip
+    segment_bytes: int = 256 * 2**20  # one decoded tile, strip or chunk
+    metadata_bytes: int = 64 * 2**20  # one file of metadata
+    levels: int = 64  # of one pyramid
+    shards: int = 2**20  # of one pyramid; its table of them is metadata
     raster_bytes: int = 2**30  # one decoded PNG, JPEG or BMP file, which is held in memory
     raster_ratio: int = 2000  # its decoded bytes per byte; deflate reaches 1032, a blank progressive JPEG less
     ratio: int = 20_000  # decoded bytes of the image per byte of file

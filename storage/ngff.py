@@ -8,17 +8,21 @@ Specifications: https://ngff.openmicroscopy.org/0.4/ and https://ngff.openmicros
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from storage import typed
 from storage.errors import CorruptImageError, NotAPyramidError
+from storage.limits import LIMITS
 from storage.ome_zarr import load_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 AXES = frozenset("tczyx")
+MAX_STEPS = 8  # transformations of a level
+_PATH = re.compile(r"[^\x00-\x1f\x7f\\%?#]+")  # what a server could take for another place is no name of a level
 MICROMETERS = {  # per unit; a length in any other unit is taken as unknown
     "angstrom": 1e-4,
     "nanometer": 1e-3,
@@ -85,8 +89,8 @@ def find_image(read: Callable[[str], bytes], where: str, root: dict[str, Any]) -
             inner = load_json(read, "0/zarr.json", where) if root else {}
             _, attributes = _attributes(read, prefix, where, inner)
         return _parse(attributes, prefix, zarr_format, where)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptImageError(f"{where}: damaged metadata ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise CorruptImageError(f"{where}: damaged metadata ({error})") from error
 
 
 def _attributes(
@@ -103,7 +107,8 @@ def _attributes(
             ) from None
     if root.get("node_type") == "array":
         raise NotAPyramidError(f"{where}: a single array; open the image it belongs to, usually the folder above")
-    return 3, dict(root.get("attributes", {}).get("ome", {}))
+    attributes = typed.mapping(root.get("attributes"), "attributes")
+    return 3, typed.mapping(attributes.get("ome"), "ome")
 
 
 def _parse(attributes: dict[str, Any], prefix: str, zarr_format: int, where: str) -> Multiscale:
@@ -113,52 +118,61 @@ def _parse(attributes: dict[str, Any], prefix: str, zarr_format: int, where: str
             raise NotAPyramidError(f"{where}: {what.format(where=where)}")
     if not attributes.get("multiscales"):
         raise NotAPyramidError(f"{where}: no OME-Zarr image here (no multiscales); convert the image first")
-    multiscale = attributes["multiscales"][0]
-    version = str(attributes.get("version") if zarr_format == 3 else multiscale.get("version", "0.4"))
+    multiscale = typed.mapping(typed.items(attributes["multiscales"], "multiscales")[0], "multiscales")
+    version = attributes.get("version") if zarr_format == 3 else multiscale.get("version", "0.4")
+    version = typed.label(version, "of no version")[:20]
     expected = {2: "0.4", 3: "0.5"}[zarr_format]
-    axes = multiscale.get("axes", [])
+    axes = typed.items(multiscale.get("axes", []), "axes")
     if not version.startswith(expected) or not all(isinstance(axis, dict) for axis in axes):
         raise NotAPyramidError(
             f"{where}: OME-Zarr {version} in zarr v{zarr_format}; only 0.4 (zarr v2) and 0.5 (zarr v3) are read"
         )
-    names = tuple(str(axis["name"]) for axis in axes)
+    names = tuple(typed.text(typed.member(axis, "name"), "the name of an axis") for axis in axes)
     if not set(names) <= AXES or len(set(names)) != len(names) or not {"y", "x"} <= set(names):
-        raise NotAPyramidError(f"{where}: its axes are {', '.join(names) or 'missing'}; only t, c, z, y, x are read")
-    units = {axis["name"]: MICROMETERS.get(axis.get("unit")) for axis in axes}
+        shown = ", ".join(names)[:80] or "missing"
+        raise NotAPyramidError(f"{where}: its axes are {shown}; only t, c, z, y, x are read")
+    units = {axis["name"]: MICROMETERS.get(typed.label(axis.get("unit"), "")) for axis in axes}
     after = multiscale.get("coordinateTransformations", [])
-    datasets = tuple(_dataset(dataset, after, prefix, len(names), where) for dataset in multiscale["datasets"])
+    datasets = tuple(
+        _dataset(typed.mapping(dataset, "a level"), after, prefix, len(names), where)
+        for dataset in typed.items(multiscale.get("datasets"), "datasets", most=LIMITS.levels)
+    )
     if not datasets:
         raise NotAPyramidError(f"{where}: an image without levels")
-    channels = attributes.get("omero", {}).get("channels", [])
+    omero = typed.mapping(attributes.get("omero"), "omero")
+    channels = typed.items(omero.get("channels", []), "channels")
+    labels = [channel.get("label") if isinstance(channel, dict) else None for channel in channels]
     return Multiscale(
         zarr_format=zarr_format,
-        name=str(multiscale.get("name") or where.rstrip("/").rpartition("/")[2]),
+        name=typed.label(multiscale.get("name"), where.rstrip("/").rpartition("/")[2]),
         axes=names,
         micrometers_yx=(units["y"], units["x"]) if units["y"] and units["x"] else None,
-        labels=tuple(str(channel.get("label", i)) for i, channel in enumerate(channels)),
+        labels=tuple(typed.label(name, str(i)) for i, name in enumerate(labels)),
         datasets=datasets,
     )
 
 
-def _dataset(dataset: dict[str, Any], after: Sequence[dict[str, Any]], prefix: str, axes: int, where: str) -> Dataset:
-    path = dataset["path"]
-    if not isinstance(path, str) or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+def _dataset(dataset: dict[str, Any], after: Any, prefix: str, axes: int, where: str) -> Dataset:
+    path = typed.text(typed.member(dataset, "path"), "path")
+    if not _PATH.fullmatch(path) or any(part in ("", ".", "..") for part in path.split("/")):
         raise NotAPyramidError(f"{where}: the level path {path!r} leaves the pyramid")
     scale, translation = [1.0] * axes, [0.0] * axes
-    for step in (*dataset["coordinateTransformations"], *after):
-        kind = step["type"]
+    own = typed.items(typed.member(dataset, "coordinateTransformations"), "coordinateTransformations", most=MAX_STEPS)
+    for step in (*own, *typed.items(after, "coordinateTransformations", most=MAX_STEPS)):
+        kind = typed.member(step, "type")
         if kind == "identity":
             continue
         if kind not in ("scale", "translation") or kind not in step:
-            raise NotAPyramidError(f"{where}: level {path} has a transformation that is not read ({kind})")
-        values = [float(value) for value in step[kind]]
-        if len(values) != axes or not all(math.isfinite(value) for value in values):
-            raise ValueError(f"level {path} has the {kind} {values}")
+            raise NotAPyramidError(
+                f"{where}: level {path} has a transformation that is not read ({typed.shown(kind)})"
+            )
         if kind == "translation":
-            translation = [a + b for a, b in zip(translation, values, strict=True)]
+            moved = typed.numbers(step[kind], kind, axes)
+            translation = [a + b for a, b in zip(translation, moved, strict=True)]
             continue
-        if min(values) <= 0:
-            raise ValueError(f"level {path} has the scale {values}")
+        values = typed.numbers(step[kind], kind, axes, typed.SMALLEST)
         scale = [a * b for a, b in zip(scale, values, strict=True)]
         translation = [a * b for a, b in zip(translation, values, strict=True)]
+    typed.numbers(scale, "scale", axes, typed.SMALLEST)  # of all steps together
+    typed.numbers(translation, "translation", axes)
     return Dataset(prefix + path, tuple(scale), tuple(translation))

@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import ConversionError, CorruptImageError, StorageError
 from storage.lease import Lease
+from storage.limits import LIMITS
 from storage.objects import Objects, Occupied, tag_of
+from storage.receipts import Receipt, check_index, parse_journal
 from storage.stores import first_line
-from storage.target import OWN_KEYS, Receipt, check_index
+from storage.target import OWN_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -67,9 +69,9 @@ class ObjectOutput:
                 f"{self.objects.url}/{key}: another conversion has written this; run again"
             ) from None
 
-    def read(self, key: str) -> bytes:
-        """Return an object written before."""
-        return self.objects.get(key)[0]
+    def read(self, key: str, limit: int) -> bytes:
+        """Return an object written before, of at most ``limit`` bytes."""
+        return self.objects.get(key, limit)[0]
 
 
 class ObjectPartial:
@@ -177,9 +179,7 @@ class ObjectPartial:
                 )
 
     def _read_journal(self, key: str, job: dict[str, Any]) -> Iterator[Receipt]:
-        first, *entries = map(json.loads, self._state.read(key).splitlines())
-        if first == {"job": job}:
-            yield from (Receipt(**entry) for entry in entries)
+        yield from parse_journal(self._state.read(key, LIMITS.metadata_bytes), job)
 
     def _verify_index(self, receipt: Receipt, index_bytes: int) -> None:
         try:

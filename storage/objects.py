@@ -10,8 +10,9 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from storage.errors import ConversionError, TransferError
-from storage.stores import connect, first_line
+from storage.errors import ConversionError, CorruptImageError, TransferError
+from storage.limits import LIMITS
+from storage.stores import ObjectRequests, connect, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -39,6 +40,7 @@ class Objects:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._store = connect(self.url, timeout_s)
+        self._reads = ObjectRequests(self.url, self._store)
 
     def __reduce__(self) -> tuple[type[Objects], tuple[str, float]]:
         return type(self), (self.url, self._timeout_s)
@@ -72,24 +74,22 @@ class Objects:
         except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
             if isinstance(mode, str) and isinstance(error, FileNotFoundError):
                 raise self._refusal(key, error) from error  # there is no such bucket
-        with contextlib.suppress(FileNotFoundError):
-            present, meta = self.get(key)
+        with contextlib.suppress(FileNotFoundError, CorruptImageError):
+            present, meta = self.get(key, max(len(data), LIMITS.metadata_bytes))
             if present == data:  # stored by an earlier try, whose answer was lost
                 return mark_of(meta)
         raise Occupied
 
-    def get(self, key: str) -> tuple[bytes, ObjectMeta]:
-        """Return an object and what the store knows of it; raises ``FileNotFoundError``."""
+    def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> tuple[bytes, ObjectMeta]:
+        """Return an object of at most ``limit`` bytes and what the store knows of it.
 
-        def get() -> tuple[bytes, ObjectMeta]:
-            answer = self._store.get(key)
-            return bytes(answer.bytes()), answer.meta
-
-        return self._request(key, get)
+        Raises ``FileNotFoundError``, and ``CorruptImageError`` if it holds more.
+        """
+        return self._request(key, lambda: self._reads.get_with_meta(key, limit))
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return a part of an object; raises ``FileNotFoundError``."""
-        return self._request(key, lambda: bytes(self._store.get_range(key, start=start, length=length)))
+        return self._request(key, lambda: self._reads.get_range(key, start, length))
 
     def list(self) -> dict[str, ObjectMeta]:
         """Return what the store knows of every object, by key."""
@@ -107,7 +107,7 @@ class Objects:
         for pause in (*PAUSES_S, None):
             try:
                 return action()
-            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError, CorruptImageError):
                 raise
             except GenericError as error:
                 if pause is None or time.monotonic() - started > PATIENCE_S:

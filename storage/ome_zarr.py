@@ -14,14 +14,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import zlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from storage import typed
 from storage.errors import CorruptImageError, NotAPyramidError
+from storage.limits import LIMITS
 from storage.shard import BloscCodec, ShardLayout
+from storage.source import check_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,6 +68,13 @@ class LevelInfo:
     scale_yx: tuple[float, float]
     translation_yx: tuple[float, float]
     shards: ShardTable | None = None
+
+    @property
+    def table(self) -> ShardTable:
+        """The table of shards of a pyramid that was read or is whole."""
+        if self.shards is None:
+            raise AssertionError("the level is being planned")
+        return self.shards
 
     @property
     def nbytes(self) -> int:
@@ -134,26 +145,20 @@ def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
 def pyramid_info(root: dict[str, Any], read: Callable[[str], bytes], where: str) -> PyramidInfo:
     """Check the metadata of a pyramid whose root document is read already; the rest is as `parse_pyramid` has it."""
     try:
-        ome = root["attributes"]["ome"]
-        multiscale = ome["multiscales"][0]
-        paths = [dataset["path"] for dataset in multiscale["datasets"]]
-    except (KeyError, IndexError, TypeError):
-        raise NotAPyramidError(f"{where}: no OME-Zarr 0.5 multiscales; convert the image first") from None
-    for path in paths:
-        if not isinstance(path, str) or not _PATH.fullmatch(path):
-            raise NotAPyramidError(f"{where}: the level path {path!r} leaves the pyramid")
-    own = root["attributes"].get("nested_ats")
-    if isinstance(own, dict) and own.get("format") != FORMAT:
-        raise NotAPyramidError(f"{where}: written by another version of this package; convert the image again")
-    arrays = _member(_member(root, "consolidated_metadata"), "metadata")
-    try:
-        found = [arrays.get(path) or load_json(read, f"{path}/zarr.json", where) for path in paths]
-        info = _parse(ome, multiscale, found, own, where)
-        damaged = own is not None and own[CHECKSUM] != _checksum(root)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptImageError(f"{where}: damaged metadata ({type(error).__name__}: {error})") from error
-    if damaged:
-        raise CorruptImageError(f"{where}: zarr.json is not as it was written (its checksum differs); convert again")
+        attributes = typed.mapping(root.get("attributes"), "attributes")
+        if "multiscales" not in typed.mapping(attributes.get("ome"), "ome"):
+            raise NotAPyramidError(f"{where}: no OME-Zarr 0.5 multiscales; convert the image first")
+        own = typed.mapping(attributes.get("nested_ats"), "nested_ats")
+        if own.get("format") != FORMAT:
+            raise NotAPyramidError(f"{where}: written by another version of this package; convert the image again")
+        info = _parse(root, attributes["ome"], own, read, where)
+        if typed.member(own, CHECKSUM) != _checksum(root):
+            raise CorruptImageError(
+                f"{where}: zarr.json is not as it was written (its checksum differs); convert again"
+            )
+        check_levels([level.shape[1:] for level in info.levels], [level.scale_yx for level in info.levels])
+    except (ValueError, RecursionError) as error:
+        raise CorruptImageError(f"{where}: damaged metadata ({error})") from error
     return info
 
 
@@ -235,103 +240,129 @@ def _omero_json(info: PyramidInfo) -> dict[str, Any]:
 
 
 def _own_json(info: PyramidInfo) -> dict[str, Any]:
-    tables = [level.shards for level in info.levels]
-    shards = [
-        None if table is None else {key: getattr(table, key).ravel().tolist() for key in SHARD_COLUMNS}
-        for table in tables
-    ]
+    tables = [level.table for level in info.levels]
+    shards = [{key: getattr(table, key).ravel().tolist() for key in SHARD_COLUMNS} for table in tables]
     return {"format": FORMAT, "provenance": info.provenance, "shards": shards}
 
 
 def _parse(
-    ome: dict[str, Any], multiscale: dict[str, Any], arrays: list[dict[str, Any]], own: Any, where: str
+    root: dict[str, Any], ome: dict[str, Any], own: dict[str, Any], read: Callable[[str], bytes], where: str
 ) -> PyramidInfo:
-    axes = multiscale["axes"]
-    if ome["version"] != "0.5" or tuple(axis["name"] for axis in axes) != AXES:
+    first, *_ = typed.items(ome["multiscales"], "multiscales", most=LIMITS.levels) or [None]
+    multiscale = typed.mapping(first, "multiscales")
+    axes = typed.items(multiscale.get("axes"), "axes", most=LIMITS.levels)
+    if ome.get("version") != "0.5" or tuple(typed.member(axis, "name") for axis in axes) != AXES:
         raise NotAPyramidError(f"{where}: only OME-Zarr 0.5 with the axes c, y, x is read")
-    tables = own["shards"] if own else [None] * len(arrays)
-    parts = zip(multiscale["datasets"], arrays, tables, strict=True)
-    levels = tuple(_parse_level(dataset, array, table, where) for dataset, array, table in parts)
-    omero = ome.get("omero", {}).get("channels") or [{}] * levels[0].shape[0]
-    window = omero[0].get("window", {})
+    datasets = typed.items(multiscale.get("datasets"), "datasets", most=LIMITS.levels)
+    if not datasets:
+        raise ValueError("an image without levels")
+    tables = typed.items(own.get("shards"), "shards", count=len(datasets))
+    copies = typed.mapping(typed.mapping(root.get("consolidated_metadata"), "copies").get("metadata"), "copies")
+    levels = []
+    for dataset, table in zip(datasets, tables, strict=True):
+        path = typed.member(dataset, "path")
+        if not isinstance(path, str) or not _PATH.fullmatch(path):
+            raise NotAPyramidError(f"{where}: the level path {typed.shown(path)} leaves the pyramid")
+        array = copies.get(path) or load_json(read, f"{path}/zarr.json", where)
+        levels.append(_parse_level(path, dataset, typed.mapping(array, "an array"), table, where))
+    omero = typed.mapping(ome.get("omero"), "omero").get("channels") or []
+    labels = [typed.mapping(channel, "a channel") for channel in typed.items(omero, "channels", most=LIMITS.channels)]
+    window = typed.mapping(labels[0].get("window"), "window") if labels else {}
+    unit = axes[1].get("unit")
     return PyramidInfo(
-        name=str(multiscale.get("name", "")),
-        unit=axes[1].get("unit"),
-        channels=tuple(str(channel.get("label", i)) for i, channel in enumerate(omero)),
-        window=(float(window.get("start", 0)), float(window.get("end", 1))),
-        levels=levels,
-        provenance=dict(own["provenance"]) if own else {},
+        name=typed.label(multiscale.get("name"), ""),
+        unit=None if unit is None else typed.text(unit, "unit"),
+        channels=tuple(typed.label(channel.get("label"), str(i)) for i, channel in enumerate(labels)),
+        window=(
+            typed.number(window.get("start", 0), "start", -sys.float_info.max, sys.float_info.max),
+            typed.number(window.get("end", 1), "end", -sys.float_info.max, sys.float_info.max),
+        ),
+        levels=tuple(levels),
+        provenance=typed.mapping(own.get("provenance"), "provenance"),
     )
 
 
-def _parse_level(dataset: dict[str, Any], array: dict[str, Any], table: Any, where: str) -> LevelInfo:
-    shape = tuple(int(size) for size in array["shape"])
-    steps = {step["type"]: step[step["type"]] for step in dataset["coordinateTransformations"]}
-    scale, translation = steps["scale"], steps.get("translation", [0.0, 0.0, 0.0])
-    if len(shape) != len(AXES) or min(shape) < 1 or not all(size > 0 for size in scale):
-        raise ValueError(f"level {dataset['path']} has the shape {shape} and the scale {scale}")
+def _parse_level(path: str, dataset: Any, array: dict[str, Any], table: Any, where: str) -> LevelInfo:
+    channels, height, width = typed.integers(array.get("shape"), "shape", 1, LIMITS.side, count=len(AXES))
+    layout = _parse_layout(array, where)
+    if layout.channels != channels or channels * height * width > LIMITS.samples:
+        raise ValueError(f"level {path} has the shape {(channels, height, width)}")
+    if max(layout.grid**2 * layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+        raise ValueError(
+            f"level {path} claims shards of {layout.grid} x {layout.grid} chunks of {layout.chunk_bytes} bytes"
+        )
+    steps = {"translation": [0.0, 0.0, 0.0]}
+    for step in typed.items(dataset.get("coordinateTransformations"), "coordinateTransformations", most=2):
+        kind = typed.text(typed.member(step, "type"), "type")
+        steps[kind] = typed.member(step, kind)
+    scale = typed.numbers(steps.get("scale"), "scale", len(AXES), typed.SMALLEST)
+    translation = typed.numbers(steps["translation"], "translation", len(AXES))
     level = LevelInfo(
-        path=dataset["path"],
-        shape=(shape[0], shape[1], shape[2]),
-        layout=_parse_layout(array, where),
-        scale_yx=(float(scale[1]), float(scale[2])),
-        translation_yx=(float(translation[1]), float(translation[2])),
+        path=path,
+        shape=(channels, height, width),
+        layout=layout,
+        scale_yx=(scale[1], scale[2]),
+        translation_yx=(translation[1], translation[2]),
     )
-    return level if table is None else with_shards(level, *(table[key] for key in SHARD_COLUMNS))
+    return with_shards(level, *(typed.items(typed.member(table, key), key) for key in SHARD_COLUMNS))
 
 
 def with_shards(level: LevelInfo, *columns: Sequence[int]) -> LevelInfo:
-    """Return the level with its shard table, each column of which has one integer per shard in row-major order."""
-    arrays = [np.array(column, np.int64).reshape(level.shard_grid) for column in columns]
+    """Return the level with its shard table, each column of which has one integer per shard in row-major order.
+
+    Raises
+    ------
+    ValueError
+        A column is of another length, or has what is no length of a shard or no checksum.
+    """
+    rows_columns, layout = level.shard_grid, level.layout
+    if math.prod(rows_columns) > LIMITS.shards:
+        raise ValueError(f"level {level.path} has more than {LIMITS.shards} shards")
+    tops = (layout.max_shard_bytes, 2**32 - 1, 2**32 - 1)
+    arrays = []
+    for name, column, top in zip(SHARD_COLUMNS, columns, tops, strict=True):
+        whole = not set(map(type, column)) - {int} and min(column, default=0) >= 0 and max(column, default=0) <= top
+        if not whole or len(column) != math.prod(rows_columns):
+            raise ValueError(f"level {level.path} has no sound table of its shards ({name})")
+        arrays.append(np.array(column, np.int64).reshape(rows_columns))
+    if ((arrays[0] > 0) & (arrays[0] < layout.index_bytes)).any():
+        raise ValueError(f"level {level.path} has no sound table of its shards (one is too short for its index)")
     return replace(level, shards=ShardTable(*arrays))
 
 
 def _parse_layout(array: dict[str, Any], where: str) -> ShardLayout:
     """Layout of an array, refused where it is not exactly what ``storage.shard`` decodes."""
     refused = NotAPyramidError(f"{where}: not sharded as this package writes it; convert the image again")
-    dtype = array["data_type"]
-    shard_shape = array["chunk_grid"]["configuration"]["chunk_shape"]
-    if len(array["codecs"]) != 1 or array["codecs"][0]["name"] != "sharding_indexed" or dtype not in DTYPES:
+    dtype = array.get("data_type")
+    try:
+        shard_shape = array["chunk_grid"]["configuration"]["chunk_shape"]
+        sharding = array["codecs"][0]["configuration"]
+        chunk_shape, blosc = sharding["chunk_shape"], sharding["codecs"][1]["configuration"]
+        key_encoding = array["chunk_key_encoding"]
+        separator = key_encoding.get("configuration", {}).get("separator", "/")
+        keyed = (key_encoding["name"], separator) == ("default", "/")
+        codec = BloscCodec(**blosc)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise refused from None
+    channels, _, chunk = typed.integers(chunk_shape, "chunk_shape", 1, LIMITS.side, count=len(AXES))
+    _, _, shard = typed.integers(shard_shape, "chunk_shape", 1, LIMITS.side, count=len(AXES))
+    if dtype not in DTYPES or shard % chunk or not keyed:
         raise refused
-    sharding = array["codecs"][0]["configuration"]
-    chunk_shape = sharding["chunk_shape"]
-    inner = [codec["name"] for codec in sharding["codecs"]]
-    if inner != ["bytes", "blosc", "crc32c"]:
-        raise refused
-    layout = ShardLayout(
-        channels=int(chunk_shape[0]),
-        chunk=int(chunk_shape[2]),
-        shard=int(shard_shape[2]),
-        dtype=np.dtype(dtype),
-        codec=BloscCodec(**sharding["codecs"][1]["configuration"]),
-    )
-    square = [layout.channels, layout.shard, layout.shard]
-    expected = _array_json(LevelInfo("", (layout.channels, 1, 1), layout, (1, 1), (0, 0)))
-    same = all(array[key] == expected[key] for key in ("chunk_grid", "codecs", "fill_value"))
-    key_encoding = array["chunk_key_encoding"]
-    separator = key_encoding.get("configuration", {}).get("separator", "/")
-    whole = layout.channels == array["shape"][0] and layout.chunk > 0 and layout.shard % layout.chunk == 0
-    if not same or not whole or shard_shape != square or (key_encoding["name"], separator) != ("default", "/"):
+    layout = ShardLayout(channels, chunk, shard, np.dtype(dtype), codec)
+    expected = _array_json(LevelInfo("", (channels, 1, 1), layout, (1, 1), (0, 0)))
+    if not all(array.get(key) == expected[key] for key in ("chunk_grid", "codecs", "fill_value")):
         raise refused
     return layout
-
-
-def _member(value: Any, key: str) -> dict[str, Any]:
-    member = value.get(key) if isinstance(value, dict) else None
-    return member if isinstance(member, dict) else {}
 
 
 def load_json(read: Callable[[str], bytes], key: str, where: str) -> dict[str, Any]:
     """Read a metadata file; ``NotAPyramidError`` where it is missing, ``CorruptImageError`` where it is damaged."""
     try:
-        data = json.loads(read(key))
+        return typed.parse_object(read(key))
     except FileNotFoundError:
         raise NotAPyramidError(f"{where}: no {key} here; convert the image first") from None
     except ValueError as error:
         raise CorruptImageError(f"{where}: {key} is damaged ({error})") from error
-    if not isinstance(data, dict):
-        raise CorruptImageError(f"{where}: {key} is damaged (not a JSON object)")
-    return data
 
 
 def _dump(value: dict[str, Any]) -> bytes:

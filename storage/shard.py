@@ -37,7 +37,8 @@ blosc.use_threads = False
 
 EMPTY = 2**64 - 1
 CHECKSUM_BYTES = 4
-MIN_CHUNK_BYTES = 16 + CHECKSUM_BYTES  # a blosc header and the checksum
+BLOSC_OVERHEAD = 16  # of its header; what does not compress is stored as it is
+MIN_CHUNK_BYTES = BLOSC_OVERHEAD + CHECKSUM_BYTES
 # The crc32c of any data followed by its own crc32c: checks both without cutting them apart.
 CHECKSUM_RESIDUE = 0x48674BC7
 _BLOSC_SIZES = struct.Struct("<4xI4xI")  # decoded and encoded bytes, in the blosc header
@@ -86,6 +87,16 @@ class ShardLayout:
     def index_bytes(self) -> int:
         """Bytes of the index at the end of a shard, its checksum included."""
         return self.grid * self.grid * 16 + CHECKSUM_BYTES
+
+    @cached_property
+    def max_stored_bytes(self) -> int:
+        """Bytes of a stored chunk at most."""
+        return self.chunk_bytes + MIN_CHUNK_BYTES
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Bytes of a shard file at most."""
+        return self.grid * self.grid * self.max_stored_bytes + self.index_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +148,7 @@ def encode_shard(pixels: NDArray[Any], layout: ShardLayout) -> EncodedShard:
     return EncodedShard(pieces, offset + layout.index_bytes, checksum)
 
 
-def decode_index(tail: bytes, layout: ShardLayout) -> NDArray[np.int64]:
+def decode_index(tail: bytes, layout: ShardLayout, shard_bytes: int) -> NDArray[np.int64]:
     """Offsets and lengths of the chunks of a shard, checked.
 
     Parameters
@@ -146,6 +157,8 @@ def decode_index(tail: bytes, layout: ShardLayout) -> NDArray[np.int64]:
         The last ``layout.index_bytes`` of the shard file.
     layout
         Cut and codec.
+    shard_bytes
+        Length of the file.
 
     Returns
     -------
@@ -155,13 +168,20 @@ def decode_index(tail: bytes, layout: ShardLayout) -> NDArray[np.int64]:
     Raises
     ------
     CorruptImageError
-        The index is cut short or fails its checksum.
+        The index is cut short, fails its checksum or points to what can be no chunk.
     """
     if len(tail) != layout.index_bytes:
         raise CorruptImageError("the shard is truncated")
     if not checksum_holds(tail):
         raise CorruptImageError("the checksum of the shard index does not match")
-    return np.frombuffer(tail, "<i8", count=layout.grid * layout.grid * 2).reshape(-1, 2)
+    index = np.frombuffer(tail, "<i8", count=layout.grid * layout.grid * 2).reshape(-1, 2)
+    offset, length = index[:, 0], index[:, 1]
+    absent = (offset == -1) & (length == -1)
+    sound = (length >= MIN_CHUNK_BYTES) & (length <= layout.max_stored_bytes)
+    sound &= (offset >= 0) & (offset <= shard_bytes - layout.index_bytes - length)
+    if not (sound | absent).all():
+        raise CorruptImageError("the shard index points outside the shard")
+    return index
 
 
 def checksum_holds(data: bytes) -> bool:
@@ -193,7 +213,7 @@ def decode_shard(data: bytes, layout: ShardLayout, shape_yx: tuple[int, int]) ->
     """Decode a whole shard file to the (C, h, w) pixels that lie inside the image; ``shape_yx`` is (h, w)."""
     height, width = shape_yx
     pixels = np.zeros((layout.channels, height, width), layout.dtype)
-    index = decode_index(data[-layout.index_bytes :], layout).tolist()
+    index = decode_index(data[-layout.index_bytes :], layout, len(data)).tolist()
     step = layout.chunk
     for row in range(-(-height // step)):
         for column in range(-(-width // step)):

@@ -10,7 +10,6 @@ Shape letters: N boxes, K chunks touched, C channels.
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ import numpy as np
 
 from storage.boxes import cut
 from storage.errors import CorruptImageError
-from storage.limits import LIMITS
 from storage.shard import CHECKSUM_BYTES, decode_chunk, decode_index
 from storage.source import Level, name_channels
 from storage.threads import spread
@@ -30,13 +28,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from storage.cache import ChunkCache
-    from storage.ome_zarr import LevelInfo, PyramidInfo, ShardTable
+    from storage.ome_zarr import LevelInfo, PyramidInfo
     from storage.source import Counters
     from storage.stores import Store
 
     Decode = Callable[[int, bytes], None]  # position of a chunk, what is stored
 
 MAX_RUN_BYTES = 8 * 2**20  # of neighbouring chunks fetched by one request
+UNREAD, ABSENT = -1, -2  # in the place of the line of a shard's index; absent: all its pixels are zero
 
 
 @dataclass(slots=True)
@@ -88,7 +87,7 @@ class ShardedSource:
         self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)
         self._infos = info.levels
         self._keys = [_Keys(level) for level in info.levels]
-        self._indexes = [_Indexes(level, self._table(i, level)) for i, level in enumerate(info.levels)]
+        self._indexes = [_Indexes(level) for level in info.levels]
 
     def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Copy the image into ``out``, chunk by chunk; see ``Source``."""
@@ -184,15 +183,11 @@ class ShardedSource:
         if kept is None:
             self._counters.add(requests=1, read=len(tail))
         try:
-            index = decode_index(tail, info.layout)
+            index = decode_index(tail, info.layout, length)
         except CorruptImageError as error:
             raise CorruptImageError(f"{where}: {error}; convert the image again") from None
         if int.from_bytes(tail[-CHECKSUM_BYTES:], "little") != table.index_crc32c.flat[shard]:
             raise CorruptImageError(f"{where}: another shard than the one that was written; convert the image again")
-        ends = index[:, 0] + index[:, 1]
-        stored = index[:, 0] >= 0
-        if ((index[:, 1] <= 0) | (index[:, 1] > length) | (ends > start))[stored].any():
-            raise CorruptImageError(f"{where}: its index points outside it; convert the image again")
         if self._cache is not None and kept is None:
             self._cache.put(name, tail)
         return index
@@ -218,19 +213,6 @@ class ShardedSource:
         """Name of a range of a shard of this very pyramid in the cache."""
         return f"{self._identity}\n{self._keys[level][shard]}\n{start}\n{length}"
 
-    def _table(self, number: int, info: LevelInfo) -> ShardTable:
-        """The level's table of shards, none of which is too short to hold its index; chunks of bounded size."""
-        table, layout = info.shards, info.layout
-        if table is None or ((table.length > 0) & (table.length < layout.index_bytes)).any():
-            raise CorruptImageError(f"{self._location}: level {number} has no sound table of its shards")
-        chunk_bytes = math.prod(layout.chunk_shape) * layout.dtype.itemsize
-        if max(chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
-            raise CorruptImageError(
-                f"{self._location}: level {number} claims shards of {layout.grid} x {layout.grid} "
-                f"chunks of {chunk_bytes} bytes"
-            )
-        return table
-
 
 class _Keys(dict[int, str]):
     """Key of each shard of a level by its number, made when first asked for."""
@@ -246,35 +228,45 @@ class _Keys(dict[int, str]):
 class _Indexes:
     """The shard indexes of one level that were read so far; thread safe.
 
-    Kept in one array, (shards read, chunks of a shard, 2), so that chunks of many shards are looked up at once. Its
-    first line stands for every shard that is absent because all its pixels are zero.
+    Kept in one array, (shards read, chunks of a shard, 2), so that chunks of many shards are looked up at once.
     """
 
-    def __init__(self, info: LevelInfo, table: ShardTable) -> None:
-        self.table = table
+    def __init__(self, info: LevelInfo) -> None:
+        self.table = info.table
         self._lock = threading.Lock()
-        self._lines = np.full((1, info.layout.grid**2, 2), -1, np.int64)
-        self._line = np.where(table.length.ravel() > 0, -1, 0)  # by shard; -1: not read yet
-        self._used = 1
+        self._lines = np.empty((0, info.layout.grid**2, 2), np.int64)
+        self._line = np.where(self.table.length.ravel() > 0, UNREAD, ABSENT)  # by shard
+        self._used = 0
 
     def missing(self, shards: NDArray[np.int64]) -> list[int]:
         """Those of ``shards`` whose index must be read, each once."""
-        unread = shards[self._line[shards] < 0]
+        unread = shards[self._line[shards] == UNREAD]
         return np.unique(unread).tolist() if len(unread) else []
 
     def add(self, shard: int, index: NDArray[np.int64]) -> None:
         """Keep the index of a shard."""
         with self._lock:
             if self._used == len(self._lines):
-                self._lines = np.concatenate([self._lines, np.empty_like(self._lines)])
+                more = np.empty((max(1, self._used), *self._lines.shape[1:]), np.int64)
+                self._lines = np.concatenate([self._lines, more])
             self._lines[self._used] = index
             self._line[shard] = self._used  # last: until then nobody looks at the new line
             self._used += 1
 
     def find(self, shards: NDArray[np.int64], inner: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(K, 2) offset and length of chunks by shard and number in the shard, all of which were added."""
+        """(K, 2) offset and length of chunks by shard and number in the shard, -1 for those of only zeros.
+
+        The indexes of all shards that are there were added before.
+        """
         with self._lock:
-            return self._lines[self._line[shards], inner]
+            line = self._line[shards]
+            absent = line == ABSENT
+            if not absent.any():
+                return self._lines[line, inner]
+            places = np.full((len(shards), 2), -1, np.int64)
+            stored = ~absent
+            places[stored] = self._lines[line[stored], inner[stored]]
+            return places
 
 
 def _group(shard: NDArray[np.int64], places: NDArray[np.int64], chosen: NDArray[np.int64], gap: int) -> list[_Run]:

@@ -213,8 +213,7 @@ def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -
     if isinstance(attributes, dict) and "nested_ats" in attributes:
         info = pyramid_info(root, read, location)
         return ShardedSource(location, store, counters, data, info, cache)
-    from storage.foreign import ForeignSource  # zarr takes a while to import
+    from storage.foreign import ForeignSource  # the codecs of others take a while to import
     from storage.ngff import find_image
 
-    with closing(store):
-        return ForeignSource(location, counters, find_image(read, location, root))
+    return ForeignSource(location, store, counters, find_image(read, location, root), read)

@@ -1,46 +1,42 @@
-"""Where bytes lie: a local folder by descriptors and ``pread``, a URL through obstore, with one small face.
+"""Where bytes lie: a local folder, a web server or an object store, with one small face.
 
-Reading is by key (``"0/c/3/4"``) and byte range. Both stores are thread safe, count nothing and cache nothing but
-open descriptors; the sources behind ``Slide`` decide what to fetch and count it.
-
-Notable: local files are read by one thread. What is in memory is decoded in a few microseconds a chunk, which two
-threads of one process only slow down by handing each other the interpreter's lock; what is not is brought in by the
-kernel, several ranges at a time, because it is told of them before the first is read.
+Reading is by key (``"0/c/3/4"``) and byte range, and nothing is read further than was asked, whatever the other side
+claims to hold. Stores are thread safe, count nothing and cache nothing but open descriptors; the sources behind
+``Slide`` decide what to fetch and count it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
-import resource
-import threading
 import time
-from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from storage.credentials import check_credentials
-from storage.errors import MissingImageError, StorageError, TransferError
+from storage.errors import CorruptImageError, TransferError
+from storage.limits import LIMITS
+from storage.local_store import LocalStore
+from storage.web import Retryable, WebRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import NoReturn
 
+    from obstore import GetOptions, ObjectMeta
     from obstore.store import ObjectStore
 
 T = TypeVar("T")
-Range = tuple[str, int, int]  # key, start, length in bytes
+Range = tuple[str, int, int]  # key, start, length in bytes; a start of -length means the end of the file
+Stat = tuple[int, dict[str, str]]  # bytes of a file, and what tells its version
 
 SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "abfss", "adl")  # of URLs
-SLOW_READ_S = 100e-6  # longer than a short range takes from the page cache
-ANNOUNCED_RANGES = 64  # told to the kernel at once, before the first is read
-ANNOUNCED_BYTES = 2**20  # longer ranges keep a disk busy by themselves
-TIMEOUT_S = 60.0  # of one request to a URL
-RETRIES = 4  # of a request that failed, by obstore
+WEB_SCHEMES = ("http", "https")
+TIMEOUT_S = 60.0  # of one request to a URL, from its first byte to the last of its answer
+PATIENCE_S = 60.0  # after which a request that failed is not repeated
+RETRIES = 4  # of a request that failed
 BACKOFF_S = 0.1  # before the first repeat, doubled before each further one
+PIECE_BYTES = 2**20  # of an object's body, read at once
 
 
 class Store(Protocol):
@@ -50,8 +46,8 @@ class Store(Protocol):
     concurrency: int  # requests worth having in flight
     merge_gap: int  # bytes worth reading in vain to save a request
 
-    def get(self, key: str) -> bytes:
-        """Return the whole object; raises ``FileNotFoundError``."""
+    def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> bytes:
+        """Return the whole object; raises ``FileNotFoundError``, and ``CorruptImageError`` if it holds more bytes."""
         ...
 
     def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
@@ -73,126 +69,6 @@ def open_store(location: str | os.PathLike[str]) -> Store:
     """
     text = os.fspath(location)
     return UrlStore(text) if "://" in text else LocalStore(Path(text))
-
-
-class _Descriptor:
-    """A file descriptor closed when its last user lets go of it, which makes eviction safe between threads."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, path: str) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-class _Descriptors:
-    """The most recently read files of all local stores, kept open up to a share of what the process may open.
-
-    Files are known by store and key, not by path: what has replaced a file since is another store's to open.
-    """
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[tuple[int, str], _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
-        self.limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-
-    def get(self, store: int, root: str, key: str) -> _Descriptor:
-        """Open the file ``key`` below ``root``, or return it open."""
-        name = (store, key)
-        with self._lock:
-            found = self._open.get(name)
-            if found is not None:
-                self._open.move_to_end(name)
-                return found
-        opened = _Descriptor(f"{root}/{key}")
-        with self._lock:
-            self._open[name] = opened
-            while len(self._open) > self.limit:
-                self._open.popitem(last=False)
-        return opened
-
-    def close(self, store: int) -> None:
-        """Close the files of a store that no thread is reading."""
-        with self._lock:
-            for name in [name for name in self._open if name[0] == store]:
-                del self._open[name]
-
-    def forked(self) -> None:
-        """In a forked child: go on with the open files, but not with a lock that nobody there will release."""
-        self._lock = threading.Lock()
-
-
-_descriptors = _Descriptors()
-os.register_at_fork(after_in_child=_descriptors.forked)
-_numbers = itertools.count()
-
-
-class LocalStore:
-    """A folder."""
-
-    def __init__(self, root: Path) -> None:
-        if not os.path.isdir(root):
-            what = "is a file, not a folder" if os.path.exists(root) else "does not exist; check the path"
-            raise MissingImageError(f"{root}: {what}")
-        self.name = str(root)
-        self.concurrency = 1
-        self.merge_gap = 0
-        self._number = next(_numbers)
-        self._slow = True  # whether a short range since the last announcement was
-
-    def get(self, key: str) -> bytes:
-        """Return the whole file."""
-        try:
-            with open(f"{self.name}/{key}", "rb") as file:
-                return file.read()
-        except OSError as error:
-            self._fail(key, error)
-
-    def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
-        """Yield the bytes of each range, fewer where its file ends."""
-        for first in range(0, len(ranges), ANNOUNCED_RANGES):
-            window = ranges[first : first + ANNOUNCED_RANGES]
-            if self._slow:
-                self._announce(window)
-            self._slow = False
-            for key, start, length in window:
-                started = time.perf_counter()
-                try:
-                    descriptor = _descriptors.get(self._number, self.name, key)  # held, or a thread could end it
-                    data = os.pread(descriptor.fd, length, start)
-                except OSError as error:
-                    self._fail(key, error)
-                if time.perf_counter() - started > SLOW_READ_S and length <= ANNOUNCED_BYTES:
-                    self._slow = True
-                yield data
-
-    def _announce(self, ranges: Sequence[Range]) -> None:
-        """Have the kernel fetch what it does not hold yet, all ranges at once; a hint, which never fails.
-
-        Worth it where the last reads were slow: were they all fast, the files lie in the page cache.
-        """
-        short = [range_ for range_ in ranges if range_[2] <= ANNOUNCED_BYTES]
-        if len(short) < 2 or not hasattr(os, "posix_fadvise"):
-            return
-        with contextlib.suppress(OSError):
-            for key, start, length in short:
-                descriptor = _descriptors.get(self._number, self.name, key)
-                os.posix_fadvise(descriptor.fd, start, length, os.POSIX_FADV_WILLNEED)
-
-    def close(self) -> None:
-        """Close the files that no thread is reading."""
-        _descriptors.close(self._number)
-
-    def _fail(self, key: str, error: OSError) -> NoReturn:
-        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-            raise FileNotFoundError(key) from error
-        raise StorageError(
-            f"{self.name}/{key}: cannot be read ({error.strerror}); check its disk and permissions"
-        ) from error
 
 
 def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
@@ -221,7 +97,7 @@ def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
             client_options={"allow_http": True, "timeout": timedelta(seconds=timeout_s or TIMEOUT_S)},
             retry_config={
                 "max_retries": RETRIES,
-                "retry_timeout": timedelta(seconds=60),
+                "retry_timeout": timedelta(seconds=PATIENCE_S),
                 "backoff": {"init_backoff": timedelta(seconds=BACKOFF_S)},
             },
         )
@@ -270,6 +146,81 @@ def check_not_forked(location: str) -> None:
         raise TransferError(f"{location}: URLs cannot be read in a forked process; start it by spawn or forkserver")
 
 
+class Requests(Protocol):
+    """Requests below one URL, each of which ends within its time and takes no more memory than was asked for."""
+
+    def get(self, key: str, limit: int) -> bytes:
+        """Return a whole object of at most ``limit`` bytes."""
+        ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``start``, or the last where that is negative; fewer where the object ends."""
+        ...
+
+    def stat(self, key: str) -> Stat:
+        """Return the size of an object, and what tells its version."""
+        ...
+
+
+def connect_requests(url: str) -> Requests:
+    """Open a URL (http, https, s3, gs, az) for reading.
+
+    Raises
+    ------
+    TransferError
+        As ``connect``.
+    """
+    global _connected_in  # noqa: PLW0603
+    check_url(url)
+    check_not_forked(url)
+    _connected_in = os.getpid()
+    if urlsplit(url).scheme in WEB_SCHEMES:
+        return WebRequests(url, TIMEOUT_S)
+    return ObjectRequests(url, connect(url))
+
+
+class ObjectRequests:
+    """Requests to an object store, through obstore; see ``Requests``."""
+
+    def __init__(self, url: str, store: ObjectStore) -> None:
+        self.url = url
+        self._store = store
+
+    def get(self, key: str, limit: int) -> bytes:
+        """Return a whole object of at most ``limit`` bytes."""
+        return self.get_with_meta(key, limit)[0]
+
+    def get_with_meta(self, key: str, limit: int) -> tuple[bytes, ObjectMeta]:
+        """Return a whole object of at most ``limit`` bytes, and what the store knows of it."""
+        return self._read(key, limit, None)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``start``, or the last where that is negative; fewer where the object ends."""
+        wanted: GetOptions = {"range": (start, start + length) if start >= 0 else {"suffix": length}}
+        return self._read(key, length, wanted)[0]
+
+    def stat(self, key: str) -> Stat:
+        """Return the size of an object, and its tag or the time of its last change."""
+        meta = self._store.head(key)
+        tag = meta["e_tag"]
+        return int(meta["size"]), {"e_tag": tag} if tag else {"last_modified": meta["last_modified"].isoformat()}
+
+    def _read(self, key: str, limit: int, options: GetOptions | None) -> tuple[bytes, ObjectMeta]:
+        """Read an answer piece by piece; ``GetResult.bytes`` would first set aside what the server says it holds."""
+        answer = self._store.get(key, options=options)
+        start, stop = answer.range
+        body = bytearray()
+        if stop - start <= limit:
+            for piece in answer.stream(min_chunk_size=min(limit + 1, PIECE_BYTES)):
+                body += piece
+                if len(body) > limit:
+                    break
+        if max(stop - start, len(body)) > limit:
+            held = max(stop - start, len(body))
+            raise CorruptImageError(f"{self.url}/{key}: holds {held} bytes, more than the {limit} it may")
+        return bytes(body), answer.meta
+
+
 class UrlStore:
     """An object store or web server that answers range requests."""
 
@@ -277,25 +228,19 @@ class UrlStore:
         self.name = url.rstrip("/")
         self.concurrency = 16
         self.merge_gap = 256 * 1024
-        self._store = connect(self.name)
+        self._requests = connect_requests(self.name)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> bytes:
         """Return the whole object."""
-        return self._attempt(key, lambda: bytes(self._store.get(key).bytes()))
+        return attempt(f"{self.name}/{key}", partial(self._requests.get, key, limit))
 
     def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         """Yield the bytes of each range, one after the other; a server that answers anything else raises."""
         for key, start, length in ranges:
-            yield self._attempt(key, partial(self._get_range, key, start, length))
-
-    def _get_range(self, key: str, start: int, length: int) -> bytes:
-        return bytes(self._store.get_range(key, start=start, length=length))
+            yield attempt(f"{self.name}/{key}", partial(self._requests.get_range, key, start, length))
 
     def close(self) -> None:
         """Nothing to give back: connections close with the object."""
-
-    def _attempt(self, key: str, request: Callable[[], T]) -> T:
-        return attempt(f"{self.name}/{key}", request)
 
 
 def list_below(url: str, wanted: Callable[[str], bool]) -> list[str]:
@@ -310,7 +255,7 @@ def list_below(url: str, wanted: Callable[[str], bool]) -> list[str]:
         The store does not answer, or there is no such bucket.
     """
     root = url.rstrip("/")
-    if urlsplit(root).scheme in ("http", "https"):
+    if urlsplit(root).scheme in WEB_SCHEMES:
         return []
     store = connect(root)
     found: list[str] = []
@@ -329,23 +274,29 @@ def list_below(url: str, wanted: Callable[[str], bool]) -> list[str]:
 
 
 def attempt(location: str, request: Callable[[], T]) -> T:
-    """Ask for something, again where the body of an answer was cut, which obstore does not repeat.
+    """Ask for something, a bounded number of times where asking again may help.
+
+    obstore repeats by itself what failed, but not where the body of an answer was cut.
 
     Raises
     ------
     FileNotFoundError
         It is not there.
+    CorruptImageError
+        There is more of it than there may be.
     TransferError
         The request failed too often.
     """
     check_not_forked(location)
+    started = time.monotonic()
     for repeat in range(RETRIES + 1):
         try:
             return request()
-        except FileNotFoundError:
+        except (FileNotFoundError, CorruptImageError):
             raise
         except Exception as error:  # each kind of store has its own
-            if repeat == RETRIES or not was_cut(error):
+            worth_it = isinstance(error, Retryable) or was_cut(error)
+            if repeat == RETRIES or not worth_it or time.monotonic() - started > PATIENCE_S:
                 raise TransferError(f"{location}: the request failed ({first_line(error)}); {_fix(error)}") from error
             time.sleep(BACKOFF_S * 2**repeat)
     raise AssertionError("the last attempt returns or raises")

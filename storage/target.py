@@ -21,68 +21,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import google_crc32c
-
 from storage.errors import ConversionError, CorruptImageError
+from storage.local_store import read_below
 from storage.locks import locked
+from storage.receipts import Receipt, by_place, check_index, parse_journal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-ShardKey = tuple[int, int, int]  # level, row, column
 JOURNAL = "journal.jsonl"
 SCRATCH = "scratch"
 # What a pyramid of ours consists of, and what else lies in one that is being written.
 OWN_KEYS = re.compile(r"zarr\.json|\d+/zarr\.json|\d+/c/0/\d+/\d+")
 _OWN_PARTS = re.compile(rf"({OWN_KEYS.pattern}|{re.escape(JOURNAL)})(\.[\d-]+\.tmp)?|{SCRATCH}/band-\d+")
+JOURNAL_BYTES = 512 * 2**20  # at most, four times what as many shards take as a pyramid may have
 MAX_PIECES = 512  # in one call; Linux takes 1024
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What is known of one finished shard; ``length`` 0 means that it is absent because all its pixels are zero."""
-
-    level: int
-    y: int
-    x: int
-    length: int  # bytes
-    crc32: int  # of the whole file
-    index_crc32c: int  # of the index that ends it, which a reader can check for the price of reading the index
-    tag: str = ""  # the object store's name for these very bytes
-
-    @property
-    def key(self) -> str:
-        """Where the file lies below the pyramid's root."""
-        return f"{self.level}/c/0/{self.y}/{self.x}"
-
-    @property
-    def place(self) -> ShardKey:
-        """Level, row and column."""
-        return (self.level, self.y, self.x)
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is no file."""
-        return self.length == 0
-
-
-def by_place(receipts: Iterable[Receipt]) -> dict[ShardKey, Receipt]:
-    """Receipts by level, row and column; of several for one shard the last."""
-    return {receipt.place: receipt for receipt in receipts}
-
-
-def check_index(tail: bytes, receipt: Receipt, where: str) -> None:
-    """See that the last bytes of a shard are the index that was written.
-
-    Raises
-    ------
-    CorruptImageError
-        They are not: the disk or store did not keep what was written.
-    """
-    checksum = google_crc32c.value(tail[:-4])
-    if checksum != receipt.index_crc32c or tail[-4:] != checksum.to_bytes(4, "little"):
-        raise CorruptImageError(f"{where}: damaged after it was written; convert again")
 
 
 class Output(Protocol):
@@ -95,8 +49,8 @@ class Output(Protocol):
         """
         ...
 
-    def read(self, key: str) -> bytes:
-        """Return a file written before."""
+    def read(self, key: str, limit: int) -> bytes:
+        """Return a file written before, of at most ``limit`` bytes."""
         ...
 
 
@@ -172,7 +126,8 @@ def sweep_leftovers(target: str) -> None:
 
         sweep_object_leftovers(target)
     else:
-        shutil.rmtree(_replaced(Path(target)), ignore_errors=True)
+        with contextlib.suppress(ConversionError):  # what is not ours stays
+            _remove_replaced(Path(target))
         with contextlib.suppress(ConversionError, OSError), _locked(Path(target)):
             pass  # a lock that was taken properly is removed on the way out
 
@@ -197,11 +152,12 @@ def check_replaceable(target: str) -> None:
 
 
 def _stranger(root: Path, own: re.Pattern[str]) -> str | None:
-    """Name of a file below a folder that is not one of ours."""
-    for folder, _, names in os.walk(root):
-        for name in names:
-            key = Path(folder, name).relative_to(root).as_posix()
-            if not own.fullmatch(key):
+    """Name of a file below a folder that is not one of ours; a link never is."""
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            key = path.relative_to(root).as_posix()
+            if path.is_symlink() or (name in names and not (own.fullmatch(key) and path.is_file())):
                 return key
     return None
 
@@ -209,6 +165,23 @@ def _stranger(root: Path, own: re.Pattern[str]) -> str | None:
 def _replaced(target: Path) -> Path:
     """Where the pyramid that is being replaced goes for the moment between two renames."""
     return target.with_name(f"{target.name}.replaced")
+
+
+def _remove_replaced(target: Path) -> None:
+    """Remove a pyramid that was replaced; what else has its name is its user's.
+
+    Raises
+    ------
+    ConversionError
+        It is no pyramid of ours, or cannot be removed.
+    """
+    old = _replaced(target)
+    if os.path.lexists(old):
+        check_replaceable(str(old))
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            raise ConversionError(f"{old}: cannot be removed ({error.strerror}: {error.filename})") from error
 
 
 @dataclass(frozen=True)
@@ -238,9 +211,9 @@ class LocalOutput:
             raise
         return ""
 
-    def read(self, key: str) -> bytes:
-        """Return a file written before."""
-        return (self.root / key).read_bytes()
+    def read(self, key: str, limit: int) -> bytes:
+        """Return a file written before, of at most ``limit`` bytes."""
+        return read_below(str(self.root), key, limit)
 
 
 class LocalPartial:
@@ -254,6 +227,8 @@ class LocalPartial:
 
     def resume(self, job: dict[str, Any]) -> list[Receipt]:
         """Receipts whose file still matches; see ``Partial``."""
+        if (stranger := _stranger(self.root, _OWN_PARTS)) is not None:
+            raise ConversionError(f"{self.root}: holds {stranger}, which no conversion has put there; move it away")
         receipts = list(self._read_journal(job))
         self._sweep({receipt.key for receipt in receipts})
         lines = [json.dumps({"job": job}), *(json.dumps(asdict(receipt)) for receipt in receipts)]
@@ -280,7 +255,7 @@ class LocalPartial:
         for folder, _, _ in os.walk(self.root):
             _flush_folder(Path(folder))
         old = _replaced(self.target)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_replaced(self.target)
         if overwrite and self.target.exists():
             os.rename(self.target, old)
         try:
@@ -290,7 +265,8 @@ class LocalPartial:
                 os.rename(old, self.target)
             raise
         _flush_folder(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(ConversionError):  # the new one is whole; what came to lie in the old one stays
+            _remove_replaced(self.target)
 
     def discard(self) -> None:
         """Remove the partial folder."""
@@ -299,27 +275,20 @@ class LocalPartial:
     def _read_journal(self, job: dict[str, Any]) -> Iterator[Receipt]:
         """Receipts whose file still matches; a line cut short by a crash is skipped."""
         with contextlib.suppress(FileNotFoundError):
-            lines = (self.root / JOURNAL).read_bytes().splitlines()
-            entries = [entry for entry in map(_parse_line, lines) if entry is not None]
-            if not entries or entries[0] != {"job": job}:
-                return
-            receipts = by_place(Receipt(**entry) for entry in entries[1:])
+            receipts = by_place(parse_journal(self.output.read(JOURNAL, JOURNAL_BYTES), job))
             yield from (receipt for receipt in receipts.values() if self._matches(receipt))
 
     def _matches(self, receipt: Receipt) -> bool:
-        path = self.root / receipt.key
-        if receipt.empty:
-            return not path.exists()
         try:
-            data = path.read_bytes()
+            data = self.output.read(receipt.key, receipt.length)
         except FileNotFoundError:
+            return receipt.empty
+        except CorruptImageError:  # longer than it should be
             return False
-        return len(data) == receipt.length and zlib.crc32(data) == receipt.crc32
+        return not receipt.empty and len(data) == receipt.length and zlib.crc32(data) == receipt.crc32
 
     def _sweep(self, trusted: set[str]) -> None:
         """Delete every file but the trusted: damaged shards, temporary files, scratch, and folders left empty."""
-        if (stranger := _stranger(self.root, _OWN_PARTS)) is not None:
-            raise ConversionError(f"{self.root}: holds {stranger}, which no conversion has put there; move it away")
         for folder, _, names in os.walk(self.root, topdown=False):
             for name in names:
                 path = Path(folder, name)
@@ -335,6 +304,9 @@ def _open_local(target: Path) -> Iterator[LocalPartial]:
     partial = target.with_name(target.name + ".partial")
     with _locked(target):
         try:
+            if partial.is_symlink():
+                raise ConversionError(f"{target}: {partial} is a link, which is not written to; remove it")
+            _remove_replaced(target)  # or refuse now what would be in the way in the end
             partial.mkdir(exist_ok=True)
             if not os.access(partial, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied", str(partial))
@@ -359,14 +331,6 @@ def _locked(target: Path) -> Iterator[None]:
         except OSError as error:
             raise ConversionError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from error
         yield
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
 
 
 def _write_all(fd: int, pieces: Sequence[bytes]) -> None:

@@ -1,29 +1,39 @@
 """Opens and reads images under a memory limit, one request a line; run as a process of its own by ``test_corpus``.
 
 A request is `{"path": ...}`, answered by what became of the file, or `{"fuzz": seed, "first": n, "count": k}`,
-answered by the outcomes of its mutations n to n + k. Every answer is one line of JSON.
+answered by the outcomes of its mutations n to n + k, or `{"metadata": pyramid, "first": n, "step": k}`, answered by
+those of every k-th mutation of a pyramid's metadata from n on. Every answer is one line of JSON.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
 import random
 import resource
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import imagecodecs
 import numpy as np
 import tifffile
 
 import storage.tiff
-from storage import StorageError, open_image
+from storage import Slide, StorageError, open_image, validate
+from storage.ome_zarr import seal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ADDRESS_SPACE = 1536 * 2**20  # above what the imports took
+GROWTH = 128 * 2**20  # bytes that mutated metadata of a small pyramid may make this process take
 SAFE_BYTES = 128 * 2**20  # larger images are only read in part
 
 
@@ -112,6 +122,83 @@ def fuzz(seed: Path, first: int, count: int) -> dict[str, Any]:
     return {"outcomes": outcomes, "wrong": wrong}
 
 
+HOSTILE: list[Any] = [
+    None, True, -1, 0, 1, 3, 2**31, 2**64, 2**70, 10**400, 0.5, -0.0, 5e-324, 1e308, math.inf, -math.inf, math.nan,
+    "", "0", "../0", "x\0y", "\ud800", "NaN", "pickle", [], [0], [1] * 99, {}, {"name": "pickle", "id": "pickle"},
+    "DEEP",
+]  # fmt: skip
+DEEP = ["[" * 2000 + "]" * 2000, "[" * 900 + "]" * 900, '{"a":' * 2000 + "1" + "}" * 2000]
+
+
+def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every value in a JSON document."""
+    yield path
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in members:
+        yield from nodes(inner, (*path, key))
+
+
+def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of a document with one value exchanged, its checksum made anew where it has one."""
+    if not path:
+        return value
+    document = copy.deepcopy(document)
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    with suppress(Exception):  # it has no checksum, or no place for one any more
+        seal(document)
+    return document
+
+
+def metadata_mutations(pyramid: Path) -> Iterator[tuple[Path, bytes, str]]:
+    """Every value of a pyramid's metadata exchanged for every hostile one: the file, its bytes, and what was done."""
+    for name in ("zarr.json", ".zattrs", "0/zarr.json", "0/.zarray"):
+        file = pyramid / name
+        if not file.exists():
+            continue
+        document = json.loads(file.read_bytes())
+        for path in nodes(document):
+            for number, value in enumerate(HOSTILE):
+                data = json.dumps(changed(document, path, value))
+                deep = DEEP[len(path) % len(DEEP)]
+                yield file, data.replace('"DEEP"', deep).encode(), f"{name} {path} is {number}: {value!r:.60}"
+
+
+def look_at_pyramid(path: Path) -> str:
+    """Open a pyramid, read a box of each level, and validate it."""
+    outcome = "refused"
+    try:
+        validate(path, full=True)
+        with Slide(path) as slide:
+            outcome = "damaged"
+            for level in range(len(slide.levels)):
+                slide.read(level, (0, 0, 8, 8))
+            outcome = "read"
+    except StorageError as error:
+        return outcome if str(path) in str(error) else f"unnamed {error}"
+    except BaseException as error:  # noqa: BLE001  what must never happen is told, not raised
+        return f"{type(error).__name__}: {error}"
+    return outcome
+
+
+def fuzz_metadata(pyramid: Path, first: int, step: int) -> dict[str, Any]:
+    """Look at every ``step``-th mutation of a pyramid."""
+    outcomes: Counter[str] = Counter()
+    wrong = []
+    for file, data, what in islice(metadata_mutations(pyramid), first, None, step):
+        sound = file.read_bytes()
+        file.write_bytes(data)
+        meter = Meter()
+        outcome = look_at_pyramid(pyramid)
+        outcomes[outcome] += 1
+        if outcome not in ("refused", "damaged", "read") or meter.read()["growth"] > GROWTH:
+            wrong.append((what, outcome, meter.read()))
+        file.write_bytes(sound)
+    return {"outcomes": outcomes, "wrong": wrong[:20]}
+
+
 def main() -> None:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     assert storage.tiff  # imported before the limit is set
@@ -121,6 +208,8 @@ def main() -> None:
         request = json.loads(line)
         if "path" in request:
             answer = look(Path(request["path"]))
+        elif "metadata" in request:
+            answer = fuzz_metadata(Path(request["metadata"]), request["first"], request["step"])
         else:
             answer = fuzz(Path(request["fuzz"]), request["first"], request["count"])
         print(json.dumps(answer), flush=True)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from zarr.codecs import Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
-from storage import Slide, StorageError, convert, open_image
+from storage import ConvertOptions, Slide, StorageError, convert, open_image, write_pyramid
+
+from .test_foreign import write_foreign
 
 CORPUS = Path(__file__).parent.parent / "corpus"
 SECONDS = 60.0  # for one request, on a busy machine
@@ -142,3 +145,34 @@ def test_changed_bytes_raise_only_errors_of_ours(limited, corpus, name):
 @pytest.mark.parametrize("name", SEEDS)
 def test_more_changed_bytes_raise_only_errors_of_ours(limited, corpus, name):
     assert_only_errors_of_ours(limited, corpus / "seeds" / name, 1000)
+
+
+STEP = 11  # of the mutations of metadata, of which there are 14,000; all take a minute and a half
+
+
+@pytest.fixture(scope="module", params=["own", "0.4", "0.5"])
+def pyramid(request, tmp_path_factory):
+    """A small pyramid of ours, or of another writer, sharded and with several codecs in zarr v3."""
+    path = tmp_path_factory.mktemp("metadata") / "p.zarr"
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 40, 50), dtype=np.uint8)
+    if request.param == "own":
+        write_pyramid(path, pixels, options=ConvertOptions(chunk=16, shard=32, min_level_size=32), mpp=0.5)
+    elif request.param == "0.4":
+        write_foreign(path, pixels, axes="cyx", version="0.4")
+    else:
+        settings = {
+            "chunks": (3, 8, 8),
+            "shards": (3, 16, 16),
+            "filters": [TransposeCodec(order=(2, 0, 1))],
+            "compressors": [GzipCodec(), ZstdCodec(), Crc32cCodec()],
+        }
+        write_foreign(path, pixels, axes="cyx", **settings)
+    return path
+
+
+def test_changed_metadata_raises_only_errors_of_ours(limited, pyramid):
+    """Every value of it exchanged for nonsense of every kind; reading and validating, in bounded memory."""
+    answer = limited.ask(metadata=str(pyramid), first=0, step=STEP)
+    assert answer["wrong"] == []
+    assert answer["outcomes"]["refused"] > 50
+    assert answer["outcomes"]["read"] > 20

@@ -1,8 +1,8 @@
 """``validate`` finds every kind of damage and names it at the right place; a sound pyramid has no problems."""
 
-import builtins
 import errno
 import json
+import os
 import shutil
 import zlib
 
@@ -247,14 +247,14 @@ class TestDamage:
         assert found(validate(pyramid, full=full)) == expected
 
     def test_a_shard_that_cannot_be_read(self, pyramid, full, monkeypatch):
-        original = builtins.open
+        original = os.open
 
         def fails(path, *args, **settings):
             if str(path).endswith("0/c/0/1/1"):
                 raise OSError(errno.EIO, "Input/output error")
             return original(path, *args, **settings)
 
-        monkeypatch.setattr(builtins, "open", fails)
+        monkeypatch.setattr(os, "open", fails)
         problems = validate(pyramid, full=full)
         assert found(problems) == [("shard", 0, (1, 1))]
         assert problems[0].message.startswith("0/c/0/1/1: cannot be read (Input/output error)")
