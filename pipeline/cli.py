@@ -85,6 +85,10 @@ def convert(
     codec: Annotated[str, typer.Option(help="lz4 reads fastest, zstd is smaller.")] = "lz4",
     chunk: Annotated[int, typer.Option(help="Side in pixels of what is read at once.")] = 128,
     shard: Annotated[int, typer.Option(help="Side in pixels of a file, a multiple of --chunk.")] = 2048,
+    name_by: Annotated[
+        str,
+        typer.Option(help="Slide ids: name, of the file; path, below the folder given, as in site/007.svs."),
+    ] = "name",
     mpp: Annotated[float | None, typer.Option(min=0, help="Micrometres per pixel, over what files say.")] = None,
     min_level_size: Annotated[
         int, typer.Option(min=1, help="Levels go on down to this longer side, in pixels.")
@@ -108,7 +112,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn images into OME-Zarr pyramids and write a manifest of them; run again, it goes on where it was."""
-    from pipeline.convert import convert_all, find_images, manifest_path, plan_all, summary
+    from pipeline.convert import convert_all, find_images, known_slides, manifest_path, plan_all, summary
     from pipeline.errors import UsageError
     from storage import ConvertOptions
 
@@ -122,7 +126,7 @@ def convert(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    entries = find_images(sources)
+    entries = find_images(sources, name_by=name_by, known=known_slides(out, manifest))
     if dry_run:
         plans = plan_all(entries, out, options=options)
         _print_all([asdict(plan) for plan in plans] if as_json else [plan.text for plan in plans if not plan.error])

@@ -6,7 +6,7 @@ import fcntl
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from pipeline.manifest import (
     slide_name,
     write_manifest,
 )
+from pipeline.naming import NAME_BY, check_alone, keep_names, path_name, paths_by_id
 from pipeline.net import Net
 from pipeline.progress import SlideProgress, progress
 from storage import (
@@ -69,25 +70,44 @@ class Plan:
         return f"{self.target}: {height} x {width} pixels, {channels} channels"
 
 
-def find_images(sources: Sequence[str]) -> list[Entry]:
+def find_images(
+    sources: Sequence[str], *, name_by: str = "name", known: Mapping[str, Entry] | None = None
+) -> list[Entry]:
     """Entries of files, folders of images (with their subfolders), URLs of either, patterns, or one manifest.
+
+    Parameters
+    ----------
+    sources
+        What the command line names; a place given twice is one slide.
+    name_by
+        "name": slides go by the names of their files, of which several may be alike, see `convert_all`; "path": by
+        `path_name`. A manifest names its slides itself.
+    known
+        Slides that were converted before, see `known_slides`: they keep their names.
 
     Raises
     ------
     UsageError
-        Nothing is there, a folder cannot be read, a manifest is wrong or not alone, or two files would be one slide.
+        Nothing is there, a folder cannot be read, or a manifest is wrong or not alone.
     """
+    if name_by not in NAME_BY:
+        raise UsageError(f"--name-by {name_by}: choose {' or '.join(NAME_BY)}")
     if len(sources) == 1 and is_manifest(sources[0]):
+        if name_by == "path":
+            raise UsageError(f"--name-by path: {sources[0]} names its slides itself; give it a column slide_id")
         return read_manifest(Path(sources[0]))
-    files: list[str] = []
+    entries: dict[str, Entry] = {}
     for source in sources:
         if is_manifest(source):
             raise UsageError(f"{source}: give a manifest alone, without other images")
         found = expand(source, _is_image, has_image_suffix)
         if not found:
             raise UsageError(f"{source}: no image here ({', '.join(IMAGE_SUFFIXES)})")
-        files += found
-    return name_slides(files)
+        for place in found:
+            path = place if "://" in place else os.path.abspath(place)
+            name = slide_name(path) if name_by == "name" else path_name(place, source)
+            entries.setdefault(path, Entry(slide_id=name, path=path))
+    return keep_names(list(entries.values()), known or {})
 
 
 def expand(source: str, wanted: Callable[[Path], bool], named: Callable[[str], bool]) -> list[str]:
@@ -189,10 +209,13 @@ def plan_all(entries: Sequence[Entry], out: str | Path, *, options: ConvertOptio
         `out` is no folder and no whole URL.
     """
     plans = []
+    paths = paths_by_id(entries)
     for entry in entries:
         target = _target(out, entry)
-        with Net() as net, open_image(entry.path, allow_sparse=options.allow_sparse) as image:
-            plans.append(Plan(entry, target, image.shape))
+        with Net() as net:
+            check_alone(entry, paths)
+            with open_image(entry.path, allow_sparse=options.allow_sparse) as image:
+                plans.append(Plan(entry, target, image.shape))
         if net.error:
             plans.append(Plan(entry, target, None, net.error))
     return plans
@@ -214,7 +237,7 @@ def convert_all(
 
     The manifest that an earlier call wrote is added to: labels that were filled in by hand stay, and so do slides
     that another process converts at the same time. Slides that were converted before are kept, one that was
-    interrupted goes on; one that fails is reported and the others go on.
+    interrupted goes on; one that fails is reported and the others go on, as are those of several that have one id.
 
     Parameters
     ----------
@@ -251,8 +274,9 @@ def convert_all(
         make_folder(Path(root))
     manifest = manifest or manifest_path(out)
     make_folder(manifest.parent)
-    _known(manifest, out)
+    known_slides(out, manifest)
     conversions: list[Conversion] = []
+    paths = paths_by_id(entries)
     spread: Executor = executor
     if address != "none":
         spread = ray_executor(address, workers or processors())
@@ -263,6 +287,7 @@ def convert_all(
                 shown.begin(entry.slide_id)
                 target = _target(out, entry)
                 with Net(entry.slide_id, fail_fast=fail_fast) as net:
+                    check_alone(entry, paths)
                     report = convert(
                         entry.path,
                         target,
@@ -338,8 +363,15 @@ def _target(out: str | Path, entry: Entry) -> str:
     return f"{_root(out)}/{file_name(entry.slide_id)}{_PYRAMID}"
 
 
-def _known(manifest: Path, out: str | Path) -> dict[str, Entry]:
-    """Rows of the manifest that is there; refuse one of something else, which would be lost."""
+def known_slides(out: str | Path, manifest: Path | None = None) -> dict[str, Entry]:
+    """Slides that were converted to a folder or URL before, by id, from the manifest that is there.
+
+    Raises
+    ------
+    UsageError
+        The manifest cannot be read, or is one of something else, which would be lost.
+    """
+    manifest = manifest or manifest_path(out)
     if not manifest.exists():
         return {}
     try:
@@ -358,7 +390,7 @@ def _add_to_manifest(manifest: Path, out: str | Path, done: Sequence[Entry]) -> 
     """Write the rows of what was converted now or before, as it is in the manifest by now."""
     if done:
         with _locked(manifest.parent):
-            write_manifest(manifest, _merge(_known(manifest, out), done))
+            write_manifest(manifest, _merge(known_slides(out, manifest), done))
 
 
 @contextmanager

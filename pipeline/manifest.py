@@ -131,7 +131,14 @@ def slide_name(path: str) -> str:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             name = name[: -len(suffix)]
             break
-    # Names are bytes: those that are no UTF-8 are shown as Python shows them, and blanks at the ends are lost in CSV.
+    return printable(name)
+
+
+def printable(name: str) -> str:
+    """Name of a file as a manifest can hold it.
+
+    Names are bytes: those that are no UTF-8 are shown as Python shows them, and blanks at the ends are lost in CSV.
+    """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").strip()
 
 

@@ -11,12 +11,13 @@ from pipeline.convert import expand, find_images
 from pipeline.errors import UsageError
 from pipeline.files import file_name
 from pipeline.manifest import Entry, has_image_suffix, is_manifest, read_manifest, slide_name
+from pipeline.naming import NAME_BY
 from pipeline.net import Net
 from pipeline.progress import SlideProgress, progress
 from storage import Problem, Slide, validate
 
 _SHOWN = 20  # problems of one pyramid
-_NO_SOURCE = "no source image has its name"
+_NO_SOURCE = "no source image has its name, or several have"
 _NO_PYRAMID = "an image file, which is decoded and not compared with a source"
 _METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of OME-Zarr 0.5, and of 0.4
 
@@ -76,13 +77,19 @@ def find_pyramids(places: Sequence[str]) -> list[Entry]:
 def find_sources(place: str) -> dict[str, str]:
     """Paths of the images in a folder, pattern or manifest, by slide id and by the name of the slide's pyramid.
 
+    Images of a folder have an id by file and one by path, see `pipeline.naming`; what several would be, none is.
+
     Raises
     ------
     UsageError
         As for `find_images`.
     """
-    images = find_images([place])
-    return {name: image.path for image in images for name in (file_name(image.slide_id), image.slide_id)}
+    found: dict[str, set[str]] = {}
+    for name_by in ("name",) if is_manifest(place) else NAME_BY:
+        for image in find_images([place], name_by=name_by):
+            for name in (file_name(image.slide_id), image.slide_id):
+                found.setdefault(name, set()).add(image.path)
+    return {name: paths.pop() for name, paths in found.items() if len(paths) == 1}
 
 
 def validate_all(

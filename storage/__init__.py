@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from storage.cache import ChunkCache
-    from storage.converter import ConvertOptions, ConvertReport, convert, write_pyramid
+    from storage.converter import ConvertOptions, ConvertReport, convert, made_from, write_pyramid
     from storage.errors import (
         ConversionError,
         CorruptImageError,
@@ -44,6 +44,7 @@ __all__ = [
     "UnsupportedImageError",
     "convert",
     "list_below",
+    "made_from",
     "open_image",
     "processors",
     "validate",
@@ -54,7 +55,7 @@ __all__ = [
 # Names are fetched from their modules at first use (PEP 562): a plain import costs nothing.
 _MODULES = {
     "cache": ("ChunkCache",),
-    "converter": ("ConvertOptions", "ConvertReport", "convert", "write_pyramid"),
+    "converter": ("ConvertOptions", "ConvertReport", "convert", "made_from", "write_pyramid"),
     "slide": ("Level", "ReadStatistics", "Slide"),
     "stores": ("list_below",),
     "threads": ("processors",),

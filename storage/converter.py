@@ -156,6 +156,16 @@ def _check_unchanged(source: str | os.PathLike[str], identity: dict[str, Any]) -
         raise ConversionError(f"{os.fspath(source)}: was changed while it was converted; convert it again")
 
 
+def made_from(target: str | os.PathLike[str], source: str | os.PathLike[str]) -> bool:
+    """Tell whether a pyramid was made from this very file, as far as its fingerprint says."""
+    try:
+        with contextlib.closing(open_store(os.fspath(target))) as store:
+            present = parse_pyramid(store.get, store.name)
+        return present.provenance.get("source") == fingerprint(source)
+    except (StorageError, OSError):
+        return False
+
+
 def write_pyramid(
     target: str | os.PathLike[str],
     array: NDArray[Any],

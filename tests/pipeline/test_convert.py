@@ -13,10 +13,10 @@ import obstore
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pipeline.convert import MANIFEST, _locked, convert_all, find_images, name_slides, plan_all
+from pipeline.convert import MANIFEST, _locked, convert_all, find_images, known_slides, name_slides, plan_all
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import Entry, read_manifest, write_manifest
-from pipeline.validate import find_pyramids, validate_all
+from pipeline.validate import find_pyramids, find_sources, validate_all
 from storage import ConvertOptions, MissingImageError, Slide, StorageError, convert, write_tiff
 from storage.stores import connect
 
@@ -72,11 +72,43 @@ class TestSources:
         assert len(name_slides(["https://host/a.ome.zarr", "https://host/a.ome.zarr"])) == 1
 
     @pytest.mark.parametrize("other", ["deep/a.tif", "a.tiff", "a.svs"])
-    def test_two_files_of_one_name_are_refused(self, tmp_path, image, other):
-        image(tmp_path / "a.tif")
-        image(tmp_path / other)
+    def test_two_files_of_one_name_are_refused_and_the_others_go_on(self, tmp_path, image, other):
+        for seed, name in enumerate(["a.tif", other, "b.tif"]):
+            image(tmp_path / "in" / name, seed=seed)
+        plans = plan_all(find_images([str(tmp_path / "in")]), tmp_path / "out", options=OPTIONS)
+        assert sorted(plan.entry.slide_id for plan in plans if plan.error) == ["a", "a"]
+        conversions = run([tmp_path / "in"], tmp_path / "out")
+        errors = {c.entry.path: c.error for c in conversions if c.error}
+        places = [str(tmp_path / "in" / name) for name in ("a.tif", other)]
+        assert sorted(errors) == sorted(places)
+        for place, twin in (places, places[::-1]):
+            assert errors[place].startswith(
+                f"{place}: {twin} would be slide a too; tell them apart by --name-by path"
+            )
+        assert [e.slide_id for e in read_manifest(tmp_path / "out" / MANIFEST)] == ["b"]
+        with pytest.raises(DataError, match="slide a: .*--name-by path"):
+            run([tmp_path / "in"], tmp_path / "other", fail_fast=True)
         with pytest.raises(UsageError, match="would both be slide a; name them apart in a manifest"):
-            find_images([str(tmp_path)])
+            name_slides(places)  # as predict has it
+
+    def test_names_by_path(self, tmp_path, image, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("in/a.tif", "in/x/a.svs", "in/x/y/a.tif", "in/[x].tif"):
+            image(tmp_path / name)
+
+        def names(*sources):
+            return [entry.slide_id for entry in find_images(sources, name_by="path")]
+
+        expected = ["[x].tif", "a.tif", "x/a.svs", "x/y/a.tif"]
+        assert names("in") == names("in/") == names(str(tmp_path / "in")) == names("in/../in") == expected
+        assert names("in/**/*.tif") == ["[x].tif", "a.tif", "x/y/a.tif"]
+        assert names("in/x/*") == ["a.svs", "y/a.tif"]
+        assert names("in/[x].tif", "in/x/a.svs", "in") == ["[x].tif", "a.svs", "a.tif", "x/y/a.tif"]
+        with pytest.raises(UsageError, match="--name-by stem: choose name or path"):
+            find_images(["in"], name_by="stem")
+        (tmp_path / "m.csv").write_text("path\nin/a.tif\n")
+        with pytest.raises(UsageError, match="m.csv names its slides itself; give it a column slide_id"):
+            find_images(["m.csv"], name_by="path")
 
     @pytest.mark.parametrize(
         "suffix", [".btf", ".tf8", ".scn", ".bif", ".qptiff", ".ome.tif", ".png", ".JPG", ".jpeg", ".bmp"]
@@ -201,6 +233,46 @@ class TestConvertAll:
         conversions = run([tmp_path / "in"], tmp_path / "out")
         assert [c.report.up_to_date for c in conversions] == [True, False, False]
         assert len(read_manifest(tmp_path / "out" / MANIFEST)) == 3
+
+    def test_images_keep_the_names_that_they_have(self, tmp_path, image):
+        """Whatever --name-by says later: an image is one slide, and keeps its label."""
+        out = tmp_path / "out"
+        for seed, name in enumerate(["a.tif", "x/007.tif", "x/007.svs", "y/007.tif", "b.svs.tif"]):
+            image(tmp_path / "in" / name, seed=seed)
+
+        def again(name_by):
+            found = find_images([str(tmp_path / "in")], name_by=name_by, known=known_slides(out))
+            conversions = convert_all(found, out, options=OPTIONS)
+            table = [(c.entry.slide_id, bool(c.report), bool(c.report and c.report.up_to_date)) for c in conversions]
+            return table, sorted(entry.slide_id for entry in read_manifest(out / MANIFEST))
+
+        table, ids = again("name")
+        assert ids == ["a", "b.svs"]
+        assert [row for row in table if not row[1]] == [("007", False, False)] * 3
+        (out / MANIFEST).write_text((out / MANIFEST).read_text().replace("path\n", "path,label\n").replace(
+            ".ome.zarr\n", ".ome.zarr,tumour\n"))  # fmt: skip
+        table, ids = again("path")
+        assert ids == ["a", "b.svs", "x/007.svs", "x/007.tif", "y/007.tif"]
+        assert {name for name, _, there in table if there} == {"a", "b.svs"}
+        for name_by in ("name", "path"):
+            table, same = again(name_by)
+            assert same == ids
+            assert all(there for _, _, there in table)
+        labels = {entry.slide_id: entry.label for entry in read_manifest(out / MANIFEST)}
+        assert labels == dict.fromkeys(ids, "") | {"a": "tumour", "b.svs": "tumour"}
+        image(tmp_path / "in" / "z" / "a.tif", seed=9)  # now another is called a
+        table, same = again("name")
+        assert same == ids
+        assert ("a", False, False) in table
+        assert again("path")[1] == sorted([*ids, "z/a.tif"])
+
+    def test_pyramids_named_by_path_find_their_sources(self, tmp_path, image):
+        for seed, name in enumerate(["a.tif", "x/a.tif"]):
+            image(tmp_path / "in" / name, seed=seed)
+        entries = find_images([str(tmp_path / "in")], name_by="path")
+        convert_all(entries, tmp_path / "out", options=OPTIONS)
+        found = validate_all(find_pyramids([str(tmp_path / "out")]), sources=find_sources(str(tmp_path / "in")))
+        assert [(one.sound, one.problems) for one in found] == [(True, ())] * 2
 
     def test_another_source_of_the_same_name(self, tmp_path, image):
         path = image(tmp_path / "a.tif")

@@ -3,6 +3,7 @@
 Commands of Python are run here; those of other programs where they are installed.
 """
 
+import gc
 import re
 import shlex
 import shutil
@@ -150,6 +151,7 @@ def test_planes_stored_in_different_ways(tmp_path, textured, other):
         writer.write(planes[0], tile=(16, 16), description=xml, metadata=None)
         writer.write(planes[1], **{"tile": (16, 16)} | other, metadata=None)
     assert_way_out(tmp_path / "x.ome.tif", tmp_path, planes)
+    gc.collect()
 
 
 @pytest.mark.parametrize(("photometric", "mode"), [("cielab", "LAB"), ("ycbcr", "YCbCr")])
