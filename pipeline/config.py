@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -30,7 +31,13 @@ from nested_ats import CNNConfig, DeepMILConfig, ModelConfig, UniformConfig, lev
 from nested_ats.models import KINDS
 from pipeline.errors import UsageError
 
+# ValueError: of encodings, dates and numbers; RecursionError: nested too deep.
+_NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 DEFAULT_LEVELS = levels_for((8192, 8192))
+
+
+def _kind(value: Any) -> str:
+    return str(value.get("kind", "ats") if isinstance(value, dict) else getattr(value, "kind", "ats"))
 
 
 # The kind says which model's keys are meant, so that errors are about those alone.
@@ -39,9 +46,7 @@ AnyModel = Annotated[
     | Annotated[DeepMILConfig, Tag("deepmil")]
     | Annotated[UniformConfig, Tag("uniform")]
     | Annotated[CNNConfig, Tag("cnn")],
-    Discriminator(
-        lambda value: value.get("kind", "ats") if isinstance(value, dict) else getattr(value, "kind", "ats")
-    ),
+    Discriminator(_kind),
 ]
 
 
@@ -99,6 +104,9 @@ class DataConfig(_Section):
     background: float = Field(default=0.0, ge=0, le=1)  # pixels off the slide: 0 is black, 1 white
     validation: float = Field(default=0.0, ge=0, lt=1)  # share of slides held out, where the manifest has no split
     test: float = Field(default=0.2, ge=0, lt=1)  # likewise
+    channels: int | None = Field(
+        default=None, ge=1, le=65535
+    )  # that slides must have; by default as most of them have
     cache: CacheConfig | None = None  # of chunks fetched from URLs; none by default
 
     @model_validator(mode="after")
@@ -150,8 +158,8 @@ def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
             raise UsageError(f"--set {setting}: write it as key=value, as in --set train.epochs=10")
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {setting}: {value} is not a YAML value") from None
+        except _NOT_YAML:
+            raise UsageError(f"--set {setting}: {value[:100]} is not a YAML value") from None
         _override(raw, key.split("."), parsed, setting)
     if any(setting.startswith("model.") for setting in settings or []) and isinstance(raw["model"], dict):
         _add_levels(raw["model"])
@@ -188,7 +196,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}; give the configuration's path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if raw is None:
         return {}
@@ -222,26 +230,44 @@ def _add_levels(model: dict[str, Any]) -> None:
 
 
 def _explain(problem: Any) -> str:
-    place = [str(part) for part in problem["loc"]]
+    place, kind = [str(part) for part in problem["loc"]], None
+    if problem["type"].startswith("union_tag"):
+        return f"model.kind: not one of {', '.join(KINDS)}"
     if place[0] == "model" and place[1:2] and place[1] in KINDS:
-        del place[1]  # the kind, which is no key
+        kind = place.pop(1)  # which is no key
     name = ".".join(place)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = difflib.get_close_matches(place[-1], _known_keys(), n=1)
-        return f"unknown key {name}" + (f" (did you mean {near[0]}?)" if near else "")
+        return f"unknown key {name}" + _advise(place, kind)
+    if problem["type"] in ("model_type", "dataclass_type", "model_attributes_type"):
+        return f"{name}: must be a mapping of keys to values"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name}: {message}" if name else message
 
 
-def _known_keys() -> set[str]:
-    keys: set[str] = set()
-    keys |= {field.name for kind in KINDS.values() for field in fields(kind.config)}
-    nodes: list[Any] = [plain(Config())]
+def _advise(place: Sequence[str], kind: str | None) -> str:
+    """What may be meant by an unknown key: the nearest that there is, or where a key of that name belongs."""
+    wanted = place[-1]
+    if len(place) == 2 and kind:
+        others = [name for name, other in KINDS.items() if wanted in {field.name for field in fields(other.config)}]
+        if others:
+            return f" (models of kind {', '.join(others)} have it, this one is of kind {kind})"
+    keys = _known_keys()
+    near = difflib.get_close_matches(wanted, keys, n=1)
+    if not near:
+        return ""
+    # A key that is right but for its place is named with the right one.
+    return f" (did you mean {keys[near[0]] if near[0] == wanted else near[0]}?)"
+
+
+def _known_keys() -> dict[str, str]:
+    """Every key's name, and its whole path."""
+    keys = {field.name: f"model.{field.name}" for kind in KINDS.values() for field in fields(kind.config)}
+    nodes: list[tuple[str, Any]] = [("", plain(Config()))]
     while nodes:
-        node = nodes.pop()
-        if isinstance(node, dict):
-            keys |= node.keys()
-            nodes += node.values()
-        elif isinstance(node, list):
-            nodes += node
+        path, node = nodes.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(key, str):
+                keys.setdefault(key, f"{path}{key}")
+            if isinstance(value, dict | list):
+                nodes.append((f"{path}{key}.", value))
     return keys

@@ -25,19 +25,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from nested_ats import inspect_model
-from pipeline.config import Precision
+from pipeline.config import Config, Precision
 from pipeline.errors import UsageError
 from pipeline.files import read_inside, write_atomic
+from pipeline.manifest import Entry
 
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
 MODEL, CURVES, WORKERS, LOCK = "model", "tensorboard", "ray", "train.lock"
 
 _ABOUT = {"run", "epoch", "step", "metrics"}  # what a state says of itself
 _SUM, _BLANK = "sha256", "-" * 64  # its checksum, and what stands there while it is computed
-_RUN_KEYS = {"fingerprint", "classes", "channels", "config", "versions", "entries"}
+
+
+class _Run(BaseModel):
+    """What a run.json holds, so that it is checked before anything is made of it."""
+
+    model_config = ConfigDict(extra="allow")  # of later versions
+
+    fingerprint: str
+    classes: list[str] = Field(min_length=1)
+    channels: int = Field(ge=1, le=65535)
+    config: Config
+    versions: dict[str, str]
+    entries: list[Entry]
 
 
 @dataclass(frozen=True)
@@ -170,16 +184,20 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN
     try:
-        run: dict[str, Any] = json.loads(read_inside(folder, RUN))
+        run = _Run.model_validate(json.loads(read_inside(folder, RUN)))
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder}: no training run here ({RUN} is missing); give the --out of nested-ats train"
         ) from error
-    except ValueError as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise UsageError(
+            f"{path}: not that of a training run ({reason}); give the --out of nested-ats train"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not readable: {error}") from error
-    if not isinstance(run, dict) or not run.keys() >= _RUN_KEYS:
-        raise UsageError(f"{path}: not that of a training run; give the --out of nested-ats train")
-    return run
+    return run.model_dump(mode="json")
 
 
 def model_folder(run: Path) -> Path:

@@ -160,7 +160,7 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     del identity["mirror"]
     decisive = plain(config)
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
-    decisive["data"] |= {"cache": None}
+    decisive["data"] |= {"cache": None, "channels": None}
     decisive["model"].pop("allow_gaps", None)  # a permission, which changes nothing that is computed
     identity["config"] = decisive
     return digest(identity)

@@ -61,6 +61,17 @@ def test_override_of_a_default_level():
         ("a: [", "not YAML"),
         ("data: {test: 0.6, validation: 0.5}", "leave slides to train on"),
         ("seed: 36893488147419103232", "seed"),
+        ("[" * 3000, "not YAML"),
+        ("seed: 2020-13-45", "not YAML"),
+        ("model: {kind: vit}", "model.kind: not one of ats, deepmil, uniform, cnn$"),
+        ("model: {kind: null}", "model.kind: not one of ats, deepmil, uniform, cnn$"),
+        ("model: 3", "model: must be a mapping of keys to values$"),
+        (
+            "model: {kind: cnn, levels: []}",
+            r"key model\.levels \(models of kind ats have it, this one is of kind cnn",
+        ),
+        ("epochs: 3", r"unknown key epochs \(did you mean train\.epochs\?\)"),
+        ("train: {flip: true}", r"unknown key train\.flip \(did you mean train\.augment\.flip\?\)"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message):
@@ -80,7 +91,9 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "nothing.yaml")
 
 
-@pytest.mark.parametrize("setting", ["train.epochs", "model.levels.5.samples=3", "seed.a=1", "seed=["])
+@pytest.mark.parametrize(
+    "setting", ["train.epochs", "model.levels.5.samples=3", "seed.a=1", "seed=[", "seed=" + "[" * 3000]
+)
 def test_wrong_overrides(setting):
     with pytest.raises(UsageError, match="--set"):
         load_config(None, [*(["seed=1"] if setting.startswith("seed") else []), setting])

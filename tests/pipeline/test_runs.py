@@ -117,7 +117,7 @@ class TestWhatIsNoFile:
         write_atomic(
             run / RUN,
             json.dumps(
-                dict.fromkeys(("fingerprint", "classes", "channels", "versions", "entries"))
+                {"fingerprint": "f", "classes": ["a", "b"], "channels": 1, "versions": {}, "entries": []}
                 | {"config": plain(config)}
             ),
         )
@@ -153,3 +153,40 @@ def test_a_model_elsewhere_is_not_that_of_the_run(finished, tmp_path):
     (tmp_path / MODEL).symlink_to(finished / MODEL)
     with pytest.raises(UsageError, match="model: a link that leads out of its run"):
         prediction_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"config": None}, r"\(config: "),
+        ({"config": {"train": {"epochs": "many"}}}, r"\(config\.train\.epochs: "),
+        ({"config": {"model": {"kind": "none"}}}, r"\(config\.model: "),
+        ({"entries": 3}, r"\(entries: "),
+        ({"entries": [{"slide_id": 7}]}, r"\(entries\.0\."),
+        ({"classes": {}}, r"\(classes: "),
+        ({"channels": -1}, r"\(channels: "),
+        ({"channels": 10**400}, r"\(channels: "),
+        ({"fingerprint": ["x"]}, r"\(fingerprint: "),
+    ],
+)
+def test_a_tampered_run_is_one_clear_error(finished, tmp_path, change, reason):
+    (tmp_path / RUN).write_text(json.dumps(json.loads((finished / RUN).read_text()) | change))
+    with pytest.raises(UsageError, match=rf"{RUN}: .*{reason}") as caught:
+        read_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "null", '{"config": NaN', "\ud800", "1" * 5000])
+def test_what_is_no_run_is_one_clear_error(tmp_path, text):
+    (tmp_path / RUN).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UsageError, match=f"{RUN}: not "):
+        read_run(tmp_path)
+
+
+def test_an_older_run_gets_the_defaults_of_newer_keys(finished, tmp_path):
+    about = json.loads((finished / RUN).read_text())
+    del about["config"]["data"]["channels"], about["config"]["predict"]["precision"]
+    for entry in about["entries"]:
+        del entry["extra"]
+    (tmp_path / RUN).write_text(json.dumps(about))
+    assert read_run(tmp_path) == read_run(finished)
