@@ -160,7 +160,8 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     del identity["mirror"]
     decisive = plain(config)
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
-    decisive["data"] |= {"cache": None, "channels": None}
+    decisive["data"] |= {"cache": None}
+    del decisive["data"]["channels"]  # the number itself is among the arguments
     decisive["model"].pop("allow_gaps", None)  # a permission, which changes nothing that is computed
     identity["config"] = decisive
     return digest(identity)
