@@ -110,8 +110,8 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
 
 
-def check_slide(slide: Slide, config: EncoderConfig, channels: int | None = None) -> int:
-    """See that a slide has what a model reads, and return its number of channels.
+def check_slide(slide: Slide, config: EncoderConfig, channels: int | None = None) -> list[int]:
+    """See that a slide has what a model reads, and return the numbers of the levels that are read.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def check_slide(slide: Slide, config: EncoderConfig, channels: int | None = None
             f"{path}: {height} x {width} pixels where the model looks first, and its encoder takes no less than "
             f"{config.smallest_view} on a side; leave it out, or choose a finer downsample"
         )
-    return found
+    return found_levels
 
 
 def draw_key(*parts: object) -> int:

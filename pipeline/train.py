@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,27 +17,17 @@ from typing import Any
 import cluster
 from pipeline.config import Config, digest, dump_config, plain
 from pipeline.epochs import describe
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import UsageError
 from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
-from pipeline.net import Net
 from pipeline.progress import OnProgress, progress
 from pipeline.runs import CONFIG, LOCK, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
-from pipeline.slides import check_slide, open_slide
-from pipeline.splits import assign_splits
+from pipeline.selection import Failure, select
 from pipeline.training import plain_entries, train_worker
 
 _COPY_TIMEOUT_S = 1200  # that workers wait for rank 0, which may be copying a state over a slow line
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A slide that was left out, and why."""
-
-    slide_id: str
-    error: str
 
 
 def train(
@@ -88,14 +78,13 @@ def train(
         No slide, or with `fail_fast` not every slide, can be used; or the loss became infinite.
     """
     copy = Mirror(mirror, folder) if mirror else None
-    entries = assign_splits(entries, validation=config.data.validation, test=config.data.test, seed=config.seed)
-    entries, channels, failures = _usable(entries, config, fail_fast=fail_fast)
-    classes = _classes(entries)
+    chosen = select(entries, config, fail_fast=fail_fast)
+    entries = chosen.entries
     arguments = {
         "config": plain(config),
         "entries": plain_entries([entry for entry in entries if entry.split != "test"]),
-        "classes": classes,
-        "channels": channels,
+        "classes": chosen.classes,
+        "channels": chosen.channels,
         "folder": str(folder.absolute()),
         "mirror": mirror,
     }
@@ -123,34 +112,7 @@ def train(
                 progress=copy.version if copy else partial(_replaced, folder / STATE),
                 timeout_s=_COPY_TIMEOUT_S if copy else 120,
             )
-    return metrics, failures + [Failure(slide_id, reason) for slide_id, reason in unreadable.items()]
-
-
-def _usable(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> tuple[list[Entry], int, list[Failure]]:
-    """Entries whose pyramid opens and has what the model reads, and the number of channels they share."""
-    usable: list[Entry] = []
-    failures: list[Failure] = []
-    channels: int | None = None
-    for entry in entries:
-        with Net(entry.slide_id, fail_fast=fail_fast) as net, open_slide(entry.path, config.data.cache) as slide:
-            channels = check_slide(slide, config.model, channels)
-            usable.append(entry)
-        if net.error:
-            failures.append(Failure(entry.slide_id, net.error))
-    if channels is None:
-        raise DataError(f"no slide can be used; the first: {failures[0].error}")
-    return usable, channels, failures
-
-
-def _classes(entries: Sequence[Entry]) -> list[str]:
-    training = {entry.label for entry in entries if entry.split == "train"}
-    if len(training) < 2:
-        found = ", ".join(sorted(training)) or "none"
-        raise UsageError(f"training slides need at least two different labels (found: {found})")
-    unknown = sorted({entry.label for entry in entries} - training)
-    if unknown:
-        raise UsageError(f"labels of validation or test slides that no training slide has: {', '.join(unknown)}")
-    return sorted(training)
+    return metrics, chosen.failures + [Failure(slide_id, reason) for slide_id, reason in unreadable.items()]
 
 
 def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
