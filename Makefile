@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # Two processes, which two cores keep busy; `make test TESTS='-n 0 tests/storage'` runs some in one.
-TESTS ?= -n 2 --dist loadgroup
+TESTS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-random lint clean
 

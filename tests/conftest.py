@@ -1,7 +1,7 @@
 """What tests of several rooms share, and which of them run beside each other.
 
 Notable: `make test` runs two processes at once (pytest-xdist). A file's tests stay in one of them, in order, so that
-what a module makes is made once; all that use the one Ray head stay in one, too.
+what a module makes is made once; each process has at most one Ray head.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,20 +27,11 @@ settings.register_profile("random", deadline=None, print_blob=True)
 settings.load_profile("fixed")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests stay together, and begin with the groups that take long, so that none is left for the end."""
-    if not hasattr(config, "workerinput"):
-        return
-    slow: dict[str, int] = {}
-    groups: dict[pytest.Item, str] = {}
-    for item in items:
-        on_head = "ray_head" in getattr(item, "fixturenames", ())
-        group = "ray" if on_head else str(item.path.relative_to(config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(group))
-        groups[item] = group
-        slow[group] = slow.get(group, 0) + (item.get_closest_marker("slow") is not None)
-    items.sort(key=lambda item: -slow[groups[item]])
+    """Begin with the files that take long, so that none is left for the end."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture
