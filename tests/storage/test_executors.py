@@ -44,7 +44,8 @@ def scheduler():
     """Address of a Dask cluster of two processes on this machine."""
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
+    free = "127.0.0.1:0"  # by default the scheduler's page takes port 8787, which another's may have
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=free) as cluster:
         yield cluster.scheduler_address
 
 
