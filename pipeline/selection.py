@@ -108,7 +108,7 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
         return _Found(entry, error=net.error)
 
     found = []
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool, progress("open slides") as update:
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool, progress("open") as update:
         for one in pool.map(look, entries):
             found.append(one)
             update(len(found), len(entries), one.entry.slide_id)
