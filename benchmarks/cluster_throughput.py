@@ -37,6 +37,7 @@ import torch
 import cluster
 from nested_ats import build_model
 from pipeline.config import Config, parse_config, plain
+from pipeline.interrupt import run_main
 from pipeline.manifest import Entry
 from pipeline.predict import Classifier, Settings, prediction_settings
 from pipeline.runs import read_metrics
@@ -283,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

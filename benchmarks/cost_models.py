@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from nested_ats import CNNConfig, DeepMILConfig, LevelConfig, ModelConfig, build_model, step_cost
+from pipeline.interrupt import run_main
 from pipeline.slides import SlideImage
 from storage import Slide, processors, write_pyramid
 
@@ -212,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

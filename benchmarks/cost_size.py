@@ -34,6 +34,7 @@ import torch
 
 from nested_ats import DeepMIL, DeepMILConfig, ModelConfig, NestedATS, levels_for
 from nested_ats.profiling import peak_bytes, training_step
+from pipeline.interrupt import run_main
 from pipeline.slides import SlideImage
 from storage import Slide, processors, write_pyramid
 from storage.build import downsample
@@ -164,7 +165,10 @@ def resident(side: int, path: Path) -> int:
     command = [sys.executable, __file__, "--resident", str(path), "--sides", str(side)]
     # Whatever is freed goes back to the system at once, so that steps before do not hide what a step needs.
     fixed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=os.environ | fixed, stdout=subprocess.PIPE, text=True, check=True)
+    # In a session of its own Ctrl-C reaches this process alone, which then ends it.
+    done = subprocess.run(
+        command, env=os.environ | fixed, stdout=subprocess.PIPE, text=True, check=True, start_new_session=True
+    )
     return int(done.stdout)
 
 
@@ -258,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

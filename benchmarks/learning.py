@@ -50,6 +50,7 @@ from nested_ats import (
 from nested_ats.base import SamplingModel
 from pipeline.config import DEFAULT_LEVELS
 from pipeline.files import write_json
+from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.slides import draw_key
 from pipeline.synthetic_mnist import load_pools, mnist_scene
 from pipeline.synthetic_signs import LABELS, sign_scene
@@ -310,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, RESUMABLE)

@@ -19,6 +19,7 @@ import torch
 
 from nested_ats import draw
 from nested_ats.sampling import METHODS
+from pipeline.interrupt import run_main
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from torch import Tensor
 from nested_ats.base import Phase, Population, draw_phase
 from nested_ats.expectation import expectation
 from nested_ats.sampling import Draw, Method, draw, fold_in
+from pipeline.interrupt import run_main
 
 R, C, D = 64, 64, 16  # regions, leaves of each, features
 PATCHES, REGIONS = 32, 16
@@ -139,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

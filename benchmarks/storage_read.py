@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from storage_convert import make_slide
 
+from pipeline.interrupt import run_main
 from storage import ConvertOptions, Slide, convert, processors
 
 if TYPE_CHECKING:
@@ -240,4 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

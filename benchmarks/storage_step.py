@@ -24,6 +24,7 @@ import torch
 from storage_convert import make_slide
 
 from nested_ats import LevelConfig, ModelConfig, NestedATS, attention_sampling_loss
+from pipeline.interrupt import run_main
 from storage import Slide, convert, processors
 
 if TYPE_CHECKING:
@@ -158,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import tempfile
 import threading
@@ -44,6 +45,7 @@ from cluster import LocalContext
 from nested_ats import LevelConfig, ModelConfig, Output
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, TrainConfig
+from pipeline.interrupt import run_main
 from pipeline.manifest import Entry
 from pipeline.slides import SlideImage
 from pipeline.training import Trainer
@@ -90,6 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _serve(root: Path, latency: float, port: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's, which closes the port
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, root=root, latency=latency))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -307,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -40,6 +40,7 @@ from experiment import (
 from figures import Box, attention_beside, attention_grid
 from made import write_colon_cancer
 
+from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.manifest import Entry
 from pipeline.published import EPITHELIAL, colon_cancer, colon_cancer_points
 from pipeline.splits import assign_splits
@@ -205,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, RESUMABLE)

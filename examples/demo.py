@@ -15,6 +15,7 @@ from pathlib import Path
 
 from commands import run
 
+from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.predict import read_predictions
 from pipeline.train import versions
 
@@ -137,4 +138,4 @@ report                {out / "report.html"}""")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, RESUMABLE)

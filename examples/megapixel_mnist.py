@@ -29,6 +29,7 @@ from commands import run
 from experiment import Experiment, Method, Paper, Result, attention_maps, command_line, conduct, with_attention
 from figures import attention_evolution, error_and_loss_against_time
 
+from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.manifest import Entry
 from pipeline.progress import progress
 from pipeline.synthetic import write_megapixel_mnist
@@ -210,4 +211,4 @@ def _data(chosen: argparse.Namespace) -> Data:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, RESUMABLE)

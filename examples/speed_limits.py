@@ -40,6 +40,7 @@ from experiment import (
 from figures import attention_beside
 from made import write_traffic_signs
 
+from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.manifest import Entry
 from pipeline.published import NO_LIMIT, traffic_sign_boxes, traffic_signs
 from storage import Slide
@@ -157,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, RESUMABLE)

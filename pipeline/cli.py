@@ -37,11 +37,12 @@ from pipeline.cli_options import (
     Workers,
 )
 from pipeline.cli_synth import synth
+from pipeline.interrupt import RESUMABLE, interruptible
 
 if TYPE_CHECKING:
     from pipeline.manifest import Entry
 
-USAGE, SOME_FAILED, NOTHING_USABLE, INTERRUPTED = 2, 3, 4, 130
+USAGE, SOME_FAILED, NOTHING_USABLE = 2, 3, 4
 
 
 class _Group(TyperGroup):
@@ -49,10 +50,8 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _say("interrupted; run the same command again to go on from the last checkpoint")
-            raise typer.Exit(INTERRUPTED) from None
+            with interruptible(RESUMABLE):
+                return super().invoke(ctx)
         except Exception as error:  # noqa: BLE001 - told apart there, and raised again where it is not ours
             raise typer.Exit(_explain(error)) from None
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.interrupt import interruptible
+
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
 
-_INTERRUPTED = 130
 _WORDS = {"allow_interspersed_args": False}  # what stands behind the first word is the command's
 _READ = ("manifest", "config", "run", "slides", "source", "sources", "predictions", "heatmaps", "pyramids")
 
@@ -209,11 +210,8 @@ def _follow(jobs: Jobs, job_id: str, pending_timeout: float) -> None:
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
-    try:
+    with interruptible(f"\nno longer following; the job goes on: {jobs.hint(job_id)}"):
         end = jobs.follow(job_id, write, pending_s=pending_timeout)
-    except KeyboardInterrupt:
-        _say(f"\nno longer following; the job goes on: {jobs.hint(job_id)}")
-        raise typer.Exit(_INTERRUPTED) from None
     _say(_line(end))
     raise typer.Exit(end.exit_status)
 
