@@ -222,7 +222,7 @@ def train(
     overwrite: Overwrite = False,
     fail_fast: FailFast = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the configuration, stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print configuration and costs, write nothing.")
     ] = False,
 ) -> None:
     """Train a model from one label per slide; the same command goes on with an interrupted run."""
@@ -234,7 +234,14 @@ def train(
     group = _range(workers)
     _check_cluster(cluster, group[1], device)
     if dry_run:
-        print(dump_config(chosen), end="")
+        from pipeline.dry_run import dry_run as look
+
+        print(dump_config(chosen), end="", flush=True)
+        lines, failures = look(
+            entries, chosen, out, device=device, mirror=mirror, overwrite=overwrite, fail_fast=fail_fast
+        )
+        _print_all([f"# {line}" for line in lines])  # comments: what is printed remains a configuration
+        _end([(failure.slide_id, failure.error) for failure in failures], len(entries))
         return
     from pipeline.train import train as run
 

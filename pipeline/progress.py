@@ -114,10 +114,11 @@ def progress_line(title: str, done: float, total: float, words: str, seconds: fl
     """
     share = done / max(total, 1e-9)
     left = seconds / share - seconds if share > 0 and seconds >= _EARLY_SECONDS else 0.0
-    return f"{title}: {share:.0%} {words}".rstrip() + (f", {_duration(left)} left" if left > 0 else "")
+    return f"{title}: {share:.0%} {words}".rstrip() + (f", {duration(left)} left" if left > 0 else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: "40 s", "12 min", "3.5 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

@@ -23,7 +23,7 @@ from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
 from pipeline.progress import OnProgress, progress
 from pipeline.runs import CONFIG, LOCK, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
-from pipeline.selection import Failure, select
+from pipeline.selection import Failure, Selection, select
 from pipeline.training import plain_entries, train_worker
 
 _COPY_TIMEOUT_S = 1200  # that workers wait for rank 0, which may be copying a state over a slow line
@@ -80,19 +80,11 @@ def train(
     copy = Mirror(mirror, folder) if mirror else None
     chosen = select(entries, config, fail_fast=fail_fast)
     entries = chosen.entries
-    arguments = {
-        "config": plain(config),
-        "entries": plain_entries([entry for entry in entries if entry.split != "test"]),
-        "classes": chosen.classes,
-        "channels": chosen.channels,
-        "folder": str(folder.absolute()),
-        "mirror": mirror,
-    }
-    arguments["fingerprint"] = fingerprint = _fingerprint(config, arguments)
-    arguments["fail_fast"] = fail_fast
+    arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
+    fingerprint = arguments["fingerprint"]
     make_folder(folder)
     with alone(folder / LOCK, "another training is running there"), progress("train") as update:
-        _check(folder, fingerprint, overwrite=overwrite)
+        check_folder(folder, fingerprint, overwrite=overwrite)
         if copy:
             copy.check(fingerprint, overwrite=overwrite)
         _prepare(folder, config, arguments, entries, overwrite=overwrite)
@@ -115,6 +107,21 @@ def train(
     return metrics, chosen.failures + [Failure(slide_id, reason) for slide_id, reason in unreadable.items()]
 
 
+def worker_arguments(
+    chosen: Selection, config: Config, folder: Path, *, mirror: str | None, fail_fast: bool
+) -> dict[str, Any]:
+    """Arguments of `pipeline.training.train_worker`; parameters as of `train`."""
+    arguments = {
+        "config": plain(config),
+        "entries": plain_entries([entry for entry in chosen.entries if entry.split != "test"]),
+        "classes": chosen.classes,
+        "channels": chosen.channels,
+        "folder": str(folder.absolute()),
+        "mirror": mirror,
+    }
+    return arguments | {"fingerprint": _fingerprint(config, arguments), "fail_fast": fail_fast}
+
+
 def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     """What makes a run this one; not where slides lie or how long it goes on: data may move, epochs may be added."""
     learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
@@ -129,8 +136,14 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     return digest(identity)
 
 
-def _check(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
-    """See that the folder is empty, or that of this run, or that of one to be overwritten."""
+def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
+    """See that a folder is empty, or that of the run of this fingerprint, or that of one to be overwritten.
+
+    Raises
+    ------
+    UsageError
+        It is not.
+    """
     if (folder / RUN).exists():
         if read_run(folder)["fingerprint"] != fingerprint and not overwrite:
             raise UsageError(

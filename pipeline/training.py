@@ -77,13 +77,17 @@ def train_worker(
     DataError
         The loss is no longer finite, or no slide of an epoch could be read; the last state stands.
     """
+    trainer = make_trainer(context, arguments)
+    return trainer.run(on_step or (lambda *_: None)), trainer.unreadable.reasons
+
+
+def make_trainer(context: Context, arguments: Mapping[str, Any]) -> Trainer:
+    """One worker's part of a training run, which nothing has been written of; parameters as of `train_worker`."""
     keep_freed_memory()
-    config = parse_config(arguments["config"], "configuration")
-    entries = [Entry(**row) for row in arguments["entries"]]
-    trainer = Trainer(
+    return Trainer(
         context,
-        config,
-        entries,
+        parse_config(arguments["config"], "configuration"),
+        [Entry(**row) for row in arguments["entries"]],
         arguments["classes"],
         arguments["channels"],
         Path(arguments["folder"]),
@@ -91,7 +95,6 @@ def train_worker(
         arguments.get("fingerprint", ""),
         fail_fast=arguments.get("fail_fast", False),
     )
-    return trainer.run(on_step or (lambda *_: None)), trainer.unreadable.reasons
 
 
 class Trainer:
@@ -138,6 +141,16 @@ class Trainer:
     def steps(self) -> int:
         """Steps of an epoch."""
         return math.ceil(len(self.training) / self.config.train.batch_size)
+
+    def trial(self) -> Iterator[list[Entry]]:
+        """Take a first step and then one that costs what most do, writing nothing; gives the slides of each."""
+        epochs = (0, self.config.train.epochs - 1)
+        batches = (found for epoch in epochs for found in self._batches(epoch, 0))
+        self.model.train()
+        with ThreadPoolExecutor(_READERS) as readers:
+            for epoch, (_, batch, images, views) in zip(epochs, batches, strict=False):
+                self._step(epoch, batch, images, views, readers)
+                yield batch
 
     def run(self, on_step: OnStep) -> dict[str, Any]:
         """Train from the last state to the last epoch and write the model; that of a shorter run stays until then."""

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import load_config, plain
-from pipeline.manifest import read_manifest
+from pipeline.manifest import read_manifest, write_manifest
 from pipeline.predict import Classifier
 from storage import open_image, write_pyramid
 
@@ -350,8 +351,59 @@ class TestDryRun:
 
     def test_without_a_file(self, cli, pyramids, tmp_path):
         result = cli("train", "--manifest", pyramids, "--out", tmp_path / "run", "--dry-run")
+        assert result.exit_code == 4  # they lack level 16
+        assert "no level at downsample 16" in result.stderr
         (tmp_path / "printed.yaml").write_text(result.stdout)
         assert load_config(tmp_path / "printed.yaml") == load_config(None)
+
+    def test_says_what_a_training_would_use_and_cost(self, cli, pyramids, small, tmp_path):
+        words = ["train", "--manifest", pyramids, "--out", tmp_path / "run", "--config", small, "--dry-run"]
+        result = cli(*words, "--set", "train.epochs=7")
+        said = [line.removeprefix("# ") for line in result.stdout.splitlines() if line.startswith("#")]
+        assert said[:4] == [
+            "class bar: 5 train, 2 test",
+            "class box: 5 train, 2 test",
+            "14 slides: levels 4x, 2x, 1x",
+            "updates: 3 an epoch, 21 in all",
+        ]
+        patterns = [
+            r"a step of 4 slides: reads 0\.\d MB, takes [\d.e-]+ s",
+            r"an epoch: .* s, all: .* s, without validation",
+            r"peak: [\d,]+ MB of memory; measured in one step of one worker on cpu",
+        ]
+        assert len(said) == 4 + len(patterns)
+        for line, pattern in zip(said[4:], patterns, strict=True):
+            assert re.fullmatch(pattern, line), line
+
+    def test_names_slides_as_training_would(self, cli, pyramids, small, tmp_path):
+        entries = read_manifest(pyramids)
+        entries[0] = replace(entries[0], path=str(tmp_path / "gone.ome.zarr"))
+        write_pyramid(tmp_path / "grey.ome.zarr", np.zeros((1, 120, 150), np.uint8))
+        entries[1] = replace(entries[1], path=str(tmp_path / "grey.ome.zarr"))
+        write_manifest(tmp_path / "some.csv", entries)
+        words = ["train", "--manifest", tmp_path / "some.csv", "--out", tmp_path / "run", "--config", small]
+        looked = cli(*words, "--dry-run")
+        assert not (tmp_path / "run").exists()
+        trained = cli(*words)
+        assert looked.exit_code == trained.exit_code == 3
+        assert complaints(looked)[-3:] == complaints(trained)[-3:]
+        assert complaints(looked)[-3] == "2 of 14 failed:"
+
+    @pytest.mark.parametrize("folder", ["{full}", "{notes}/below", "{notes}"])
+    def test_refuses_a_folder_as_training_would(self, cli, places, pyramids, small, folder):
+        words = ["train", "--manifest", pyramids, "--out", folder.format(**places), "--config", small]
+        looked = cli(*words, "--dry-run")
+        assert looked.exit_code == cli(*words).exit_code == 2
+
+    def test_of_the_run_that_is_there(self, cli, finished, pyramids, config, tmp_path):
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(plain(config)))
+        words = ["train", "--manifest", pyramids, "--out", finished, "--config", tmp_path / "own.yaml", "--dry-run"]
+        before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+        assert cli(*words).exit_code == 0
+        other = cli(*words, "--set", "train.batch_size=5")
+        assert other.exit_code == 2
+        assert "holds a run of another configuration" in other.stderr
+        assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
     def test_finds_mistakes(self, cli, places):
         result = cli("train", "--manifest", places["no_label"], "--out", places["new"], "--dry-run")

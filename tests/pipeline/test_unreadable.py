@@ -11,15 +11,18 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from cluster import LocalContext
 from pipeline.cli import app
 from pipeline.config import parse_config, plain
+from pipeline.dry_run import dry_run, measure_step
 from pipeline.errors import DataError
 from pipeline.manifest import read_manifest, write_manifest
 from pipeline.runs import read_metrics
 from pipeline.slides import SlideCache, SlideImage
 from pipeline.train import train
-from pipeline.training import Trainer
+from pipeline.training import Trainer, plain_entries
 from storage import CorruptImageError, write_pyramid
+from storage.source import Counters
 
 from .test_workers_agree import Peers
 
@@ -125,6 +128,34 @@ def test_nothing_readable_is_an_error(config, pyramids, tmp_path, break_reads):
     break_reads([entry.slide_id for entry in entries], [0])
     with pytest.raises(DataError, match="no training slide can be read; slide slide .: a damaged chunk"):
         trained(config, entries, tmp_path / "run")
+
+
+def test_a_dry_run_finds_what_its_steps_read(config, pyramids, tmp_path, break_reads):
+    entries = read_manifest(pyramids)
+    break_reads([entries[0].slide_id], [2])
+    lines, failures = dry_run(entries, config, tmp_path / "run")
+    assert [(failure.slide_id, failure.error) for failure in failures] == [(entries[0].slide_id, "a damaged chunk")]
+    assert any(line.startswith("a step of ") for line in lines)
+    with pytest.raises(DataError, match="slide slide 0: a damaged chunk"):
+        dry_run(entries, config, tmp_path / "run", fail_fast=True)
+    break_reads([entry.slide_id for entry in entries], [2])
+    with pytest.raises(DataError, match="no training slide can be read; slide slide .: a damaged chunk"):
+        dry_run(entries, config, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_counts_what_its_second_step_reads(config, pyramids, tmp_path, monkeypatch):
+    """Both steps of one batch and one epoch draw the same: the second reads the same chunks, and no metadata."""
+    once = parse_config({**plain(config), "train": {"epochs": 1, "batch_size": 10}}, "")
+    add, read = Counters.add, []
+    monkeypatch.setattr(Counters, "add", lambda *a, **words: (read.append(words), add(*a, **words)))
+    entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"]
+    arguments = {"config": plain(once), "entries": plain_entries(entries), "classes": ["bar", "box"], "channels": 3}
+    cost, _ = measure_step(LocalContext(), {**arguments, "folder": str(tmp_path)})
+    chunks = sum(words["read"] for words in read if words.get("chunks"))
+    assert cost.slides == 10
+    assert 2 * cost.read_bytes == chunks
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fail_fast(config, pyramids, tmp_path, break_reads):
