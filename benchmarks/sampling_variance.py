@@ -2,8 +2,9 @@
 
 A tree of 64 regions of 64 leaves, features correlated within a region, 32 patches: flat over all 4096 leaves, or 16
 regions and then 32 patches drawn jointly from theirs. "naive" is an independent Des Raj estimator in each of 8
-regions, 4 patches each. The gradient is that of a fixed linear function of F_hat by the logits of both levels. Seeds
-are fixed: the numbers repeat.
+regions, 4 patches each. The gradient is that of a fixed linear function of F_hat by the logits of both levels. Fields
+show what a method makes of a pattern along the curve: 8, 16 or 32 of the 64 x 64 cells of a checkerboard and of a
+smooth field under even attention, against the variance of as many iid draws. Seeds are fixed: the numbers repeat.
 
     python benchmarks/sampling_variance.py [--draws 4000]
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from nested_ats.base import Phase, Population, draw_phase
 from nested_ats.expectation import expectation
+from nested_ats.geometry import curve_order
 from nested_ats.sampling import Draw, Method, draw, fold_in
 from pipeline.interrupt import run_main
 
@@ -98,10 +100,12 @@ WAYS = {
     "iid, flat": (flat, "multinomial"),
     "Des Raj, flat": (flat, "desraj"),
     "systematic, flat": (flat, "systematic"),
+    "pivotal, flat": (flat, "pivotal"),
     "naive, 8 x 4": (naive, "desraj"),
     "iid, 16 then 32": (nested, "multinomial"),
     "Des Raj, 16 then 32": (nested, "desraj"),
     "systematic, 16 then 32": (nested, "systematic"),
+    "pivotal, 16 then 32": (nested, "pivotal"),
 }
 
 
@@ -121,8 +125,31 @@ def variances(tree: Tree, way: str, draws: int) -> tuple[float, float]:
     return float(torch.cat(values).var(0).sum()), float(torch.cat(gradients).var(0).sum())
 
 
+def field_ratio(field: Tensor, n: int, method: Method, draws: int) -> float:
+    """Variance of the mean of n cells of a (64, 64) field under even attention, relative to n iid draws."""
+    values = field.flatten()[curve_order(*field.shape)]
+    even = torch.ones(1, len(values)).expand(BATCH, -1)
+    means = []
+    for start in range(0, draws, BATCH):
+        drawn = draw(even, n, method=method, keys=torch.arange(start, start + BATCH))
+        means.append((drawn.z * values[drawn.indices]).sum(-1) / len(values))
+    return float(torch.cat(means).var() / (values.var() / n))
+
+
+def show_fields(draws: int) -> None:
+    """Print what patterns do to the variance under even attention."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    fields = {"checkerboard": (y + x) % 2, "smooth": torch.sin(x / 10) + torch.cos(y / 13)}
+    print("\nvariance under even attention, relative to as many iid draws")
+    columns = [(name, n) for name in fields for n in (8, 16, 32)]
+    print(f"{'method':24}" + "".join(f"{name + ', ' + str(n):>18}" for name, n in columns))
+    for method in ("pivotal", "systematic"):
+        ratios = [field_ratio(fields[name], n, method, draws) for name, n in columns]
+        print(f"{method:24}" + "".join(f"{ratio:18.2f}" for ratio in ratios))
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=4000)
     args = parser.parse_args()
@@ -137,6 +164,7 @@ def main() -> None:
         for way in WAYS:
             ratios = [found[way, name][what] / found["iid, flat", name][what] for name in ENTROPIES]
             print(f"{way:24}" + "".join(f"{ratio:13.3f}" for ratio in ratios))
+    show_fields(args.draws)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class ModelConfig(PatchConfig):
 
     kind: Literal["ats"] = "ats"
     levels: tuple[LevelConfig, ...]  # coarse to fine; one level is the paper's model
-    method: Method = "systematic"  # sampler: systematic, desraj or multinomial
+    method: Method = "pivotal"  # sampler: pivotal, systematic, desraj or multinomial
     baseline: Baseline = "none"  # on the gradient of the attention: none, constant, or leave-one-out (multinomial)
 
     def __post_init__(self) -> None:

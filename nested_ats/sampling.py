@@ -13,6 +13,7 @@ whatever its batch and its worker.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from nested_ats.errors import ImpossibleWeightsError
 
-Method = Literal["systematic", "desraj", "multinomial"]
+Method = Literal["pivotal", "systematic", "desraj", "multinomial"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 # SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit integers, whose products wrap as unsigned ones do.
@@ -31,6 +32,8 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 # A unit this close to certain is taken for certain: below it, rounding could draw it twice.
 _NEARLY_CERTAIN = 1 - 1e-9
+
+_TINY = 1e-300  # in place of a length of zero, to divide by
 
 
 class Draw(NamedTuple):
@@ -54,7 +57,7 @@ def draw(
     weights: Tensor,
     n: int,
     *,
-    method: Method = "systematic",
+    method: Method = "pivotal",
     keys: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Draw:
@@ -64,13 +67,16 @@ def draw(
     ----------
     weights
         (B, K), non-negative, at least one positive in each row; they need not sum to one. Order matters to
-        `systematic`: neighbours in the list share a stratum, so list cells along a space-filling curve
+        `pivotal` and `systematic`: neighbours in the list share a stratum, so list cells along a space-filling curve
         (`nested_ats.geometry.curve_order`).
     n
         Units to draw, >= 1. A row with at most n positive weights gives them all, each with z = 1.
     method
-        ``systematic``: fixed size, without replacement, inclusion probability proportional to weight and
-        capped at 1, z = 1 / probability (Madow 1949). ``desraj``: Gumbel top-n, the mean of the n Des Raj
+        ``pivotal`` and ``systematic``: fixed size, without replacement, inclusion probability proportional to weight
+        and capped at 1, z = 1 / probability. `systematic` (Madow 1949) takes points one step apart from one random
+        start: what repeats at that step along the list, such as a checkerboard along a Hilbert curve, has many times
+        the variance of independent draws. `pivotal` (Deville's systematic sampling, 1998: ordered pivotal sampling)
+        takes a random place in each step and cannot resonate. ``desraj``: Gumbel top-n, the mean of the n Des Raj
         estimators; the last of them is the paper's equations 14-17. ``multinomial``: independent draws with
         replacement, z = 1 / (n a), the paper's equation 4.
     keys
@@ -89,12 +95,14 @@ def draw(
         raise ValueError(f"n must be at least 1, not {n}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    w = weights.detach().double()
+    w = weights.detach()
+    if w.dtype not in (torch.float32, torch.float64):
+        w = w.to(torch.float32 if w.is_floating_point() else torch.float64)
     if w.ndim != 2 or not w.shape[-1] or (keys is not None and keys.shape != w.shape[:1]):
         raise ValueError(f"weights must be (B, K) with K > 0, and keys (B,), not {tuple(w.shape)}")
-    total = w.sum(-1)
-    # One reduction checks all four: a negative, a NaN or an infinite weight, and a row of zeros.
-    if not bool(((w.amin(-1) >= 0) & (total > 0) & total.isfinite()).all()):
+    line = _Line(w)
+    # These check all four: a negative, a NaN or an infinite weight, and a row of zeros.
+    if not bool(((w.amin(-1) >= 0) & (line.length[:, 0] > 0) & line.length[:, 0].isfinite()).all()):
         raise ImpossibleWeightsError("weights must be non-negative and finite, with a positive one in every row")
     size = noise_size(method, w.shape[-1], n)
     if noise is None:
@@ -103,7 +111,7 @@ def draw(
         noise = uniform(keys, size)
     elif noise.shape != (len(w), size):
         raise ValueError(f"noise must be {(len(w), size)} for {method}, not {tuple(noise.shape)}")
-    indices, z = _SAMPLERS[method](w, n, noise.double())
+    indices, z = _SAMPLERS[method](line, n, noise.double())
     indices, z = _sort(indices, z, w.shape[-1])
     if weights.is_floating_point():  # in bf16, sum z a would be off by a part in a thousand
         z = z.to(torch.promote_types(weights.dtype, torch.float32))
@@ -112,7 +120,7 @@ def draw(
 
 def noise_size(method: Method, population: int, n: int) -> int:
     """Uniform numbers that one row of `draw` takes."""
-    return {"systematic": 1, "desraj": population, "multinomial": n}[method]
+    return {"pivotal": n, "systematic": 1, "desraj": population, "multinomial": n}[method]
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
@@ -138,32 +146,171 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _systematic(w: Tensor, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-    k = min(n, w.shape[-1])
-    top, top_index = w.topk(k, dim=-1)  # (B, k)
-    others = w.scatter(-1, top_index, 0.0)
-    # rest[:, j] is what remains when the j largest are gone; summed upwards, so no cancellation. (B, k + 1)
-    rest = torch.cat([top.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(top[:, :1])], -1)
-    rest = rest + others.sum(-1, keepdim=True)
-    left = n - torch.arange(k, device=w.device)
-    certain = ((left * top >= rest[:, :-1] * _NEARLY_CERTAIN) & (top > 0)).cumprod(-1).bool()
-    c = certain.sum(-1, keepdim=True)  # (B, 1) units taken for certain
-    rest = rest.gather(-1, c)
+class _Line:
+    """(B, K) weights laid end to end on a line, of which only the blocks that are asked for are looked into.
 
-    pool = others.scatter(-1, top_index, top.masked_fill(certain, 0.0))
-    cumulated = pool.cumsum(-1)
-    slot = torch.arange(n, device=w.device).expand(w.shape[0], n)
-    step = cumulated[:, -1:] / (n - c).clamp_min(1)
-    points = (noise[:, :1] + slot - c) * step
-    drawn = _locate(cumulated, points, pool)
-    z = rest / ((n - c) * pool.gather(-1, drawn))
-    z = torch.where(rest > 0, z, 0.0)
+    A block of neighbours is as long as its sum in the weights' own precision; its units share that length in
+    proportion, worked out in double when the block is opened. What a million float32 weights sum to is so read once,
+    and a unit's length, `locate`'s third result, is its probability exactly, whatever the block's sum was rounded to.
+    """
 
-    sure = torch.nn.functional.pad(top_index, (0, n - k))
-    return torch.where(slot < c, sure, drawn), torch.where(slot < c, 1.0, z)
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self.side = 2 ** max(4, round(math.log2(weights.shape[-1]) / 2))  # of a block; about as many are blocks
+        whole = weights.shape[-1] // self.side * self.side
+        blocks = weights[:, :whole].reshape(len(weights), whole // self.side, self.side), weights[:, None, whole:]
+        self.sums = torch.cat([each.sum(-1) for each in blocks], -1).double()  # (B, G)
+        if not bool(self.sums.isfinite().all()):  # too large for their own precision, or not finite themselves
+            self.sums = torch.cat([each.sum(-1, dtype=torch.float64) for each in blocks], -1)
+        self._taken: Tensor | None = None  # (B, K) units that are on the line no more
+
+    @property
+    def length(self) -> Tensor:
+        """(B, 1)."""
+        return self.sums.sum(-1, keepdim=True)
+
+    def take(self, n: int) -> tuple[Tensor, Tensor]:
+        """Take those units off the line that are certain among n drawn with probabilities like their weights.
+
+        Returns
+        -------
+        indices, certain
+            (B, k) the largest units in turn, k = min(n, K), and (B, 1) how many of these were taken.
+        """
+        k = min(n, self.weights.shape[-1])
+        # A unit that is certain lies in one of the n longest blocks: n others as long would be more than there is.
+        blocks = self.sums.topk(min(n, self.sums.shape[-1]), dim=-1).indices
+        opened = self._open(blocks)  # (B, p, side)
+        top, place = opened.flatten(1).topk(k, dim=-1)  # (B, k)
+        others = opened.flatten(1).scatter(-1, place, 0.0)
+        outside = self.sums.scatter(-1, blocks, 0.0).sum(-1, keepdim=True) + others.sum(-1, keepdim=True)
+        # rest[:, j] is what remains when the j largest are gone; summed upwards, so no cancellation. (B, k)
+        rest = top.flip(-1).cumsum(-1).flip(-1) + outside
+        left = n - torch.arange(k, device=top.device)
+        certain = ((left * top >= rest * _NEARLY_CERTAIN) & (top > 0)).cumprod(-1).bool()
+        units = blocks.gather(-1, place // self.side) * self.side + place % self.side
+        # What is not certain may be a place past the last unit, and stands for the largest unit from here on.
+        units = torch.where(certain, units, units[:, :1])
+        if bool(certain.any()):
+            others = others.scatter(-1, place, top.masked_fill(certain, 0.0)).view_as(opened)
+            self.sums = self.sums.scatter(-1, blocks, others.sum(-1))
+            self._taken = torch.zeros_like(self.weights, dtype=torch.bool).scatter(
+                -1, units, certain[:, :1].expand_as(units)
+            )
+        return units, certain.sum(-1, keepdim=True)
+
+    def locate(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Units (B, p) in whose stretches (B, p) points fall, where these begin, and how long they are."""
+        ends = self.sums.cumsum(-1)
+        block = _stretch(ends, points, self.sums)
+        length = self.sums.gather(-1, block)
+        begin = ends.gather(-1, block) - length
+        opened = self._open(block)  # (B, p, side)
+        inner = opened.cumsum(-1)
+        scale = inner[..., -1] / length.clamp_min(_TINY)  # of the block's own sum to its length on the line
+        unit = _stretch(inner, ((points - begin) * scale)[..., None], opened)
+        weight, end = opened.gather(-1, unit)[..., 0], inner.gather(-1, unit)[..., 0]
+        per = 1 / scale.clamp_min(_TINY)
+        return block * self.side + unit[..., 0], begin + (end - weight) * per, weight * per
+
+    def _open(self, blocks: Tensor) -> Tensor:
+        """Weights (B, p, side) of (B, p) blocks in double, zero where there is no unit or it was taken."""
+        units = (blocks[..., None] * self.side + torch.arange(self.side, device=blocks.device)).flatten(1)
+        inside = units < self.weights.shape[-1]
+        units = units.clamp_max(self.weights.shape[-1] - 1)
+        if self._taken is not None:
+            inside &= ~self._taken.gather(-1, units)
+        opened = self.weights.gather(-1, units).double().masked_fill(~inside, 0.0)
+        return opened.reshape(*blocks.shape, self.side)
 
 
-def _desraj(w: Tensor, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _stretch(ends: Tensor, points: Tensor, lengths: Tensor) -> Tensor:
+    """Stretches (..., p) in which (..., p) points fall, by their (..., K) ends; one of positive length."""
+    found = torch.searchsorted(ends, points.contiguous(), right=True).clamp_max(ends.shape[-1] - 1)
+    if bool((lengths.gather(-1, found) > 0).all()):
+        return found
+    # Rounding may put a point past the end, or a parallel sum into a stretch of no length: the one before it.
+    places = torch.arange(ends.shape[-1], device=ends.device).expand_as(ends)
+    return torch.where(lengths > 0, places, 0).cummax(-1).values.gather(-1, found)
+
+
+def _systematic(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    sure, certain = line.take(n)
+    left = n - certain  # (B, 1) units to draw from the line
+    slot = torch.arange(n, device=noise.device)
+    length = line.length
+    indices, _, lengths = line.locate((noise[:, :1] + slot) * (length / left.clamp_min(1)))
+    return _with_sure(indices, length / (left * lengths), sure, left, slot)
+
+
+def _pivotal(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Deville's systematic sampling: one unit from each of n equal intervals of the line, by a number for each.
+
+    A unit that lies across the border of two intervals may be drawn in either: in the second with the probability
+    that gives it, and all others, their due, knowing whether it was drawn in the first.
+    """
+    sure, certain = line.take(n)
+    left = n - certain  # (B, 1) intervals
+    slot = torch.arange(n, device=noise.device)
+    length = line.length
+    step = (length / left.clamp_min(1)).clamp_min(_TINY)
+    across, begin, lengths = line.locate(slot * step)  # the unit across the lower border of each interval
+    before = (slot - begin / step).clamp(0.0, 1.0)  # its share of the interval before
+    after = (lengths / step - before).clamp(0.0, 1.0).masked_fill(slot == 0, 0.0)  # and of this one
+    ahead = torch.nn.functional.pad(before[:, 1:], (0, 1)).masked_fill(slot >= left - 1, 0.0)
+    after_none = (after / (1 - before).clamp_min(_TINY)).clamp_max(
+        1.0
+    )  # its chance here, not having been drawn there
+    first = noise < after_none
+    free = after + ((noise - after_none) / (1 - after_none).clamp_min(_TINY)).clamp_min(0.0) * (1 - after)
+    bound = after + noise * (1 - after)  # the place in the interval, it having been drawn before
+    upper = ahead > 0
+    # Whether the unit across the upper border is drawn, by whether that across the lower one was drawn before.
+    drawn = _run(~first & upper & (free >= 1 - ahead), upper & (bound >= 1 - ahead))
+    known = torch.nn.functional.pad(drawn[:, :-1], (1, 0))
+    place = torch.where(known, bound, free)
+    indices, _, found = line.locate((slot + place) * step)
+    following = torch.roll(slot, -1)
+    for chosen, unit, size in (
+        (first & ~known, across, lengths),
+        (drawn, across[:, following], lengths[:, following]),
+    ):
+        indices, found = torch.where(chosen, unit, indices), torch.where(chosen, size, found)
+    indices, z = _with_sure(indices, length / (left * found), sure, left, slot)
+    # Rounding may draw a unit across a border twice, once in many million million draws: then as `systematic`.
+    units, held = _sort(indices, z, line.weights.shape[-1])
+    rows = ((units.diff(dim=-1) == 0) & (held[:, 1:] > 0)).any(-1)
+    if bool(rows.any()):
+        indices[rows], z[rows] = _systematic(_Line(line.weights[rows]), n, noise[rows])
+    return indices, z
+
+
+def _run(if_not: Tensor, if_so: Tensor) -> Tensor:
+    """States (B, n) after each of n steps of a chain that starts in the state false.
+
+    ``if_not`` and ``if_so`` are the state after each step by that before it. Steps are put together two by two, four
+    by four and so on, so that their number costs its logarithm.
+    """
+    shift = 1
+    while shift < if_not.shape[-1]:
+        earlier_not = torch.nn.functional.pad(if_not[:, :-shift], (shift, 0), value=False)
+        earlier_so = torch.nn.functional.pad(if_so[:, :-shift], (shift, 0), value=True)
+        if_not, if_so = torch.where(earlier_not, if_so, if_not), torch.where(earlier_so, if_so, if_not)
+        shift *= 2
+    return if_not
+
+
+def _with_sure(indices: Tensor, z: Tensor, sure: Tensor, left: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """Units drawn in the first `left` slots, those taken for certain in the others."""
+    place = (slot - left).clamp_min(0).clamp_max(sure.shape[-1] - 1)
+    drawn = slot < left
+    return torch.where(drawn, indices, sure.gather(-1, place)), torch.where(
+        drawn & z.isfinite(), z, (~drawn).double()
+    )
+
+
+def _desraj(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    w = line.weights.double()
     k = min(n, w.shape[-1])
     gumbel = -torch.log(-torch.log(noise.clamp_min(2.0**-60)))
     indices = (w.log() + gumbel).topk(k, dim=-1).indices  # in the order drawn
@@ -179,27 +326,14 @@ def _desraj(w: Tensor, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(indices, pad), torch.nn.functional.pad(z, pad)
 
 
-def _multinomial(w: Tensor, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-    cumulated = w.cumsum(-1)
-    total = cumulated[:, -1:]
-    indices = _locate(cumulated, noise * total, w)
-    z = total / (n * w.gather(-1, indices))
-    few = (w > 0).sum(-1, keepdim=True) <= n
+def _multinomial(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    indices, _, lengths = line.locate(noise * line.length)
+    z = line.length / (n * lengths)
+    few = (line.weights > 0).sum(-1, keepdim=True) <= n
     if not bool(few.any()):
         return indices, z
-    every, ones = _desraj(w, n, torch.zeros_like(w))
+    every, ones = _desraj(line, n, torch.zeros_like(line.weights, dtype=torch.float64))
     return torch.where(few, every, indices), torch.where(few, ones, z)
-
-
-def _locate(cumulated: Tensor, points: Tensor, w: Tensor) -> Tensor:
-    """Units (B, n) in whose stretch of the (B, K) cumulated weights the (B, n) points fall."""
-    found = torch.searchsorted(cumulated, points.contiguous(), right=True).clamp_max(w.shape[-1] - 1)
-    if bool((w.gather(-1, found) > 0).all()):
-        return found
-    # Rounding may put a point past the total, or a parallel sum into a stretch of no length: the unit before it.
-    units = torch.arange(w.shape[-1], device=w.device).expand_as(w)
-    drawable = torch.where(w > 0, units, 0).cummax(-1).values
-    return drawable.gather(-1, found)
 
 
 def _sort(indices: Tensor, z: Tensor, population: int) -> tuple[Tensor, Tensor]:
@@ -209,7 +343,8 @@ def _sort(indices: Tensor, z: Tensor, population: int) -> tuple[Tensor, Tensor]:
     return torch.where(z > 0, place, place[:, :1]), z
 
 
-_SAMPLERS: dict[Method, Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]] = {
+_SAMPLERS: dict[Method, Callable[[_Line, int, Tensor], tuple[Tensor, Tensor]]] = {
+    "pivotal": _pivotal,
     "systematic": _systematic,
     "desraj": _desraj,
     "multinomial": _multinomial,

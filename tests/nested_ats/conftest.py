@@ -14,7 +14,7 @@ from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
 def tiny_model() -> Callable[..., NestedATS]:
     """Model of any depth in which every view is a row of three cells (the whole image) or of two (regions)."""
 
-    def build(depth: int, *, method: str = "systematic", samples: int = 2, **options: object) -> NestedATS:
+    def build(depth: int, *, method: str = "pivotal", samples: int = 2, **options: object) -> NestedATS:
         levels = [LevelConfig(downsample=2**depth, samples=samples, stride=4, channels=(3,))]
         levels += [
             LevelConfig(downsample=2 ** (depth - i), size=8, samples=samples, stride=4, channels=(3,))

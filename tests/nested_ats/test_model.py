@@ -213,7 +213,7 @@ def test_the_rule_for_levels(side, downsamples):
     assert [level.downsample for level in levels_for((side // 2, side))] == downsamples
 
 
-@pytest.mark.parametrize("method", ["systematic", "desraj"])
+@pytest.mark.parametrize("method", ["pivotal", "systematic", "desraj"])
 def test_a_budget_beyond_all_cells_opens_each_once(method):
     """It takes what there is: a budget a thousand times as large reads, computes and answers the same."""
     images, keys = [image(200, 300), image(97, 64)], torch.arange(2)

@@ -41,7 +41,7 @@ def test_z_times_weight_sums_to_the_total(method):
     torch.testing.assert_close(total, weights.sum(-1), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("method", ["systematic", "desraj"])
+@pytest.mark.parametrize("method", ["pivotal", "systematic", "desraj"])
 def test_no_unit_is_drawn_twice(method):
     torch.manual_seed(0)
     for power in (0, 1, 10, 60):
@@ -89,7 +89,7 @@ class TestAuthorsCases:
         weights = torch.eye(10)[3].expand(100, -1)
         assert (draw(weights, 5, method="multinomial").indices == 3).all()
 
-    @pytest.mark.parametrize("method", ["systematic", "desraj"])
+    @pytest.mark.parametrize("method", ["pivotal", "systematic", "desraj"])
     def test_ten_of_ten_are_distinct(self, method):
         indices = draw(torch.rand(50, 10) + 0.1, 10, method=method).indices
         assert (indices == torch.arange(10)).all()
@@ -127,7 +127,7 @@ def valid(weights, n, method, drawn):
     if method != "multinomial":
         assert torch.equal((z > 0).sum(-1), taken)
         assert ((indices.diff(dim=-1) > 0) | (z[:, 1:] == 0)).all()
-    if method == "systematic":  # one over a probability
+    if method in ("pivotal", "systematic"):  # one over a probability
         assert (z[z > 0] >= 1 - 1e-6).all()
     total = (z.double() * held.double()).sum(-1)
     torch.testing.assert_close(total, weights.double().sum(-1), rtol=1e-5, atol=0)
@@ -162,7 +162,7 @@ def test_inclusion_probabilities_among_a_million():
     pi = inclusion(weights[0].double(), 64)
     assert pi.sum().item() == pytest.approx(64, rel=1e-9)
     for noise in (0.0, 0.5, 1 - 2.0**-53):
-        drawn = draw(weights, 64, noise=torch.tensor([[noise]], dtype=torch.float64))
+        drawn = draw(weights, 64, method="systematic", noise=torch.tensor([[noise]], dtype=torch.float64))
         torch.testing.assert_close(drawn.z[0].double(), 1 / pi[drawn.indices[0]], rtol=1e-6, atol=0)
 
 
@@ -170,7 +170,7 @@ def test_a_unit_is_drawn_for_a_stretch_of_u_as_long_as_its_probability():
     """Without chance: of M evenly spaced u, M pi draw a unit, give or take the ends of the stretch."""
     weights = (3 * torch.randn(2000, generator=torch.Generator().manual_seed(0))).softmax(-1)
     spaced = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
-    drawn = draw(weights.expand(500, -1), 16, noise=spaced[:, None])
+    drawn = draw(weights.expand(500, -1), 16, method="systematic", noise=spaced[:, None])
     counts = drawn.indices.flatten().bincount(minlength=2000)
     assert counts.sum() == 500 * 16
     assert ((counts - 500 * inclusion(weights.double(), 16)).abs() <= 1 + 1e-3).all()
@@ -184,7 +184,7 @@ def test_a_unit_nearly_certain_is_drawn_once(sign, power):
     weights[0, 20] = weights.sum() / 3 * (1 + sign * 10.0**power)  # a probability of one, to within that
     noise = torch.linspace(0, 1 - 2.0**-53, 101, dtype=torch.float64)[:, None]
     rows = weights.expand(101, -1)
-    valid(rows, 4, "systematic", draw(rows, 4, noise=noise))
+    valid(rows, 4, "systematic", draw(rows, 4, method="systematic", noise=noise))
 
 
 rows = st.lists(
@@ -208,12 +208,44 @@ def test_rows_of_any_weights_are_drawn_each_for_itself(table, n, method):
         assert torch.equal(together.z[row], alone.z[0])
 
 
-def test_neighbours_share_a_stratum():
+@pytest.mark.parametrize("method", ["pivotal", "systematic"])
+def test_neighbours_share_a_stratum(method):
     """As many draws as there are 4 x 4 blocks on an even map: one from each block."""
     order = curve_order(16, 32)
-    drawn = order[draw(torch.ones(100, 512), 32, keys=torch.arange(100)).indices]
+    drawn = order[draw(torch.ones(100, 512), 32, method=method, keys=torch.arange(100)).indices]
     block = drawn // 32 // 4 * 8 + drawn % 32 // 4
     assert (block.sort(-1).values == torch.arange(32)).all()
+
+
+def fields():
+    """Two fields over a map that a sampler must not resonate with: a checkerboard, and a smooth one."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    yield ((y + x) % 2).double()
+    yield (y / 64).double() + (x / 64).double()
+
+
+@pytest.mark.parametrize("n", [8, 16, 32])
+def test_pivotal_does_not_resonate_along_the_curve(n):
+    """With even attention the systematic points all fall on one colour of the board: many times iid's variance."""
+    order = curve_order(64, 64)
+    keys = torch.arange(4000)
+    for field in fields():
+        values = field.flatten()[order]
+        iid = values.var() / n
+        found = values[draw(torch.ones(4000, 4096), n, method="pivotal", keys=keys).indices].mean(-1)
+        assert found.mean() == pytest.approx(values.mean().item(), abs=5 * (iid / 4000).sqrt().item())
+        assert found.var() < 1.12 * iid  # 1, but for the 4,000 draws
+    checkered = next(iter(fields())).flatten()[order]
+    resonant = checkered[draw(torch.ones(4000, 4096), n, method="systematic", keys=keys).indices].mean(-1)
+    assert resonant.var() > 5 * checkered.var() / n
+
+
+def test_pivotal_draws_with_exactly_the_inclusion_probability():
+    weights = (3 * torch.randn(400, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    pi = inclusion(weights.double(), 16)
+    counts = draw(weights.expand(20_000, -1), 16, method="pivotal", keys=torch.arange(20_000)).indices
+    share = counts.flatten().bincount(minlength=400) / 20_000
+    assert ((share - pi).abs() <= 5 * (pi * (1 - pi) / 20_000).sqrt() + 1e-9).all()
 
 
 def test_half_precision_weights_have_exact_z():
@@ -237,7 +269,7 @@ def test_uniform_numbers_are_uniform_and_uncorrelated():
 
 
 def test_noise_size_is_what_draw_takes():
-    assert [noise_size(method, 7, 3) for method in METHODS] == [1, 7, 3]
+    assert [noise_size(method, 7, 3) for method in METHODS] == [3, 1, 7, 3]
 
 
 @pytest.mark.parametrize("method", METHODS)
