@@ -27,6 +27,8 @@ class AttentionNetwork(nn.Module):
         Output channels of each 3x3 convolution; the paper has (8, 8) in H.1 and H.2, (8, 16, 32) in H.3.
     stride
         Pixels of the view per cell, the pool size; the paper has 1 and 8.
+    silent
+        Start with a map of zeros: for a network that refines a parent's map.
 
     Attributes
     ----------
@@ -34,7 +36,7 @@ class AttentionNetwork(nn.Module):
         Pixels read beyond the view on each side.
     """
 
-    def __init__(self, *, in_channels: int, channels: Sequence[int], stride: int) -> None:
+    def __init__(self, *, in_channels: int, channels: Sequence[int], stride: int, silent: bool = False) -> None:
         super().__init__()
         self.stride = stride
         self.margin = len(channels)
@@ -44,7 +46,10 @@ class AttentionNetwork(nn.Module):
         if stride > 1:
             layers.append(nn.MaxPool2d(stride))
         # No bias: softmax does not see it, and an optimizer would let it drift on rounding noise.
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 1, bias=False))
+        last = nn.Conv2d(channels[-1], 1, 1, bias=False)
+        if silent:
+            nn.init.zeros_(last.weight)
+        self.layers = nn.Sequential(*layers, last)
 
     def forward(self, view: Tensor) -> Tensor:
         """(B, C, H + 2 margin, W + 2 margin) with H, W multiples of the stride -> (B, H / s, W / s) logits."""

@@ -224,11 +224,12 @@ class UniformSampling(SamplingModel):
         map_: Map = map,
         sampler: Sampler | None = None,
         exact: int = 0,
+        more: int = 1,
     ) -> Output:
         """Draw patches, encode them, and classify by their mean; see `SamplingModel.sample`."""
         ones = torch.ones_like(population.log_attention[:, :, 0])
         draws = take_all if exact else sampler or _draw_equally
-        phase = draw_phase(population, ones, ones, draws, self.config.samples, fold_in(keys, 0))
+        phase = draw_phase(population, ones, ones, draws, self.config.samples * more, fold_in(keys, 0))
         if exact:
             pooled = self._pool_all(images, phase, map_, exact)
         else:

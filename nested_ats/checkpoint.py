@@ -223,7 +223,8 @@ def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
             LevelConfig(**{**level, "channels": tuple(level["channels"])}) for level in raw["levels"]
         )
     if first_format and "patch_size" in raw:
-        raw.setdefault("allow_gaps", True)  # nothing was said of gaps then: what was trained with them has them
+        # Nothing was said of these then: what was trained with gaps has them, and so on.
+        raw = {"allow_gaps": True, "scale": 1.0, **({"attention": "independent"} if kind == "ats" else {}), **raw}
     config: AnyConfig = KINDS[kind].config(**raw)  # type: ignore[assignment]
     _check_types(config)
     return config

@@ -35,13 +35,17 @@ from nested_ats.base import (
     image_sizes,
     take_all,
 )
+from nested_ats.errors import EncoderError
 from nested_ats.expectation import entropy, expectation, follow, leave_one_out
-from nested_ats.geometry import curve_order
+from nested_ats.geometry import cell_centers, curve_order
 from nested_ats.images import Image, Map, find_level, read_batch
+from nested_ats.prior import PRIORS, Prior, occupied, signal, thresholds
+from nested_ats.residual import group_logits, inherited
 from nested_ats.sampling import METHODS, Draw, Method, draw, fold_in
 
 Baseline = Literal["none", "constant", "leave-one-out"]
 
+_RGB = 3
 _COARSE_VIEW, _FINER, _REGION = 512, 4, 64  # of `levels_for`: pixels, ratio of downsamples, pixels
 
 
@@ -56,18 +60,24 @@ class LevelConfig:
     size: int | None = None  # side of a region in pixels of its view; none for the first level, the whole image
     channels: tuple[int, ...] = (8, 8)  # of the attention network's 3x3 convolutions
     stride: int = 8  # pixels of the view per cell of the attention map
+    group: int = 1  # cells of the map along a side of what is drawn; the last level draws cells, and has 1
 
     def __post_init__(self) -> None:
         """Raise ValueError where a value is out of range."""
-        if min(self.samples, self.stride, *self.channels, len(self.channels)) < 1:
-            raise ValueError("levels: samples, stride and channels must be positive, and channels not empty")
-        if self.size is not None and (self.size < 1 or self.size % self.stride):
-            raise ValueError("levels: size must be a positive multiple of stride")
+        if min(self.samples, self.stride, self.group, *self.channels, len(self.channels)) < 1:
+            raise ValueError("levels: samples, stride, group and channels must be positive, and channels not empty")
+        if self.size is not None and (self.size < 1 or self.size % self.unit):
+            raise ValueError("levels: size must be a positive multiple of stride * group")
+
+    @property
+    def unit(self) -> int:
+        """Side of what is drawn in pixels of the view."""
+        return self.stride * self.group
 
     @property
     def extent_l0(self) -> float:
-        """Side of a cell of the attention map in level-0 pixels."""
-        return self.downsample * self.stride
+        """Side of what is drawn in level-0 pixels."""
+        return self.downsample * self.unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +86,9 @@ class ModelConfig(PatchConfig):
 
     kind: Literal["ats"] = "ats"
     levels: tuple[LevelConfig, ...]  # coarse to fine; one level is the paper's model
+    attention: Literal["residual", "independent"] = "residual"  # residual: a finer level adds to its parent's map
+    prior: Prior = "none"  # cells that can be drawn: all, those with tissue, or those with valid pixels
+    nodata: float = 0.0  # of pixels that are not valid, in [0, 1]
     method: Method = "pivotal"  # sampler: pivotal, systematic, desraj or multinomial
     baseline: Baseline = "none"  # on the gradient of the attention: none, constant, or leave-one-out (multinomial)
 
@@ -96,6 +109,12 @@ class ModelConfig(PatchConfig):
                 )
         super().__post_init__()
         self._check_cover(f"levels[{len(self.levels) - 1}].stride", self.levels[-1].extent_l0)
+        if self.levels[-1].group != 1:
+            raise ValueError("levels: the last level draws the patches, cells of its map: its group must be 1")
+        if self.attention not in ("residual", "independent"):
+            raise ValueError(f"attention: must be residual or independent, not {self.attention!r}")
+        if self.prior not in PRIORS:
+            raise ValueError(f"prior: must be one of {', '.join(PRIORS)}, not {self.prior!r}")
         if self.method not in METHODS:
             raise ValueError(f"method: must be one of {', '.join(METHODS)}, not {self.method!r}")
         if self.baseline not in get_args(Baseline):
@@ -156,9 +175,17 @@ class NestedATS(SamplingModel):
     attention: nn.ModuleList
 
     def __init__(self, config: ModelConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
+        if config.prior == "tissue" and in_channels != _RGB:
+            raise EncoderError(f"prior: tissue is told by colour, and the images have {in_channels} channels, not 3")
+        residual = config.attention == "residual"
         attention = nn.ModuleList(
-            AttentionNetwork(in_channels=in_channels, channels=level.channels, stride=level.stride)
-            for level in config.levels
+            AttentionNetwork(
+                in_channels=in_channels,
+                channels=level.channels,
+                stride=level.stride,
+                silent=residual and depth > 0,
+            )
+            for depth, level in enumerate(config.levels)
         )
         super().__init__(config, in_channels=in_channels, classes=classes, pretrained=pretrained, attention=attention)
         self.baseline = nn.Parameter(torch.zeros(self.features)) if config.baseline == "constant" else None
@@ -168,12 +195,11 @@ class NestedATS(SamplingModel):
 
         Returns
         -------
-        (C, H, W) as the image gives it, H and W multiples of the first stride plus two margins.
+        (C, H, W) as the image gives it, H and W multiples of what is drawn plus two margins.
         """
-        level, network = self.config.levels[0], self._network(0)
+        level, margin = self.config.levels[0], self._network(0).margin
         index = find_level(image, level.downsample)
-        stride, margin = network.stride, network.margin
-        side = [-(-size // stride) * stride + 2 * margin for size in image.shapes[index]]
+        side = [-(-size // level.unit) * level.unit + 2 * margin for size in image.shapes[index]]
         return image.read(index, torch.tensor([[-margin, -margin, *side]]))[0]
 
     def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
@@ -184,16 +210,27 @@ class NestedATS(SamplingModel):
         groups: dict[torch.Size, list[int]] = {}
         for row, view in enumerate(views):
             groups.setdefault(view.shape, []).append(row)
-        maps = [
-            self._look(0, torch.stack([views[row] for row in rows]), torch.zeros(len(rows), 2, dtype=torch.int64))
-            for rows in groups.values()
-        ]
-        most = max(logits.shape[1] for logits, _ in maps)
-        logits = torch.cat([functional.pad(each, (0, most - each.shape[1]), value=-torch.inf) for each, _ in maps])
-        centers = torch.cat([functional.pad(each, (0, 0, 0, most - each.shape[1])) for _, each in maps])
+        maps = []
+        for rows in groups.values():
+            batch, origins = [images[row] for row in rows], torch.zeros(len(rows), 1, 2, dtype=torch.int64)
+            maps.append(self._look(0, batch, torch.stack([views[row] for row in rows])[:, None], origins))
+        most = max(each.log_attention.shape[-1] for each in maps)
         order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()  # as the images came
-        logits, centers = logits[order.to(logits.device), None], centers[order, None]
-        return self._mask(images, Population(logits, centers, self.config.levels[0].extent_l0))
+
+        def together(parts: Sequence[Tensor], value: float) -> Tensor:
+            """(B, 1, k, ...) of all images, the k of smaller ones filled up."""
+            filled = [functional.pad(p, (0, 0) * (p.ndim - 3) + (0, most - p.shape[2]), value=value) for p in parts]
+            return torch.cat(filled)[order.to(filled[0].device)]
+
+        thresholds = [each.threshold for each in maps if each.threshold is not None]
+        cells = [each.cells for each in maps if each.cells is not None]
+        return Population(
+            together([each.log_attention for each in maps], -torch.inf),
+            together([each.centers_l0 for each in maps], 0.0),
+            self.config.levels[0].extent_l0,
+            together(cells, -torch.inf) if cells else None,
+            torch.cat(thresholds)[order.to(thresholds[0].device)] if thresholds else None,
+        )
 
     def sample(
         self,
@@ -204,12 +241,13 @@ class NestedATS(SamplingModel):
         map_: Map = map,
         sampler: Sampler | None = None,
         exact: int = 0,
+        more: int = 1,
     ) -> Output:
         """Draw down the levels from a first population, encode the patches drawn, and classify.
 
         The parameters are those of `SamplingModel.sample`.
         """
-        phases = self._descend(images, population, keys, map_, sampler or self._draw, exact=exact > 0)
+        phases = self._descend(images, population, keys, map_, sampler or self._draw, exact=exact > 0, more=more)
         last = phases[-1]
         if exact:
             pooled = self._pool_all(images, last, map_, exact)
@@ -227,6 +265,7 @@ class NestedATS(SamplingModel):
         sampler: Sampler,
         *,
         exact: bool,
+        more: int,
     ) -> list[Phase]:
         """Draw from every level; where `exact`, all is taken from the last."""
         attention = z = torch.ones_like(population.log_attention[:, :, 0])  # (B, 1): the root's
@@ -234,9 +273,9 @@ class NestedATS(SamplingModel):
         for depth, level in enumerate(self.config.levels):
             if phases:
                 attention, z = phases[-1].attention, phases[-1].z
-                population = self._open(depth, images, phases[-1].centers_l0, map_)
+                population = self._open(depth, images, phases[-1], map_)
             draws = take_all if exact and depth == len(self.config.levels) - 1 else sampler
-            phases.append(draw_phase(population, attention, z, draws, level.samples, fold_in(keys, depth)))
+            phases.append(draw_phase(population, attention, z, draws, level.samples * more, fold_in(keys, depth)))
         return phases
 
     def _pool(self, phases: Sequence[Phase], features: Tensor) -> Tensor:
@@ -249,37 +288,79 @@ class NestedATS(SamplingModel):
                 return pooled - leave_one_out(phases, features)
         return pooled
 
-    def _open(self, depth: int, images: Sequence[Image], centers_l0: Tensor, map_: Map) -> Population:
-        """Read the regions centred on (B, n, 2) points and attend to each."""
+    def _open(self, depth: int, images: Sequence[Image], parents: Phase, map_: Map) -> Population:
+        """Read the regions drawn by the level above and attend to each."""
         level, margin = self.config.levels[depth], self._network(depth).margin
         assert level.size is not None  # noqa: S101 - an invariant of ModelConfig
-        boxes = boxes_at(centers_l0, level.downsample, level.size + 2 * margin)
+        boxes = boxes_at(parents.centers_l0, level.downsample, level.size + 2 * margin)
         views = read_batch(images, level.downsample, boxes, map_)
+        origins = boxes[..., :2] + margin
+        above = None
+        if self.config.attention == "residual":
+            above = self._inherit(depth, parents, origins)
+        return self._look(depth, images, views, origins, above, parents.population.threshold)
+
+    def _inherit(self, depth: int, parents: Phase, origins: Tensor) -> Tensor:
+        """Logits (B, n, k, k) that the cells of drawn regions have from the map above."""
+        level, parent = self.config.levels[depth], self.config.levels[depth - 1]
+        cells = parents.population.cells
+        assert cells is not None  # noqa: S101 - every level but the last has them
+        cells = cells.flatten(1, 2)  # (B, all units, g, g)
+        drawn = parents.drawn.indices[..., None, None].expand(-1, -1, *cells.shape[-2:])
+        pitch = parent.downsample * parent.stride
+        corner = parents.centers_l0 - parent.extent_l0 / 2
+        starts = (origins.cpu() * level.downsample - corner) / pitch
+        count = (level.size or 0) // level.stride
+        return inherited(cells.gather(1, drawn), starts, level.downsample * level.stride / pitch, count)
+
+    def _look(
+        self,
+        depth: int,
+        images: Sequence[Image],
+        views: Tensor,
+        origins: Tensor,
+        above: Tensor | None = None,
+        threshold: Tensor | None = None,
+    ) -> Population:
+        """Attend to (B, n, C, H, W) views at (B, n, 2) origins, in pixels of their level."""
+        level, network, prior = self.config.levels[depth], self._network(depth), self.config.prior
         shape = views.shape[:2]
-        logits, centers = self._look(depth, views.flatten(0, 1), boxes[..., :2].flatten(0, 1) + margin)
-        cells = Population(logits.reshape(*shape, -1), centers.reshape(*shape, -1, 2), level.extent_l0)
-        return self._mask(images, cells)
-
-    def _look(self, depth: int, views: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, k) and centres (B, k, 2) of the cells of (B, C, H, W) views at (B, 2) origins, in order."""
-        network, downsample = self._network(depth), self.config.levels[depth].downsample
-        logits: Tensor = network(self._prepare(views).contiguous(memory_format=torch.channels_last))
-        rows, columns = logits.shape[-2:]
-        order = curve_order(rows, columns)
-        centers = (origins.cpu()[:, None] + grid_centers(rows, columns, network.stride)) * downsample
-        return logits.flatten(-2)[:, order.to(logits.device)], centers
-
-    def _mask(self, images: Sequence[Image], population: Population) -> Population:
-        """Make cells that lie wholly off their image impossible, and normalise within each view."""
-        log_attention, centers, extent = population
-        sizes = image_sizes(images)[:, None, None]
-        inside = ((centers > -extent / 2) & (centers < sizes + extent / 2)).all(-1)
-        # A cell may reach into its image by less than the pixel to which the region that opens it is rounded.
-        inside |= ~inside.any(-1, keepdim=True)
-        logits = log_attention.masked_fill(~inside.to(log_attention.device), -torch.inf)
+        pixels = self._scale(views.flatten(0, 1))
+        logits: Tensor = network(self._normalise(pixels).contiguous(memory_format=torch.channels_last))
         # In bf16 the probabilities of many cells would not sum to one.
-        precision = torch.promote_types(logits.dtype, torch.float32)
-        return Population(logits.log_softmax(-1, dtype=precision), centers, extent)
+        rows, columns = logits.shape[-2:]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(*shape, rows, columns)
+        if above is not None:
+            logits = logits + above
+        centers = (origins.cpu()[..., None, None, :] + _grid(rows, columns, level.stride)) * level.downsample
+        possible = _inside(images, centers, level.downsample * level.stride).to(logits.device)
+        if prior != "none":
+            m = network.margin
+            seen = signal(pixels[..., m : pixels.shape[-2] - m, m : pixels.shape[-1] - m], prior, self.config.nodata)
+            if threshold is None:
+                threshold = thresholds(seen, prior)
+            each = threshold[:, None].expand(shape).flatten()
+            possible = _prefer(occupied(seen, each, level.stride).reshape(possible.shape) & possible, possible)
+        if above is not None:
+            possible = _prefer(possible & (above > -torch.inf), above > -torch.inf)
+            # A slot that repeats another where too few were drawn may have nothing above; it weighs nothing.
+            possible = _prefer(possible, torch.ones_like(possible))
+            logits = logits.masked_fill(logits == -torch.inf, 0.0)
+        logits = logits.masked_fill(~possible, -torch.inf)
+        g = level.group
+        units = (rows // g, columns // g)
+        order = curve_order(*units)
+        cells = logits.reshape(*shape, units[0], g, units[1], g).transpose(-3, -2)
+        cells = cells.flatten(2, 3)[:, :, order.to(logits.device)]  # (B, n, k, g, g)
+        places = origins.cpu()[..., None, :] + grid_centers(*units, level.unit)
+        last = depth + 1 == len(self.config.levels)
+        return Population(
+            group_logits(cells).log_softmax(-1),
+            places * level.downsample,
+            level.extent_l0,
+            None if last else cells,
+            threshold,
+        )
 
     def _draw(self, weights: Tensor, n: int, keys: Tensor) -> Draw:
         if self.config.method != "multinomial":  # the others take what there is; each unit more would cost a region
@@ -290,6 +371,27 @@ class NestedATS(SamplingModel):
         network = self.attention[depth]
         assert isinstance(network, AttentionNetwork)  # noqa: S101 - ModuleList has no element type
         return network
+
+
+def _grid(rows: int, columns: int, side: float) -> Tensor:
+    """Centres (rows, columns, 2) of the cells of a map, of `side` pixels each."""
+    y, x = cell_centers(rows, rows * side), cell_centers(columns, columns * side)
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
+
+
+def _inside(images: Sequence[Image], centers_l0: Tensor, extent_l0: float) -> Tensor:
+    """Whether each of (B, n, rows, columns) cells touches its image; all of a view's where none does.
+
+    A cell may reach into its image by less than the pixel to which the region that opens it is rounded.
+    """
+    sizes = image_sizes(images)[:, None, None, None]
+    inside = ((centers_l0 > -extent_l0 / 2) & (centers_l0 < sizes + extent_l0 / 2)).all(-1)
+    return _prefer(inside, torch.ones_like(inside))
+
+
+def _prefer(wanted: Tensor, otherwise: Tensor) -> Tensor:
+    """Cells (B, n, rows, columns) of `wanted`, or of `otherwise` in a view that has none of them."""
+    return torch.where(wanted.flatten(-2).any(-1)[..., None, None], wanted, otherwise)
 
 
 def _entropy(phases: Sequence[Phase], depth: int) -> Tensor:

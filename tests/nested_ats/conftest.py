@@ -14,18 +14,27 @@ from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
 def tiny_model() -> Callable[..., NestedATS]:
     """Model of any depth in which every view is a row of three cells (the whole image) or of two (regions)."""
 
-    def build(depth: int, *, method: str = "pivotal", samples: int = 2, **options: object) -> NestedATS:
-        levels = [LevelConfig(downsample=2**depth, samples=samples, stride=4, channels=(3,))]
-        levels += [
-            LevelConfig(downsample=2 ** (depth - i), size=8, samples=samples, stride=4, channels=(3,))
-            for i in range(1, depth)
+    def build(
+        depth: int, *, method: str = "pivotal", samples: int = 2, group: int = 1, **options: object
+    ) -> NestedATS:
+        levels = [
+            LevelConfig(
+                downsample=2 ** (depth - i),
+                size=8 if i else None,
+                samples=samples,
+                stride=4 if i == depth - 1 else 4 // group,
+                group=1 if i == depth - 1 else group,
+                channels=(3,),
+            )
+            for i in range(depth)
         ]
         torch.manual_seed(depth)
         config = ModelConfig(levels=tuple(levels), patch_size=24, features=4, method=method, **options)
         model = NestedATS(config, in_channels=1, classes=3).double()
         with torch.no_grad():  # attention worth sampling: far from uniform
             for network in model.attention:
-                network.layers[-1].weight.mul_(12)
+                weight = network.layers[-1].weight
+                torch.nn.init.uniform_(weight, -7, 7)  # also of networks that would refine by nothing at first
         return model
 
     return build

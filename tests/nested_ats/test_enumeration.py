@@ -55,6 +55,9 @@ CASES = [
     ("multinomial", {"baseline": "leave-one-out"}),
     *((method, {"baseline": "constant"}) for method in METHODS),
     ("pivotal", {"location": True}),
+    ("pivotal", {"attention": "independent"}),
+    ("pivotal", {"group": 2}),
+    ("multinomial", {"group": 2}),
 ]
 
 

@@ -56,7 +56,7 @@ def build(downsamples: Sequence[float], strides: Sequence[int], samples: int, sp
         if depth:
             size = (math.ceil(levels[-1].extent_l0 / (downsample * stride) - 1e-9) + spare) * stride
         levels.append(LevelConfig(downsample=downsample, samples=samples, size=size, stride=stride, channels=(1,)))
-    config = ModelConfig(levels=tuple(levels), patch_size=PATCH, mean=0.0, std=1.0)
+    config = ModelConfig(levels=tuple(levels), patch_size=PATCH, mean=0.0, std=1.0, attention="independent")
     torch.manual_seed(0)
     return NestedATS(config, in_channels=3, classes=2).double()
 
