@@ -1,14 +1,20 @@
 """Classify with several independent draws, and say how far the draws agree.
 
-Draws may be as many as asked for, as many as a wanted standard error takes, or none where all patches of the opened
-regions are encoded instead.
+Draws may be as many as asked for, as many as a wanted error takes, or none where all patches of the opened regions
+are encoded instead.
+
+A handful of draws is a small sample, and a class's probability is bent where it is near 0 or 1. Both matter: what
+the draws say of a class is taken on its logit against the rest, where it is nearly linear in F_hat, with Student's t
+of M - 1 degrees of freedom, and only then made a probability (`benchmarks/interval_coverage.py` simulates it).
 
 Shape letters: B batch, M draws, Q classes, D features.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +23,30 @@ from torch import Tensor
 from nested_ats.base import ImageModel, Output, SamplingModel, take_rows
 from nested_ats.images import Image, Map
 from nested_ats.model import NestedATS
+
+CONFIDENCE = 0.95  # of intervals
+_CELLS, _FINE_CELLS = 512, 4096  # of the integrals over Student's t: of errors, and of its quantile
+
+Head = Callable[[Tensor], Tensor]  # (..., D) features -> (..., Q) logits
+
+
+class Estimate(NamedTuple):
+    """What several draws say of the class probabilities.
+
+    Attributes
+    ----------
+    probabilities
+        (B, Q), of the mean of F_hat over the draws: closer to the full model than the mean of probabilities.
+    standard_error
+        (B, Q), the jackknife standard error of `probabilities`; NaN for a single draw.
+    low, high
+        (B, Q), limits of the 95 % interval of each probability, in [0, 1] and around it; NaN for a single draw.
+    """
+
+    probabilities: Tensor
+    standard_error: Tensor
+    low: Tensor
+    high: Tensor
 
 
 class Prediction(NamedTuple):
@@ -29,6 +59,9 @@ class Prediction(NamedTuple):
     standard_error
         (B, Q), the jackknife standard error of `probabilities` over the draws; NaN for a single draw, zero where
         nothing is drawn.
+    low, high
+        (B, Q), limits of the 95 % interval of each probability (`estimate`): where the model that draws nothing would
+        be, were only the draws at fault. NaN for a single draw, the probability itself where nothing is drawn.
     outputs
         Outputs of the model, one a draw, for the images that took part in it, in order: image b is in the first
         ``draws[b]`` of them. `of` picks those of one image.
@@ -38,6 +71,8 @@ class Prediction(NamedTuple):
 
     probabilities: Tensor
     standard_error: Tensor
+    low: Tensor
+    high: Tensor
     outputs: tuple[Output, ...]
     draws: Tensor
 
@@ -72,8 +107,8 @@ def predict(
     map_
         How reads run over the images.
     target_error
-        An image stops drawing when the largest standard error of its probabilities is at most this; the others go
-        on. The error is itself an estimate, so stopping by it is a little optimistic, the less the larger `least`.
+        An image stops drawing when the largest error to be expected of its probabilities (`expected_error`) is at
+        most this; the others go on.
     least
         Draws before an image may stop, >= 2.
     exact
@@ -103,10 +138,97 @@ def predict(
     return _draw_until(model, draw, keys, target_error, least)
 
 
+def estimate(head: Head, features: Tensor) -> Estimate:
+    """Class probabilities, their standard error and their 95 % interval from independent draws.
+
+    The interval is Student's t of M - 1 degrees of freedom on the logit of a class against the rest, with the
+    jackknife's standard error of that logit, transformed back.
+
+    Parameters
+    ----------
+    head
+        From features to logits.
+    features
+        (M, B, D): F_hat of each draw.
+    """
+    draws = len(features)
+    logits = head(features.mean(0))
+    probabilities = logits.softmax(-1)
+    if draws == 1:
+        return Estimate(probabilities, *(torch.full_like(probabilities, torch.nan) for _ in range(3)))
+    center, spread = _against_rest(head, features)
+    reach = t_quantile(draws - 1) * spread
+    low, high = ((center + side * reach).sigmoid().to(probabilities) for side in (-1, 1))
+    error = _jackknife(head(_without(features)).softmax(-1))
+    return Estimate(probabilities, error, low.minimum(probabilities), high.maximum(probabilities))
+
+
+def expected_error(head: Head, features: Tensor) -> Tensor:
+    """Root mean square error to be expected of the probabilities that `estimate` makes of the same draws, (B, Q).
+
+    The mean is over where the logit of the class against the rest may be, given M >= 2 draws: its own Student's t.
+    Near 0 and 1 a standard error goes by the slope there, which is nearly none whatever the draws; this goes by how
+    far the logit may reach. An integral and no bootstrap, it takes no random numbers.
+
+    Parameters
+    ----------
+    head, features
+        As of `estimate`.
+    """
+    center, spread = _against_rest(head, features)
+    t, weights = (part.to(center.device) for part in _student(len(features) - 1, _CELLS))
+    errors = (center[..., None] + spread[..., None] * t).sigmoid() - center[..., None].sigmoid()
+    return (errors.square() @ weights).sqrt()
+
+
+def t_quantile(freedom: int) -> float:
+    """Half the width, in standard errors, of a 95 % interval by Student's t of `freedom` >= 1 degrees."""
+    _, weights = _student(freedom, _FINE_CELLS)
+    above = weights.flip(0).cumsum(0)  # mass beyond the edges of cells, from the far end
+    outside = (1 - CONFIDENCE) / 2
+    cell = int((above < outside).sum())
+    beyond = float(above[cell - 1]) if cell else 0.0
+    edges = cell + (outside - beyond) / float(above[cell] - beyond)
+    return math.sqrt(freedom) * math.tan(math.pi / 2 - edges * math.pi / _FINE_CELLS)
+
+
+@lru_cache(maxsize=256)
+def _student(freedom: int, cells: int) -> tuple[Tensor, Tensor]:
+    """Points of Student's t and their weights, which sum to one: (cells,) doubles each.
+
+    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1), and the whole line a half turn.
+    """
+    angles = ((torch.arange(cells, dtype=torch.float64) + 0.5) / cells - 0.5) * math.pi
+    density = (angles.cos().log() * (freedom - 1)).exp()
+    return math.sqrt(freedom) * angles.tan(), density / density.sum()
+
+
+def _against_rest(head: Head, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Logit of each class against the rest, (B, Q) doubles, and its jackknife standard error over the draws."""
+    return _rest_logits(head(features.mean(0))), _jackknife(_rest_logits(head(_without(features))))
+
+
+def _rest_logits(logits: Tensor) -> Tensor:
+    logits = logits.double()  # differences of nearly equal ones
+    own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    rest = logits[..., None, :].masked_fill(own, -torch.inf).logsumexp(-1)
+    return logits - rest
+
+
+def _without(features: Tensor) -> Tensor:
+    """Means of all draws but one, (M, B, D)."""
+    return (features.sum(0) - features) / (len(features) - 1)
+
+
+def _jackknife(without: Tensor) -> Tensor:
+    """Standard error of what the (M, ...) values are that leave one draw out."""
+    draws = len(without)
+    return ((without - without.mean(0)).square().sum(0) * (draws - 1) / draws).sqrt()
+
+
 def _certain(model: ImageModel, output: Output) -> Prediction:
-    probabilities = model.head(output.features).softmax(-1)
-    draws = torch.ones(len(probabilities), dtype=torch.int64)
-    return Prediction(probabilities, torch.zeros_like(probabilities), (output,), draws)
+    p = model.head(output.features).softmax(-1)
+    return Prediction(p, torch.zeros_like(p), p, p, (output,), torch.ones(len(p), dtype=torch.int64))
 
 
 def _levels(model: SamplingModel) -> int:
@@ -121,34 +243,25 @@ def _draw_until(
     features: list[Tensor] = []  # of those, (going, D) a draw
     outputs: list[Output] = []
     draws = torch.zeros(len(keys), dtype=torch.int64)
-    estimates: dict[int, tuple[Tensor, Tensor]] = {}
+    estimates: dict[int, Estimate] = {}
     for number, key in enumerate(keys.T, start=1):
         outputs.append(draw(going, key[going.to(key.device)]))
         features.append(outputs[-1].features)
         last = number == keys.shape[1]
         if not last and (target is None or number < least):
             continue
-        probabilities, error = _estimate(model, torch.stack(features))
-        done = (torch.ones(len(going)) if last else error.amax(-1).cpu() <= (target or 0.0)).bool()
+        drawn = torch.stack(features)
+        done = torch.ones(len(going), dtype=torch.bool)
+        if not last:
+            done = expected_error(model.head, drawn).amax(-1).cpu() <= (target or 0.0)
+        found = estimate(model.head, drawn)
         for place in done.nonzero().flatten().tolist():
-            estimates[int(going[place])] = probabilities[place], error[place]
+            estimates[int(going[place])] = Estimate(*(part[place] for part in found))
         draws[going[done]] = number
         going = going[~done]
         features = [each[~done.to(each.device)] for each in features]
         if not len(going):
             break
     in_order = (estimates[row] for row in range(len(keys)))
-    probabilities, error = (torch.stack(parts) for parts in zip(*in_order, strict=True))
-    return Prediction(probabilities, error, tuple(outputs), draws)
-
-
-def _estimate(model: ImageModel, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (B, Q) and their jackknife standard error from the (M, B, D) features of the draws."""
-    draws = len(features)
-    probabilities = model.head(features.mean(0)).softmax(-1)
-    if draws == 1:
-        return probabilities, torch.full_like(probabilities, torch.nan)
-    without = (features.sum(0) - features) / (draws - 1)
-    jackknife = model.head(without).softmax(-1)
-    variance = (jackknife - jackknife.mean(0)).square().sum(0) * (draws - 1) / draws
-    return probabilities, variance.sqrt()
+    probabilities, error, low, high = (torch.stack(parts) for parts in zip(*in_order, strict=True))
+    return Prediction(probabilities, error, low, high, tuple(outputs), draws)

@@ -51,7 +51,9 @@ from storage import Slide
 RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
 SIGNS = ("entropy", "uniform_entropy", "background")
 _LAST = ("model", "status", "error")
-_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and prob_*, se_*
+_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and of _OF_CLASS
+_OF_CLASS = ("prob_", "se_", "low_", "high_")  # of each class: probability, standard error, limits of its interval
+_FORMAT = 2  # of a result: rows of before have no intervals
 _ENCODED_AT_ONCE = 256  # patches of an exact evaluation
 
 
@@ -65,7 +67,7 @@ class Settings:
     samples: tuple[int, ...]  # units drawn at each level; empty: as trained
     background: float  # of pixels off the slide
     seed: int
-    target_error: float | None = None  # standard error at which drawing stops before that many draws
+    target_error: float | None = None  # error to be expected at which drawing stops before that many draws
     exact: bool = False  # encode every patch of the opened regions instead of drawing among them
     precision: Precision = "float32"  # of the networks
     trust_encoder: bool = False  # import the model's encoder where it is code of the user's
@@ -104,7 +106,7 @@ def predict(
     samples
         Units to draw at each level instead of those trained with.
     target_error
-        Standard error of a slide's probabilities at which it stops drawing before that.
+        Error to be expected of a slide's probabilities at which it stops drawing before that.
     exact
         Encode every patch of the opened regions instead of drawing among them.
     trust_encoder
@@ -140,8 +142,8 @@ def predict(
         trust_encoder=trust_encoder,
         device=device,
     )
-    _check_columns(entries)
     about = read_run(run)
+    _check_columns(entries, about["classes"])
     splits, model = RunSplits(about["entries"]), short(settings.model_sha256)
     entries, fingerprint = splits.fill(entries), _fingerprint(settings)
     results = make_folder(folder / RESULTS)
@@ -258,11 +260,16 @@ class Classifier:
         with self.open(entry) as slide:
             prediction = self.estimate(entry, SlideImage(slide, background=self.settings.background))
             read = slide.statistics
-        probabilities, errors = prediction.probabilities[0].tolist(), prediction.standard_error[0].tolist()
+        limits = (prediction.low, prediction.high)
+        columns = [each[0].tolist() for each in (prediction.probabilities, prediction.standard_error, *limits)]
+        probabilities = columns[0]
         return {
             "prediction": self.classes[max(range(len(probabilities)), key=probabilities.__getitem__)],
-            **{f"prob_{name}": p for name, p in zip(self.classes, probabilities, strict=True)},
-            **{f"se_{name}": None if math.isnan(e) else e for name, e in zip(self.classes, errors, strict=True)},
+            **{
+                f"{prefix}{name}": None if math.isnan(value) else value
+                for prefix, column in zip(_OF_CLASS, columns, strict=True)
+                for name, value in zip(self.classes, column, strict=True)
+            },
             "draws": int(prediction.draws[0]),
             **self._signs(prediction),
             "requests": read.requests,
@@ -408,7 +415,7 @@ def table_digest(folder: Path) -> str:
 
 
 def _fingerprint(settings: Settings) -> str:
-    return digest({**_plain(settings), "model": "", "device": ""})
+    return digest({**_plain(settings), "model": "", "device": "", "format": _FORMAT})
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
@@ -454,8 +461,12 @@ def _identity(entry: Entry) -> dict[str, str]:
     return own | dict(entry.extra)
 
 
-def _check_columns(entries: Sequence[Entry]) -> None:
-    """See that no column that a manifest brings along has the name of one of the table's own."""
+def _check_columns(entries: Sequence[Entry], classes: Sequence[str]) -> None:
+    """See that no column that a manifest brings along has the name of one of the table's own.
+
+    What begins with prob_ would be taken for a class, too; columns such as low_grade are the user's own.
+    """
+    own = {*_COLUMNS, *(prefix + name for prefix in _OF_CLASS for name in classes)}
     for name in dict.fromkeys(name for entry in entries for name in entry.extra):
-        if name in _COLUMNS or name.startswith(("prob_", "se_")):
+        if name in own or name.startswith("prob_"):
             raise UsageError(f"manifest: column {name} would be lost, as predictions have one too; rename it")

@@ -88,6 +88,8 @@ def test_prediction_and_map(model):
     drawn = isinstance(model, NestedATS | UniformSampling)
     assert result.draws.tolist() == ([5, 5] if drawn else [1, 1])
     assert (result.standard_error > 0).all() if drawn else (result.standard_error == 0).all()
+    below, above = result.probabilities - result.low, result.high - result.probabilities
+    assert ((below > 0) & (above > 0)).all() if drawn else ((below == 0) & (above == 0)).all()
     if isinstance(model, CNN):
         with pytest.raises(ValueError, match="no attention"):
             attention_map(result.outputs, (60, 80))

@@ -84,6 +84,7 @@ def test_drawing_stops_at_an_error_or_encodes_every_patch(runs, finished, pyrami
     assert all(row["draws"] == 2 and row["se_bar"] > 0 for row in exact)  # of the regions
     every = predict(entries, runs("located"), tmp_path / "every", exact=True)
     assert all(row["draws"] == 1 and row["se_bar"] == 0 for row in every)  # one level: nothing is drawn
+    assert all(row["low_bar"] == row["prob_bar"] == row["high_bar"] for row in every)
 
 
 def test_keys_of_another_kind_are_refused_and_kinds_named():

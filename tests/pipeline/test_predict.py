@@ -32,7 +32,8 @@ from storage import write_pyramid
 from storage.locks import locked
 
 COLUMNS = ["slide_id", "case_id", "label", "split", "seen", "prediction", "prob_bar", "prob_box", "se_bar", "se_box"]
-COLUMNS += ["draws", "entropy", "uniform_entropy", "background", "requests", "bytes_read", "seconds"]
+COLUMNS += ["low_bar", "low_box", "high_bar", "high_box", "draws", "entropy", "uniform_entropy", "background"]
+COLUMNS += ["requests", "bytes_read", "seconds"]
 COLUMNS += ["model", "status", "error"]
 
 
@@ -62,7 +63,10 @@ def worked(monkeypatch):
 
 def numbers(rows):
     """What is computed, without what was measured on the way."""
-    return [[row["prediction"], *(v for k, v in row.items() if k[:3] in ("pro", "se_"))] for row in rows]
+    return [
+        [row["prediction"], *(v for k, v in row.items() if k.startswith(("prob_", "se_", "low_", "high_")))]
+        for row in rows
+    ]
 
 
 class TestTable:
@@ -79,14 +83,16 @@ class TestTable:
             assert row["prediction"] == max(("bar", "box"), key=lambda name: row[f"prob_{name}"])
             assert row["se_bar"] == pytest.approx(row["se_box"], abs=1e-6)
             assert row["se_bar"] >= 0
+            assert 0 <= row["low_bar"] <= row["prob_bar"] <= row["high_bar"] <= 1
+            assert row["low_bar"] + row["high_box"] == pytest.approx(1)
             assert row["requests"] > 0
             assert row["bytes_read"] > 0
             assert (row["status"], row["error"]) == ("ok", "")
             assert float(line["prob_bar"]) == row["prob_bar"]
 
-    def test_a_single_draw_has_no_standard_error(self, finished, entries, tmp_path):
+    def test_a_single_draw_has_no_error_and_no_interval(self, finished, entries, tmp_path):
         returned = predict(entries, finished, tmp_path, draws=1)
-        assert {row["se_bar"] for row in returned} == {None}
+        assert {row[f"{name}_bar"] for row in returned for name in ("se", "low", "high")} == {None}
         assert json.loads(next((tmp_path / "slides").iterdir()).read_text())["se_bar"] is None
         assert read_predictions(tmp_path) == returned
 
@@ -542,11 +548,15 @@ def test_a_folder_that_another_process_predicts_into_is_left_alone(finished, ent
 
 
 def test_other_columns_of_a_manifest_are_in_the_table(finished, pyramids, tmp_path):
-    entries = [replace(entry, extra={"site": "Bern", "age": "061"}) for entry in read_manifest(pyramids)[:2]]
+    entries = [
+        replace(entry, extra={"site": "Bern", "age": "061", "low_grade": "1"})
+        for entry in read_manifest(pyramids)[:2]
+    ]
     predict(entries, finished, tmp_path / "out")
-    assert [(row["site"], row["age"], row["status"]) for row in read_predictions(tmp_path / "out")] == [
-        ("Bern", "061", "ok")
-    ] * 2
-    for name in ("status", "prob_bar"):
+    found = [
+        [row[name] for name in ("site", "age", "low_grade", "status")] for row in read_predictions(tmp_path / "out")
+    ]
+    assert found == [["Bern", "061", "1", "ok"]] * 2
+    for name in ("status", "prob_bar", "prob_grade", "low_bar", "high_box"):
         with pytest.raises(UsageError, match=f"column {name} would be lost"):
             predict([replace(entries[0], extra={name: "x"})], finished, tmp_path / "other")
