@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nested_ats.errors import EncoderError
-from nested_ats.weights import how_to_convert, read_tensors
+from nested_ats.weights import how_to_convert, read_checkpoint
 
 
 def import_encoder(name: str) -> Callable[..., Any]:
@@ -72,7 +72,7 @@ def timm_encoder(
     timm = _library("timm")
     model: nn.Module = timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=0, **options)
     if checkpoint is not None and pretrained:
-        _load(model, Path(checkpoint))
+        load_weights(model, Path(checkpoint))
     return model
 
 
@@ -156,9 +156,18 @@ def _library(name: str) -> Any:
         raise EncoderError(f"encoder: {name} cannot be imported ({error}); install it: pip install {name}") from error
 
 
-def _load(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the weights of a file into an encoder; what the file has besides, such as a classifier, is left.
+
+    Raises
+    ------
+    EncoderError
+        They do not fit, or some are missing.
+    ModelFileError
+        The file cannot be read.
+    """
     try:
-        missing, _ = model.load_state_dict(read_tensors(path), strict=False)
+        missing, _ = model.load_state_dict(read_checkpoint(path), strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise EncoderError(f"{path}: weights do not fit the encoder: {reason}") from error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_ats.encoders import Trainable, build_encoder, check_encoder, freeze
+from nested_ats.errors import EncoderError
 from nested_ats.geometry import box_starts, cell_centers, curve_order
 from nested_ats.images import Image, Map, find_level, read_batch, scale_pixels
 from nested_ats.sampling import Draw
@@ -39,8 +40,10 @@ class EncoderConfig:
     features: int = 32  # channels of lenet and the resnets; the others have their own options
     encoder_options: dict[str, Any] = field(default_factory=dict)  # further arguments of the encoder
     trainable: Trainable = "all"  # part of the encoder: all, none, or n for the last n of its stages
-    mean: float = 0.5  # subtracted from pixels in [0, 1] before any network
-    std: float = 0.25  # then divided by this
+    mean: float | tuple[float, ...] = (
+        0.5  # subtracted from pixels in [0, 1] before any network; one, or one a channel
+    )
+    std: float | tuple[float, ...] = 0.25  # then divided by this
 
     def __post_init__(self) -> None:
         """Raise ValueError where a value is out of range."""
@@ -48,7 +51,8 @@ class EncoderConfig:
         number = isinstance(self.trainable, int) and not isinstance(self.trainable, bool) and self.trainable > 0
         if not number and self.trainable not in ("all", "none"):
             raise ValueError("trainable: must be all, none, or the number of the encoder's last stages to train")
-        if not self.std > 0:
+        stds = self.std if isinstance(self.std, tuple) else (self.std,)
+        if not stds or not min(stds) > 0:
             raise ValueError("std: must be positive")
 
     @property
@@ -216,6 +220,8 @@ class ImageModel(nn.Module):
         attention: nn.ModuleList | None = None,
     ) -> None:
         super().__init__()
+        self._mean: Tensor
+        self._std: Tensor
         if attention is not None:
             self.attention = attention
         self.config = config
@@ -232,6 +238,12 @@ class ImageModel(nn.Module):
         self._frozen = freeze(self.encoder, config.trainable)
         self.locate = nn.Linear(self.features + 2, self.features) if location else None
         self.head = _Head(self.features, classes, config.scale if isinstance(config, PatchConfig) else 1.0)
+        for name in ("mean", "std"):  # (C, 1, 1) each; not of the state: the configuration has them
+            values = getattr(config, name)
+            if isinstance(values, tuple) and len(values) != in_channels:
+                raise EncoderError(f"{name}: {len(values)} values for images of {in_channels} channels")
+            each = torch.tensor([float(v) for v in (values if isinstance(values, tuple) else [values] * in_channels)])
+            self.register_buffer(f"_{name}", each[:, None, None], persistent=False)
         self.train()
         # A third faster on CPUs, and what tensor cores want; the overload is missing from torch's annotations.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -287,7 +299,7 @@ class ImageModel(nn.Module):
         return scale_pixels(_to_device(pixels, weight.device)).to(weight.dtype)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.config.mean) / self.config.std
+        return (pixels - self._mean) / self._std
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """(P, C, H, W) as an image gives them -> (P, D), before normalisation."""

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nested_ats.backbones import import_encoder, timm_encoder, transformers_encoder
+from nested_ats.backbones import import_encoder, load_weights, timm_encoder, transformers_encoder
 from nested_ats.errors import EncoderError, NestedATSError
+from nested_ats.mobilenet import MobileNetV2Encoder
 
 Trainable = Literal["all", "none"] | int
 
@@ -171,12 +173,15 @@ class Builtin(NamedTuple):
         Of ModelConfig.features.
     any_size
         Whether one network takes images of any size.
+    weights
+        Whether pretrained weights can be read, by the option ``weights``.
     """
 
     build: Callable[[int, int, int, Mapping[str, Any]], nn.Module]
     smallest_patch: int
     channel_multiple: int = 1
     any_size: bool = True
+    weights: bool = False
 
 
 def _resnet(**shape: Any) -> Builtin:
@@ -196,6 +201,7 @@ ENCODERS: dict[str, Builtin] = {
     "resnet8": _resnet(stem=3, stem_stride=1, widths=(1, 1, 1), strides=(2, 2, 2)),
     # The CNN baseline of H.1 and H.3: starts with 32 channels, doubled after every two residual blocks. The strides
     # are not in the paper: here the image is halved by the stem and wherever the width doubles.
+    "mobilenet_v2": Builtin(lambda c, _n, _, o: MobileNetV2Encoder(in_channels=c, **o), 32, weights=True),
     "resnet16": _resnet(stem=3, stem_stride=2, widths=(1, 1, 2, 2, 4, 4, 8), strides=(1, 1, 2, 1, 2, 1, 2)),
 }
 # What the option says that an encoder from elsewhere cannot do without.
@@ -275,7 +281,7 @@ def build_encoder(
         raise EncoderError(f"encoder_options: {name} needs {needed}, {meaning}")
     try:
         if name in ENCODERS:
-            encoder = ENCODERS[name].build(in_channels, channels, patch_size or 0, options)
+            encoder = _build_ours(name, in_channels, channels, patch_size or 0, options, pretrained=pretrained)
         elif name == "timm":
             encoder = timm_encoder(in_channels=in_channels, pretrained=pretrained, **options)
         elif name == "transformers":
@@ -296,6 +302,18 @@ def build_encoder(
     if isinstance(features, int) and features != found:
         raise EncoderError(f"encoder: {name} says that it has {features} features, and gives {found}")
     return encoder, found
+
+
+def _build_ours(
+    name: str, in_channels: int, channels: int, patch_size: int, options: Mapping[str, Any], *, pretrained: bool
+) -> nn.Module:
+    ours = ENCODERS[name]
+    arguments = dict(options)
+    weights = arguments.pop("weights", None) if ours.weights else None
+    encoder = ours.build(in_channels, channels, patch_size, arguments)
+    if weights is not None and pretrained:
+        load_weights(encoder, Path(weights))
+    return encoder
 
 
 def _try(name: str, encoder: nn.Module, in_channels: int, size: int) -> int:

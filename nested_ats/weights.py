@@ -1,4 +1,4 @@
-"""Tensors from safetensors files: the only form in which weights are read."""
+"""Tensors from files: of our own models from safetensors alone, of encoders that a user names also from PyTorch's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import shlex
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from nested_ats.errors import ModelFileError
@@ -50,6 +51,45 @@ def read_tensors(path: Path, *, within: Path | None = None) -> dict[str, Tensor]
         raise ModelFileError(f"{path}: no such file; check its path") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelFileError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Tensors of an encoder's weights, as they are published: safetensors, or what `torch.save` wrote.
+
+    Of the latter nothing but tensors and plain containers is read (``weights_only``). A state within a checkpoint
+    (``state_dict``, ``model`` or ``teacher``) is found, and prefixes that all names share are taken off.
+
+    Raises
+    ------
+    ModelFileError
+        It is missing, no regular file, not whole, or holds other objects.
+    """
+    try:
+        with open_regular(path) as file:
+            pickled = file.read(4).startswith(_PICKLES)
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{path}: no such file; check the path of the weights") from error
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error}") from error
+    if not pickled:
+        return read_tensors(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile pickle makes of it
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFileError(
+            f"{path}: not weights alone, which is all that is read of a file by torch.save ({reason}); save its "
+            "state_dict() anew, where you trust it"
+        ) from error
+    for key in ("state_dict", "model", "teacher"):
+        inner = found.get(key) if isinstance(found, dict) else None
+        found = inner if isinstance(inner, dict) else found
+    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ModelFileError(f"{path}: holds no state of a network, a mapping of names to tensors")
+    for prefix in ("module.", "backbone.", "encoder."):
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
 
 
 def how_to_convert(path: Path) -> str:
