@@ -78,9 +78,19 @@ class TrainConfig(_Section):
     precision: Precision = "float32"  # of the networks
     augment: AugmentConfig = AugmentConfig()  # of the training slides alone
     learning_rate: float = Field(default=1e-3, gt=0)  # of Adam (paper, appendix H)
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate: down to none at the last step, or not
+    warmup: float = Field(default=0.02, ge=0, lt=1)  # share of the training in which the learning rate rises
+    clip: float = Field(default=1.0, ge=0)  # largest norm of a step's gradient; 0: any
     weight_decay: float = Field(default=0.0, ge=0)  # decoupled (AdamW)
+    average: float = Field(default=0.98, ge=0, lt=1)  # share of the averaged weights, which are those that are kept,
+    # that a step leaves (EMA); 0: the last weights are kept
     entropy_weight: float = Field(default=0.01, ge=0)  # lambda of the paper's equation 21
+    entropy_fade: float = Field(default=0.5, ge=0, le=1)  # share of the training by which it has faded; 0: it stays
+    early_samples: int = Field(default=4, ge=1)  # factor on the samples of every level early in the training
+    early_share: float = Field(default=0.2, ge=0, le=1)  # of the training
     class_weights: Literal["none", "balanced"] = "none"  # balanced: by the inverse prior of the class
+    sampling: Literal["all", "balanced"] = "all"  # slides of an epoch: each once, or as many of each class
+    patience: int = Field(default=0, ge=0)  # epochs without a better validation after which training stops; 0: never
     checkpoint_minutes: float = Field(
         default=5.0, gt=0
     )  # at most this much work is lost; every epoch ends with one too
@@ -119,8 +129,8 @@ class DataConfig(_Section):
 class PredictConfig(_Section):
     """How slides are classified."""
 
-    draws: int = Field(default=4, ge=1)  # independent draws, averaged; their scatter is the standard error
-    target_error: float | None = Field(default=None, gt=0)  # standard error at which drawing stops before that
+    draws: int = Field(default=4, ge=1)  # independent draws, averaged; their scatter is the interval
+    target_error: float | None = Field(default=None, gt=0)  # expected error at which drawing stops before that
     exact: bool = False  # encode every patch of the opened regions instead of drawing among them
     precision: Precision = "float32"  # of the networks
 

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     position: Position,
     totals: Tensor,
+    kept: Mapping[str, Tensor],
     fingerprint: str,
 ) -> None:
     """Replace the state of a run; it holds the metrics of the epochs before it, too.
@@ -82,6 +84,8 @@ def save_state(
         After the last step taken.
     totals
         Sums of the epoch under way.
+    kept
+        State of `pipeline.course.Kept`.
     fingerprint
         Of the run.
     """
@@ -93,6 +97,7 @@ def save_state(
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    tensors |= {f"kept.{name}": value for name, value in kept.items()}
     tensors["totals"] = totals
     data = save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata=about)
     before, after = _around(data, _BLANK)
@@ -136,12 +141,12 @@ def state_metadata(data: bytes) -> dict[str, str]:
 
 def load_state(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
-) -> tuple[Position, Tensor, str] | None:
+) -> tuple[Position, Tensor, dict[str, Tensor], str] | None:
     """Put back the last state of a run, where there is one.
 
     Returns
     -------
-    position, totals, metrics
+    position, totals, kept, metrics
         As they were saved; none for a run without a state.
 
     Raises
@@ -168,7 +173,8 @@ def load_state(
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-        return Position(int(about["epoch"]), int(about["step"])), tensors["totals"], about["metrics"]
+        kept = {name.removeprefix("kept."): value for name, value in tensors.items() if name.startswith("kept.")}
+        return Position(int(about["epoch"]), int(about["step"])), tensors["totals"], kept, about["metrics"]
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UsageError(f"{path}: not a state of this run ({reason}); start again with --overwrite") from error

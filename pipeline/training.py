@@ -23,20 +23,22 @@ from threading import Lock
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster import Context
 from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
+from nested_ats.base import SamplingModel
 from pipeline.allocator import keep_freed_memory
 from pipeline.augment import AugmentedImage
 from pipeline.config import Config, parse_config
+from pipeline.course import Kept, clip, entropy_weight, learning_rate, more_samples
 from pipeline.epochs import TOTALS, Curves, describe, epoch_verdict, means, validation_auc
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
 from pipeline.net import Net
-from pipeline.runs import METRICS, MODEL, Position, autocast, load_state, read_metrics, save_state
+from pipeline.runs import METRICS, MODEL, STATE, Position, autocast, load_state, read_metrics, save_state
 from pipeline.slides import SlideCache, draw_key
 from pipeline.unreadable import SlideError, Unreadable, WatchedImage
 from pipeline.verdict import Observer, class_shares
@@ -122,7 +124,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, in_channels=channels, classes=len(classes)).to(context.device)
         self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            self._trained(),
             lr=config.train.learning_rate,
             weight_decay=config.train.weight_decay,
             # Gradients that are rounding noise alone (softmax does not see a shift of its logits) must not become
@@ -130,6 +132,7 @@ class Trainer:
             eps=1e-6,
         )
         self.observer = Observer(self.model)
+        self.kept = Kept(self.model, config.train.average)
         self.class_weights = self._class_weights().to(context.device)
         balanced = config.train.class_weights == "balanced"
         self.shares = class_shares([entry.label for entry in self.training], self.classes, balanced=balanced)
@@ -148,8 +151,8 @@ class Trainer:
         batches = (found for epoch in epochs for found in self._batches(epoch, 0))
         self.model.train()
         with ThreadPoolExecutor(_READERS) as readers:
-            for epoch, (_, batch, images, views) in zip(epochs, batches, strict=False):
-                self._step(epoch, batch, images, views, readers)
+            for epoch, (step, batch, images, views) in zip(epochs, batches, strict=False):
+                self._step(epoch, step, batch, images, views, readers)
                 yield batch
 
     def run(self, on_step: OnStep) -> dict[str, Any]:
@@ -161,11 +164,14 @@ class Trainer:
             Curves(self.folder, position, self.context) as curves,
         ):
             for epoch in range(position.epoch, self.config.train.epochs):
+                if 0 < self.config.train.patience <= self.kept.stale:
+                    break
                 start = position.step if epoch == position.epoch else 0
                 metrics = self._epoch(epoch, start, readers, on_step)
                 curves.write(metrics)
                 self.context.report(metrics)
         if self.context.rank == 0:
+            self.kept.use_best()
             save_model(self.folder / MODEL, self.model, classes=self.classes)
             if self.mirror:
                 self.mirror.put()
@@ -176,9 +182,14 @@ class Trainer:
             make_folder(self.folder)  # of a worker that does not share the driver's disk
             self.mirror.fetch(self.fingerprint)
         state = load_state(self.folder, self.model, self.optimizer, self.fingerprint)
-        position, self.totals, metrics = state or (Position(), self.totals, "")
-        if len(self.totals) != len(TOTALS):  # a state of an earlier version: the epoch's metrics begin here
-            self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)
+        position, self.totals, kept, metrics = state or (Position(), self.totals, self.kept.state(), "")
+        try:
+            self.kept.load(kept)
+        except (KeyError, RuntimeError) as error:
+            raise UsageError(
+                f"{self.folder / STATE}: of an earlier version, which kept no averaged weights; start again with "
+                "--overwrite (the model it has made can still be used)"
+            ) from error
         self._check_agreement(position)
         if self.context.rank == 0:
             # An epoch's line is written before its state: a line that the state does not know of is written again.
@@ -201,7 +212,7 @@ class Trainer:
         began = time.monotonic()
         self.model.train()
         for step, batch, images, views in self._batches(epoch, start):
-            self._step(epoch, batch, images, views, readers)
+            self._step(epoch, step, batch, images, views, readers)
             done = Position(epoch, step + 1)
             if (
                 done.step < self.steps
@@ -210,7 +221,11 @@ class Trainer:
                 self._save(done)
             words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(means(self.totals))}"
             on_step(epoch * self.steps + step + 1, self.config.train.epochs * self.steps, words)
-        validation = self._validate(epoch, readers) if self.validation else {}
+        validation = {}
+        if self.validation:
+            with self.kept.applied():
+                validation = self._validate(epoch, readers)
+            self.kept.judge(validation.get("val_cross_entropy", math.nan))
         self.unreadable.gather(self.context)
         if not self.totals[-1]:
             slide_id, reason = next(iter(self.unreadable.reasons.items()))
@@ -227,9 +242,7 @@ class Trainer:
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, list[Entry], list[Image], list[Tensor]]]:
         """Give this worker's slides of every step that can be read, with their coarse views read one step ahead."""
-        order = torch.randperm(
-            len(self.training), generator=torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
-        ).tolist()
+        order = self._order(epoch)
         size = self.config.train.batch_size
 
         def load(entry: Entry) -> tuple[Entry, Image, Tensor] | None:
@@ -256,6 +269,21 @@ class Trainer:
                     [view for _, _, view in loaded],
                 )
 
+    def _order(self, epoch: int) -> list[int]:
+        """Training slides of an epoch in order: each once, or, where balanced, as many of each class.
+
+        Slides of a class with fewer than its share come again, those of one with more take turns over the epochs.
+        """
+        generator = torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
+        order = torch.randperm(len(self.training), generator=generator)
+        if self.config.train.sampling == "balanced":
+            labels = self._labels(self.training).cpu()
+            classes = [order[labels[order] == number] for number in sorted(set(labels.tolist()))]
+            share = -(-len(order) // len(classes))
+            order = torch.stack([rows.repeat(-(-share // len(rows)))[:share] for rows in classes], 1)
+            order = order.flatten()[torch.randperm(order.numel(), generator=generator)][: len(self.training)]
+        return order.tolist()
+
     def _augmented(self, epoch: int, entry: Entry) -> Image:
         """Open a training slide, as it is seen in an epoch."""
         key = draw_key(self.config.seed, "augment", epoch, entry.slide_id)
@@ -271,6 +299,7 @@ class Trainer:
     def _step(
         self,
         epoch: int,
+        step: int,
         batch: list[Entry],
         images: list[Image],
         views: list[Tensor],
@@ -282,6 +311,9 @@ class Trainer:
         """
         self.optimizer.zero_grad()
         sums = torch.zeros(len(TOTALS), device=self.context.device)
+        course = self.config.train
+        progress = (epoch + (step + 0.5) / self.steps) / course.epochs
+        more = more_samples(course, progress)
         size = max(1, math.ceil(len(batch) / self.config.train.parts))
 
         def forward(start: int) -> tuple[Output, Tensor] | None:
@@ -291,7 +323,7 @@ class Trainer:
                 keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in part])
                 try:
                     with self._turn:
-                        return self._forward(seen, keys, readers, coarse), self._labels(part)
+                        return self._forward(seen, keys, readers, coarse, more), self._labels(part)
                 except SlideError as error:
                     rows = [row for row in rows if row[0].slide_id != error.slide_id]
             return None
@@ -305,13 +337,17 @@ class Trainer:
                     output.logits,
                     labels,
                     output.entropy,
-                    entropy_weight=self.config.train.entropy_weight,
+                    entropy_weight=entropy_weight(course, progress),
                     class_weights=self.class_weights,
                 )
                 torch.autograd.backward(loss.sum())
                 sums += self._sums(loss, cross_entropy, output, labels)
         self.totals += self._reduce(sums).cpu()
+        clip(self._trained(), course.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(course, progress)
         self.optimizer.step()
+        self.kept.update()
 
     def _forward(
         self,
@@ -319,6 +355,7 @@ class Trainer:
         keys: Tensor,
         readers: ThreadPoolExecutor,
         views: Sequence[Tensor] | None = None,
+        more: int = 1,
     ) -> Output:
         """Run the model, letting another part of the batch compute while this one waits for its reads."""
 
@@ -331,13 +368,14 @@ class Trainer:
 
         try:
             with autocast(self.context.device, self.config.train.precision):
-                return self.model(images, keys, views=views, map_=read)  # type: ignore[no-any-return]
+                options = {"more": more} if isinstance(self.model, SamplingModel) else {}
+                return self.model(images, keys, views=views, map_=read, **options)  # type: ignore[no-any-return]
         except ImpossibleWeightsError:
             raise self._diverged() from None
 
     def _reduce(self, sums: Tensor) -> Tensor:
         """Sum gradients and `sums` over the workers, in one message, and average the gradients over the slides."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = self._trained()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients] + [sums.to(gradients[0].dtype)])
         self.context.all_reduce(flat)
@@ -347,6 +385,9 @@ class Trainer:
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = (part / sums[-1].clamp_min(1)).view_as(parameter)
         return sums
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _diverged(self) -> DataError:
         return DataError(
@@ -397,7 +438,9 @@ class Trainer:
     def _save(self, position: Position) -> None:
         self.saved_at = time.monotonic()
         if self.context.rank == 0:
-            save_state(self.folder, self.model, self.optimizer, position, self.totals, self.fingerprint)
+            save_state(
+                self.folder, self.model, self.optimizer, position, self.totals, self.kept.state(), self.fingerprint
+            )
             if self.mirror:
                 self.mirror.put()
 

@@ -12,6 +12,7 @@ from safetensors.torch import load, load_file
 
 from cluster import fit
 from pipeline.config import parse_config, plain
+from pipeline.course import PAPERS_COURSE
 from pipeline.errors import UsageError
 from pipeline.manifest import read_manifest
 from pipeline.mirror import Mirror
@@ -163,10 +164,13 @@ def test_a_run_that_is_overwritten_elsewhere_does_not_go_on_with_the_other(confi
         Mirror(url, tmp_path / "one").fetch(json.loads(s3.objects("runs/first")[RUN])["fingerprint"])
 
 
-def test_who_has_got_further_wins(config, entries, url, s3, tmp_path, whole, monkeypatch):
+def test_who_has_got_further_wins(config, entries, url, s3, tmp_path, monkeypatch):
     """A run was extended without its mirror: what it learnt since is not lost."""
     values = plain(config)
-    shorter = parse_config({**values, "train": {**values["train"], "epochs": 1}}, "")
+    course = {**values["train"], **PAPERS_COURSE}  # the same whatever the number of epochs
+    config, shorter = (parse_config({**values, "train": {**course, "epochs": n}}, "") for n in (3, 1))
+    train(entries, config, tmp_path / "whole")
+    whole = (tmp_path / "whole" / MODEL / "model.safetensors").read_bytes()
     train(entries, shorter, tmp_path / "run", mirror=url)
     train(entries, config, tmp_path / "run")
     monkeypatch.setattr(Trainer, "_step", None)
@@ -229,7 +233,8 @@ def test_a_place_of_something_else_is_left_alone(config, entries, url, s3, tmp_p
 def test_two_workers_that_share_no_disk(config, pyramids, url, s3, tmp_path, ray_head):
     """Each has a folder of its own, and a new one when the group starts again; rank 0 is the other's machine then."""
     values = plain(config)
-    shorter = parse_config({**values, "train": {**values["train"], "epochs": 1}}, "")
+    values["train"] |= PAPERS_COURSE  # the same whatever the number of epochs
+    config, shorter = (parse_config({**values, "train": {**values["train"], "epochs": n}}, "") for n in (3, 1))
     train(read_manifest(pyramids), shorter, tmp_path / "driver", mirror=url)
     run = json.loads((tmp_path / "driver" / RUN).read_bytes())
     training = [entry for entry in read_manifest(pyramids) if entry.split != "test"]

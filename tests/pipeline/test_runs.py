@@ -31,14 +31,15 @@ def network(seed):
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / METRICS).write_text('{"epoch": 1, "cross_entropy": 0.5}\n')
-    save_state(tmp_path, *network(0), Position(1, 2), torch.arange(5.0), "abc")
+    save_state(tmp_path, *network(0), Position(1, 2), torch.arange(5.0), {"steps": torch.tensor(7)}, "abc")
     return tmp_path
 
 
 def restored(folder):
     """What a state gives, as comparable values."""
     model, optimizer = network(1)
-    position, totals, metrics = load_state(folder, model, optimizer, "abc")
+    position, totals, kept, metrics = load_state(folder, model, optimizer, "abc")
+    assert kept == {"steps": torch.tensor(7)}
     moments = {i: {k: v.tolist() for k, v in state.items()} for i, state in optimizer.state_dict()["state"].items()}
     weights = {name: value.tolist() for name, value in model.state_dict().items()}
     return position, totals.tolist(), metrics, moments, weights

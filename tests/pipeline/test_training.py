@@ -332,17 +332,63 @@ def test_the_command_says_when_nothing_was_learned(config, pyramids, tmp_path):
     assert verdict.startswith("has learned nothing yet: cross-entropy 0.")
 
 
-def test_a_state_of_an_earlier_version_goes_on(config, pyramids, whole, tmp_path):
-    """It had fewer sums of the epoch under way."""
+def test_a_state_of_an_earlier_version_is_refused_with_what_to_do(config, pyramids, tmp_path, monkeypatch):
+    """It had no averaged weights."""
     job = arguments(config, pyramids, tmp_path / "run")
     with pytest.raises(Stop):
         train_worker(LocalContext(), job, stop_at(4))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "pipeline.training.load_state", lambda *args: (*(found := load_state(*args))[:1], found[1][:5], found[2])
-        )
+    monkeypatch.setattr(
+        "pipeline.training.load_state", lambda *args: (*(found := load_state(*args))[:2], {}, found[3])
+    )
+    with pytest.raises(UsageError, match="earlier version.*--overwrite"):
         train_worker(LocalContext(), job)
-    assert_same(weights(tmp_path / "run"), weights(whole))
+
+
+def test_the_course_and_the_best_weights_go_on_where_they_were(config, pyramids, tmp_path):
+    """Falling rates, averages and the best epoch by validation are those of a run that nothing interrupted."""
+    job = arguments(config, pyramids, tmp_path / "whole")
+    job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
+    train_worker(LocalContext(), job)
+    stopped = {**job, "folder": arguments(config, pyramids, tmp_path / "stopped")["folder"]}
+    for step in (1, 3, 4):
+        with pytest.raises(Stop):
+            train_worker(LocalContext(), stopped, stop_at(step))
+    train_worker(LocalContext(), stopped)
+    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_training_ends_when_validation_has_not_become_better(config, pyramids, tmp_path):
+    patient = parse_config({**plain(config), "train": {**plain(config)["train"], "epochs": 9, "patience": 1}}, "")
+    job = arguments(patient, pyramids, tmp_path / "run")
+    job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.course.Kept.judge", worse_every_time)
+        train_worker(LocalContext(), job)
+    assert len(read_metrics(tmp_path / "run")) == 1
+    train_worker(LocalContext(), job)  # again: nothing more to do
+    assert len(read_metrics(tmp_path / "run")) == 1
+
+
+def worse_every_time(kept, score):
+    kept._stale += 1
+
+
+def test_balanced_epochs_have_as_many_slides_of_each_class(config, pyramids, tmp_path):
+    balanced = parse_config({**plain(config), "train": {**plain(config)["train"], "sampling": "balanced"}}, "")
+    job = arguments(balanced, pyramids, tmp_path / "run")
+    rows = [row for row in job["entries"] if row["split"] == "train"]
+    job["entries"] = [row for i, row in enumerate(rows) if row["label"] == "box" or i < 4]
+    trainer = Trainer(
+        LocalContext(), balanced, [Entry(**row) for row in job["entries"]], ["bar", "box"], 3, tmp_path / "run"
+    )
+    seen = set()
+    for epoch in range(6):
+        order = trainer._order(epoch)
+        labels = [trainer.training[i].label for i in order]
+        assert len(order) == len(trainer.training)
+        assert abs(labels.count("bar") - labels.count("box")) <= 1
+        seen |= set(order)
+    assert seen == set(range(len(trainer.training)))
 
 
 def gradient(trainer):
@@ -357,7 +403,7 @@ def gradient(trainer):
     trainer.model.forward = remember
     with ThreadPoolExecutor(2) as readers:
         _, batch, images, views = next(trainer._batches(0, 0))
-        trainer._step(0, batch, images, views, readers)
+        trainer._step(0, 0, batch, images, views, readers)
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert {parameter.grad.dtype for parameter in parameters} == {torch.float32}
     return torch.cat([parameter.grad.flatten() for parameter in parameters]), outputs

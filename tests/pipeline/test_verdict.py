@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ KINDS = {
 
 def test_uniform_entropy_is_that_of_a_flat_attention():
     torch.manual_seed(0)
-    model = build_model(NESTED, in_channels=3, classes=2)
+    model = build_model(replace(NESTED, attention="independent"), in_channels=3, classes=2)
     with torch.no_grad():
         for parameter in model.attention.parameters():
             parameter.zero_()

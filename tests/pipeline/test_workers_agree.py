@@ -81,7 +81,7 @@ def test_the_weights_agree(runs, name):
     alone = load_file(runs["none"] / "model" / "model.safetensors")
     other = load_file(runs[name] / "model" / "model.safetensors")
     for key, value in alone.items():
-        torch.testing.assert_close(other[key], value, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(other[key], value, atol=5e-4, rtol=1e-3)
 
 
 @on_ray
@@ -89,7 +89,7 @@ def test_the_weights_agree(runs, name):
 def test_the_metrics_agree(runs, name):
     for one, other in zip(read_metrics(runs["none"]), read_metrics(runs[name]), strict=True):
         for key in ("epoch", "loss", "cross_entropy", "accuracy", "entropy"):
-            assert other[key] == pytest.approx(one[key], rel=1e-4), key
+            assert other[key] == pytest.approx(one[key], rel=1e-3), key
 
 
 @on_ray

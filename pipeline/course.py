@@ -1,0 +1,143 @@
+"""The course of a training: how learning rate, entropy weight and budget change, and what weights are kept of it.
+
+Everything is a function of how far training has come, from 0 to 1, so that a run that goes on after an interruption
+takes the same course.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import TrainConfig
+
+# Keys of `train` as the paper has them: nothing changes as training goes on, and the last weights are kept.
+PAPERS_COURSE: dict[str, Any] = {
+    "schedule": "constant",
+    "warmup": 0.0,
+    "clip": 0.0,
+    "average": 0.0,
+    "entropy_fade": 0.0,
+    "early_samples": 1,
+}
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """Learning rate: rises linearly over `warmup`, then falls along half a cosine to none, or stays."""
+    rate = config.learning_rate * min(1.0, progress / config.warmup if config.warmup else 1.0)
+    if config.schedule == "constant":
+        return rate
+    left = max(0.0, progress - config.warmup) / (1 - config.warmup)
+    return rate * (1 + math.cos(math.pi * min(left, 1.0))) / 2
+
+
+def entropy_weight(config: TrainConfig, progress: float) -> float:
+    """Weight of the entropy: falls linearly to none over `entropy_fade` of the training."""
+    left = 1.0 - progress / config.entropy_fade if config.entropy_fade else 1.0
+    return config.entropy_weight * max(0.0, left)
+
+
+def more_samples(config: TrainConfig, progress: float) -> int:
+    """Factor on the samples of every level: more early, where nothing is known of where to look."""
+    return config.early_samples if progress < config.early_share else 1
+
+
+class Kept:
+    """What of a training is kept: a moving average of the weights, and the best of these by validation.
+
+    Averaged weights wander less than those of the last step. Floating-point buffers, such as the statistics of batch
+    normalisation, go with the weights.
+
+    Parameters
+    ----------
+    model
+        Its trained parameters, those that have ``requires_grad``, are kept.
+    decay
+        Share of the average that a step keeps, in [0, 1); less in the first steps. 0: the last weights are kept.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._live = trained + [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._average = self._copy()
+        self._best: list[Tensor] = []
+        self._steps, self._stale = torch.zeros(2, dtype=torch.int64).unbind()
+        self._score = torch.tensor(torch.inf, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after a step."""
+        self._steps += 1
+        decay = min(self.decay, int(self._steps) / (int(self._steps) + 10)) if self.decay else 0.0
+        torch._foreach_lerp_(self._average, [value.detach() for value in self._live], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average in the place of the weights while the block runs."""
+        live = self._copy()
+        self._put(self._average)
+        try:
+            yield
+        finally:
+            self._put(live)
+
+    @property
+    def stale(self) -> int:
+        """How often in a row no better average was judged."""
+        return int(self._stale)
+
+    def judge(self, score: float) -> None:
+        """Keep the average if its score is the least so far; NaN never is."""
+        self._stale += 1
+        if score < float(self._score):
+            self._score.fill_(score)
+            self._stale.zero_()
+            self._best = [value.clone() for value in self._average]
+
+    def use_best(self) -> None:
+        """Put the best average, or the last one where none was judged, in the place of the weights for good."""
+        self._put(self._best or self._average)
+
+    def _copy(self) -> list[Tensor]:
+        return [value.detach().clone() for value in self._live]
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for live, value in zip(self._live, values, strict=True):
+            live.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name, to be saved."""
+        parts = {"average": self._average, "best": self._best}
+        tensors = {f"{part}.{number}": value for part, values in parts.items() for number, value in enumerate(values)}
+        numbers = {"steps": self._steps, "stale": self._stale, "score": self._score}
+        return {name: value.clone() for name, value in (numbers | tensors).items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state.
+
+        Raises
+        ------
+        KeyError, RuntimeError
+            It is not that of this model.
+        """
+        self._steps.copy_(state["steps"])
+        self._stale.copy_(state["stale"])
+        self._score.copy_(state["score"])
+        if self._score.isfinite():
+            self._best = self._copy()
+        for part, values in (("average", self._average), ("best", self._best)):
+            for number, value in enumerate(values):
+                value.copy_(state[f"{part}.{number}"])
+
+
+def clip(parameters: Sequence[nn.Parameter], largest: float) -> None:
+    """Scale gradients down to a norm of at most `largest`, all together; 0 lets them be."""
+    if largest:
+        nn.utils.clip_grad_norm_(parameters, largest)
