@@ -1,18 +1,20 @@
-"""What the estimator does to learning: test error at equal patches and epochs, and epochs to 90 % accuracy.
+"""What each choice does to learning: test error at equal patches and epochs, and epochs to 90 % accuracy.
 
-Two tasks. *mnist*: Megapixel MNIST at 384 x 384 with 8 noise patches; one level, 10 patches of 50 pixels out of 2304
+Tasks. *mnist*: Megapixel MNIST at 384 x 384 with 8 noise patches; one level, 10 patches of 50 pixels out of 2304
 cells. *signs*: the scenes of ``make demo``, 1024 x 1024; 8 regions, then 8 patches of 64 pixels out of 4096 leaves.
-Arms differ in how patches are drawn and in how the gradient is estimated, and in nothing else: within a seed they
-start from the same weights (but ``uniform``, which has no attention) and see the same images in the same order, by
-the training step of `pipeline.training`. Images are the same for all seeds, and held in memory.
+*needles*: one digit of a class among 60 scraps of digits, 512 x 512, two levels.
+Arms differ from ``default`` in what their name says and in nothing else: within a seed they start from the same
+weights (but ``uniform``, which has no attention) and see the same images in the same order, by the course of training
+of `pipeline.course`. Images are the same for all seeds, and held in memory.
 
 "epochs to 90 %" is the first epoch in which the training accuracy, over the draws that trained, is 90 % or more. The
-test draws once per image, as the paper does. The authors' gradient is for one level, so *signs* has no such arm.
+test draws once per image, as the paper does. The authors' gradient is for one level, so only *mnist* has such an arm.
 
 A run is written to the result file when it ends, and a rerun does only what is missing. All is done in one thread; to
 let glibc keep freed memory takes a third off the time: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592.
 
-    python benchmarks/learning.py [--digits ../shared/data/mnist] [--results FILE] [--show] [--quick]
+    python benchmarks/learning.py [--digits ../shared/data/mnist] [--tasks mnist signs] [--arms default ...]
+                                  [--results FILE] [--show] [--quick]
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ from nested_ats import (
     predict,
 )
 from nested_ats.base import SamplingModel
-from pipeline.config import DEFAULT_LEVELS
+from pipeline.config import DEFAULT_LEVELS, TrainConfig
+from pipeline.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.slides import draw_key
@@ -58,12 +61,11 @@ from pipeline.train import versions
 
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "learning_cpu.json"
-LEARNING_RATE, ENTROPY_WEIGHT = 1e-3, 0.01
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, the model of its ``systematic`` arm, and how long to train."""
+    """A data set, the model of its ``default`` arm, and how long to train."""
 
     model: ModelConfig
     channels: int
@@ -82,22 +84,49 @@ class Task:
 
 _LEVEL = LevelConfig(downsample=4, stride=2, samples=10, channels=(8, 8))
 _MNIST = ModelConfig(levels=(_LEVEL,), patch_size=50, mean=0.13, std=0.31)
+_NEEDLES = ModelConfig(
+    levels=(
+        LevelConfig(downsample=8, stride=1, group=8, samples=8),
+        LevelConfig(downsample=2, size=32, stride=4, samples=8),
+    ),
+    patch_size=36,
+    mean=0.13,
+    std=0.31,
+)
 _SIGNS = ModelConfig(levels=DEFAULT_LEVELS)
 TASKS = {
     "mnist": Task(_MNIST, channels=1, classes=10, size=384, train=2000, test=500, batch=32, epochs=30),
+    "needles": Task(_NEEDLES, channels=1, classes=10, size=512, train=2000, test=500, batch=32, epochs=30),
     "signs": Task(_SIGNS, channels=3, classes=4, size=1024, train=700, test=150, batch=16, epochs=45),
 }
 UNIFORM, AUTHORS = "uniform", "desraj, authors' gradient"
-ARMS: dict[str, dict[str, Any]] = {
-    "systematic": {},
-    "desraj": {"method": "desraj"},
-    AUTHORS: {"method": "desraj"},
-    "multinomial": {"method": "multinomial"},
-    UNIFORM: {},
-    "systematic, constant baseline": {"baseline": "constant"},
-    "multinomial, leave-one-out": {"method": "multinomial", "baseline": "leave-one-out"},
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is changed in the model and in the training."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ("mnist", "signs", "needles")
+
+
+ARMS = {
+    "default": Arm(),
+    "independent levels": Arm({"attention": "independent"}, tasks=("signs", "needles")),
+    "features not scaled": Arm({"scale": 1.0}),
+    "systematic": Arm({"method": "systematic"}),
+    "desraj": Arm({"method": "desraj"}),
+    "multinomial": Arm({"method": "multinomial"}),
+    "as many samples early": Arm(train={"early_samples": 1}),
+    "constant learning rate": Arm(train={"schedule": "constant", "warmup": 0.0}),
+    "last weights": Arm(train={"average": 0.0}),
+    "entropy weight stays": Arm(train={"entropy_fade": 0.0}),
+    "gradient not clipped": Arm(train={"clip": 0.0}),
+    "the paper's training": Arm({"attention": "independent", "scale": 1.0, "method": "multinomial"}, PAPERS_COURSE),
+    AUTHORS: Arm({"method": "desraj", "scale": 1.0}, PAPERS_COURSE, tasks=("mnist",)),
+    UNIFORM: Arm(),
 }
-SKIPPED = {"mnist": (), "signs": (AUTHORS, "systematic, constant baseline", "multinomial, leave-one-out")}
 
 
 class ByteImage(ArrayImage):
@@ -118,11 +147,12 @@ class Data:
 
     images: list[ByteImage]
     labels: Tensor
+    train: int
 
 
 def make_data(name: str, task: Task, digits: Path | None) -> Data:
     """Make the images of a task, the same every time."""
-    render = {"mnist": mnist_scenes, "signs": sign_scenes}[name](task, digits)
+    render = {"mnist": mnist_scenes, "signs": sign_scenes, "needles": needle_scenes}[name](task, digits)
     count, sides = task.train + task.test, [task.size >> level for level in range(task.coarsest + 1)]
     # One block a level, and rendered first: what is cached then, between the floats of the levels, would leave the
     # heap in pieces.
@@ -133,7 +163,7 @@ def make_data(name: str, task: Task, digits: Path | None) -> Data:
         exact = ArrayImage(image.read(0, torch.tensor([[0, 0, task.size, task.size]]))[0], levels=len(sides))
         for level, side in enumerate(sides[1:], start=1):
             image.fill(level, exact.read(level, torch.tensor([[0, 0, side, side]]))[0])
-    return Data(images, labels)
+    return Data(images, labels, task.train)
 
 
 Render = Callable[[int, NDArray[np.uint8]], int]  # fills the (C, H, W) pixels of a number's image, returns its class
@@ -167,9 +197,33 @@ def sign_scenes(task: Task, digits: Path | None) -> Render:
     return render
 
 
+def needle_scenes(task: Task, digits: Path | None) -> Render:
+    """One whole digit, whose class is the label, among scraps of 14 x 14 pixels of others."""
+    files = [digits / f"t10k-{kind}-ubyte.gz" if digits else None for kind in ("images-idx3", "labels-idx1")]
+    pools = load_pools(*files)
+
+    def render(index: int, pixels: NDArray[np.uint8]) -> int:
+        rng = np.random.default_rng([1, index])
+        pool = pools[index >= task.train]
+        canvas = pixels[0]
+        canvas[:] = 0
+        for _ in range(60):
+            scrap = pool.images[rng.integers(len(pool.images))]
+            y, x = rng.integers(scrap.shape[0] - 14, size=2)
+            top, left = rng.integers(task.size - 14, size=2)
+            canvas[top : top + 14, left : left + 14] = scrap[y : y + 14, x : x + 14]
+        chosen = int(rng.integers(len(pool.images)))
+        digit = pool.images[chosen]
+        top, left = rng.integers(task.size - len(digit), size=2)
+        canvas[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
+        return int(pool.labels[chosen])
+
+    return render
+
+
 def make_model(arm: str, task: Task) -> SamplingModel:
     """Model of an arm, with weights by torch's seed."""
-    config = replace(task.model, **ARMS[arm])
+    config = replace(task.model, **ARMS[arm].model)
     shapes = {"in_channels": task.channels, "classes": task.classes}
     if arm == UNIFORM:
         last = config.levels[-1]
@@ -183,11 +237,14 @@ def run(arm: str, task: Task, data: Data, seed: int, title: str) -> dict[str, An
     began = time.process_time()
     torch.manual_seed(seed)
     model = make_model(arm, task)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, eps=1e-6)
+    course = TrainConfig(epochs=task.epochs, batch_size=task.batch, **ARMS[arm].train)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, weight_decay=0.0, eps=1e-6)
+    kept = Kept(model, course.average)
     curve = []
     for epoch in range(task.epochs):
-        curve.append(train_epoch(model, optimizer, task, data, seed, epoch))
+        curve.append(train_epoch(model, optimizer, kept, course, data, seed, epoch))
         print(f"{title}, epoch {epoch + 1}: {curve[-1]}", flush=True)
+    kept.use_best()
     return {
         "test_error": round(test_error(model, task, data, seed), 4),
         "epochs_to_90": next((n for n, point in enumerate(curve, start=1) if point["accuracy"] >= 0.9), None),
@@ -197,25 +254,38 @@ def run(arm: str, task: Task, data: Data, seed: int, title: str) -> dict[str, An
 
 
 def train_epoch(
-    model: SamplingModel, optimizer: torch.optim.Optimizer, task: Task, data: Data, seed: int, epoch: int
+    model: SamplingModel,
+    optimizer: torch.optim.Optimizer,
+    kept: Kept,
+    course: TrainConfig,
+    data: Data,
+    seed: int,
+    epoch: int,
 ) -> dict[str, float]:
     """One pass over the training images; means over it."""
     model.train()
-    shuffled = torch.randperm(task.train, generator=torch.Generator().manual_seed(draw_key(seed, epoch) >> 1))
+    count = data.train
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(draw_key(seed, epoch) >> 1))
     sums = torch.zeros(3)
-    for rows in shuffled.split(task.batch):
+    batches = shuffled.split(course.batch_size)
+    for step, rows in enumerate(batches):
+        progress = (epoch + (step + 0.5) / len(batches)) / course.epochs
         keys = torch.tensor([draw_key(seed, epoch, row) for row in rows.tolist()])
-        output = model([data.images[row] for row in rows.tolist()], keys)
+        output = model([data.images[row] for row in rows.tolist()], keys, more=more_samples(course, progress))
         labels = data.labels[rows]
         loss, cross_entropy = attention_sampling_loss(
-            output.logits, labels, output.entropy, entropy_weight=ENTROPY_WEIGHT
+            output.logits, labels, output.entropy, entropy_weight=entropy_weight(course, progress)
         )
         optimizer.zero_grad()
         loss.mean().backward()
+        clip(list(model.parameters()), course.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(course, progress)
         optimizer.step()
+        kept.update()
         correct = output.logits.argmax(-1) == labels
         sums += torch.stack([part.detach().sum() for part in (correct, cross_entropy, output.entropy)])
-    means = (sums / task.train).tolist()
+    means = (sums / count).tolist()
     return {name: round(mean, 4) for name, mean in zip(("accuracy", "cross_entropy", "entropy"), means, strict=True)}
 
 
@@ -230,26 +300,33 @@ def test_error(model: SamplingModel, task: Task, data: Data, seed: int) -> float
     return wrong / task.test
 
 
-def grid(names: Sequence[str], seeds: tuple[int, ...]) -> list[tuple[int, str, str]]:
-    """Every (seed, task, arm), in the order in which they are run: the optional baselines last."""
-    every = [(seed, name, arm) for seed in seeds for name in names for arm in ARMS if arm not in SKIPPED[name]]
-    return sorted(every, key=lambda one: "baseline" in ARMS[one[2]])
+def grid(names: Sequence[str], arms: Sequence[str], seeds: tuple[int, ...]) -> list[tuple[int, str, str]]:
+    """Every (seed, task, arm) in the order in which they are run."""
+    return [(seed, name, arm) for arm in arms for seed in seeds for name in names if name in ARMS[arm].tasks]
 
 
 def run_missing(
-    tasks: dict[str, Task], names: Sequence[str], seeds: tuple[int, ...], digits: Path | None, path: Path
+    tasks: dict[str, Task],
+    names: Sequence[str],
+    arms: Sequence[str],
+    seeds: tuple[int, ...],
+    digits: Path | None,
+    path: Path,
 ) -> None:
     """Do the runs that the result file lacks, and add each to it."""
     data = cache(lambda name: make_data(name, tasks[name], digits))
     settings = {name: asdict(task) for name, task in tasks.items()}
-    settings |= {"digits": "MNIST t10k" if digits else "scikit-learn", "lr": LEARNING_RATE, "lambda": ENTROPY_WEIGHT}
+    settings |= {
+        "digits": "MNIST t10k" if digits else "scikit-learn",
+        "course": TrainConfig().model_dump(mode="json"),
+    }
     settings = json.loads(json.dumps(settings))
     results = read(path) or {"settings": settings, "runs": []}
     if results["settings"] != settings:
         raise SystemExit(f"{path}: of other settings; give another --results")
     made_with = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     done = {(each["seed"], each["task"], each["arm"]) for each in results["runs"]}
-    for seed, name, arm in grid(names, seeds):
+    for seed, name, arm in grid(names, arms, seeds):
         if (seed, name, arm) in done:
             continue
         title = f"{name}, {arm}, seed {seed}"
@@ -294,18 +371,20 @@ def main() -> None:
     parser.add_argument("--digits", type=Path, help="folder of MNIST's t10k files; scikit-learn's digits without")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--show", action="store_true", help="print what there is and run nothing")
     parser.add_argument("--quick", action="store_true", help="see that it works: few images, two epochs, one seed")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        tasks, seeds, path = TASKS, SEEDS, chosen.results
+        tasks, seeds, path = TASKS, tuple(chosen.seeds), chosen.results
         if chosen.quick:
             tasks = {name: replace(task, train=64, test=32, epochs=2) for name, task in TASKS.items()}
             seeds, path = (0,), Path(folder) / "quick.json"
         if not chosen.show:
             path.parent.mkdir(parents=True, exist_ok=True)
-            run_missing(tasks, chosen.tasks, seeds, chosen.digits, path)
+            run_missing(tasks, chosen.tasks, chosen.arms, seeds, chosen.digits, path)
         print(f"\npython {' '.join(sys.argv)}")
         show(read(path) or {"settings": {name: asdict(task) for name, task in tasks.items()}, "runs": []})
 
