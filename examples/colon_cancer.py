@@ -13,7 +13,8 @@ the paper, or is not in it:
 - A step is one image: 30,000 updates are then 375 epochs, in keeping with the hundreds that appendices E and F show.
 - Contrast by up to 20 % and brightness by up to 0.1, the ranges of the authors' published code; contrast there is about
   black, here about mid-grey, and one image in five is left as it is there.
-- Patches are drawn by `systematic`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`).
+- Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
+  features are scaled before the head.
 - Networks have group normalisation where the paper's have batch normalisation, and the network of Ilse et al. drops
   nothing (`nested_ats.encoders`).
 """

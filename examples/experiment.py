@@ -34,6 +34,7 @@ from nested_ats import ImageModel, load_model
 from nested_ats.maps import attention_map
 from nested_ats.profiling import Cost, step_cost
 from pipeline.config import Config, digest, parse_config, plain
+from pipeline.course import PAPERS_COURSE
 from pipeline.errors import PipelineError, UsageError
 from pipeline.evaluate import evaluate
 from pipeline.files import file_name, make_folder, write_atomic, write_json
@@ -97,7 +98,8 @@ class Experiment:
         UsageError
             A key or value is wrong.
         """
-        return parse_config(merge(merge(self.base, method.settings), {"seed": seed}), f"{self.name}, {method.key}")
+        base = merge({"train": PAPERS_COURSE}, self.base)
+        return parse_config(merge(merge(base, method.settings), {"seed": seed}), f"{self.name}, {method.key}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ first 8,000 of its digits make the training images and the other 2,000 the test 
 scikit-learn's. What the paper leaves open (batch size, strides of the CNN, noise) is as in the configuration, in
 `nested_ats.encoders` and in `pipeline.synthetic_mnist`. What differs from the paper:
 
-- Patches are drawn by `systematic`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`).
+- Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
+  features are scaled before the head.
 - The feature network ends with 32 channels and begins with 16; the authors' code has four convolutions of 32.
 - Batches of 32 images, where the authors' code has 128 and an entropy weight of 1e-4 by default (0.01 here, as in H.1).
 - The attention sees downsample 8 of a true pyramid, 188 x 188 pixels; --view pasted is the authors' 180 x 180.

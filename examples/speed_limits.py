@@ -14,7 +14,8 @@ paper's experiment, for a GPU: 3 runs. What differs from the paper, or is not in
 - Contrast by up to 20 % and brightness by up to 0.1, the ranges of that code, and translation by up to a tenth of each
   side, there 100 pixels; contrast there is about black, here about mid-grey, and there one image in five has no such
   change, and one in five is not moved.
-- Patches are drawn by `systematic`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`).
+- Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
+  features are scaled before the head.
 - Networks have group normalisation where the paper's have batch normalisation (`nested_ats.encoders`).
 """
 
