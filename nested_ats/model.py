@@ -46,7 +46,9 @@ from nested_ats.sampling import METHODS, Draw, Method, draw, fold_in
 Baseline = Literal["none", "constant", "leave-one-out"]
 
 _RGB = 3
-_COARSE_VIEW, _FINER, _REGION = 512, 4, 64  # of `levels_for`: pixels, ratio of downsamples, pixels
+# Of `levels_for`: pixels of the coarse view, ratio of downsamples, pixels of a region; pixels of a cell of the
+# coarser maps, and cells along a side of what is drawn from them.
+_COARSE_VIEW, _FINER, _REGION, _STRIDE, _GROUP = 512, 4, 64, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +133,8 @@ class ModelConfig(PatchConfig):
 def levels_for(shape_yx: tuple[int, int], *, patch_size: int = 64, samples: int = 8) -> tuple[LevelConfig, ...]:
     """Levels of attention for images of a size, so that a training step costs nearly the same whatever the size.
 
-    The coarse view has at most 512 pixels a side, and each further level is four times finer, until a cell of
-    attention is no larger than a patch at the finest level.
+    The coarse view has at most 512 pixels a side, and each further level is four times finer, until what is drawn is
+    no larger than a patch at the finest level. The maps of the coarser levels are finer than what is drawn from them.
 
     Parameters
     ----------
@@ -144,11 +146,19 @@ def levels_for(shape_yx: tuple[int, int], *, patch_size: int = 64, samples: int 
         Budget of every level.
     """
     downsample = 2 ** max(0, math.ceil(math.log2(max(shape_yx) / _COARSE_VIEW)))
-    levels = [LevelConfig(downsample=downsample, samples=samples)]
-    while levels[-1].extent_l0 > patch_size and downsample > 1:
-        downsample = max(downsample // _FINER, 1)
-        levels.append(LevelConfig(downsample=downsample, samples=samples, size=_REGION))
-    return tuple(levels)
+    downsamples = [downsample]
+    while downsamples[-1] * _STRIDE * _GROUP > patch_size and downsamples[-1] > 1:
+        downsamples.append(max(downsamples[-1] // _FINER, 1))
+    return tuple(
+        LevelConfig(
+            downsample=each,
+            samples=samples,
+            size=_REGION if depth else None,
+            stride=_STRIDE if depth + 1 < len(downsamples) else _STRIDE * _GROUP,
+            group=_GROUP if depth + 1 < len(downsamples) else 1,
+        )
+        for depth, each in enumerate(downsamples)
+    )
 
 
 class NestedATS(SamplingModel):

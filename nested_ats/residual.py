@@ -19,7 +19,7 @@ _LEAST = 1e-30  # of the largest cell in a region: beneath this a cell's share h
 def group_logits(cells: Tensor) -> Tensor:
     """Logit of each unit from the (..., g, g) logits of its cells: their logsumexp, -inf where all are."""
     flat = cells.flatten(-2)
-    possible = flat > -torch.inf
+    possible = flat != -torch.inf  # also of what is not a number, which must not go unseen
     # logsumexp of nothing but -inf has a gradient of NaN.
     logits = flat.masked_fill(~possible, -1e5).logsumexp(-1)
     return logits.masked_fill(~possible.any(-1), -torch.inf)
@@ -53,7 +53,7 @@ def inherited(cells: Tensor, starts: Tensor, ratio: float, count: int) -> Tensor
     share = torch.minimum(low[..., None] + ratio, place + 1) - torch.maximum(low[..., None], place)
     share = share.clamp_min(0).to(cells.device, cells.dtype)  # (B, n, 2, k, g)
     rows, columns = share.unbind(2)
-    possible = cells > -torch.inf
+    possible = cells != -torch.inf
     top = cells.detach().flatten(-2).amax(-1)[..., None, None].clamp_min(-1e5)
     mass = rows @ (cells - top).masked_fill(~possible, -torch.inf).exp() @ columns.transpose(-1, -2)
     logits = mass.clamp_min(_LEAST).log() + top

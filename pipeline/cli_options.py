@@ -23,7 +23,7 @@ Split = Annotated[str | None, typer.Option(help="Slides of this split only: trai
 Draws = Annotated[int | None, typer.Option(min=1, help="Independent draws to average; default: as configured.")]
 TargetError = Annotated[
     float | None,
-    typer.Option(min=0, help="Stop drawing at this standard error of the probabilities; --draws is the most."),
+    typer.Option(min=0, help="Stop drawing at this expected error of the probabilities; --draws is the most."),
 ]
 Exact = Annotated[
     bool, typer.Option("--exact", help="Encode every patch of the opened regions; slower, no draws there.")

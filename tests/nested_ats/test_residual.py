@@ -27,7 +27,7 @@ def build(tree, **options):
         for d, size, stride, group in tree
     )
     torch.manual_seed(0)
-    config = ModelConfig(levels=levels, patch_size=24, **options)
+    config = ModelConfig(levels=levels, patch_size=32, **options)
     model = NestedATS(config, in_channels=3, classes=2).double()
     with torch.no_grad():
         model.attention[0].layers[-1].weight.mul_(20)
