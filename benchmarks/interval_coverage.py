@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nested_ats.evaluation import Head, estimate, expected_error
 from nested_ats.expectation import expectation
 from nested_ats.sampling import METHODS, Method, fold_in
+from pipeline.interrupt import run_main
 
 D, TREES = 8, 48
 REGIONS, PATCHES = 64, 128  # of one prediction, shared by its draws; the default model has 32 and 32
@@ -198,4 +199,4 @@ def _four(found: tuple[float, float, float, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
