@@ -51,6 +51,7 @@ class ForeignSource:
     """
 
     memory_bytes = 0
+    identity = None  # nothing lists the chunks, so that any of them may change unseen
 
     def __init__(
         self, location: str, store: Store, counters: Counters, image: Multiscale, read: Callable[[str], bytes]

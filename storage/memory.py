@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import closing
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +45,12 @@ class MemorySource:
             self._pixels.append(downsample(self._pixels[-1]))
         self.levels = tuple(_level(level.shape, 2.0**i) for i, level in enumerate(self._pixels))
         self.memory_bytes = sum(level.nbytes for level in self._pixels)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the pixels, from which all levels are made; see ``Source``."""
+        pixels = self._pixels[0]
+        return hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes()).hexdigest()
 
     def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Copy from the level's pixels; see ``Source``."""

@@ -11,12 +11,14 @@ Specifications: https://ngff.openmicroscopy.org/0.5/ and https://zarr-specs.read
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import sys
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,6 +108,16 @@ class PyramidInfo:
     window: tuple[float, float]  # display range of all channels
     levels: tuple[LevelInfo, ...]
     provenance: dict[str, Any] = field(default_factory=dict)  # source fingerprint and options, JSON values
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of the pixels of all levels: of what every shard's checksum is, and how a shard is to be read."""
+        digest = hashlib.sha256()
+        for level in self.levels:
+            digest.update(repr((level.shape, level.layout, level.scale_yx)).encode())
+            for column in SHARD_COLUMNS:
+                digest.update(getattr(level.table, column).astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def metadata_files(info: PyramidInfo) -> dict[str, bytes]:

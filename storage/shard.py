@@ -141,7 +141,7 @@ def encode_shard(pixels: NDArray[Any], layout: ShardLayout) -> EncodedShard:
     if not pieces:
         return EncodedShard([], 0, 0)
     raw = index.tobytes()
-    pieces += [raw, _checksum(raw)]
+    pieces += [raw, crc32c(raw)]
     checksum = 0
     for piece in pieces:
         checksum = zlib.crc32(piece, checksum)
@@ -279,8 +279,9 @@ def _chunks(pixels: NDArray[Any], layout: ShardLayout) -> Iterator[tuple[int, in
 def _encode_chunk(chunk: NDArray[Any], codec: BloscCodec) -> list[bytes]:
     shuffle = blosc.SHUFFLE if codec.shuffle == "shuffle" else blosc.NOSHUFFLE
     body = blosc.compress(chunk, codec.cname.encode(), codec.clevel, shuffle, codec.blocksize, codec.typesize)
-    return [body, _checksum(body)]
+    return [body, crc32c(body)]
 
 
-def _checksum(data: bytes) -> bytes:
+def crc32c(data: bytes) -> bytes:
+    """Crc32c of bytes, as what ends chunks and indexes."""
     return int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")

@@ -81,13 +81,18 @@ class ShardedSource:
         self._location, self._store, self._counters, self._cache = location, store, counters, cache
         # The root metadata names the source and tells every shard's checksum, and so changes with the content.
         self._identity = f"{location}\n{hashlib.blake2b(root, digest_size=16).hexdigest()}"
-        self.name, self.dtype = info.name, info.levels[0].layout.dtype
+        self.name, self.dtype, self._info = info.name, info.levels[0].layout.dtype, info
         self.channels = name_channels(info.channels, info.levels[0].shape[0])
         known = info.unit == "micrometer"
         self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)
         self._infos = info.levels
         self._keys = [_Keys(level) for level in info.levels]
         self._indexes = [_Indexes(level) for level in info.levels]
+
+    @property
+    def identity(self) -> str:
+        """Digest of the checksums of all shards; see ``Source``."""
+        return self._info.content
 
     def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Copy the image into ``out``, chunk by chunk; see ``Source``."""

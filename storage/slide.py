@@ -138,6 +138,15 @@ class Slide:
         return out
 
     @property
+    def identity(self) -> str | None:
+        """Digest of the pixels of all levels, whatever the location; None of pyramids of other writers.
+
+        Of our own pyramids it is that of the table of their shards' checksums, and takes no request; of a PNG, JPEG
+        or BMP that of the decoded pixels.
+        """
+        return self._source.identity
+
+    @property
     def statistics(self) -> ReadStatistics:
         """Snapshot of what was read since opening, metadata included."""
         return self._counters.snapshot()

@@ -104,6 +104,11 @@ class Source(Protocol):
     levels: tuple[Level, ...]
     memory_bytes: int  # of pixels held as long as it is open
 
+    @property
+    def identity(self) -> str | None:
+        """Digest of the pixels of all levels, which is another wherever these are; None where none is known."""
+        ...
+
     def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Copy the parts of (N, 4) boxes that lie inside the image into ``out`` (N, C, h, w); h and w are not 0."""
         ...
