@@ -17,6 +17,7 @@ from nested_ats.errors import (
 )
 from nested_ats.evaluation import Prediction, predict
 from nested_ats.expectation import entropy, expectation
+from nested_ats.feature_store import FeatureStore
 from nested_ats.images import ArrayImage, Image, read_batch
 from nested_ats.losses import attention_sampling_loss
 from nested_ats.model import LevelConfig, ModelConfig, NestedATS, levels_for
@@ -34,6 +35,7 @@ __all__ = [
     "DeepMILConfig",
     "Draw",
     "EncoderError",
+    "FeatureStore",
     "Image",
     "ImageModel",
     "ImpossibleWeightsError",

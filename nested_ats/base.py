@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -20,11 +20,13 @@ from torch.nn import functional
 
 from nested_ats.encoders import Trainable, build_encoder, check_encoder, freeze
 from nested_ats.errors import EncoderError
+from nested_ats.feature_store import EncoderName, FeatureStore
 from nested_ats.geometry import box_starts, cell_centers, curve_order
 from nested_ats.images import Image, Map, find_level, read_batch, scale_pixels
 from nested_ats.sampling import Draw
 
 _READS = 8  # parts in which one image's patches are read, so that `map_` can read them at the same time
+_AFTER_FEATURES = ("trainable", "scale", "location", "allow_gaps")  # keys that decide nothing of a frozen encoder
 
 Sampler = Callable[[Tensor, int, Tensor], Draw]
 Rows = TypeVar("Rows")
@@ -301,12 +303,16 @@ class ImageModel(nn.Module):
     def _normalise(self, pixels: Tensor) -> Tensor:
         return (pixels - self._mean) / self._std
 
-    def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """(P, C, H, W) as an image gives them -> (P, D), before normalisation."""
-        pixels = self._normalise(self._scale(pixels)).contiguous(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trainable != "none"):
-            features: Tensor = self.encoder(pixels)
-        return features
+    def _see(self, pixels: Tensor) -> Tensor:
+        """(P, C, H, W) as an image gives them -> the same as the encoder sees them."""
+        return self._normalise(self._scale(pixels)).contiguous(memory_format=torch.channels_last)
+
+    def _encode_seen(self, seen: Tensor) -> Tensor:
+        """(P, C, H, W) as the encoder sees them -> (P, D), before normalisation."""
+        frozen = self.config.trainable == "none"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features: Tensor = self.encoder(seen)
+        return features.to(seen.dtype) if frozen else features  # whether they are kept in between or not
 
 
 class _Head(nn.Linear):
@@ -329,7 +335,16 @@ class _Head(nn.Linear):
 
 
 class PatchModel(ImageModel):
-    """An `ImageModel` whose encoder sees patches; the parameters are those of `ImageModel`."""
+    """An `ImageModel` whose encoder sees patches; the parameters are those of `ImageModel`.
+
+    Attributes
+    ----------
+    store
+        Where features are kept of a frozen encoder (``trainable: none``), of images that tell an ``identity``: a
+        patch found there is neither read nor encoded. Results change by rounding alone. None: nowhere.
+    observe
+        Told the `spread` (P,) of all patches that are encoded or found; twice of one that comes twice. None: nobody.
+    """
 
     config: PatchConfig
 
@@ -351,33 +366,104 @@ class PatchModel(ImageModel):
             pretrained=pretrained,
             attention=attention,
         )
+        self.store: FeatureStore | None = None
+        self.observe: Callable[[Tensor], None] | None = None
+        before = {f.name: getattr(config, f.name) for f in fields(PatchConfig) if f.name not in _AFTER_FEATURES}
+        self._encoder_name = EncoderName({**before, "in_channels": in_channels})
 
     def encode(self, images: Sequence[Image], centers_l0: Tensor, map_: Map = map) -> Tensor:
         """Features of the patches centred on points: (B, n, 2) level-0 pixels -> (B, n, D) of unit length."""
-        patches = read_batch(images, self.config.patch_downsample, self._patch_boxes(centers_l0), map_)
+        boxes = self._patch_boxes(centers_l0)
         location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
-        return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*patches.shape[:2], -1)
+        if self._keeps:
+            features = self._recall(images, boxes, map_)
+            return self._point(features, location)
+        patches = read_batch(images, self.config.patch_downsample, boxes, map_)
+        return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*boxes.shape[:2], -1)
 
     def encode_one(self, image: Image, centers_l0: Tensor, map_: Map = map) -> Tensor:
         """Features of patches of one image, read in parts by `map_`: (P, 2) level-0 pixels -> (P, D)."""
+        if self._keeps:
+            location = centers_l0 / image_sizes([image]) * 2 - 1
+            return self._point(self._recall([image], self._patch_boxes(centers_l0)[None], map_)[0], location)
         return self._embed(*self._read(image, centers_l0, map_))
 
     def _read(self, image: Image, centers_l0: Tensor, map_: Map) -> tuple[Tensor, Tensor]:
         """Pixels (P, C, H, W) of patches of one image, and their (P, 2) places in [-1, 1]."""
-        level = find_level(image, self.config.patch_downsample)
-        parts = torch.split(self._patch_boxes(centers_l0), -(-len(centers_l0) // _READS))
-        pixels = torch.cat(list(map_(lambda part: image.read(level, part), parts)))
+        [pixels] = self._read_parts([image], [self._patch_boxes(centers_l0)], map_)
         return pixels, centers_l0 / image_sizes([image]) * 2 - 1
+
+    def _read_parts(self, images: Sequence[Image], boxes: Sequence[Tensor], map_: Map) -> list[Tensor]:
+        """Pixels (P, C, H, W) of (P, 4) boxes of each image, P > 0 of any number, read in parts by `map_`."""
+        parts = [torch.split(each, -(-len(each) * len(images) // _READS)) for each in boxes]
+        tasks = [(image, part) for image, own in zip(images, parts, strict=True) for part in own]
+        levels = {id(image): find_level(image, self.config.patch_downsample) for image in images}
+        read = iter(map_(lambda image, part: image.read(levels[id(image)], part), *zip(*tasks, strict=True)))
+        return [torch.cat([next(read) for _ in own]) for own in parts]
 
     def _patch_boxes(self, centers_l0: Tensor) -> Tensor:
         return boxes_at(centers_l0, self.config.patch_downsample, self.config.patch_size)
 
     def _embed(self, pixels: Tensor, location: Tensor) -> Tensor:
         """Patches (P, C, H, W) and their (P, 2) places in [-1, 1] -> (P, D) of unit length (section 3.2.1)."""
-        features = self._encode_pixels(pixels)
+        seen = self._see(pixels)
+        if self.observe is not None:
+            self.observe(spread(seen))
+        return self._point(self._encode_seen(seen), location)
+
+    def _point(self, features: Tensor, location: Tensor) -> Tensor:
+        """Features (..., D) as encoded and the (..., 2) places of their patches -> (..., D) of unit length."""
         if self.locate is not None:
             features = self.locate(torch.cat([features, location.to(features)], -1))
         return functional.normalize(features, dim=-1)
+
+    @property
+    def _keeps(self) -> bool:
+        return self.store is not None and self.config.trainable == "none" and self.head.weight.dtype == torch.float32
+
+    def _recall(self, images: Sequence[Image], boxes: Tensor, map_: Map) -> Tensor:
+        """Features (B, n, D) as encoded of (B, n, 4) boxes: out of the store, or put there.
+
+        A row of the store, and of a table here, holds the D numbers and the `spread` of a patch.
+        """
+        store, device, width = self.store, self.head.weight.device, self.features + 1
+        assert store is not None  # noqa: S101 - seen by the caller
+        names = self._names(images)
+        each = [rows.unique(dim=0, return_inverse=True) for rows in boxes.cpu()]
+        wanted = [own for own, _ in each]
+
+        def look(name: str | None, own: Tensor) -> tuple[Tensor, Tensor]:
+            if name is None:
+                return torch.empty(len(own), width), torch.zeros(len(own), dtype=torch.bool)
+            return store.get(name, own[:, :2], width)
+
+        looked = list(map_(look, names, wanted))
+        tables = [rows.to(device, copy=True) for rows, _ in looked]
+        missing = {row: wanted[row][~found] for row, (_, found) in enumerate(looked) if not found.all()}
+        if missing:
+            encoded = self._encode_boxes([images[row] for row in missing], list(missing.values()), map_)
+            fresh = dict(zip(missing, encoded, strict=True))
+            for row, rows in fresh.items():
+                tables[row][~looked[row][1].to(device)] = rows
+            puts = [(names[row], missing[row][:, :2], fresh[row].cpu()) for row in fresh if names[row] is not None]
+            if puts:
+                list(map_(store.put, *zip(*puts, strict=True)))
+        drawn = torch.stack([table[places.to(device)] for table, (_, places) in zip(tables, each, strict=True)])
+        if self.observe is not None:
+            self.observe(drawn[..., -1].flatten())
+        return drawn[..., :-1]
+
+    def _names(self, images: Sequence[Image]) -> list[str | None]:
+        """Under what the store has the patches of each image; None where it cannot have them."""
+        encoder = self._encoder_name(self.encoder, self.head.weight.device)
+        identities = [getattr(image, "identity", None) for image in images]
+        return [f"{encoder}/{identity}" if encoder and identity else None for identity in identities]
+
+    def _encode_boxes(self, images: Sequence[Image], boxes: Sequence[Tensor], map_: Map) -> list[Tensor]:
+        """Rows (P, D + 1) of the patches in (P, 4) boxes of each image, all encoded at once."""
+        seen = self._see(torch.cat(self._read_parts(images, boxes, map_)))
+        rows = torch.cat([self._encode_seen(seen), spread(seen)[:, None]], -1)
+        return list(torch.split(rows, [len(own) for own in boxes]))
 
 
 class SamplingModel(PatchModel):
@@ -507,6 +593,14 @@ def take_rows(value: Rows, rows: Tensor) -> Rows:
         parts = [take_rows(part, rows) for part in value]
         taken = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return taken  # type: ignore[no-any-return]
+
+
+def spread(seen: Tensor) -> Tensor:
+    """How much patches vary: the largest variance of a channel, (P, C, H, W) as the encoder sees them -> (P,)."""
+    seen = seen.detach().float()
+    # Two means of what is at most a few units large: a tenth of the time of `var`, and exact enough for a threshold.
+    variance: Tensor = seen.square().mean((-2, -1)) - seen.mean((-2, -1)).square()
+    return variance.amax(-1)
 
 
 def _to_device(pixels: Tensor, device: torch.device) -> Tensor:

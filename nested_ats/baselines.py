@@ -173,11 +173,11 @@ class DeepMIL(PatchModel):
         """Features of all patches of an image: (K, 2) level-0 pixels -> (K, D)."""
         features = []
         for chunk in torch.split(centers_l0, self.config.chunk):
-            pixels, location = self._read(image, chunk, map_)
-            if self.config.recompute and torch.is_grad_enabled():
+            if self.config.recompute and torch.is_grad_enabled() and not self._keeps:
+                pixels, location = self._read(image, chunk, map_)
                 features.append(checkpoint(self._embed, pixels, location, use_reentrant=False))
             else:
-                features.append(self._embed(pixels, location))
+                features.append(self.encode_one(image, chunk, map_))
         return torch.cat(features)
 
 
@@ -279,7 +279,7 @@ class CNN(ImageModel):
         features: dict[int, Tensor] = {}
         for shape in dict.fromkeys(view.shape for view in views):
             rows = [i for i, view in enumerate(views) if view.shape == shape]
-            encoded = self._encode_pixels(torch.stack([views[i] for i in rows]))
+            encoded = self._encode_seen(self._see(torch.stack([views[i] for i in rows])))
             features |= dict(zip(rows, encoded, strict=True))
         pooled = torch.stack([features[i] for i in range(len(views))])
         return Output(self.head(pooled), pooled.new_zeros(len(views)), pooled, ())

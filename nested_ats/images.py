@@ -19,7 +19,11 @@ Map = Callable[..., Iterable[Any]]
 
 
 class Image(Protocol):
-    """An image at several resolutions; level 0 is the finest."""
+    """An image at several resolutions; level 0 is the finest.
+
+    It may also have an ``identity``, text or None: equal texts are equal pixels in every box of every level, so that
+    features of its patches may be kept (`nested_ats.FeatureStore`).
+    """
 
     @property
     def shapes(self) -> Sequence[tuple[int, int]]:

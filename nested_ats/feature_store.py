@@ -1,0 +1,131 @@
+"""Features of patches that are kept and used again: what a frozen encoder has once made of a patch does not change.
+
+Notable: a name tells everything that decides a feature, so that nothing has to be thrown away when something changes.
+It is made of the image's identity and of a digest of the encoder: its configuration, every bit of its state, the code
+of its modules, the precision that it runs in and the kind of device. Images without an identity, encoders whose code
+cannot be seen, and weights of another type than float32 have no name: their features are computed anew each time.
+
+Shape letters: N patches, W values a patch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+_FORMAT = 1  # raise it where other numbers are made of the same pixels, weights and code of an encoder
+
+
+class FeatureStore(Protocol):
+    """Rows of numbers by name and place; thread safe. What it has forgotten is computed again."""
+
+    def get(self, name: str, places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Look rows up.
+
+        Parameters
+        ----------
+        name
+            Of what they belong to.
+        places
+            (N, 2) int64, y and x.
+        width
+            W, that of all rows of this name.
+
+        Returns
+        -------
+        rows, found
+            (N, W) float32, as they were put, and (N,) bool: which there are. The others' values mean nothing.
+        """
+        ...
+
+    def put(self, name: str, places: Tensor, rows: Tensor) -> None:
+        """Keep (N, W) float32 rows of (N, 2) places if there is room; no place comes twice."""
+        ...
+
+
+class EncoderName:
+    """Names an encoder by all that decides what it makes of pixels.
+
+    Tensors are hashed when a name is first asked for, and again those that were changed since, which torch's count of
+    changes in place tells.
+
+    Parameters
+    ----------
+    settings
+        What a patch and its pixels are before the encoder, and how that was built: plain values.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = json.dumps([_FORMAT, settings], sort_keys=True, default=str)
+        self._known: list[tuple[str, Tensor, tuple[Any, ...]]] = []  # name, tensor, and its state of change
+        self._digests: dict[str, bytes] = {}
+        self._digest: str | None = None
+
+    def __call__(self, encoder: nn.Module, device: torch.device) -> str | None:
+        """Name of the features computed now on a device; None where not all that decides them can be known."""
+        found = [(n, t, _state(t)) for n, t in (*encoder.named_parameters(), *encoder.named_buffers())]
+        if not _same(found, self._known):
+            self._digest = self._hash(encoder, found)
+            self._known = found
+        if self._digest is None:
+            return None
+        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else "as it is"
+        return f"{self._digest}/{device.type}/{cast}"
+
+    def _hash(self, encoder: nn.Module, found: Sequence[tuple[str, Tensor, tuple[Any, ...]]]) -> str | None:
+        code = _code(encoder)
+        if code is None:
+            return None
+        known = {name: each for each in self._known for name in each[:1]}
+        digest = hashlib.sha256(f"{self._settings}\n{code}\n".encode())
+        for each in found:
+            name, tensor, _ = each
+            if name not in known or not _same([each], [known[name]]):
+                self._digests[name] = _hash_tensor(tensor)
+            digest.update(f"{name}\n".encode() + self._digests[name])
+        return digest.hexdigest()
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """What is another after a tensor was changed in place, or given other memory."""
+    return (None if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype)
+
+
+def _same(
+    one: Sequence[tuple[str, Tensor, tuple[Any, ...]]], other: Sequence[tuple[str, Tensor, tuple[Any, ...]]]
+) -> bool:
+    """Whether these are the very tensors, unchanged."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(a[0] == b[0] and a[1] is b[1] and a[2] == b[2] for a, b in pairs)
+
+
+def _hash_tensor(tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _code(encoder: nn.Module) -> list[str] | None:
+    """Digests of the files that define the encoder's modules, but for torch's own; None where one cannot be seen."""
+    files = set()
+    for kind in {base for module in encoder.modules() for base in type(module).__mro__}:
+        home = kind.__module__
+        if kind is object or home.startswith("torch.nn."):
+            continue
+        if home.partition(".")[0] == "torch":  # a compiled or traced module: its code is its own
+            return None
+        try:
+            files.add(Path(inspect.getsourcefile(kind) or ""))
+        except (OSError, TypeError):
+            return None
+    try:
+        return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    except OSError:
+        return None
