@@ -51,6 +51,9 @@ class AugmentedImage:
     ------
     ValueError
         The image has no such level.
+
+    Features of its patches may be kept (`nested_ats.FeatureStore`) where it is the image itself or one of the 8
+    symmetries of it, each kept apart.
     """
 
     def __init__(self, image: Image, config: AugmentConfig, key: int, *, downsample: float) -> None:
@@ -72,6 +75,15 @@ class AugmentedImage:
         self._extents = (shapes[-1] * ratios).round().long()  # (levels, 2), of what is mirrored
         shown = torch.where(self._mirrored, self._extents, shapes).tolist()
         self.shapes: Sequence[tuple[int, int]] = [(height, width) for height, width in shown]
+        self._turn = turn
+
+    @property
+    def identity(self) -> str | None:
+        """One for each of the 8 symmetries of an image that has one; none where pixels are changed or moved."""
+        identity: str | None = getattr(self._image, "identity", None)
+        if identity is None or self._shifts.any() or self._contrast != 1 or self._brightness != 0:
+            return None
+        return f"{identity}/{self._turn}/{self._extents.tolist()}" if self._turn else identity
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """(N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""

@@ -108,6 +108,18 @@ class CacheConfig(_Section):
         return folder.expanduser().absolute()  # workers may run in other folders
 
 
+class FeaturesConfig(_Section):
+    """Where the features that a frozen encoder makes of patches are kept, for later epochs, runs and commands."""
+
+    folder: Path | None = None  # made where it is not there; none: nested-ats/features in the user's cache folder
+    gigabytes: float = Field(default=10.0, gt=0)  # that it may hold; slides that are not in use are dropped
+
+    @field_validator("folder")
+    @classmethod
+    def _whole_path(cls, folder: Path | None) -> Path | None:
+        return folder and folder.expanduser().absolute()  # workers may run in other folders
+
+
 class DataConfig(_Section):
     """How slides are read."""
 
@@ -118,6 +130,7 @@ class DataConfig(_Section):
         default=None, ge=1, le=65535
     )  # that slides must have; by default as most of them have
     cache: CacheConfig | None = None  # of chunks fetched from URLs; none by default
+    features: FeaturesConfig | None = FeaturesConfig()  # of patches, where the encoder is frozen; none: not kept
 
     @model_validator(mode="after")
     def _leave_some_to_train(self) -> Self:

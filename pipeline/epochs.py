@@ -30,10 +30,17 @@ def means(totals: Tensor) -> dict[str, float]:
     return found | ({"background": background / patches} if patches else {})
 
 
+def stored_share(looked_up: Tensor) -> dict[str, float]:
+    """Share of patches whose features were kept, of (2,) found and looked for; empty where none was looked for."""
+    found, asked = looked_up.tolist()
+    return {"stored": found / asked} if asked else {}
+
+
 def describe(metrics: Mapping[str, float]) -> str:
     """A few words on the metrics of an epoch, for a progress bar."""
     cross_entropy, accuracy, entropy = (metrics[name] for name in ("cross_entropy", "accuracy", "entropy"))
-    return f"cross-entropy {cross_entropy:.3f} accuracy {accuracy:.3f} entropy {entropy:.2f}"
+    stored = f" {metrics['stored']:.0%} of patches stored" if "stored" in metrics else ""
+    return f"cross-entropy {cross_entropy:.3f} accuracy {accuracy:.3f} entropy {entropy:.2f}{stored}"
 
 
 def validation_auc(entries: Sequence[Entry], classes: Sequence[str], probabilities: Tensor) -> dict[str, float]:

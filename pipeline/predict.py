@@ -36,8 +36,9 @@ from nested_ats import (
 )
 from nested_ats import predict as estimate
 from nested_ats.base import EncoderConfig
-from pipeline.config import CacheConfig, Precision, digest
+from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
 from pipeline.errors import DataError, UsageError
+from pipeline.features import use_features
 from pipeline.files import alone, file_name, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.net import Net
@@ -72,6 +73,7 @@ class Settings:
     precision: Precision = "float32"  # of the networks
     trust_encoder: bool = False  # import the model's encoder where it is code of the user's
     cache: CacheConfig | None = None  # of chunks fetched from URLs
+    features: FeaturesConfig | None = None  # of patches, where the encoder is frozen
     model_sha256: str = ""  # which model that folder holds (`nested_ats.ModelInfo`)
 
 
@@ -213,6 +215,7 @@ class Classifier:
         model.config = with_samples(model.config, settings.samples)  # its weights do not depend on it
         self.settings = settings
         self.model = model.to(choose_device(settings.device))
+        use_features(self.model, settings.features)
         self.observer = Observer(self.model)
 
     def open(self, entry: Entry) -> Slide:
@@ -317,7 +320,7 @@ def prediction_settings(
         ) from error
     with_samples(model.config, samples)
     config = about["config"]
-    cache = config["data"].get("cache")
+    cache, features = (config["data"].get(name) for name in ("cache", "features"))
     return Settings(
         model=str(folder.absolute()),
         model_sha256=model.sha256,
@@ -331,6 +334,7 @@ def prediction_settings(
         precision=config["predict"].get("precision", "float32"),
         trust_encoder=trust_encoder,
         cache=cache and CacheConfig(**cache),
+        features=features and FeaturesConfig(**features),
     )
 
 
@@ -419,8 +423,10 @@ def _fingerprint(settings: Settings) -> str:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON values, but for the cache, which decides nothing but time."""
-    return asdict(replace(settings, cache=None))
+    """Settings as JSON values, but for what is kept where, which decides nothing but time."""
+    values = asdict(replace(settings, cache=None, features=None))
+    del values["features"]  # which predictions of before do not have
+    return values
 
 
 def _check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:

@@ -52,6 +52,11 @@ class SlideImage:
         """Level-0 pixels per pixel of every level."""
         return [level.downsample for level in self.slide.levels]
 
+    @property
+    def identity(self) -> str | None:
+        """Of the slide's pixels and of those off it; None where it has none (`storage.Slide.identity`)."""
+        return self.slide.identity and f"{self.slide.identity}/{self.fill}"
+
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """(N, C, h, w) of the slide's type; see `nested_ats.Image.read`."""
         return torch.from_numpy(self.slide.read_many(level, boxes.numpy(), fill=self.fill))

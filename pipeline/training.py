@@ -32,8 +32,9 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.augment import AugmentedImage
 from pipeline.config import Config, parse_config
 from pipeline.course import Kept, clip, entropy_weight, learning_rate, more_samples
-from pipeline.epochs import TOTALS, Curves, describe, epoch_verdict, means, validation_auc
+from pipeline.epochs import TOTALS, Curves, describe, epoch_verdict, means, stored_share, validation_auc
 from pipeline.errors import DataError, UsageError
+from pipeline.features import DiskFeatures, use_features
 from pipeline.files import make_folder, write_atomic
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
@@ -131,6 +132,7 @@ class Trainer:
             # steps of the size of lr, or the number of threads and workers would show in the weights.
             eps=1e-6,
         )
+        self.features: DiskFeatures | None = None
         self.observer = Observer(self.model)
         self.kept = Kept(self.model, config.train.average)
         self.class_weights = self._class_weights().to(context.device)
@@ -158,6 +160,7 @@ class Trainer:
     def run(self, on_step: OnStep) -> dict[str, Any]:
         """Train from the last state to the last epoch and write the model; that of a shorter run stays until then."""
         position = self._resume()
+        self.features = use_features(self.model, self.config.data.features)
         metrics: dict[str, Any] = {}
         with (
             ThreadPoolExecutor(_READERS) as readers,
@@ -209,7 +212,7 @@ class Trainer:
             )
 
     def _epoch(self, epoch: int, start: int, readers: ThreadPoolExecutor, on_step: OnStep) -> dict[str, Any]:
-        began = time.monotonic()
+        began, looked_up = time.monotonic(), self._looked_up()
         self.model.train()
         for step, batch, images, views in self._batches(epoch, start):
             self._step(epoch, step, batch, images, views, readers)
@@ -219,7 +222,8 @@ class Trainer:
                 and time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes
             ):
                 self._save(done)
-            words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(means(self.totals))}"
+            so_far = means(self.totals) | stored_share(self._looked_up() - looked_up)
+            words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(so_far)}"
             on_step(epoch * self.steps + step + 1, self.config.train.epochs * self.steps, words)
         validation = {}
         if self.validation:
@@ -231,7 +235,10 @@ class Trainer:
             slide_id, reason = next(iter(self.unreadable.reasons.items()))
             raise DataError(f"no training slide can be read; slide {slide_id}: {reason}")
         seconds = time.monotonic() - began
-        metrics: dict[str, Any] = {"epoch": epoch + 1, **means(self.totals), **validation, "seconds": seconds}
+        metrics: dict[str, Any] = {"epoch": epoch + 1, **means(self.totals), **validation}
+        looked_up = (self._looked_up() - looked_up).to(self.context.device)
+        self.context.all_reduce(looked_up)
+        metrics |= {**stored_share(looked_up), "seconds": seconds}
         metrics["verdict"] = epoch_verdict(metrics, self.training, self.validation, self.shares)
         self.totals = torch.zeros_like(self.totals)
         if self.context.rank == 0:
@@ -434,6 +441,10 @@ class Trainer:
         parts = (loss, cross_entropy, correct, output.entropy, self.observer.uniform_entropy(output))
         of_slides = torch.stack([part.detach().sum() for part in parts])
         return torch.cat([of_slides, self.observer.take().to(of_slides), of_slides.new_tensor([len(labels)])])
+
+    def _looked_up(self) -> Tensor:
+        """Patches whose features were in the store and those that were looked for, (2,) float64, of this worker."""
+        return self.features.counts if self.features else torch.zeros(2, dtype=torch.float64)
 
     def _save(self, position: Position) -> None:
         self.saved_at = time.monotonic()

@@ -89,6 +89,12 @@ class WatchedImage:
         """Level-0 pixels per pixel of every level."""
         return self._image.downsamples
 
+    @property
+    def identity(self) -> str | None:
+        """Of the image."""
+        identity: str | None = getattr(self._image, "identity", None)
+        return identity
+
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """(N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""
         with Net() as net:

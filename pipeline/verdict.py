@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nested_ats import ImageModel, Output
-from nested_ats.base import SamplingModel
+from nested_ats.base import SamplingModel, spread
 from nested_ats.baselines import UniformSampling
 from nested_ats.expectation import uniform_entropy
 
@@ -106,7 +106,8 @@ class Observer:
 
     Background is a patch that hardly varies: glass, black margins, what lies off the slide. Its standard deviation,
     as the encoder sees it, is below a tenth in every channel, which is 0.025 of the pixels' range with the default
-    ``model.std``. Counted where the pixels are at hand, before the encoder, whose time it is a hundredth of.
+    ``model.std``. The model tells it of each patch, whose pixels need not be at hand (`PatchModel.observe`); to find
+    it takes a hundredth of the encoder's time.
 
     Parameters
     ----------
@@ -118,11 +119,10 @@ class Observer:
         self._counts = torch.zeros(2, device=model.head.weight.device)
         self._attends = not isinstance(model, UniformSampling)
         if isinstance(model, SamplingModel):
-            model.encoder.register_forward_pre_hook(self._count)
+            model.observe = self._count
 
-    def _count(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        del encoder
-        flat = is_background(inputs[0].detach())
+    def _count(self, spreads: Tensor) -> None:
+        flat = _is_flat(spreads)
         self._counts += torch.stack([flat.sum(), flat.new_ones(flat.shape).sum()]).to(self._counts)
 
     def take(self) -> Tensor:
@@ -139,7 +139,8 @@ class Observer:
 
 def is_background(pixels: Tensor) -> Tensor:
     """Whether there is nothing to see in patches: (P, C, H, W) as the encoder sees them -> (P,) bool."""
-    pixels = pixels.float()
-    # Two means of what is at most a few units large: a tenth of the time of `std`, and exact enough for a threshold.
-    variance = pixels.square().mean((-2, -1)) - pixels.mean((-2, -1)).square()
-    return (variance < _FLAT**2).all(-1)
+    return _is_flat(spread(pixels))
+
+
+def _is_flat(spreads: Tensor) -> Tensor:
+    return spreads < _FLAT**2

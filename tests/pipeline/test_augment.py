@@ -184,3 +184,35 @@ def test_levels_whose_downsamples_do_not_divide_agree_to_a_pixel():
 def test_a_level_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no level at downsample 8"):
         AugmentedImage(ArrayImage(torch.rand(1, 9, 9)), ALL, 0, downsample=8)
+
+
+class Known(ArrayImage):
+    identity = "x"
+
+
+@pytest.mark.parametrize(
+    ("config", "apart"),
+    [
+        (AugmentConfig(), 1),
+        (AugmentConfig(flip=True), 8),
+        (AugmentConfig(brightness=0.1), 0),
+        (AugmentConfig(contrast=0.1), 0),
+        (AugmentConfig(flip=True, translation=0.4), None),  # none but where it is not moved
+    ],
+)
+def test_identities_are_those_of_what_is_seen(config, apart):
+    """Equal identities are equal pixels, and the 8 symmetries have eight."""
+    pixels = torch.rand(1, 12, 18, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    for key in range(80):
+        image = AugmentedImage(Known(pixels, levels=2), config, key, downsample=2.0)
+        boxes = [torch.tensor([[-3, -3, 20 // 2**level, 24 // 2**level]]) for level in range(2)]
+        views = torch.cat([image.read(level, box).flatten() for level, box in enumerate(boxes)])
+        if image.identity is not None:
+            assert torch.equal(seen.setdefault(image.identity, views), views)
+    assert len(seen) == apart if apart is not None else 0 < len(seen) <= 8
+    assert len({tuple(views.tolist()) for views in seen.values()}) == len(seen)
+    plain = AugmentedImage(ArrayImage(pixels, levels=2), config, 0, downsample=2.0)
+    assert plain.identity is None
+    if apart == 1:
+        assert set(seen) == {"x"}

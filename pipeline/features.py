@@ -1,0 +1,286 @@
+"""Features of patches on a disk: one file for each slide and encoder, shared by epochs, runs, folds and processes.
+
+Notable: nothing here can make a feature wrong. A file is named by all that decides its features
+(`nested_ats.feature_store`), and grows by whole records, each of which ends with the crc32c of that name, the patch's
+place and its numbers. What a killed writer left unfinished is cut off by the next; what is damaged counts as missing.
+Writers hold the folder's lock; readers hold none, and no file is kept open or mapped, so that this works on a network
+file system too. Where the folder is full, files go that nobody has used since this process began, the least recently
+used first: a training that needs more than there is room for would else drop just what its next epoch asks for.
+
+Shape letters: N patches, W values a patch.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from collections import OrderedDict
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nested_ats import ImageModel
+from nested_ats.base import PatchModel
+from pipeline.config import FeaturesConfig
+from storage import StorageError
+from storage.cache import BoundedFolder
+from storage.local_store import NotAFile, open_regular
+from storage.shard import checksum_holds, crc32c
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HELD_INDEXES = 256  # of files, each of 16 bytes a patch
+_BLOCK = 8 * 2**20  # bytes read at once where a file's places are looked through
+_TOUCH_S = 60.0  # a file in use is said to be so no more often
+_SKEW_S = 10.0  # by which the clock of a file system may be behind ours
+_WAIT_S = 60.0  # after which a full folder is looked at again
+
+
+class DiskFeatures:
+    """A `nested_ats.FeatureStore` in a folder; safe between threads and processes.
+
+    A disk that fails or fills fails nothing: it is said once, and no more is kept.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    max_bytes
+        What the files may hold in all. Besides there may be, until files are next counted anew, what processes were
+        adding as they were killed.
+
+    Raises
+    ------
+    StorageError
+        The folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = BoundedFolder(folder, max_bytes)
+        self._began = time.time() - _SKEW_S
+        self._indexes: OrderedDict[str, _Index] = OrderedDict()
+        self._touched: dict[str, float] = {}
+        self._lock = Lock()
+        self._full_until = 0.0
+        self._counts = [0, 0]
+
+    def get(self, name: str, places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Look (N, 2) places up; see `nested_ats.FeatureStore.get`."""
+        record = _record(width)
+        rows, found = np.zeros((len(places), width), np.float32), np.zeros(len(places), bool)
+        with suppress(OSError, NotAFile), _opened(open_regular(self._folder.path(name))) as file:
+            self._touch(name, file)
+            index = self._index(name, file, record)
+            where = index.find(places.numpy())
+            for i in np.flatnonzero(where >= 0).tolist():
+                data = os.pread(file, record.itemsize, int(where[i]) * record.itemsize)
+                if len(data) == record.itemsize and checksum_holds(name.encode() + data):
+                    one = np.frombuffer(data, record)[0]
+                    found[i] = bool((one["place"] == places[i].numpy()).all())
+                    rows[i] = one["row"]
+            damaged = where[(where >= 0) & ~found]
+            if len(damaged):
+                self._remember(name, index.without(damaged))
+        with self._lock:
+            self._counts = [self._counts[0] + int(found.sum()), self._counts[1] + len(found)]
+        return torch.from_numpy(rows), torch.from_numpy(found)
+
+    def put(self, name: str, places: Tensor, rows: Tensor) -> None:
+        """Keep (N, W) rows of (N, 2) places; see `nested_ats.FeatureStore.put`."""
+        if time.monotonic() < self._full_until:
+            return
+        record = _record(rows.shape[1])
+        path = self._folder.path(name)
+        try:
+            with self._folder.counted() as total:
+                path.parent.mkdir(exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                with _opened(os.open(path, flags, 0o666)) as file:
+                    if not stat.S_ISREG(os.fstat(file).st_mode):
+                        return
+                    os.utime(file)  # or it could be what has to go
+                    index = self._index(name, file, record)
+                    new = index.find(places.numpy()) < 0
+                    data = _encode(name, record, places.numpy()[new], rows.numpy()[new])
+                    size = os.fstat(file).st_size
+                    whole = index.looked_at * record.itemsize
+                    if size > whole:  # a writer was killed
+                        os.ftruncate(file, whole)
+                        total.bytes -= size - whole
+                    if not self._folder.make_room(total, len(data), unused_since=self._began):
+                        self._full_until = time.monotonic() + _WAIT_S
+                        return
+                    total.bytes += _append(file, data)
+        except OSError as error:
+            self._give_up(error)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many patches were found, and how many were looked for, (2,) float64."""
+        with self._lock:
+            return torch.tensor(self._counts, dtype=torch.float64)
+
+    def _touch(self, name: str, file: int) -> None:
+        """Say that a file is in use."""
+        now = time.monotonic()
+        if now - self._touched.get(name, -_TOUCH_S) >= _TOUCH_S:
+            self._touched[name] = now
+            os.utime(file)
+
+    def _index(self, name: str, file: int, record: np.dtype[Any]) -> _Index:
+        """Where the places of a file are, those that were added since it was last looked through included."""
+        with self._lock:
+            known = self._indexes.get(name)
+        status = os.fstat(file)
+        count = status.st_size // record.itemsize
+        if known is None or known.inode != status.st_ino or known.looked_at > count:
+            known = _Index(status.st_ino, 0, np.empty(0, np.int64), np.empty(0, np.int64))
+        if known.looked_at < count:
+            known = known.extended(file, count, record)
+        self._remember(name, known)
+        return known
+
+    def _remember(self, name: str, index: _Index) -> None:
+        with self._lock:
+            self._indexes[name] = index
+            self._indexes.move_to_end(name)
+            while len(self._indexes) > _HELD_INDEXES:
+                gone, _ = self._indexes.popitem(last=False)
+                self._touched.pop(gone, None)
+
+    def _give_up(self, error: OSError) -> None:
+        """Keep no more, and say so."""
+        if self._full_until != float("inf"):
+            self._full_until = float("inf")
+            _say(f"{self._folder.folder}: {error.strerror}; no more features of patches are kept there")
+
+
+class _Index(NamedTuple):
+    """Where in a file the places are.
+
+    Attributes
+    ----------
+    inode
+        Of the file.
+    looked_at
+        Records that were looked through.
+    keys
+        Their places as one number each, in order; the record that came last is the last of equal ones.
+    records
+        Number of the record of each.
+    """
+
+    inode: int
+    looked_at: int
+    keys: NDArray[np.int64]
+    records: NDArray[np.int64]
+
+    def find(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the records of (N, 2) places, -1 for those that are not there."""
+        if not len(self.keys):
+            return np.full(len(places), -1)
+        wanted = _keys(places)
+        at = np.searchsorted(self.keys, wanted, side="right") - 1
+        return np.where((at >= 0) & (self.keys[at] == wanted), self.records[at], -1)
+
+    def extended(self, file: int, count: int, record: np.dtype[Any]) -> _Index:
+        """The index of the first `count` records."""
+        keys, start = [self.keys], self.looked_at
+        while start < count:
+            many = min(count - start, max(1, _BLOCK // record.itemsize))
+            data = os.pread(file, many * record.itemsize, start * record.itemsize)
+            block = np.frombuffer(data, record, count=len(data) // record.itemsize)
+            if not len(block):
+                break  # the file was cut short
+            keys.append(_keys(block["place"]))
+            start += len(block)
+        every = np.concatenate(keys)
+        records = np.concatenate([self.records, np.arange(self.looked_at, start)])
+        order = np.argsort(every, kind="stable")
+        return _Index(self.inode, start, every[order], records[order])
+
+    def without(self, records: NDArray[np.int64]) -> _Index:
+        """The index but for some records."""
+        kept = ~np.isin(self.records, records)
+        return self._replace(keys=self.keys[kept], records=self.records[kept])
+
+
+def use_features(model: ImageModel, config: FeaturesConfig | None) -> DiskFeatures | None:
+    """Let a model with a frozen encoder keep its features; where it cannot, say why and go on without.
+
+    Parameters
+    ----------
+    model
+        Of any kind.
+    config
+        Where; none for nowhere.
+
+    Returns
+    -------
+    What the model uses now, if anything.
+    """
+    if config is None or not isinstance(model, PatchModel) or model.config.trainable != "none":
+        return None
+    try:
+        folder = config.folder or default_folder()
+        model.store = store = DiskFeatures(folder, int(config.gigabytes * 1e9))
+    except (StorageError, RuntimeError) as error:  # the latter where there is no home
+        _say(f"{error} (features of patches are not kept)")
+        return None
+    return store
+
+
+def default_folder() -> Path:
+    """Folder of the features in the user's cache, by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested-ats" / "features"
+
+
+@contextmanager
+def _opened(file: int) -> Iterator[int]:
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _record(width: int) -> np.dtype[Any]:
+    """A patch in a file: its y and x, its numbers, and the crc32c of the file's name and of these."""
+    return np.dtype([("place", "<i8", 2), ("row", "<f4", width), ("crc32c", "<u4")])
+
+
+def _keys(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One number of each (N, 2) place. A place that were another's would fail the comparison with its record."""
+    return (places[:, 0] << 32) ^ (places[:, 1] & 0xFFFFFFFF)
+
+
+def _encode(name: str, record: np.dtype[Any], places: NDArray[np.int64], rows: NDArray[np.float32]) -> bytes:
+    records = np.zeros(len(rows), record)
+    records["place"], records["row"] = places, rows
+    bodies = (one.tobytes()[: -record["crc32c"].itemsize] for one in records)
+    return b"".join(body + crc32c(name.encode() + body) for body in bodies)
+
+
+def _append(file: int, data: bytes) -> int:
+    """Write at the end of a file, all or nothing, and return how many bytes."""
+    before = os.fstat(file).st_size
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+    except OSError:
+        os.ftruncate(file, before)
+        raise
+    return len(data)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
