@@ -80,7 +80,7 @@ class ShardedSource:
     ) -> None:
         self._location, self._store, self._counters, self._cache = location, store, counters, cache
         # The root metadata names the source and tells every shard's checksum, and so changes with the content.
-        self._identity = f"{location}\n{hashlib.blake2b(root, digest_size=16).hexdigest()}"
+        self._cached_prefix = f"{location}\n{hashlib.blake2b(root, digest_size=16).hexdigest()}"
         self.name, self.dtype, self._info = info.name, info.levels[0].layout.dtype, info
         self.channels = name_channels(info.channels, info.levels[0].shape[0])
         known = info.unit == "micrometer"
@@ -216,7 +216,7 @@ class ShardedSource:
 
     def _cached_name(self, level: int, shard: int, start: int, length: int) -> str:
         """Name of a range of a shard of this very pyramid in the cache."""
-        return f"{self._identity}\n{self._keys[level][shard]}\n{start}\n{length}"
+        return f"{self._cached_prefix}\n{self._keys[level][shard]}\n{start}\n{length}"
 
 
 class _Keys(dict[int, str]):

@@ -9,7 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nested_ats import ArrayImage, DeepMILConfig, LevelConfig, ModelConfig, UniformConfig, build_model, predict
+from nested_ats import (
+    ArrayImage,
+    DeepMILConfig,
+    LevelConfig,
+    ModelConfig,
+    UniformConfig,
+    build_model,
+    feature_store,
+    predict,
+)
 
 LEVELS = (LevelConfig(downsample=4, samples=4, stride=4), LevelConfig(downsample=2, size=16, samples=5, stride=4))
 CONFIG = ModelConfig(levels=LEVELS, patch_size=24, features=8, trainable="none")
@@ -183,6 +192,27 @@ def test_changed_weights_find_nothing_of_the_old_ones(change, images):
     assert store.found == 0
     made(store=store).encode(images[:1], centers)  # of the same weights as the first
     assert store.found == 1
+
+
+def test_tensors_are_hashed_once_and_those_that_changed_again(images, monkeypatch):
+    hashed = []
+    hash_tensor = feature_store._hash_tensor
+    monkeypatch.setattr(feature_store, "_hash_tensor", lambda tensor: hashed.append(tensor) or hash_tensor(tensor))
+    store = DictStore()
+    model = made(store=store)
+    centers = torch.tensor([[[50.0, 60.0]]]).double()
+    for _ in range(3):
+        model.encode(images[:1], centers)
+    assert len(hashed) == len(list(model.encoder.parameters()))
+    weight = next(model.encoder.parameters())
+    for factor in (1.01, 1.0, 1 / 1.01):  # the second changes nothing
+        with torch.no_grad():
+            weight.mul_(factor)
+        found = store.found
+        model.encode(images[:1], centers)
+        assert hashed[-1] is weight
+        assert store.found - found == (factor == 1.0)
+    assert len(hashed) == len(list(model.encoder.parameters())) + 3
 
 
 @pytest.mark.parametrize(
