@@ -1,11 +1,12 @@
 """Features of patches on a disk: one file for each slide and encoder, shared by epochs, runs, folds and processes.
 
 Notable: nothing here can make a feature wrong. A file is named by all that decides its features
-(`nested_ats.feature_store`), and grows by whole records, each of which ends with the crc32c of that name, the patch's
-place and its numbers. What a killed writer left unfinished is cut off by the next; what is damaged counts as missing.
-Writers hold the folder's lock; readers hold none, and no file is kept open or mapped, so that this works on a network
-file system too. Where the folder is full, files go that nobody has used since this process began, the least recently
-used first: a training that needs more than there is room for would else drop just what its next epoch asks for.
+(`nested_ats.feature_store`), and grows by blocks: a heading that lists the places of some patches, then their rows. A
+crc32c of each heading and each row holds for that name and the places too. What a killed writer left unfinished, and
+what follows a damaged heading, is cut off by the next writer; a damaged row counts as missing. Readers walk along the
+headings alone. Writers hold the folder's lock and readers none, and no file is kept open or mapped, so that this is
+for network file systems too. Where the folder is full, files go that nobody has used since this process began, the
+least recently used first: a training for which there is too little room would else drop what its next epoch asks for.
 
 Shape letters: N patches, W values a patch.
 """
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HELD_INDEXES = 256  # of files, each of 16 bytes a patch
-_BLOCK = 8 * 2**20  # bytes read at once where a file's places are looked through
+_PEEK = 4096  # bytes read of a block to see its heading: more than most have
+_HEAD = np.dtype([("count", "<u4"), ("crc32c", "<u4")])  # of a block; (count, 2) places follow, and count rows
+_PLACE = np.dtype(("<i8", 2))
 _TOUCH_S = 60.0  # a file in use is said to be so no more often
 _SKEW_S = 10.0  # by which the clock of a file system may be behind ours
 _WAIT_S = 60.0  # after which a full folder is looked at again
@@ -82,11 +85,9 @@ class DiskFeatures:
             index = self._index(name, file, record)
             where = index.find(places.numpy())
             for i in np.flatnonzero(where >= 0).tolist():
-                data = os.pread(file, record.itemsize, int(where[i]) * record.itemsize)
-                if len(data) == record.itemsize and checksum_holds(name.encode() + data):
-                    one = np.frombuffer(data, record)[0]
-                    found[i] = bool((one["place"] == places[i].numpy()).all())
-                    rows[i] = one["row"]
+                data = os.pread(file, record.itemsize, int(where[i]))
+                if len(data) == record.itemsize and checksum_holds(_sealed(name, places[i].numpy()) + data):
+                    rows[i], found[i] = np.frombuffer(data, record)[0]["row"], True
             damaged = where[(where >= 0) & ~found]
             if len(damaged):
                 self._remember(name, index.without(damaged))
@@ -108,14 +109,15 @@ class DiskFeatures:
                     if not stat.S_ISREG(os.fstat(file).st_mode):
                         return
                     os.utime(file)  # or it could be what has to go
-                    index = self._index(name, file, record)
+                    index, size = self._index(name, file, record), os.fstat(file).st_size
+                    if size > index.end:  # a writer was killed; or it is another file by now than the one known
+                        index = self._index(name, file, record, anew=True)
+                        os.ftruncate(file, index.end)
+                        total.bytes -= size - index.end
                     new = index.find(places.numpy()) < 0
+                    if not new.any():
+                        return
                     data = _encode(name, record, places.numpy()[new], rows.numpy()[new])
-                    size = os.fstat(file).st_size
-                    whole = index.looked_at * record.itemsize
-                    if size > whole:  # a writer was killed
-                        os.ftruncate(file, whole)
-                        total.bytes -= size - whole
                     if not self._folder.make_room(total, len(data), unused_since=self._began):
                         self._full_until = time.monotonic() + _WAIT_S
                         return
@@ -136,16 +138,15 @@ class DiskFeatures:
             self._touched[name] = now
             os.utime(file)
 
-    def _index(self, name: str, file: int, record: np.dtype[Any]) -> _Index:
+    def _index(self, name: str, file: int, record: np.dtype[Any], *, anew: bool = False) -> _Index:
         """Where the places of a file are, those that were added since it was last looked through included."""
         with self._lock:
             known = self._indexes.get(name)
         status = os.fstat(file)
-        count = status.st_size // record.itemsize
-        if known is None or known.inode != status.st_ino or known.looked_at > count:
+        if anew or known is None or known.inode != status.st_ino or known.end > status.st_size:
             known = _Index(status.st_ino, 0, np.empty(0, np.int64), np.empty(0, np.int64))
-        if known.looked_at < count:
-            known = known.extended(file, count, record)
+        if known.end < status.st_size:
+            known = known.extended(name, file, status.st_size, record)
         self._remember(name, known)
         return known
 
@@ -165,53 +166,51 @@ class DiskFeatures:
 
 
 class _Index(NamedTuple):
-    """Where in a file the places are.
+    """Where in a file the rows of places are.
 
     Attributes
     ----------
     inode
         Of the file.
-    looked_at
-        Records that were looked through.
+    end
+        Bytes of its blocks that were looked at.
     keys
-        Their places as one number each, in order; the record that came last is the last of equal ones.
-    records
-        Number of the record of each.
+        Their places as one number each, in order; what came last is the last of equal ones.
+    offsets
+        Of the row of each.
     """
 
     inode: int
-    looked_at: int
+    end: int
     keys: NDArray[np.int64]
-    records: NDArray[np.int64]
+    offsets: NDArray[np.int64]
 
     def find(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the records of (N, 2) places, -1 for those that are not there."""
+        """Offsets of the rows of (N, 2) places, -1 for those that are not there."""
         if not len(self.keys):
             return np.full(len(places), -1)
         wanted = _keys(places)
         at = np.searchsorted(self.keys, wanted, side="right") - 1
-        return np.where((at >= 0) & (self.keys[at] == wanted), self.records[at], -1)
+        return np.where((at >= 0) & (self.keys[at] == wanted), self.offsets[at], -1)
 
-    def extended(self, file: int, count: int, record: np.dtype[Any]) -> _Index:
-        """The index of the first `count` records."""
-        keys, start = [self.keys], self.looked_at
-        while start < count:
-            many = min(count - start, max(1, _BLOCK // record.itemsize))
-            data = os.pread(file, many * record.itemsize, start * record.itemsize)
-            block = np.frombuffer(data, record, count=len(data) // record.itemsize)
-            if not len(block):
-                break  # the file was cut short
-            keys.append(_keys(block["place"]))
-            start += len(block)
+    def extended(self, name: str, file: int, size: int, record: np.dtype[Any]) -> _Index:
+        """The index of all whole blocks within `size` bytes."""
+        keys, offsets, end = [self.keys], [self.offsets], self.end
+        while (places := _read_heading(name, file, end)) is not None:
+            first = end + _HEAD.itemsize + places.nbytes
+            if first + len(places) * record.itemsize > size:
+                break
+            keys.append(_keys(places))
+            offsets.append(first + np.arange(len(places)) * record.itemsize)
+            end = first + len(places) * record.itemsize
         every = np.concatenate(keys)
-        records = np.concatenate([self.records, np.arange(self.looked_at, start)])
         order = np.argsort(every, kind="stable")
-        return _Index(self.inode, start, every[order], records[order])
+        return _Index(self.inode, end, every[order], np.concatenate(offsets)[order])
 
-    def without(self, records: NDArray[np.int64]) -> _Index:
-        """The index but for some records."""
-        kept = ~np.isin(self.records, records)
-        return self._replace(keys=self.keys[kept], records=self.records[kept])
+    def without(self, offsets: NDArray[np.int64]) -> _Index:
+        """The index but for some rows."""
+        kept = ~np.isin(self.offsets, offsets)
+        return self._replace(keys=self.keys[kept], offsets=self.offsets[kept])
 
 
 def use_features(model: ImageModel, config: FeaturesConfig | None) -> DiskFeatures | None:
@@ -253,20 +252,43 @@ def _opened(file: int) -> Iterator[int]:
 
 
 def _record(width: int) -> np.dtype[Any]:
-    """A patch in a file: its y and x, its numbers, and the crc32c of the file's name and of these."""
-    return np.dtype([("place", "<i8", 2), ("row", "<f4", width), ("crc32c", "<u4")])
+    """A patch's row in a file, with the crc32c of the file's name, the patch's place and its numbers."""
+    return np.dtype([("row", "<f4", width), ("crc32c", "<u4")])
 
 
 def _keys(places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One number of each (N, 2) place. A place that were another's would fail the comparison with its record."""
+    """One number of each (N, 2) place. Of two places with one number, a row is that of the one it is sealed with."""
     return (places[:, 0] << 32) ^ (places[:, 1] & 0xFFFFFFFF)
 
 
+def _sealed(name: str, places: NDArray[np.int64]) -> bytes:
+    """What a checksum holds for besides what it ends."""
+    return name.encode() + places.astype(_PLACE.base).tobytes()
+
+
 def _encode(name: str, record: np.dtype[Any], places: NDArray[np.int64], rows: NDArray[np.float32]) -> bytes:
-    records = np.zeros(len(rows), record)
-    records["place"], records["row"] = places, rows
-    bodies = (one.tobytes()[: -record["crc32c"].itemsize] for one in records)
-    return b"".join(body + crc32c(name.encode() + body) for body in bodies)
+    """A block."""
+    head = np.array([len(places)], _HEAD["count"]).tobytes()
+    parts = [head, crc32c(_sealed(name, places) + head), places.astype(_PLACE.base).tobytes()]
+    for place, row in zip(places, rows.astype(record["row"].base), strict=True):
+        parts += [row.tobytes(), crc32c(_sealed(name, place) + row.tobytes())]
+    return b"".join(parts)
+
+
+def _read_heading(name: str, file: int, start: int) -> NDArray[np.int64] | None:
+    """The (N, 2) places of the block that starts there; None where there is none, or it is damaged."""
+    data = os.pread(file, _PEEK, start)
+    if len(data) < _HEAD.itemsize:
+        return None
+    head = np.frombuffer(data, _HEAD, 1)[0]
+    end = _HEAD.itemsize + int(head["count"]) * _PLACE.itemsize
+    if end > len(data):
+        data = os.pread(file, min(end, os.fstat(file).st_size - start), start)
+    if end > len(data) or end == _HEAD.itemsize:
+        return None
+    places = np.frombuffer(data, _PLACE, int(head["count"]), _HEAD.itemsize).astype(np.int64)
+    whole = _sealed(name, places) + data[: _HEAD["crc32c"].itemsize]
+    return places if crc32c(whole) == head["crc32c"].tobytes() else None
 
 
 def _append(file: int, data: bytes) -> int:

@@ -30,7 +30,12 @@ from pipeline.train import train, worker_arguments
 from storage import Slide, write_pyramid
 
 WIDTH = 6
-RECORD = 16 + 4 * WIDTH + 4  # bytes
+HEAD, PLACE, ROW = 8, 16, 4 * WIDTH + 4  # bytes: of a block, and of each of its patches
+
+
+def block(count):
+    """Bytes of what is kept at once."""
+    return HEAD + count * (PLACE + ROW)
 
 
 def places(*numbers):
@@ -51,6 +56,13 @@ def found(store, name, *numbers):
     values, there = store.get(name, places(*numbers), WIDTH)
     assert torch.equal(values[there], rows(name, *numbers)[there])
     return [number for number, one in zip(numbers, there.tolist(), strict=True) if one]
+
+
+def flip(path, byte):
+    """Flip a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 4
+    path.write_bytes(data)
 
 
 def files(folder):
@@ -90,7 +102,7 @@ class TestDiskFeatures:
         for _ in range(3):
             put(store, "a", 1, 2)
         put(store, "a", 2, 3)
-        assert list(files(store._folder.folder).values()) == [3 * RECORD]
+        assert list(files(store._folder.folder).values()) == [block(2) + block(1)]
 
     def test_it_counts(self, store):
         put(store, "a", 1, 2)
@@ -98,20 +110,44 @@ class TestDiskFeatures:
         found(store, "b", 1)
         assert store.counts.tolist() == [2, 4]
 
-    @pytest.mark.parametrize("byte", [0, 9, 16, 30, RECORD - 1])
-    def test_what_is_damaged_is_missing_and_kept_anew(self, tmp_path, byte):
+    @pytest.mark.parametrize("byte", [0, 9, 4 * WIDTH - 1, 4 * WIDTH, ROW - 1])
+    def test_a_row_that_is_damaged_is_missing_and_kept_anew(self, tmp_path, byte):
         put(DiskFeatures(tmp_path, 10**7), "a", 1, 2, 3)
         [path] = files(tmp_path)
-        data = bytearray(path.read_bytes())
-        data[RECORD + byte] ^= 4
-        path.write_bytes(data)
+        flip(path, HEAD + 3 * PLACE + ROW + byte)
         store = DiskFeatures(tmp_path, 10**7)
         assert found(store, "a", 1, 2, 3) == [1, 3]
         put(store, "a", 2)
         assert found(store, "a", 1, 2, 3) == [1, 2, 3]
         assert found(DiskFeatures(tmp_path, 10**7), "a", 1, 2, 3) == [1, 2, 3]
 
-    def test_records_of_another_name_are_missing(self, store):
+    @pytest.mark.parametrize("byte", range(HEAD + 2 * PLACE))
+    def test_what_follows_a_damaged_heading_is_missing_and_kept_anew(self, tmp_path, byte):
+        for numbers in ([1, 2, 3], [4, 5], [6]):
+            put(DiskFeatures(tmp_path, 10**7), "a", *numbers)
+        [path] = files(tmp_path)
+        flip(path, block(3) + byte)
+        store = DiskFeatures(tmp_path, 10**7)
+        assert found(store, "a", *range(8)) == [1, 2, 3]
+        put(store, "a", 4, 6)
+        for one in (store, DiskFeatures(tmp_path, 10**7)):
+            assert found(one, "a", *range(8)) == [1, 2, 3, 4, 6]
+        assert path.stat().st_size == block(3) + block(2)
+
+    def test_blocks_may_be_large(self, tmp_path):
+        for start in (0, 1000, 2000):
+            put(DiskFeatures(tmp_path, 10**7), "a", *range(start, start + 999))
+        assert len(found(DiskFeatures(tmp_path, 10**7), "a", *range(3000))) == 3 * 999
+
+    def test_rows_are_not_read_to_find_one(self, tmp_path, monkeypatch):
+        for start in range(0, 2000, 500):
+            DiskFeatures(tmp_path, 10**8).put("a", places(*range(start, start + 500)), torch.rand(500, 1000))
+        read, pread = [], os.pread
+        monkeypatch.setattr(module.os, "pread", lambda *args: read.append(pread(*args)) or read[-1])
+        assert DiskFeatures(tmp_path, 10**8).get("a", places(700), 1000)[1].all()
+        assert sum(map(len, read)) < 0.02 * 2000 * 1000 * 4
+
+    def test_rows_of_another_name_are_missing(self, store):
         put(store, "a", 1)
         [path] = files(store._folder.folder)
         other = store._folder.path("b")
@@ -119,19 +155,23 @@ class TestDiskFeatures:
         shutil.copy(path, other)
         assert not store.get("b", places(1), WIDTH)[1].any()
 
-    @pytest.mark.parametrize("length", [0, 1, 15, 16, RECORD - 1, RECORD, RECORD + 5, 2 * RECORD + 40])
+    @pytest.mark.parametrize(
+        "length", [0, 1, HEAD, HEAD + 20, block(2) - 1, block(2), block(2) + 9, block(2) + block(1) - 1]
+    )
     def test_what_a_killed_writer_left_is_cut_off(self, tmp_path, length):
         store = DiskFeatures(tmp_path, 10**7)
-        put(store, "a", 1, 2, 3)
+        put(store, "a", 1, 2)
+        put(store, "a", 3)
         [path] = files(tmp_path)
         os.truncate(path, length)
-        whole = length // RECORD
+        whole = [1, 2] if length >= block(2) else []
         fresh = DiskFeatures(tmp_path, 10**7)
-        for one in (fresh, store):  # the latter knows more records than there are now
-            assert found(one, "a", 1, 2, 3) == [1, 2, 3][:whole]
+        for one in (fresh, store):  # the latter knows more than there is now
+            assert found(one, "a", 1, 2, 3) == whole
         put(fresh, "a", 3, 4)
         for one in (fresh, store, DiskFeatures(tmp_path, 10**7)):
-            assert found(one, "a", 1, 2, 3, 4) == [*[1, 2][:whole], 3, 4]
+            assert found(one, "a", 1, 2, 3, 4) == [*whole, 3, 4]
+        assert path.stat().st_size == len(whole) // 2 * block(2) + block(2)
 
     def test_a_file_that_was_replaced_is_looked_through_again(self, store):
         put(store, "a", 1, 2)
@@ -141,26 +181,38 @@ class TestDiskFeatures:
         put(other, "a", 5, 1, 4)
         assert found(store, "a", 1, 2, 4, 5) == [1, 4, 5]
 
+    def test_a_file_that_took_the_place_of_another_loses_nothing(self, store, tmp_path):
+        put(store, "a", 1, 2)
+        other = DiskFeatures(tmp_path / "other", 10**7)
+        put(other, "a", 5, 6, 7)
+        put(other, "a", 8)
+        [path], [theirs] = files(store._folder.folder), files(tmp_path / "other")
+        path.write_bytes(theirs.read_bytes())  # with the number that the old one had
+        put(store, "a", 9)
+        for one in (store, DiskFeatures(store._folder.folder, 10**7)):
+            assert found(one, "a", 1, 2, 5, 6, 7, 8, 9) == [5, 6, 7, 8, 9]
+
     def test_its_size_is_held_and_what_is_in_use_stays(self, tmp_path):
-        first = DiskFeatures(tmp_path, 100 * RECORD)
+        most = 11 * block(9)
+        first = DiskFeatures(tmp_path, most)
         for number in range(10):
             put(first, "x" * number, *range(9))
             os.utime(first._folder.path("x" * number), (number + 1, number + 1))  # used long ago, one after the other
-        later = DiskFeatures(tmp_path, 100 * RECORD)
+        later = DiskFeatures(tmp_path, most)
         assert found(later, "", 0) == [0]  # in use from now on
-        put(later, "new", *range(11))
-        assert sum(files(tmp_path).values()) <= 90 * RECORD
+        put(later, "new", *range(20))
+        assert sum(files(tmp_path).values()) <= 0.9 * most
         gone = [number for number in range(10) if not found(later, "x" * number, 0)]
-        assert gone == [1, 2]
+        assert gone == [1, 2, 3]
         for number in range(20):
             put(later, f"new {number}", *range(9))
-            assert sum(files(tmp_path).values()) <= 100 * RECORD
-        assert found(later, "new", *range(11)) == [*range(11)]
+            assert sum(files(tmp_path).values()) <= most
+        assert found(later, "new", *range(20)) == [*range(20)]
         assert found(later, "new 0", 0) == [0]
         assert found(later, "new 19", 0) == []  # what a run uses does not go to make room for more of it
 
     def test_a_full_store_is_looked_at_again(self, tmp_path, monkeypatch):
-        store = DiskFeatures(tmp_path, 10 * RECORD)
+        store = DiskFeatures(tmp_path, block(10))
         put(store, "a", *range(10))
         put(store, "b", 1)
         assert found(store, "b", 1) == []
@@ -177,9 +229,9 @@ class TestDiskFeatures:
         write = os.write
 
         def short(file, data):
-            if len(data) < RECORD:
+            if len(data) < block(1):
                 raise OSError(28, "No space left on device")
-            return write(file, data[: RECORD + 10])
+            return write(file, data[: block(1) + 10])
 
         monkeypatch.setattr(module.os, "write", short)
         put(store, "a", 2, 3)
@@ -188,7 +240,7 @@ class TestDiskFeatures:
         err = capsys.readouterr().err
         assert err.count("No space left on device; no more features of patches are kept there") == 1
         assert found(store, "a", 1, 2, 3, 4) == [1]
-        assert sum(files(store._folder.folder).values()) == RECORD
+        assert sum(files(store._folder.folder).values()) == block(1)
 
     @pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo])
     def test_what_is_no_file_holds_nothing_up(self, store, make):
@@ -230,14 +282,15 @@ def test_processes_share_a_store(tmp_path):
     store = DiskFeatures(tmp_path, 10**7)
     for number in range(5):
         assert found(store, "x" * number, *range(60)) == [*range(60)]
-    assert sum(files(tmp_path).values()) == 5 * 60 * RECORD
+    rows = 5 * 60 * (PLACE + ROW)
+    assert rows < sum(files(tmp_path).values()) <= rows + 5 * 60 * HEAD  # none is there twice
 
 
 @pytest.mark.slow
 def test_a_small_store_is_shared_within_its_size(tmp_path):
-    workers = [filling(tmp_path, seed, size=100 * RECORD) for seed in range(2)]
+    workers = [filling(tmp_path, seed, size=block(100)) for seed in range(2)]
     assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
-    assert 50 * RECORD < sum(files(tmp_path).values()) <= 100 * RECORD
+    assert block(50) < sum(files(tmp_path).values()) <= block(100)
 
 
 @pytest.mark.slow
