@@ -587,7 +587,7 @@ def test_the_command_goes_on_after_a_signal(start, config, pyramids, tmp_path, k
     done = len(read_metrics(tmp_path / "run"))
     assert 2 <= done < 40, errors
     if kind == signal.SIGINT:
-        assert process.returncode == 130
+        assert process.returncode == 130, errors
         assert "run the same command again" in errors
         assert "Traceback" not in errors
     process = start(tmp_path / "run")
