@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nested_ats.encoders import Trainable, build_encoder, check_encoder, freeze
+from nested_ats.encoders import build_encoder, check_encoder, read_choice
 from nested_ats.errors import EncoderError
 from nested_ats.feature_store import EncoderName, FeatureStore
 from nested_ats.geometry import box_starts, cell_centers, curve_order
 from nested_ats.images import Image, Map, find_level, read_batch, scale_pixels
 from nested_ats.sampling import Draw
+from nested_ats.trainable import Trainable, check_trainable, freeze
 
 _READS = 8  # parts in which one image's patches are read, so that `map_` can read them at the same time
 _AFTER_FEATURES = ("trainable", "scale", "location", "allow_gaps")  # keys that decide nothing of a frozen encoder
@@ -38,24 +39,30 @@ class EncoderConfig:
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # read where a user's file becomes a configuration
 
-    encoder: str = "lenet"  # lenet, ilse, resnet, resnet8, resnet16, timm, transformers, or package.module:factory
+    # By name, or as a mapping {name: ..., weights: PATH, ...} with further arguments (`nested_ats.encoders.Choice`).
+    encoder: str | dict[str, Any] = "lenet"
     features: int = 32  # channels of lenet and the resnets; the others have their own options
-    encoder_options: dict[str, Any] = field(default_factory=dict)  # further arguments of the encoder
-    trainable: Trainable = "all"  # part of the encoder: all, none, or n for the last n of its stages
-    mean: float | tuple[float, ...] = (
-        0.5  # subtracted from pixels in [0, 1] before any network; one, or one a channel
+    trainable: Trainable = "all"  # part of the encoder: all, none, n for the last n of its stages, or {lora: rank}
+    mean: float | tuple[float, ...] | None = (
+        None  # subtracted from pixels in [0, 1] before any network; one, or one a
     )
-    std: float | tuple[float, ...] = 0.25  # then divided by this
+    std: float | tuple[float, ...] | None = None  # channel; then divided by this. None: as the encoder's weights were
+    # trained with, where that is known, else 0.5 and 0.25. A model's own configuration says what they are.
 
     def __post_init__(self) -> None:
         """Raise ValueError where a value is out of range."""
+        object.__setattr__(self, "encoder", read_choice(self.encoder).plain)
         self._check_encoder(None)
-        number = isinstance(self.trainable, int) and not isinstance(self.trainable, bool) and self.trainable > 0
-        if not number and self.trainable not in ("all", "none"):
-            raise ValueError("trainable: must be all, none, or the number of the encoder's last stages to train")
-        stds = self.std if isinstance(self.std, tuple) else (self.std,)
+        check_trainable(self.trainable)
+        std = 1.0 if self.std is None else self.std
+        stds = std if isinstance(std, tuple) else (std,)
         if not stds or not min(stds) > 0:
             raise ValueError("std: must be positive")
+
+    @property
+    def encoder_name(self) -> str:
+        """Of the encoder, without its options."""
+        return read_choice(self.encoder).name
 
     @property
     def smallest_view(self) -> int:
@@ -68,7 +75,7 @@ class EncoderConfig:
         raise NotImplementedError
 
     def _check_encoder(self, patch_size: int | None) -> None:
-        check_encoder(self.encoder, self.features, patch_size)
+        check_encoder(self.encoder_name, self.features, patch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +193,7 @@ class ImageModel(nn.Module):
     Parameters
     ----------
     config
-        Of the model.
+        Of the model; its own, which a saved model keeps, has in it what was left open.
     in_channels
         C of the images.
     classes
@@ -197,7 +204,7 @@ class ImageModel(nn.Module):
         Whether features are told where their patch lies: its centre's y and x, -1 to 1 over the image, are appended
         to the encoder's feature vector, and a linear layer maps the D + 2 numbers to D (section 3.3).
     pretrained
-        Read the weights that ``encoder_options`` name.
+        Read the weights that ``encoder`` names.
     attention
         Networks that come before the encoder in the order of parameters, which optimizer states go by.
 
@@ -226,16 +233,21 @@ class ImageModel(nn.Module):
         self._std: Tensor
         if attention is not None:
             self.attention = attention
-        self.config = config
         self.in_channels = in_channels
         self.classes = classes
-        self.encoder, self.features = build_encoder(
+        built = build_encoder(
             config.encoder,
             in_channels=in_channels,
             channels=config.features,
             patch_size=patch_size,
-            options=config.encoder_options,
             pretrained=pretrained,
+        )
+        self.encoder, self.features = built.module, built.features
+        self.config = config = replace(
+            config,
+            encoder=built.encoder,
+            mean=(built.mean or 0.5) if config.mean is None else config.mean,
+            std=(built.std or 0.25) if config.std is None else config.std,
         )
         self._frozen = freeze(self.encoder, config.trainable)
         self.locate = nn.Linear(self.features + 2, self.features) if location else None
@@ -368,7 +380,8 @@ class PatchModel(ImageModel):
         )
         self.store: FeatureStore | None = None
         self.observe: Callable[[Tensor], None] | None = None
-        before = {f.name: getattr(config, f.name) for f in fields(PatchConfig) if f.name not in _AFTER_FEATURES}
+        before = {f.name: getattr(self.config, f.name) for f in fields(PatchConfig) if f.name not in _AFTER_FEATURES}
+        before["encoder"] = read_choice(self.config.encoder)._replace(weights=None).plain  # their bits count, no path
         self._encoder_name = EncoderName({**before, "in_channels": in_channels})
 
     def encode(self, images: Sequence[Image], centers_l0: Tensor, map_: Map = map) -> Tensor:

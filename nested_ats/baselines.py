@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,9 @@ class CNNConfig(EncoderConfig):
     """A CNN on the whole image."""
 
     kind: Literal["cnn"] = "cnn"
-    encoder: str = "resnet16"  # resnet16 in H.1 and H.3 of the paper, resnet8 in H.2; any that takes every size
+    encoder: str | dict[str, Any] = (
+        "resnet16"  # resnet16 in H.1 and H.3 of the paper, resnet8 in H.2; any that takes every size
+    )
     downsample: float = 1.0  # of the image that it sees: one over the paper's scale
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class CNNConfig(EncoderConfig):
     @property
     def smallest_view(self) -> int:
         """Sides, in pixels, that an image must have at the coarsest level that is read."""
-        return ENCODERS[self.encoder].smallest_patch if self.encoder in ENCODERS else 1
+        return ENCODERS[self.encoder_name].smallest_patch if self.encoder_name in ENCODERS else 1
 
     @property
     def downsamples(self) -> tuple[float, ...]:
@@ -135,7 +137,7 @@ class DeepMIL(PatchModel):
     classes
         Q.
     pretrained
-        Read the weights that ``encoder_options`` name.
+        Read the weights that ``encoder`` names.
 
     Raises
     ------
@@ -196,7 +198,7 @@ class UniformSampling(SamplingModel):
     classes
         Q.
     pretrained
-        Read the weights that ``encoder_options`` name.
+        Read the weights that ``encoder`` names.
 
     Raises
     ------
@@ -251,7 +253,7 @@ class CNN(ImageModel):
     classes
         Q.
     pretrained
-        Read the weights that ``encoder_options`` name.
+        Read the weights that ``encoder`` names.
 
     Raises
     ------

@@ -2,8 +2,10 @@
 
 A model folder holds ``model.safetensors`` and ``config.json``; the latter states everything that is needed to
 build the network again and to name its classes, with a checksum of the weights and one of itself, so that a flipped
-bit anywhere is noticed. Folders of the first format, which lack the latter, load as they are. Both are regular files
-in the folder: what is a pipe or a device, or a link that leads out of it, is refused.
+bit anywhere is noticed. Folders of the first format, which lack the latter, and of the second, whose encoder had its
+options elsewhere, load as they are. Both are regular files in the folder: what is a pipe or a device, or a link that
+leads out of it, is refused. Nothing outside is read: not the weights that the encoder began with, nor what lies
+beside them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from nested_ats.encoders import is_import_path
 from nested_ats.errors import ModelFileError, UntrustedEncoderError
 from nested_ats.files import open_regular
 from nested_ats.model import LevelConfig, NestedATS
-from nested_ats.models import KINDS, AnyConfig, build_model
+from nested_ats.models import KINDS, AnyConfig, build_model, fold_encoder_options
 from nested_ats.weights import read_tensors, sha256
 
 __all__ = ["CONFIG", "WEIGHTS", "ModelInfo", "inspect_model", "load_model", "save_model"]
@@ -34,7 +36,8 @@ M = TypeVar("M", bound=ImageModel)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
-_FIRST_FORMAT, _FORMAT = "nested-ats/1", "nested-ats/2"
+# There is no third: a single bit would make it the first, which is taken without its checksum.
+_FIRST_FORMAT, _SECOND_FORMAT, _FORMAT = "nested-ats/1", "nested-ats/2", "nested-ats/4"
 _SUM, _WEIGHTS_SUM = "sha256", "weights_sha256"
 _KEYS = {"format", "model", "in_channels", "classes", _WEIGHTS_SUM, _SUM}
 _LONGEST = 64 * 2**20  # bytes of a description
@@ -139,8 +142,8 @@ def inspect_model(folder: Path, *, expect: type[ImageModel] = ImageModel, trust_
         raise ModelFileError(f"{folder / CONFIG}: not a model description: {error}") from error
     if not issubclass(KINDS[config.kind].model, expect):
         raise ModelFileError(f"{folder}: a model of kind {config.kind}, where {expect.__name__} is wanted")
-    if is_import_path(config.encoder) and not trust_encoder:
-        raise UntrustedEncoderError(folder / CONFIG, config.encoder)
+    if is_import_path(config.encoder_name) and not trust_encoder:
+        raise UntrustedEncoderError(folder / CONFIG, config.encoder_name)
     weights = sha256(folder / WEIGHTS, within=folder)
     if description.setdefault(_WEIGHTS_SUM, weights) != weights:
         raise ModelFileError(
@@ -196,12 +199,12 @@ def load_model(
 def _check_format(description: dict[str, Any]) -> None:
     """Raise ValueError where a description is of a format that is unknown here, or not as it was written.
 
-    Those of the first format have no checksum of their own and are taken as they are. No single bit makes one format
-    of the other.
+    Those of the first format have no checksum of their own and are taken as they are. No single bit makes the first
+    of another.
     """
     if description["format"] == _FIRST_FORMAT:
         return
-    if description["format"] != _FORMAT:
+    if description["format"] not in (_SECOND_FORMAT, _FORMAT):
         raise ValueError(f"format is {description['format']!r}, not {_FORMAT!r}")
     if description.keys() != _KEYS or description[_SUM] != _checksum(description):
         raise ValueError("damaged, or edited by hand, as its checksum shows; copy the folder again, or train again")
@@ -214,7 +217,7 @@ def _checksum(description: dict[str, Any]) -> str:
 
 
 def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
-    raw = dict(description)
+    raw = fold_encoder_options(description)
     kind = raw.setdefault("kind", "ats")  # there was one kind before there were several
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
@@ -222,11 +225,14 @@ def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
         raw["levels"] = tuple(
             LevelConfig(**{**level, "channels": tuple(level["channels"])}) for level in raw["levels"]
         )
+    raw |= {key: tuple(raw[key]) for key in ("mean", "std") if isinstance(raw.get(key), list)}
     if first_format and "patch_size" in raw:
         # Nothing was said of these then: what was trained with gaps has them, and so on.
         raw = {"allow_gaps": True, "scale": 1.0, **({"attention": "independent"} if kind == "ats" else {}), **raw}
     config: AnyConfig = KINDS[kind].config(**raw)  # type: ignore[assignment]
     _check_types(config)
+    if config.mean is None or config.std is None:
+        raise ValueError("mean and std are not said")
     return config
 
 

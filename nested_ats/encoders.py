@@ -2,8 +2,9 @@
 
 None of ours has batch statistics: a patch's feature must not depend on the patches it is batched with, or N workers
 would not train the model that one does. Where the paper's networks have batch normalisation, ours have group
-normalisation. Encoders from elsewhere (`nested_ats.backbones`) may have it; frozen (`trainable="none"`) they run
-in evaluation mode and are safe.
+normalisation. `mobilenet_v2` and encoders from elsewhere (`nested_ats.backbones`) may have it. Frozen or trained in
+part (`nested_ats.trainable`) they normalise by the statistics of their weights and are safe; trained whole they are
+refused on several workers (`pipeline.training`).
 
 Shape letters: P patches, C channels, H W pixels, D features.
 """
@@ -13,17 +14,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nested_ats.backbones import import_encoder, load_weights, timm_encoder, transformers_encoder
+from nested_ats.backbones import (
+    Backbone,
+    import_encoder,
+    load_weights,
+    preset_backbone,
+    timm_backbone,
+    transformers_backbone,
+)
 from nested_ats.errors import EncoderError, NestedATSError
 from nested_ats.mobilenet import MobileNetV2Encoder
-
-Trainable = Literal["all", "none"] | int
+from nested_ats.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS
 
 
 class LeNetEncoder(nn.Module):
@@ -173,15 +180,15 @@ class Builtin(NamedTuple):
         Of ModelConfig.features.
     any_size
         Whether one network takes images of any size.
-    weights
-        Whether pretrained weights can be read, by the option ``weights``.
+    imagenet
+        Whether its published weights are for pixels normalised as ImageNet's.
     """
 
     build: Callable[[int, int, int, Mapping[str, Any]], nn.Module]
     smallest_patch: int
     channel_multiple: int = 1
     any_size: bool = True
-    weights: bool = False
+    imagenet: bool = False
 
 
 def _resnet(**shape: Any) -> Builtin:
@@ -201,14 +208,58 @@ ENCODERS: dict[str, Builtin] = {
     "resnet8": _resnet(stem=3, stem_stride=1, widths=(1, 1, 1), strides=(2, 2, 2)),
     # The CNN baseline of H.1 and H.3: starts with 32 channels, doubled after every two residual blocks. The strides
     # are not in the paper: here the image is halved by the stem and wherever the width doubles.
-    "mobilenet_v2": Builtin(lambda c, _n, _, o: MobileNetV2Encoder(in_channels=c, **o), 32, weights=True),
+    "mobilenet_v2": Builtin(lambda c, _n, _, o: MobileNetV2Encoder(in_channels=c, **o), 32, imagenet=True),
     "resnet16": _resnet(stem=3, stem_stride=2, widths=(1, 1, 2, 2, 4, 4, 8), strides=(1, 1, 2, 1, 2, 1, 2)),
 }
-# What the option says that an encoder from elsewhere cannot do without.
-EXTRAS = {
-    "timm": ("name", "an architecture of timm, such as resnet18"),
-    "transformers": ("path", "a local folder with config.json and model.safetensors"),
-}
+TIMM, TRANSFORMERS = "timm/", "transformers"
+
+
+class Choice(NamedTuple):
+    """An encoder as the configuration names it.
+
+    Attributes
+    ----------
+    name
+        A key of `ENCODERS` or `PRESETS`, ``timm/ARCHITECTURE``, ``transformers/OWNER/NAME``, ``transformers`` for a
+        folder that `weights` names, or ``package.module:factory``.
+    weights
+        File or folder that its weights are read from; None for what the encoder does without.
+    options
+        Further arguments of the encoder.
+    """
+
+    name: str
+    weights: str | None
+    options: dict[str, Any]
+
+    @property
+    def plain(self) -> str | dict[str, Any]:
+        """As it stands in the configuration: the name, where there is nothing else."""
+        weights = {} if self.weights is None else {"weights": self.weights}
+        return {"name": self.name, **weights, **self.options} if weights or self.options else self.name
+
+
+def read_choice(encoder: str | Mapping[str, Any]) -> Choice:
+    """Read a plain name, or a mapping of ``name``, ``weights`` and options.
+
+    Raises
+    ------
+    ValueError
+        It is neither.
+    """
+    entries: dict[Any, Any] = dict(encoder) if isinstance(encoder, Mapping) else {"name": encoder}
+    name, weights = entries.pop("name", None), entries.pop("weights", None)
+    if isinstance(weights, Path):
+        weights = str(weights)
+    if not isinstance(name, str):
+        raise ValueError(  # noqa: TRY004 - a wrong value of the configuration, as everywhere
+            "encoder: must be a name, or a mapping with a name, as in {name: mobilenet_v2, weights: PATH}"
+        )
+    if weights is not None and not isinstance(weights, str):
+        raise ValueError(f"encoder: weights must be the path of a file or folder, or random, not {weights!r}")
+    if not all(isinstance(key, str) for key in entries):
+        raise ValueError("encoder: the options must have names")
+    return Choice(name, weights, entries)
 
 
 def check_encoder(name: str, channels: int, patch_size: int | None) -> None:
@@ -219,11 +270,17 @@ def check_encoder(name: str, channels: int, patch_size: int | None) -> None:
     ValueError
         With the field of the configuration that is wrong.
     """
-    if name in EXTRAS or is_import_path(name):
+    if name in PRESETS:
+        _check_preset(name, patch_size)
+        return
+    if is_import_path(name) or name == TRANSFORMERS or name.startswith((TIMM, f"{TRANSFORMERS}/")):
         return
     if name not in ENCODERS:
-        known = ", ".join((*ENCODERS, *EXTRAS))
-        raise ValueError(f"encoder: must be one of {known}, or package.module:factory, not {name!r}")
+        known = ", ".join((*ENCODERS, *PRESETS))
+        raise ValueError(
+            f"encoder: must be one of {known}, timm/ARCHITECTURE, transformers/OWNER/NAME, or "
+            f"package.module:factory, not {name!r}"
+        )
     builtin = ENCODERS[name]
     if patch_size is None and not builtin.any_size:
         raise ValueError(f"encoder: {name} takes patches of one size, not whole images")
@@ -233,87 +290,114 @@ def check_encoder(name: str, channels: int, patch_size: int | None) -> None:
         raise ValueError(f"features: {name} needs a positive multiple of {builtin.channel_multiple}")
 
 
+def _check_preset(name: str, patch_size: int | None) -> None:
+    preset = PRESETS[name]
+    if patch_size is None:
+        raise ValueError(f"encoder: {name} takes patches, not whole images")
+    if not preset.takes(patch_size):
+        others = f", or another multiple of {preset.step} from {preset.pixels // 2} up," if preset.step else ""
+        raise ValueError(f"patch_size: {name} takes patches of {preset.pixels} pixels{others} not {patch_size}")
+
+
 def is_import_path(name: str) -> bool:
     """Whether an encoder's name is code to import, ``package.module:factory``."""
     module, colon, factory = name.partition(":")
     return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *factory.split(".")))
 
 
+class Built(NamedTuple):
+    """An encoder that can be used.
+
+    Attributes
+    ----------
+    module
+        Maps (P, C, H, W) to (P, D).
+    features
+        D.
+    encoder
+        Its entry in the configuration, with all that it takes to build it again without its weights.
+    mean, std
+        Of each channel of the pixels, in [0, 1], that its weights were trained on; None where nothing says so.
+    """
+
+    module: nn.Module
+    features: int
+    encoder: str | dict[str, Any]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
 def build_encoder(
-    name: str,
+    encoder: str | Mapping[str, Any],
     *,
     in_channels: int,
-    channels: int,
+    channels: int = 32,
     patch_size: int | None,
-    options: Mapping[str, Any],
     pretrained: bool = True,
-) -> tuple[nn.Module, int]:
+) -> Built:
     """Build an encoder by name.
 
     Parameters
     ----------
-    name
-        A key of `ENCODERS`, ``timm``, ``transformers``, or ``package.module:factory``, which is imported and called
-        with ``in_channels`` and `options`.
+    encoder
+        A name, or a mapping of name, weights and options (`Choice`). A ``package.module:factory`` is imported and
+        called with ``in_channels`` and the options.
     in_channels
         C.
     channels
         Of the encoders of ours that have a width to choose.
     patch_size
         H = W; none for whole images of any size.
-    options
-        Further arguments of the encoder.
     pretrained
-        Read the weights that `options` name; without, only the architecture (another state will be loaded).
-
-    Returns
-    -------
-    encoder, features
-        A module that maps (P, C, H, W) to (P, D), and D.
+        Read the weights; without, only the architecture (another state will be loaded), and nothing is read.
 
     Raises
     ------
     EncoderError
-        It cannot be imported, built, or used on such patches.
+        It cannot be imported, built, or used on such patches, or its weights are not here.
     """
-    needed, meaning = EXTRAS.get(name, ("", ""))
-    if needed not in options and needed:
-        raise EncoderError(f"encoder_options: {name} needs {needed}, {meaning}")
+    choice = read_choice(encoder)
     try:
-        if name in ENCODERS:
-            encoder = _build_ours(name, in_channels, channels, patch_size or 0, options, pretrained=pretrained)
-        elif name == "timm":
-            encoder = timm_encoder(in_channels=in_channels, pretrained=pretrained, **options)
-        elif name == "transformers":
-            encoder = transformers_encoder(in_channels=in_channels, pretrained=pretrained, **options)
-        else:
-            encoder = import_encoder(name)(in_channels=in_channels, **options)
+        backbone = _build(choice, in_channels, channels, patch_size or 0, pretrained=pretrained)
     except NestedATSError:
         raise
     except Exception as error:  # whatever a stranger's code raises
         reason = re.sub(r"^[\w.<>]+\(\) ", "", str(error))  # of a TypeError: the name of our function or class
-        raise EncoderError(f"encoder_options: {name} cannot be built with {options!r}: {reason}") from error
-    if not isinstance(encoder, nn.Module):
-        raise EncoderError(f"encoder: {name} gives a {type(encoder).__name__}, not a torch.nn.Module")
-    features = getattr(encoder, "features", None)
-    if isinstance(features, int) and not is_import_path(name):
-        return encoder, features
-    found = _try(name, encoder, in_channels, patch_size or 224)
-    if isinstance(features, int) and features != found:
-        raise EncoderError(f"encoder: {name} says that it has {features} features, and gives {found}")
-    return encoder, found
+        raise EncoderError(f"encoder: {choice.name} cannot be built with {choice.options!r}: {reason}") from error
+    module, name = backbone.module, choice.name
+    if not isinstance(module, nn.Module):
+        raise EncoderError(f"encoder: {name} gives a {type(module).__name__}, not a torch.nn.Module")
+    said = getattr(module, "features", None)
+    found = said if isinstance(said, int) and name in ENCODERS else _try(name, module, in_channels, patch_size or 224)
+    if isinstance(said, int) and said != found:
+        raise EncoderError(f"encoder: {name} says that it has {said} features, and gives {found}")
+    kept = choice._replace(options=backbone.options).plain
+    return Built(module, found, kept, _each(backbone.mean, in_channels), _each(backbone.std, in_channels))
 
 
-def _build_ours(
-    name: str, in_channels: int, channels: int, patch_size: int, options: Mapping[str, Any], *, pretrained: bool
-) -> nn.Module:
-    ours = ENCODERS[name]
-    arguments = dict(options)
-    weights = arguments.pop("weights", None) if ours.weights else None
-    encoder = ours.build(in_channels, channels, patch_size, arguments)
+def _build(choice: Choice, in_channels: int, channels: int, patch_size: int, *, pretrained: bool) -> Backbone:
+    name, weights, options = choice
+    rest: dict[str, Any] = {"in_channels": in_channels, "weights": weights, "pretrained": pretrained}
+    if name in PRESETS:
+        return preset_backbone(name, PRESETS[name], options=options, **rest)
+    if name.startswith(TIMM):
+        return timm_backbone(name.removeprefix(TIMM), options=options, **rest)
+    if name.startswith(TRANSFORMERS):
+        return transformers_backbone(name.removeprefix(TRANSFORMERS).removeprefix("/"), **rest, **options)
+    imagenet = False
+    if name in ENCODERS:
+        module = ENCODERS[name].build(in_channels, channels, patch_size, options)
+        imagenet = ENCODERS[name].imagenet and weights is not None
+    else:
+        module = import_encoder(name)(in_channels=in_channels, **options)
     if weights is not None and pretrained:
-        load_weights(encoder, Path(weights))
-    return encoder
+        load_weights(module, Path(weights).expanduser())
+    return Backbone(module, IMAGENET_MEAN if imagenet else None, IMAGENET_STD if imagenet else None, options)
+
+
+def _each(values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
+    """Values of a library for each channel; none where they are for other channels."""
+    return tuple(map(float, values)) if values is not None and len(values) == channels else None
 
 
 def _try(name: str, encoder: nn.Module, in_channels: int, size: int) -> int:
@@ -333,51 +417,3 @@ def _try(name: str, encoder: nn.Module, in_channels: int, size: int) -> int:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise EncoderError(f"encoder: {name} maps {tuple(patches.shape)} to {got}, not to (2, features)")
     return features.shape[1]
-
-
-def freeze(encoder: nn.Module, trainable: Trainable) -> list[nn.Module]:
-    """Take gradients from the parts of an encoder that are not trained.
-
-    Parameters
-    ----------
-    encoder
-        Any.
-    trainable
-        ``all``, ``none``, or n: the last n stages are trained. The stages are the encoder's children in the order in
-        which it registered them, containers opened, those without parameters not counted.
-
-    Returns
-    -------
-    The parts that are frozen; they belong in evaluation mode.
-
-    Raises
-    ------
-    EncoderError
-        There are fewer than n stages.
-    """
-    if trainable == "all":
-        return []
-    encoder.requires_grad_(requires_grad=False)
-    if trainable == "none":
-        return [encoder]
-    inside = encoder
-    while len(children := list(inside.children())) == 1:  # wrappers
-        inside = children[0]
-    stages = _stages(inside)
-    counted = [place for place, stage in enumerate(stages) if any(True for _ in stage.parameters())]
-    if trainable > len(counted):
-        raise EncoderError(f"trainable: the encoder has {len(counted)} stages, fewer than {trainable}")
-    first = counted[-trainable]
-    for stage in stages[first:]:
-        stage.requires_grad_(requires_grad=True)
-    return stages[:first]
-
-
-def _stages(module: nn.Module) -> list[nn.Module]:
-    stages: list[nn.Module] = []
-    for child in module.children():
-        inner = list(child.children())
-        container = isinstance(child, nn.Sequential | nn.ModuleList) or len(inner) == 1
-        bare = not any(True for _ in child.parameters(recurse=False))
-        stages += _stages(child) if inner and container and bare else [child]
-    return stages

@@ -173,7 +173,7 @@ class NestedATS(SamplingModel):
     classes
         Q.
     pretrained
-        Read the weights that ``encoder_options`` name.
+        Read the weights that ``encoder`` names.
 
     Raises
     ------

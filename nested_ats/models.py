@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nested_ats.base import EncoderConfig, ImageModel
 from nested_ats.baselines import CNN, CNNConfig, DeepMIL, DeepMILConfig, UniformConfig, UniformSampling
+from nested_ats.encoders import TIMM, read_choice
+from nested_ats.hub import RANDOM
 from nested_ats.model import ModelConfig, NestedATS
 
 AnyConfig = ModelConfig | DeepMILConfig | UniformConfig | CNNConfig
@@ -38,7 +41,7 @@ def build_model(config: AnyConfig, *, in_channels: int, classes: int, pretrained
     classes
         Q.
     pretrained
-        Read the weights that ``encoder_options`` name; false where another state will be loaded.
+        Read the weights that ``encoder`` names; false where another state will be loaded.
 
     Raises
     ------
@@ -49,3 +52,33 @@ def build_model(config: AnyConfig, *, in_channels: int, classes: int, pretrained
         config, in_channels=in_channels, classes=classes, pretrained=pretrained
     )
     return model
+
+
+def fold_encoder_options(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a model's plain configuration with ``encoder_options``, as it was before, as it is now.
+
+    Raises
+    ------
+    ValueError
+        The options are no mapping, or lack what was needed.
+    """
+    folded = dict(model)
+    options = folded.pop("encoder_options", None)
+    if not options:
+        return folded
+    if not isinstance(options, Mapping):
+        raise ValueError(  # noqa: TRY004 - a wrong value of the configuration, as everywhere
+            "encoder_options: must be a mapping; write it as encoder: {name: ..., weights: ..., ...}"
+        )
+    kind = folded.get("kind", "ats")
+    default = KINDS[kind].config.encoder if kind in KINDS else ""
+    name, weights, rest = read_choice(folded.get("encoder", default))
+    rest = {**rest, **options}
+    if name == "timm":
+        if "name" not in rest:
+            raise ValueError("encoder_options: timm needs name; write it as encoder: timm/ARCHITECTURE")
+        name, weights = f"{TIMM}{rest.pop('name')}", rest.pop("checkpoint", RANDOM)
+    elif name == "transformers":
+        weights = rest.pop("path", weights)
+    folded["encoder"] = {"name": name, **({} if weights is None else {"weights": weights}), **rest}
+    return folded

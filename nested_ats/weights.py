@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from pathlib import Path
 
 import torch
@@ -14,13 +13,8 @@ from nested_ats.files import open_regular
 
 # What `torch.save` writes: a zip since torch 1.6, a pickle of protocol 2 before.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02")
-# For a shell, in double quotes. Weights may lie in a checkpoint beside other things, and may share their memory.
-_CONVERT = (
-    "import sys, torch; from safetensors.torch import save_file; "
-    "w = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-    "w = w.get('state_dict', w.get('model', w)); "
-    "save_file({k: v.clone().contiguous() for k, v in w.items()}, sys.argv[2], metadata={'format': 'pt'})"
-)
+# Files of the weights in a folder as the Hugging Face hub keeps it, the first that is there.
+_NAMES = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
 
 
 def read_tensors(path: Path, *, within: Path | None = None) -> dict[str, Tensor]:
@@ -36,16 +30,13 @@ def read_tensors(path: Path, *, within: Path | None = None) -> dict[str, Tensor]
     Raises
     ------
     ModelFileError
-        It is missing, no regular file, or not whole; of a pickle it says how to convert it.
+        It is missing, no regular file, or not whole.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        with open_regular(path, within) as file:
-            start = file.read(4)
-        if start.startswith(_PICKLES):
-            raise ModelFileError(f"{path}: {how_to_convert(path)}")
+        open_regular(path, within).close()
         return load_file(path)
     except FileNotFoundError as error:
         raise ModelFileError(f"{path}: no such file; check its path") from error
@@ -59,22 +50,30 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Of the latter nothing but tensors and plain containers is read (``weights_only``). A state within a checkpoint
     (``state_dict``, ``model`` or ``teacher``) is found, and prefixes that all names share are taken off.
 
+    Parameters
+    ----------
+    path
+        Of a file, or of a folder as the Hugging Face hub keeps it (``model.safetensors``, ``pytorch_model.bin``, or
+        either in parts).
+
     Raises
     ------
     ModelFileError
         It is missing, no regular file, not whole, or holds other objects.
     """
+    if path.is_dir():
+        return {name: tensor for part in _parts(path) for name, tensor in read_checkpoint(part).items()}
     try:
         with open_regular(path) as file:
-            pickled = file.read(4).startswith(_PICKLES)
+            start = file.read(4)
     except FileNotFoundError as error:
         raise ModelFileError(f"{path}: no such file; check the path of the weights") from error
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read: {error}") from error
-    if not pickled:
+    if not start.startswith(_PICKLES):
         return read_tensors(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
     except Exception as error:  # whatever a damaged or hostile pickle makes of it
         reason = str(error).strip().splitlines()[0]
         raise ModelFileError(
@@ -92,13 +91,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def how_to_convert(path: Path) -> str:
-    """What to do with weights that `torch.save` wrote: the command that makes a safetensors file of them."""
-    new = path.with_name(path.with_suffix(".safetensors").name.removeprefix("pytorch_"))
-    return (
-        "written by torch.save, a pickle, which is never read here since it may run code; convert it once and use "
-        f'{new} instead: python -c "{_CONVERT}" {shlex.quote(str(path))} {shlex.quote(str(new))}'
-    )
+def _parts(folder: Path) -> list[Path]:
+    """Files of the weights in a folder."""
+    for name in _NAMES:
+        if found := sorted(folder.glob(name)):
+            return found
+    raise ModelFileError(f"{folder}: holds no model.safetensors or pytorch_model.bin; name the file of the weights")
 
 
 def sha256(path: Path, *, within: Path | None = None) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -67,3 +70,39 @@ def follow_brightness() -> Callable[[NestedATS, float], NestedATS]:
         return model
 
     return follow_brightness
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """The real timm, also beside a torchvision that was built for another torch and so lacks its operators.
+
+    Nothing that is tested calls them, but torchvision, which timm imports, asks for their names.
+    """
+    declared = torch.library.Library("torchvision", "FRAGMENT")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            for name in ("nms", "qnms"):
+                declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+        yield importlib.import_module("timm")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the Hugging Face hub; put(repository, file name) gives a path in it, as of a download."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(repository: str, name: str):
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / "main").write_text("0123abcd")
+        (folder / "snapshots" / "0123abcd").mkdir(parents=True, exist_ok=True)
+        return folder / "snapshots" / "0123abcd" / name
+
+    return put
