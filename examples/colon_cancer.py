@@ -130,8 +130,8 @@ def _base(*, quick: bool) -> dict[str, Any]:
 
 def _patch(*, quick: bool) -> dict[str, Any]:
     """What all models share that see patches; means and spreads are those of stained tissue on white."""
-    width = {"encoder_options": {"features": 64}} if quick else {}
-    return {"patch_size": PATCH, "encoder": "ilse", "mean": 0.7, "std": 0.2, **width}
+    encoder = {"name": "ilse", "features": 64} if quick else "ilse"
+    return {"patch_size": PATCH, "encoder": encoder, "mean": 0.7, "std": 0.2}
 
 
 def _ats(samples: int, *, quick: bool, entropy: float | None = None) -> Method:

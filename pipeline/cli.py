@@ -185,9 +185,10 @@ def validate(
 
 @app.command()
 def info(
-    sources: Annotated[list[str], typer.Argument(help="Images or pyramids, by path or URL.")], as_json: AsJson = False
+    sources: Annotated[list[str], typer.Argument(help="Images or pyramids, by path or URL; encoders by name.")],
+    as_json: AsJson = False,
 ) -> None:
-    """Show the size, levels, channels and pixel size of images."""
+    """Show the size, levels, channels and pixel size of images; what an encoder such as uni wants."""
     from pipeline.info import describe
     from pipeline.net import Net
 
@@ -463,6 +464,12 @@ def _check_cluster(address: str, workers: int, device: str) -> None:
 
 
 def _print_info(about: dict[str, Any]) -> None:
+    if about["kind"] == "encoder":
+        mpp = ", ".join(f"{each:g}" for each in about["mpp"])
+        print(f"{about['path']}: encoder, {about['features']} features ({about['pooling']}), needs {about['needs']}")
+        print(f"  patches of {about['patch_size']} pixels at {mpp} micrometres per pixel")
+        print(f"  mean {about['mean']}, std {about['std']}; licence and weights: {about['page']}")
+        return
     height, width = about["size"]
     size = f"{height} x {width} pixels, {len(about['channels'])} channels of {about['dtype']}"
     mpp = f"{about['mpp']:g} micrometres per pixel" if about["mpp"] else "pixel size unknown"

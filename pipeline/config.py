@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,7 +28,9 @@ from pydantic import (
 )
 
 from nested_ats import CNNConfig, DeepMILConfig, ModelConfig, UniformConfig, levels_for
-from nested_ats.models import KINDS
+from nested_ats.encoders import read_choice
+from nested_ats.hub import RANDOM
+from nested_ats.models import KINDS, fold_encoder_options
 from pipeline.errors import UsageError
 
 # ValueError: of encodings, dates and numbers; RecursionError: nested too deep.
@@ -173,8 +175,8 @@ def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
     UsageError
         The file is missing or not YAML, or a key or value is wrong; all problems are named.
     """
-    raw = _read_yaml(path) if path else {}
     where = str(path) if path else "configuration"
+    raw = _fold(_read_yaml(path) if path else {}, where)
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -186,13 +188,13 @@ def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
         _override(raw, key.split("."), parsed, setting)
     if any(setting.startswith("model.") for setting in settings or []) and isinstance(raw["model"], dict):
         _add_levels(raw["model"])
-    return parse_config(raw, where)
+    return _whole_weights(parse_config(raw, where))
 
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:
     """Check a configuration given as plain values; `where` names it in errors (UsageError)."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(_fold(raw, where))
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
         raise UsageError(f"{where}: {problems}") from error
@@ -214,6 +216,26 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _fold(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Plain values in which the options of the encoder stand where they stand now."""
+    if not isinstance(raw.get("model"), dict):
+        return raw
+    try:
+        return {**raw, "model": fold_encoder_options(raw["model"])}
+    except ValueError as error:
+        raise UsageError(f"{where}: model.{error}") from error
+
+
+def _whole_weights(config: Config) -> Config:
+    """Write the path of the encoder's weights whole: workers may run in other folders."""
+    choice = read_choice(config.model.encoder)
+    if choice.weights in (None, RANDOM):
+        return config
+    whole = str(Path(choice.weights or "").expanduser().absolute())
+    model = replace(config.model, encoder=choice._replace(weights=whole).plain)
+    return config.model_copy(update={"model": model})
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text())
@@ -231,6 +253,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _override(raw: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
     if keys[:2] == ["model", "levels"] and isinstance(raw.setdefault("model", {}), dict):
         _add_levels(raw["model"])  # to be changed one by one
+    if keys[:2] == ["model", "encoder"] and len(keys) > 2 and isinstance(raw.setdefault("model", {}), dict):
+        _name_encoder(raw["model"])  # to be given weights and options
     node: Any = raw
     for i, key in enumerate(keys):
         step: Any = key
@@ -250,6 +274,14 @@ def _add_levels(model: dict[str, Any]) -> None:
     """Give a model of levels those of the default configuration, as it has none of its own."""
     if model.get("kind", "ats") == "ats":
         model.setdefault("levels", plain(Config())["model"]["levels"])
+
+
+def _name_encoder(model: dict[str, Any]) -> None:
+    """Make a mapping of a model's encoder that is a plain name, or the kind's default."""
+    kind = _kind(model)
+    named = model.get("encoder", KINDS[kind].config.encoder if kind in KINDS else None)
+    if isinstance(named, str):
+        model["encoder"] = {"name": named}
 
 
 def _explain(problem: Any) -> str:

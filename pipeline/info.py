@@ -1,22 +1,32 @@
-"""``info``: what an image or a pyramid is."""
+"""``info``: what an image, a pyramid or a published encoder is."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.manifest import has_image_suffix
 from storage import Slide, open_image
 
+if TYPE_CHECKING:
+    from nested_ats.presets import Preset
+
 
 def describe(location: str) -> dict[str, Any]:
-    """Describe an image file or a pyramid, by path or URL; of pixels, only those of PNG, JPEG and BMP files are read.
+    """Describe an image file or a pyramid, by path or URL, or an encoder by its name (`nested_ats.presets`).
+
+    Of pixels, only those of PNG, JPEG and BMP files are read.
 
     Raises
     ------
     storage.StorageError
-        It is neither, or it is damaged.
+        It is none of them, or it is damaged.
     """
+    if not set("./:") & set(location) and not os.path.exists(location):
+        from nested_ats.presets import PRESETS
+
+        if location in PRESETS:
+            return _describe_encoder(location, PRESETS[location])
     if has_image_suffix(location) if "://" in location else os.path.isfile(location):
         with open_image(location) as image:
             channels, height, width = image.shape
@@ -41,3 +51,18 @@ def describe(location: str) -> dict[str, Any]:
             "mpp": slide.mpp,
             "levels": levels,
         }
+
+
+def _describe_encoder(name: str, preset: Preset) -> dict[str, Any]:
+    return {
+        "path": name,
+        "kind": "encoder",
+        "page": preset.page,
+        "needs": preset.needs or preset.library,
+        "patch_size": preset.pixels,
+        "mpp": list(preset.mpp),
+        "mean": list(preset.mean),
+        "std": list(preset.std),
+        "features": preset.features,
+        "pooling": preset.pooling,
+    }

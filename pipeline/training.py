@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from cluster import Context
 from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
 from nested_ats.base import SamplingModel
+from nested_ats.trainable import batch_statistics
 from pipeline.allocator import keep_freed_memory
 from pipeline.augment import AugmentedImage
 from pipeline.config import Config, parse_config
@@ -124,6 +125,7 @@ class Trainer:
         self.unreadable = Unreadable(fail_fast=fail_fast)
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, in_channels=channels, classes=len(classes)).to(context.device)
+        _check_statistics(self.model, context)
         self.optimizer = torch.optim.AdamW(
             self._trained(),
             lr=config.train.learning_rate,
@@ -464,6 +466,18 @@ class Trainer:
         if self.config.train.class_weights == "none":
             return torch.ones_like(counts)
         return len(self.training) / (len(self.classes) * counts.clamp_min(1))
+
+
+def _check_statistics(model: nn.Module, context: Context) -> None:
+    """Raise UsageError where workers would each normalise by the patches that they happen to have."""
+    layers = batch_statistics(model) if context.world_size > 1 else []
+    if layers:
+        raise UsageError(
+            f"model.trainable: the encoder has {len(layers)} layers of batch normalisation, such as {layers[0]}; "
+            f"trained whole, each of the {context.world_size} workers would normalise by its own patches. Set it to "
+            "none or to the number of the last stages to train (the statistics then stay as they are), or train with "
+            "one worker"
+        )
 
 
 def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]:

@@ -268,6 +268,15 @@ class TestSomeFailed:
         assert [about["kind"] for about in json.loads(result.stdout)] == ["pyramid"]
         assert complaints(result)[0] == "1 of 2 failed:"
 
+    def test_info_of_an_encoder(self, cli):
+        text = cli("info", "virchow2").stdout
+        assert "2560 features (token and mean), needs timm" in text
+        assert "patches of 224 pixels at 0.25, 0.5, 1, 2 micrometres per pixel" in text
+        assert "https://huggingface.co/paige-ai/Virchow2" in text
+        [about] = json.loads(cli("info", "conch", "--json").stdout)
+        assert (about["patch_size"], about["features"]) == (448, 512)
+        assert "CONCH" in about["needs"]
+
 
 class TestInterrupts:
     def test_predict_keeps_what_has_finished(self, cli, places, pyramids, monkeypatch, tmp_path):

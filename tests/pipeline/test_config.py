@@ -43,6 +43,46 @@ def test_override_of_the_model_keeps_the_default_levels():
     assert load_config(None, ["model.encoder=resnet"]).model.levels == Config().model.levels
 
 
+class TestEncoder:
+    @pytest.mark.parametrize("text", ["", "model: {encoder: resnet}", "model: {encoder: {name: resnet, stem: 3}}"])
+    def test_weights_by_an_override_keep_the_name(self, tmp_path, text, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = load_config(write(tmp_path, text), ["model.encoder.weights=w.pth"])
+        whole = {"weights": str(tmp_path / "w.pth")}  # workers may run in other folders
+        options = {"stem": 3} if "stem" in text else {}
+        assert config.model.encoder == {"name": "resnet" if text else "lenet", **whole, **options}
+        assert load_config(write(tmp_path, dump_config(config))) == config
+
+    def test_of_the_kind(self):
+        config = load_config(None, ["model.kind=cnn", "model.encoder.stem=7"])
+        assert config.model.encoder == {"name": "resnet16", "stem": 7}
+
+    def test_random_weights_are_no_path(self):
+        config = load_config(None, ["model.encoder.name=timm/resnet18", "model.encoder.weights=random"])
+        assert config.model.encoder == {"name": "timm/resnet18", "weights": "random"}
+
+    def test_options_as_they_stood_before(self, tmp_path):
+        path = write(tmp_path, "model: {encoder: timm, encoder_options: {name: resnet18, checkpoint: /w.pth}}")
+        assert load_config(path, ["model.scale=8"]).model.encoder == {"name": "timm/resnet18", "weights": "/w.pth"}
+        config = load_config(path, ["model.encoder.drop_rate=0.5"])
+        assert config.model.encoder == {"name": "timm/resnet18", "weights": "/w.pth", "drop_rate": 0.5}
+        with pytest.raises(UsageError, match=r"model\.encoder_options: must be a mapping"):
+            load_config(write(tmp_path, "model: {encoder_options: 3}"))
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ("model.encoder={weights: x}", "mapping with a name"),
+            ("model.encoder.weights=3", "weights must be the path"),
+            ("model.encoder=uni", "patch_size: uni takes patches of 224 pixels"),
+            ("model.trainable={lora: x}", "trainable"),
+        ],
+    )
+    def test_mistakes(self, setting, message):
+        with pytest.raises(UsageError, match=message):
+            load_config(None, [setting])
+
+
 def test_override_of_a_default_level():
     assert load_config(None, ["model.levels.1.samples=32"]).model.levels[1].samples == 32
 
