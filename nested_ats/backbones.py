@@ -31,7 +31,6 @@ _NOT_ARCHITECTURE = (
     "dtype",
     "quantization_config",
     "torch_dtype",
-    "transformers_version",
 )
 
 

@@ -22,7 +22,7 @@ from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
 from pipeline.progress import OnProgress, progress
-from pipeline.runs import CONFIG, LOCK, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
+from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
 from pipeline.selection import Failure, Selection, select
 from pipeline.training import plain_entries, train_worker
 
@@ -138,7 +138,9 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
 
 
 def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
-    """See that a folder is empty, or that of the run of this fingerprint, or that of one to be overwritten.
+    """See that a folder is empty, or that of this run, or of one to be overwritten or not yet begun.
+
+    What stopped before its first state, as where the encoder's weights are missing, has nothing to lose.
 
     Raises
     ------
@@ -146,7 +148,8 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
         It is not.
     """
     if (folder / RUN).exists():
-        if read_run(folder)["fingerprint"] != fingerprint and not overwrite:
+        other = read_run(folder)["fingerprint"] != fingerprint
+        if other and not overwrite and any((folder / name).exists() for name in (STATE, METRICS, MODEL)):
             raise UsageError(
                 f"{folder}: holds a run of another configuration or of other slides, or some of its slides cannot be "
                 "used now (see run.json); give another --out, or --overwrite to start again"

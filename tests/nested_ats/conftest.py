@@ -73,22 +73,34 @@ def follow_brightness() -> Callable[[NestedATS, float], NestedATS]:
 
 
 @pytest.fixture(scope="session")
-def timm():
-    """The real timm, also beside a torchvision that was built for another torch and so lacks its operators.
+def torchvision():
+    """Whatever torchvision there is, also one that was built for another torch and so lacks its operators.
 
-    Nothing that is tested calls them, but torchvision, which timm imports, asks for their names.
+    Nothing that is tested calls them, but timm and transformers import it, and it asks for their names.
     """
     declared = torch.library.Library("torchvision", "FRAGMENT")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            import torchvision  # noqa: F401
+            importlib.import_module("torchvision")
         except RuntimeError:
             for name in ("nms", "qnms"):
                 declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
                 del sys.modules[name]
-        yield importlib.import_module("timm")
+        yield importlib.import_module("torchvision")
+
+
+@pytest.fixture(scope="session")
+def timm(torchvision):
+    """The real timm."""
+    return importlib.import_module("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers(torchvision):
+    """The real transformers."""
+    return importlib.import_module("transformers")
 
 
 @pytest.fixture

@@ -58,11 +58,6 @@ def vit(timm):
 
 
 @pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers")
-
-
-@pytest.fixture
 def tiny(transformers):
     torch.manual_seed(5)
     fields = {key: value for key, value in TINY.items() if key != "model_type"}

@@ -44,8 +44,8 @@ SMALLER = {
 
 
 @pytest.fixture(autouse=True)
-def libraries(timm):
-    pytest.importorskip("transformers")
+def libraries(timm, transformers):
+    """Both, for every test."""
 
 
 def small(name: str, **entries) -> dict:
@@ -97,6 +97,34 @@ def test_a_small_copy_works_and_needs_its_weights_once(name, hub, tmp_path):
     assert loaded.config == model.config
     assert torch.equal(answer(loaded), answer(model))
     assert answer(model).isfinite().all()
+
+
+# From the names that transformers has now to those of the files that were published.
+RENAMED = (
+    (r"^layers\.", "encoder.layer."),
+    (r"attention\.q_proj", "attention.attention.query"),
+    (r"attention\.k_proj", "attention.attention.key"),
+    (r"attention\.v_proj", "attention.attention.value"),
+    (r"attention\.o_proj", "attention.output.dense"),
+    (r"mlp\.down_proj", "mlp.weights_out"),
+)
+VIT_RENAMED = ((r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense"))
+
+
+@pytest.mark.parametrize("name", ["phikon", "phikon-v2", "hibou-b", "hibou-l"])
+def test_weights_with_the_names_of_the_published_files(name, tmp_path):
+    source = build_encoder(small(name, weights="random"), in_channels=3, patch_size=224).module.eval()
+    state = source.backbone.state_dict()
+    for key in [key for key in state if "gate_proj" in key]:  # was one matrix with up_proj
+        parts = [state.pop(key), state.pop(key.replace("gate", "up"))]
+        state[key.replace("gate_proj", "weights_in")] = torch.cat(parts)
+    for pattern, old in RENAMED + (VIT_RENAMED if name == "phikon" else ()):
+        state = {re.sub(pattern, old, key): value for key, value in state.items()}
+    assert ("encoder.layer.1.mlp.weights_in.bias" in state) == name.startswith("hibou")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = build_encoder(small(name, weights=str(tmp_path)), in_channels=3, patch_size=224).module.eval()
+    patches = torch.rand(2, 3, 224, 224)
+    assert torch.equal(found(patches), source(patches))
 
 
 def test_the_feature_of_virchow2_is_its_class_token_and_the_mean_without_registers():

@@ -154,8 +154,8 @@ class TestLora:
     """Low-rank matrices beside the attention of a transformer, by peft."""
 
     @pytest.fixture(autouse=True)
-    def libraries(self, timm):
-        pytest.importorskip("peft")
+    def libraries(self, timm, transformers):
+        """Peft imports transformers."""
 
     def test_what_is_trained_and_what_is_not(self, tmp_path):
         model = build(encoder=VIT, patch_size=32, trainable={"lora": 3})
@@ -186,7 +186,6 @@ class TestLora:
         assert torch.equal(loaded.eval()([image()], keys).logits, model.eval()([image()], keys).logits)
 
     def test_an_encoder_of_transformers(self):
-        pytest.importorskip("transformers")
         fields = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
         encoder = {
             "name": "transformers",

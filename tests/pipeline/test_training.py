@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cluster import LocalContext
+from nested_ats import ModelFileError
 from pipeline.cli import app
 from pipeline.config import parse_config, plain
 from pipeline.errors import DataError, UsageError
@@ -430,6 +431,17 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(pyramids, tmp_path, kind, 
     assert not torch.equal(exact, rounded)  # or nothing ran in bfloat16
     # Normalisation takes most of a gradient away, and what is left has the same rounding.
     assert (exact - rounded).norm() < (0.2 if kind == "cnn" else 0.05) * exact.norm()
+
+
+def test_a_run_that_could_not_begin_gives_way(config, pyramids, tmp_path):
+    """Its encoder's weights were not there: they are named, and the same command goes on in the same folder."""
+    entries, folder = read_manifest(pyramids), tmp_path / "run"
+    values = plain(config)
+    model = {**values["model"], "encoder": {"name": "lenet", "weights": str(tmp_path / "w.pth")}}
+    with pytest.raises(ModelFileError, match=r"w\.pth: no such file"):
+        train(entries, parse_config({**values, "model": model}, ""), folder)
+    metrics, _ = train(entries, config, folder)
+    assert metrics["epoch"] == config.train.epochs
 
 
 def test_another_precision_or_augmentation_is_another_run(config, pyramids, tmp_path):
