@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from pipeline.errors import UsageError
 
 # ValueError: of encodings, dates and numbers; RecursionError: nested too deep.
 _NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
+# Where a key may be of several types, an error's place ends in each.
+_OF_A_UNION = re.compile(r"str|int|float|(literal|dict|tuple)\[.*\]")
 DEFAULT_LEVELS = levels_for((8192, 8192))
 
 
@@ -290,7 +293,7 @@ def _explain(problem: Any) -> str:
         return f"model.kind: not one of {', '.join(KINDS)}"
     if place[0] == "model" and place[1:2] and place[1] in KINDS:
         kind = place.pop(1)  # which is no key
-    name = ".".join(place)
+    name = ".".join(part for part in place if not _OF_A_UNION.fullmatch(part))
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {name}" + _advise(place, kind)
     if problem["type"] in ("model_type", "dataclass_type", "model_attributes_type"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nested_ats import DeepMILConfig
+from nested_ats import DeepMILConfig, build_model
 from nested_ats.base import image_cells
 from pipeline.config import Config
 from storage import Slide, validate
@@ -39,7 +39,8 @@ def test_a_tiled_pyramid_is_whole_and_repeats_its_block(tmp_path):
 
 
 def test_the_reference_is_the_default_model():
-    assert cost_size.make_model(cost_size.REFERENCE).config == Config().model
+    default = build_model(Config().model, in_channels=3, classes=2)
+    assert cost_size.make_model(cost_size.REFERENCE).config == default.config
 
 
 def test_both_kinds_of_costs_by_size_are_measured(tmp_path, capsys, monkeypatch):

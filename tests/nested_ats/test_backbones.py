@@ -324,15 +324,17 @@ class TestMobileNet:
         return str(data / "weights" / "mobilenet_v2-b0353104.pth")
 
     @pytest.mark.data
-    def test_the_real_weights(self, weights, tmp_path):
-        """Torchvision's, whose pixels are normalised as ImageNet's; a trained model has them."""
+    def test_the_real_weights(self, torchvision, weights, tmp_path):
+        """Torchvision's give the features of torchvision's network, of pixels normalised as ImageNet's."""
         model = build({"name": "mobilenet_v2", "weights": weights}, trainable="none", patch_size=64)
         assert model.features == 1280
         assert model.config.mean == (0.485, 0.456, 0.406)
         assert model.config.std == (0.229, 0.224, 0.225)
-        assert torch.equal(
-            model.encoder.features[0][1].running_mean, torch.load(weights)["features.0.1.running_mean"]
-        )
+        theirs = torchvision.models.mobilenet_v2().eval()
+        theirs.load_state_dict(torch.load(weights))
+        patches = torch.rand(2, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(model.encoder(patches), theirs.features(patches).mean((-2, -1)))
         assert torch.equal(answer(saved_and_loaded(model, tmp_path)), answer(model))
         random = build("mobilenet_v2", trainable="none", patch_size=64)
         assert random.config.mean == 0.5

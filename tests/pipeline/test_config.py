@@ -72,6 +72,7 @@ class TestEncoder:
     @pytest.mark.parametrize(
         ("setting", "message"),
         [
+            ("model.encoder=3", r"model\.encoder: Input should be a valid string; model\.encoder: .*dictionary"),
             ("model.encoder={weights: x}", "mapping with a name"),
             ("model.encoder.weights=3", "weights must be the path"),
             ("model.encoder=uni", "patch_size: uni takes patches of 224 pixels"),
