@@ -43,11 +43,11 @@ class EncoderConfig:
     encoder: str | dict[str, Any] = "lenet"
     features: int = 32  # channels of lenet and the resnets; the others have their own options
     trainable: Trainable = "all"  # part of the encoder: all, none, n for the last n of its stages, or {lora: rank}
-    mean: float | tuple[float, ...] | None = (
-        None  # subtracted from pixels in [0, 1] before any network; one, or one a
-    )
-    std: float | tuple[float, ...] | None = None  # channel; then divided by this. None: as the encoder's weights were
-    # trained with, where that is known, else 0.5 and 0.25. A model's own configuration says what they are.
+    # Pixels in [0, 1] become (pixel - mean) / std before any network; one number, or one for each channel. None: as
+    # the encoder's weights were trained with, where that is known, else 0.5 and 0.25; a model's own configuration has
+    # the numbers.
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError where a value is out of range."""

@@ -295,8 +295,8 @@ def _check_preset(name: str, patch_size: int | None) -> None:
     if patch_size is None:
         raise ValueError(f"encoder: {name} takes patches, not whole images")
     if not preset.takes(patch_size):
-        others = f", or another multiple of {preset.step} from {preset.pixels // 2} up," if preset.step else ""
-        raise ValueError(f"patch_size: {name} takes patches of {preset.pixels} pixels{others} not {patch_size}")
+        others = f", or another multiple of {preset.step} from {preset.pixels // 2} up" if preset.step else ""
+        raise ValueError(f"patch_size: {name} takes patches of {preset.pixels} pixels{others}, not {patch_size}")
 
 
 def is_import_path(name: str) -> bool:

@@ -6,9 +6,11 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
 
@@ -118,3 +120,24 @@ def hub(tmp_path, monkeypatch):
         return folder / "snapshots" / "0123abcd" / name
 
     return put
+
+
+class Small(nn.Module):
+    """A stranger's encoder, without `.features`, with batch statistics."""
+
+    def __init__(self, *, in_channels: int, width: int = 5) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, patches):
+        return self.norm(self.convolution(patches)).mean((-2, -1))
+
+
+@pytest.fixture
+def strangers(monkeypatch):
+    """Module of encoders that can be imported as ``strangers``."""
+    module = ModuleType("strangers")
+    module.Small = Small
+    monkeypatch.setitem(sys.modules, "strangers", module)
+    return module

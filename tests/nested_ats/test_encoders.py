@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -38,36 +37,20 @@ def image(channels: int = 3, height: int = 60, width: int = 80) -> ArrayImage:
     return ArrayImage(torch.rand(channels, height, width, generator=torch.Generator().manual_seed(1)), levels=3)
 
 
-class Small(nn.Module):
-    """A stranger's encoder, without `.features`, with batch statistics."""
-
-    def __init__(self, *, in_channels: int, width: int = 5) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(in_channels, width, 3)
-        self.norm = nn.BatchNorm2d(width)
-
-    def forward(self, patches):
-        return self.norm(self.convolution(patches)).mean((-2, -1))
-
-
 def _with_features(module, features):
     module.features = features
     return module
 
 
-@pytest.fixture
-def strangers(monkeypatch):
-    """Module of encoders that can be imported as ``strangers``."""
-    module = ModuleType("strangers")
-    module.Small = Small
-    module.number = 3
-    module.not_a_module = lambda **_: object()
-    module.a_map = lambda in_channels: nn.Conv2d(in_channels, 4, 3)
-    module.lacking = lambda in_channels: {}["weights"]
-    module.boasting = lambda in_channels: _with_features(Small(in_channels=in_channels, width=7), 5)
-    module.picky = lambda in_channels: nn.Sequential(nn.Flatten(), nn.Linear(10, 4))
-    monkeypatch.setitem(sys.modules, "strangers", module)
-    return module
+@pytest.fixture(autouse=True)
+def more_strangers(strangers):
+    """Some that are no encoders."""
+    strangers.number = 3
+    strangers.not_a_module = lambda **_: object()
+    strangers.a_map = lambda in_channels: nn.Conv2d(in_channels, 4, 3)
+    strangers.lacking = lambda in_channels: {}["weights"]
+    strangers.boasting = lambda in_channels: _with_features(strangers.Small(in_channels=in_channels, width=7), 5)
+    strangers.picky = lambda in_channels: nn.Sequential(nn.Flatten(), nn.Linear(10, 4))
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -7,7 +7,16 @@ import re
 import pytest
 import torch
 
-from nested_ats import ArrayImage, EncoderError, LevelConfig, ModelConfig, NestedATS, load_model, save_model
+from nested_ats import (
+    ArrayImage,
+    CNNConfig,
+    EncoderError,
+    LevelConfig,
+    ModelConfig,
+    NestedATS,
+    load_model,
+    save_model,
+)
 from nested_ats.encoders import build_encoder
 from nested_ats.presets import PRESETS
 
@@ -149,7 +158,7 @@ def test_position_embeddings_are_interpolated_where_the_card_allows(name):
     [
         ("uni", 64, "uni takes patches of 224 pixels, or another multiple of 16 from 112 up, not 64"),
         ("uni", 230, "not 230"),
-        ("h-optimus-0", 256, "h-optimus-0 takes patches of 224 pixels not 256"),
+        ("h-optimus-0", 256, "h-optimus-0 takes patches of 224 pixels, not 256"),
         ("phikon", 112, "224 pixels"),
         ("conch", 224, "448 pixels"),
     ],
@@ -157,6 +166,11 @@ def test_position_embeddings_are_interpolated_where_the_card_allows(name):
 def test_patches_of_other_sizes_are_refused(name, patch_size, message):
     with pytest.raises(ValueError, match=f"^patch_size: .*{message}"):
         ModelConfig(levels=(LevelConfig(downsample=8, samples=2, stride=4),), patch_size=patch_size, encoder=name)
+
+
+def test_whole_images_are_refused():
+    with pytest.raises(ValueError, match="^encoder: uni takes patches, not whole images"):
+        CNNConfig(encoder="uni")
 
 
 def test_other_channels_are_refused():

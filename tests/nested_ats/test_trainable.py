@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -35,27 +34,6 @@ def build(in_channels: int = 3, **options) -> NestedATS:
 
 def image(channels: int = 3, height: int = 60, width: int = 80) -> ArrayImage:
     return ArrayImage(torch.rand(channels, height, width, generator=torch.Generator().manual_seed(1)), levels=3)
-
-
-class Small(nn.Module):
-    """A stranger's encoder with batch statistics."""
-
-    def __init__(self, *, in_channels: int, width: int = 5) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(in_channels, width, 3)
-        self.norm = nn.BatchNorm2d(width)
-
-    def forward(self, patches):
-        return self.norm(self.convolution(patches)).mean((-2, -1))
-
-
-@pytest.fixture
-def strangers(monkeypatch):
-    """Module of encoders that can be imported as ``strangers``."""
-    module = ModuleType("strangers")
-    module.Small = Small
-    monkeypatch.setitem(sys.modules, "strangers", module)
-    return module
 
 
 class TestTrainable:
@@ -90,9 +68,9 @@ class TestTrainable:
         model.eval().train()
         assert not model.encoder.layers[0].training
 
-    def test_a_stage_of_one_block_is_that_block(self):
+    def test_a_stage_of_one_block_is_that_block(self, strangers):
         """As in the ResNets of timm: a Sequential of a single block of several layers, inside a wrapper."""
-        block = nn.Sequential(Small(in_channels=3))
+        block = nn.Sequential(strangers.Small(in_channels=3))
         wrapped = nn.Sequential(nn.ModuleDict({"stem": nn.Conv2d(3, 3, 1), "stage": block, "norm": nn.Identity()}))
         frozen = freeze(wrapped, 1)
         assert [p.requires_grad for p in wrapped.parameters()] == [False] * 2 + [True] * 4
@@ -119,7 +97,8 @@ class TestTrainable:
     def test_a_training_step_leaves_the_frozen_parts_as_they_are(self, strangers, trainable):
         """Two stages, each with batch statistics; with 1 the last is trained, and its statistics stay."""
         strangers.Two = lambda in_channels: nn.Sequential(
-            nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.Dropout(0.5)), Small(in_channels=6)
+            nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.Dropout(0.5)),
+            strangers.Small(in_channels=6),
         )
         model = build(encoder="strangers:Two", trainable=trainable)
         model.eval()
@@ -140,7 +119,7 @@ class TestTrainable:
     @pytest.mark.parametrize(("trainable", "layers"), [("all", 2), ("none", 0), (1, 0), (2, 0)])
     def test_layers_that_normalise_by_the_batch(self, strangers, trainable, layers):
         strangers.Two = lambda in_channels: nn.Sequential(
-            nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6)), Small(in_channels=6)
+            nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6)), strangers.Small(in_channels=6)
         )
         assert len(batch_statistics(build(encoder="strangers:Two", trainable=trainable).eval().train())) == layers
 
