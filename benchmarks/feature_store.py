@@ -58,8 +58,7 @@ def configure(weights: Path | None, epochs: int, folder: Path | None, *, fine: b
         "model": {
             "levels": built_in if fine else [patch_cells],
             "patch_size": PATCH,
-            "encoder": "mobilenet_v2",
-            "encoder_options": {"weights": str(weights)} if weights else {},
+            "encoder": {"name": "mobilenet_v2"} | ({"weights": str(weights.absolute())} if weights else {}),
             "trainable": "none",
         },
         "train": {"epochs": epochs, "batch_size": BATCH, "early_samples": 1},

@@ -243,6 +243,23 @@ class TestTransformers:
             build({"name": "transformers", "weights": "random"})
 
 
+def test_features_have_one_name_wherever_the_weights_came_from(tiny, tmp_path):
+    """So that what a training has kept is found by a prediction, whose model knows no more than its folder."""
+
+    def kept_as(model) -> str | None:
+        return model._encoder_name(model.encoder, torch.device("cpu"))
+
+    tiny.save_pretrained(tmp_path / "here")
+    model = build({"name": "transformers", "weights": str(tmp_path / "here")}, trainable="none")
+    assert kept_as(model) == kept_as(saved_and_loaded(model, tmp_path))
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = build({"name": "transformers", "weights": str(tmp_path / "there")}, trainable="none")
+    assert kept_as(model) == kept_as(moved)
+    with torch.no_grad():
+        moved.encoder.backbone.layernorm.bias += 1e-6
+    assert kept_as(model) != kept_as(moved)
+
+
 @pytest.mark.parametrize("name", ["timm/resnet18", "transformers/a/b", "uni", "phikon"])
 def test_a_missing_library_is_named_with_its_installation(monkeypatch, name):
     library = {"uni": "timm", "phikon": "transformers"}.get(name, name.partition("/")[0])
