@@ -10,7 +10,8 @@ D features, Q classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -26,8 +27,10 @@ from nested_ats.images import Image, Map, find_level, read_batch, scale_pixels
 from nested_ats.sampling import Draw
 from nested_ats.trainable import Trainable, check_trainable, freeze
 
+_LEAST_SPREAD = 0.01  # of a feature that is standardised, of the mean of all
 _READS = 8  # parts in which one image's patches are read, so that `map_` can read them at the same time
-_AFTER_FEATURES = ("trainable", "scale", "location", "allow_gaps")  # keys that decide nothing of a frozen encoder
+# Keys that decide nothing of what a frozen encoder makes of a patch.
+_AFTER_FEATURES = ("trainable", "scale", "standardise", "location", "allow_gaps")
 
 Sampler = Callable[[Tensor, int, Tensor], Draw]
 Rows = TypeVar("Rows")
@@ -85,6 +88,9 @@ class PatchConfig(EncoderConfig):
     patch_size: int = 64  # side of the patches that the encoder sees, in pixels
     patch_downsample: float = 1.0  # of the patches
     scale: float = 8.0  # of the pooled features, which have unit length, before the head
+    standardise: bool = (
+        False  # whether features are brought to mean 0 and spread 1, by the first patches of a training
+    )
     location: bool = False  # whether the feature network is told where in the image a patch lies (section 3.3)
     allow_gaps: bool = (
         False  # whether cells may be larger than a patch, which is centred on one: no draw sees the rest
@@ -380,6 +386,11 @@ class PatchModel(ImageModel):
         )
         self.store: FeatureStore | None = None
         self.observe: Callable[[Tensor], None] | None = None
+        self._moments: Tensor | None = None
+        self._feature_mean: Tensor
+        self._feature_std: Tensor
+        for name, value in (("_feature_mean", 0.0), ("_feature_std", 1.0)) if config.standardise else ():
+            self.register_buffer(name, torch.full((self.features,), value))
         before = {f.name: getattr(self.config, f.name) for f in fields(PatchConfig) if f.name not in _AFTER_FEATURES}
         before["encoder"] = read_choice(self.config.encoder)._replace(weights=None).plain  # their bits count, no path
         self._encoder_name = EncoderName({**before, "in_channels": in_channels})
@@ -426,9 +437,42 @@ class PatchModel(ImageModel):
 
     def _point(self, features: Tensor, location: Tensor) -> Tensor:
         """Features (..., D) as encoded and the (..., 2) places of their patches -> (..., D) of unit length."""
+        if self._moments is not None:
+            rows = features.detach().flatten(0, -2).to(self._moments.dtype)
+            self._moments += torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+        if self.config.standardise:
+            features = (features - self._feature_mean) / self._feature_std
         if self.locate is not None:
             features = self.locate(torch.cat([features, location.to(features)], -1))
         return functional.normalize(features, dim=-1)
+
+    @contextmanager
+    def gather_moments(self) -> Iterator[Tensor]:
+        """Add up the features of all patches that are encoded within the block, for `standardise_by`.
+
+        Yields
+        ------
+        (3, D) float64, filled as patches are encoded: their number, the sum of features and that of squares.
+        """
+        self._moments = torch.zeros(3, self.features, dtype=torch.float64, device=self.head.weight.device)
+        try:
+            yield self._moments
+        finally:
+            self._moments = None
+
+    def standardise_by(self, moments: Tensor) -> None:
+        """Bring every feature to mean 0 and spread 1 from now on, by (3, D) moments (`standardise` is set).
+
+        Features of a pretrained network have a common mean, beside which they hardly differ once they have unit
+        length, and a few of them have most of the spread; a model would learn slowly, and from those few.
+        """
+        count, total, squares = moments
+        mean = total / count.clamp_min(1)
+        spreads = (squares / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+        # One that was never anything else says nothing yet; it must not drown the others once it does.
+        spreads = spreads.clamp_min(_LEAST_SPREAD * spreads.mean())
+        self._feature_mean.copy_(mean)
+        self._feature_std.copy_(torch.where(spreads > 0, spreads, 1.0))
 
     @property
     def _keeps(self) -> bool:

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from cluster import Context
 from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
-from nested_ats.base import SamplingModel
+from nested_ats.base import PatchModel, SamplingModel
 from nested_ats.trainable import batch_statistics
 from pipeline.allocator import keep_freed_memory
 from pipeline.augment import AugmentedImage
@@ -48,6 +49,7 @@ from pipeline.verdict import Observer, class_shares
 # Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy, and at most
 # half of them, since what a part computed for its backward pass is held until then.
 _PARTS_AHEAD = 8
+_FIRST_SLIDES = 16  # from which the spread of features is taken
 _READERS = 16  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
 
 T = TypeVar("T")
@@ -168,6 +170,8 @@ class Trainer:
             ThreadPoolExecutor(_READERS) as readers,
             Curves(self.folder, position, self.context) as curves,
         ):
+            if position == Position():
+                self._look_first(readers)
             for epoch in range(position.epoch, self.config.train.epochs):
                 if 0 < self.config.train.patience <= self.kept.stale:
                     break
@@ -200,6 +204,21 @@ class Trainer:
             # An epoch's line is written before its state: a line that the state does not know of is written again.
             write_atomic(self.folder / METRICS, metrics)
         return position
+
+    def _look_first(self, readers: ThreadPoolExecutor) -> None:
+        """Set how features are standardised, by patches of some slides, drawn as the first step would."""
+        model = self.model
+        if not (isinstance(model, PatchModel) and model.config.standardise):
+            return
+        with torch.no_grad(), model.gather_moments() as moments:
+            for row in self._order(0)[:_FIRST_SLIDES][self.context.rank :: self.context.world_size]:
+                entry = self.training[row]
+                key = torch.tensor([draw_key(self.config.seed, "first look", entry.slide_id)])
+                with suppress(SlideError), self._turn:
+                    self._forward([self._open(entry)], key, readers, more=self.config.train.early_samples)
+        self.context.all_reduce(moments)
+        model.standardise_by(moments)
+        self.kept = Kept(model, self.config.train.average)  # else its average would begin with other features
 
     def _check_agreement(self, position: Position) -> None:
         """See that all workers start from one state: they might not share the disk that it lies on."""

@@ -236,3 +236,35 @@ def test_a_budget_beyond_all_cells_opens_each_once(method):
     assert many.phases[1].centers_l0.shape == (2, 70 * 16, 2)
     torch.testing.assert_close(many.logits, few.logits)
     torch.testing.assert_close(many.entropy, few.entropy)
+
+
+def test_standardised_features_have_mean_zero_and_spread_one_before_they_get_unit_length():
+    torch.manual_seed(0)
+    model = NestedATS(dataclasses.replace(TWO_LEVELS, standardise=True), in_channels=3, classes=4).eval()
+    scenes = [image(200, 300, seed) for seed in range(3)]
+    with torch.no_grad():
+        with model.gather_moments() as moments:
+            found = [model([scene], torch.tensor([seed])).phases[-1].centers_l0 for seed, scene in enumerate(scenes)]
+        before = [model.encode([scene], places)[0] for scene, places in zip(scenes, found, strict=True)]
+        model.standardise_by(moments)
+        after = [model.encode([scene], places)[0] for scene, places in zip(scenes, found, strict=True)]
+    assert moments[0].tolist() == [3 * 6] * model.features
+    plain = torch.cat(
+        [
+            model._encode_seen(model._see(model._read(scene, places[0], map)[0]))
+            for scene, places in zip(scenes, found, strict=True)
+        ]
+    )
+    torch.testing.assert_close(torch.cat(before), torch.nn.functional.normalize(plain, dim=-1))
+    spread = plain.std(0, correction=0)
+    assert (spread > 0.01 * spread.mean()).any()
+    wanted = (plain - plain.mean(0)) / spread.clamp_min(0.01 * spread.mean())
+    torch.testing.assert_close(torch.cat(after), torch.nn.functional.normalize(wanted, dim=-1), rtol=1e-4, atol=1e-5)
+    model([scenes[0]], torch.tensor([9]))
+    assert moments[0].tolist() == [3 * 6] * model.features  # nothing is added after the block
+
+
+def test_features_that_never_differ_are_left_where_they_are():
+    model = NestedATS(dataclasses.replace(TWO_LEVELS, standardise=True), in_channels=3, classes=4)
+    model.standardise_by(torch.zeros(3, model.features, dtype=torch.float64))
+    assert model(([image(200, 300)]), torch.tensor([1])).logits.isfinite().all()

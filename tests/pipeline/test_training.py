@@ -29,7 +29,7 @@ from pipeline.predict import Classifier, predict, prediction_settings
 from pipeline.runs import LOCK, METRICS, STATE, load_state, read_metrics
 from pipeline.slides import SlideImage
 from pipeline.train import train
-from pipeline.training import Trainer, plain_entries, train_worker
+from pipeline.training import Trainer, make_trainer, plain_entries, train_worker
 from storage.locks import locked
 
 
@@ -134,6 +134,25 @@ def test_an_interrupted_run_ends_as_one_that_was_not(config, pyramids, whole, tm
     assert [line["epoch"] for line in resumed] == [1, 2, 3]
     for one, other in zip(resumed, straight, strict=True):
         assert one["cross_entropy"] == pytest.approx(other["cross_entropy"], rel=1e-6)
+
+
+def test_features_are_standardised_once_by_the_first_patches(config, pyramids, tmp_path):
+    raw = plain(config)
+    config = parse_config({**raw, "model": {**raw["model"], "standardise": True}}, "")
+    job = arguments(config, pyramids, tmp_path / "run")
+    with pytest.raises(Stop):
+        train_worker(LocalContext(), job, stop_at(4))
+    train_worker(LocalContext(), job)
+    train_worker(LocalContext(), arguments(config, pyramids, tmp_path / "straight"))
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+    first = make_trainer(LocalContext(), arguments(config, pyramids, tmp_path / "first"))
+    with ThreadPoolExecutor(4) as readers:
+        first._look_first(readers)
+    looked = first.model.state_dict()
+    for name in ("_feature_mean", "_feature_std"):
+        torch.testing.assert_close(weights(tmp_path / "straight")[name], looked[name])
+    assert looked["_feature_std"].min() > 0
+    assert not torch.equal(looked["_feature_std"], torch.ones_like(looked["_feature_std"]))
 
 
 def test_a_metrics_line_without_its_state_is_written_again(config, pyramids, tmp_path):

@@ -43,11 +43,13 @@ class Peers:
             self.peers.barrier.wait()
 
 
-@pytest.mark.parametrize("workers", [2, 3, 7])
-def test_the_gradient_of_a_step_is_that_of_one_worker(config, pyramids, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "standardise"), [(2, False), (3, True), (7, False)])
+def test_the_gradient_of_a_step_is_that_of_one_worker(config, pyramids, tmp_path, workers, standardise):
     """Five slides: uneven over two and three workers, and too few for seven."""
     entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"][:5]
-    once = parse_config({**plain(config), "train": {"epochs": 1, "batch_size": 5, "class_weights": "balanced"}}, "")
+    model = {**plain(config)["model"], "standardise": standardise}
+    course = {"epochs": 1, "batch_size": 5, "class_weights": "balanced"}
+    once = parse_config({**plain(config), "model": model, "train": course}, "")
 
     def gradients(size):
         folder = tmp_path / str(size)
