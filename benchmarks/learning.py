@@ -60,6 +60,7 @@ from pipeline.synthetic_signs import LABELS, sign_scene
 from pipeline.train import versions
 
 SEEDS = (0, 1, 2)
+FIRST_IMAGES = 16  # by which features are standardised
 RESULTS = Path(__file__).parent / "results" / "learning_cpu.json"
 
 
@@ -115,6 +116,7 @@ ARMS = {
     "default": Arm(),
     "independent levels": Arm({"attention": "independent"}, tasks=("signs", "needles")),
     "features not scaled": Arm({"scale": 1.0}),
+    "features standardised": Arm({"standardise": True}),
     "systematic": Arm({"method": "systematic"}),
     "desraj": Arm({"method": "desraj"}),
     "multinomial": Arm({"method": "multinomial"}),
@@ -239,6 +241,8 @@ def run(arm: str, task: Task, data: Data, seed: int, title: str) -> dict[str, An
     model = make_model(arm, task)
     course = TrainConfig(epochs=task.epochs, batch_size=task.batch, **ARMS[arm].train)
     optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, weight_decay=0.0, eps=1e-6)
+    if ARMS[arm].model.get("standardise"):
+        look_first(model, course, data, seed)
     kept = Kept(model, course.average)
     curve = []
     for epoch in range(task.epochs):
@@ -251,6 +255,15 @@ def run(arm: str, task: Task, data: Data, seed: int, title: str) -> dict[str, An
         "cpu_seconds": round(time.process_time() - began, 1),
         "curve": {name: [point[name] for point in curve] for name in curve[0]},
     }
+
+
+@torch.no_grad()
+def look_first(model: SamplingModel, course: TrainConfig, data: Data, seed: int) -> None:
+    """Set how features are standardised, by patches of the first training images."""
+    with model.gather_moments() as moments:
+        for row in range(FIRST_IMAGES):
+            model([data.images[row]], torch.tensor([draw_key(seed, "first look", row)]), more=course.early_samples)
+    model.standardise_by(moments)
 
 
 def train_epoch(

@@ -1,9 +1,9 @@
 """Sixty slides with planted nests: what a user's own folder looks like, made of one real slide.
 
-Each slide has 4096 x 4096 pixels: pieces of real H&E tissue, turned, mirrored and stained anew, on glass, with strokes
-of ink. Positive slides have two to five nests, discs of 60 to 110 pixels radius in which nuclei lie crowded. Negative
-ones have as many nuclei, scattered over the tissue one by one: what colours a slide has does not tell its label, as
-the last line that is printed shows.
+Each slide has 4096 x 4096 pixels: a piece of real H&E tissue, turned, mirrored and stained anew, on glass, with strokes
+of ink. Positive slides have two to five nests, pale discs of 60 to 110 pixels radius in which nuclei lie crowded.
+Negative ones have half as many such nuclei, scattered over the tissue one by one: what colours a slide has hardly tells
+its label, as the last line that is printed shows.
 
     python examples/sixty_slides.py --svs CMU-1-Small-Region.svs --out slides [--count 60] [--size 4096] [--seed 0]
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 HEMATOXYLIN = np.array([0.65, 0.70, 0.29])  # optical density by channel (Ruifrok and Johnston 2001)
+EOSIN = np.array([0.40, 0.80, 0.40])
 INKS = np.array([[0.10, 0.15, 0.45], [0.05, 0.30, 0.15], [0.12, 0.12, 0.14]])
 FOLDS = 3
 
@@ -53,13 +54,16 @@ def make_slide(recipe: Recipe, tissue: NDArray[np.float32]) -> NDArray[np.uint8]
     stained = ndimage.uniform_filter(tone[::4, ::4], 8) > 0.25  # what is tissue, a quarter as fine
     nests = [(nest_center(rng, stained), rng.uniform(60, 110)) for _ in range(rng.integers(2, 6))]
     places = np.concatenate([crowd(rng, center, radius) for center, radius in nests])
-    if not recipe.positive:
+    if recipe.positive:
+        for center, radius in nests:
+            clear(density, center, radius)
+    else:
         rows, columns = np.nonzero(stained)
-        chosen = rng.integers(len(rows), size=len(places))
-        places = np.stack([rows[chosen], columns[chosen]], 1) * 4 + rng.uniform(0, 4, (len(places), 2))
+        chosen = rng.integers(len(rows), size=len(places) // 2)
+        places = np.stack([rows[chosen], columns[chosen]], 1) * 4 + rng.uniform(0, 4, (len(chosen), 2))
     for place in places:
         add_nucleus(rng, density, place)
-    density *= rng.uniform(0.8, 1.25, 3) * rng.uniform(0.85, 1.15)  # another laboratory, another scanner
+    density *= rng.uniform(0.85, 1.15, 3) * rng.uniform(0.85, 1.15)  # another laboratory, another scanner
     pixels = 255 * rng.uniform(0.93, 0.99) * np.exp(-density)
     pixels += rng.normal(0, 1.0, pixels.shape[:2])[..., None]
     for _ in range(rng.integers(1, 4)):
@@ -89,13 +93,23 @@ def nest_center(rng: np.random.Generator, stained: NDArray[np.bool_]) -> NDArray
     return np.array([rows[chosen], columns[chosen]]) * 4.0
 
 
+def clear(density: NDArray[np.float32], center: NDArray[np.float64], radius: float) -> None:
+    """Make a disc as pale as what lies between cells."""
+    reach = int(radius) + 12
+    top, left = (max(0, int(place) - reach) for place in center)
+    window = density[top : int(center[0]) + reach, left : int(center[1]) + reach]
+    y, x = np.ogrid[top : top + window.shape[0], left : left + window.shape[1]]
+    inside = 1 / (1 + np.exp((np.hypot(y - center[0], x - center[1]) - radius) / 4))[..., None]
+    window += inside * (0.2 * window + 0.15 * EOSIN - window)
+
+
 def crowd(rng: np.random.Generator, center: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
     """Places (N, 2) of nuclei that lie close to each other in a disc."""
-    pitch = 17.0
+    pitch = 10.5
     steps = np.arange(-radius, radius, pitch)
     places = np.stack(np.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2)
     places = places[np.hypot(*places.T) < radius]
-    return center + places + rng.normal(0, 2.5, places.shape)
+    return center + places + rng.normal(0, 2.0, places.shape)
 
 
 def add_nucleus(rng: np.random.Generator, density: NDArray[np.float32], place: NDArray[np.float64]) -> None:
@@ -110,7 +124,7 @@ def add_nucleus(rng: np.random.Generator, density: NDArray[np.float32], place: N
     distance = np.hypot(along / rng.uniform(7, 10), across / rng.uniform(5, 7))
     inside = 1 / (1 + np.exp((distance - 1) * 8))
     window = density[y - reach : y + reach + 1, x - reach : x + reach + 1]
-    window += (inside * rng.uniform(0.9, 1.5))[..., None] * HEMATOXYLIN
+    window += (inside * rng.uniform(1.2, 1.9))[..., None] * HEMATOXYLIN
 
 
 def draw_ink(rng: np.random.Generator, pixels: NDArray[Any]) -> None:
