@@ -14,7 +14,8 @@ from nested_ats.models import KINDS
 from pipeline.config import CacheConfig, Config, digest, dump_config, load_config, plain
 from pipeline.errors import UsageError
 
-SIGNS = Path(__file__).parents[2] / "examples" / "signs.yaml"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SIGNS = EXAMPLES / "signs.yaml"
 
 
 def write(tmp_path, text):
@@ -27,6 +28,18 @@ def test_defaults_round_trip(tmp_path):
     config = load_config(None)
     assert config == Config()
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize("name", ["histology", "scenes"])
+def test_patches_of_the_examples_repeat_and_cover_what_they_are_drawn_from(name):
+    """Features are kept by the place of a patch, so cells of the last level are as large as one, on one grid."""
+    model = load_config(EXAMPLES / f"{name}.yaml").model
+    first, last = model.levels
+    assert last.extent_l0 == model.patch_size * model.patch_downsample
+    assert first.extent_l0 == last.size * last.downsample
+    assert first.extent_l0 % last.extent_l0 == 0
+    assert model.trainable == "none"
+    assert model.standardise
 
 
 def test_file_and_overrides(tmp_path):
