@@ -51,11 +51,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ONE_LEVEL = "model.levels=[{downsample: 8, stride: 8, samples: 32, channels: [16, 16]}]"
 ALL_TILES = "attention over all tiles"
 ARMS: dict[str, list[str]] = {
-    "two levels": [],
-    "one level": [ONE_LEVEL],
+    "two levels": ["model.prior=tissue"],
+    "one level": [ONE_LEVEL, "model.prior=tissue"],
     "two levels, no tissue prior": ["model.prior=none"],
     "one level, no tissue prior": [ONE_LEVEL, "model.prior=none"],
-    "two levels, features as they are": ["model.standardise=false"],
+    "two levels, features as they are": ["model.prior=tissue", "model.standardise=false"],
     ALL_TILES: [],
 }
 
