@@ -230,8 +230,8 @@ class TestFiles:
         with pytest.raises(UnsupportedImageError, match="a pipe or a device, not an image file"):
             open_image(tmp_path / "image.tif")
         cache = ChunkCache(tmp_path / "cache", max_bytes=10_000)
-        cache._path("a").parent.mkdir(parents=True)
-        no_file(cache._path("a"))
+        cache.path("a").parent.mkdir(parents=True)
+        no_file(cache.path("a"))
         assert cache.get("a") is None
 
     @pytest.mark.parametrize("key", ["zarr.json", "0/c/0/0/0", "0", "1/c"])
