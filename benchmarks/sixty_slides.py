@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from nested_ats.encoders import build_encoder
 from nested_ats.images import find_level
+from nested_ats.presets import IMAGENET_MEAN, IMAGENET_STD
 from nested_ats.prior import occupied, signal, thresholds
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
@@ -47,7 +48,6 @@ RESULTS = HERE / "results" / "sixty_slides_cpu.json"
 CONFIG = HERE.parent / "examples" / "histology.yaml"
 FOLDS = 3
 TILE, VIEW = 64, 16  # pixels; downsample at which tissue is told
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ONE_LEVEL = "model.levels=[{downsample: 8, stride: 8, samples: 32, channels: [16, 16]}]"
 ALL_TILES = "attention over all tiles"
 ARMS: dict[str, list[str]] = {
@@ -131,7 +131,7 @@ def encode_tiles(slides: list[Path], weights: Path) -> tuple[list[Tensor], float
     began = time.monotonic()
     built = build_encoder({"name": "mobilenet_v2", "weights": str(weights)}, in_channels=3, patch_size=TILE)
     encoder = built.module.eval().to(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     bags = []
     for path in slides:
         image = SlideImage(Slide(path), background=1.0)

@@ -466,9 +466,8 @@ class PatchModel(ImageModel):
         Features of a pretrained network have a common mean, beside which they hardly differ once they have unit
         length, and a few of them have most of the spread; a model would learn slowly, and from those few.
         """
-        count, total, squares = moments
-        mean = total / count.clamp_min(1)
-        spreads = (squares / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+        mean, square = moments[1:] / moments[0].clamp_min(1)
+        spreads = (square - mean.square()).clamp_min(0).sqrt()
         # One that was never anything else says nothing yet; it must not drown the others once it does.
         spreads = spreads.clamp_min(_LEAST_SPREAD * spreads.mean())
         self._feature_mean.copy_(mean)

@@ -208,8 +208,8 @@ ENCODERS: dict[str, Builtin] = {
     "resnet8": _resnet(stem=3, stem_stride=1, widths=(1, 1, 1), strides=(2, 2, 2)),
     # The CNN baseline of H.1 and H.3: starts with 32 channels, doubled after every two residual blocks. The strides
     # are not in the paper: here the image is halved by the stem and wherever the width doubles.
-    "mobilenet_v2": Builtin(lambda c, _n, _, o: MobileNetV2Encoder(in_channels=c, **o), 32, imagenet=True),
     "resnet16": _resnet(stem=3, stem_stride=2, widths=(1, 1, 2, 2, 4, 4, 8), strides=(1, 1, 2, 1, 2, 1, 2)),
+    "mobilenet_v2": Builtin(lambda c, _n, _, o: MobileNetV2Encoder(in_channels=c, **o), 32, imagenet=True),
 }
 TIMM, TRANSFORMERS = "timm/", "transformers"
 

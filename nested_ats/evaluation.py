@@ -254,6 +254,8 @@ def _draw_until(
         done = torch.ones(len(going), dtype=torch.bool)
         if not last:
             done = expected_error(model.head, drawn).amax(-1).cpu() <= (target or 0.0)
+        if not done.any():
+            continue
         found = estimate(model.head, drawn)
         for place in done.nonzero().flatten().tolist():
             estimates[int(going[place])] = Estimate(*(part[place] for part in found))

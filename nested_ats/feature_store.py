@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,46 +65,40 @@ class EncoderName:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = json.dumps([_FORMAT, settings], sort_keys=True, default=str)
-        self._known: list[tuple[str, Tensor, tuple[Any, ...]]] = []  # name, tensor, and its state of change
-        self._digests: dict[str, bytes] = {}
+        self._known: dict[str, tuple[Tensor, tuple[Any, ...], bytes]] = {}  # tensors, state of change, and digest
         self._digest: str | None = None
 
     def __call__(self, encoder: nn.Module, device: torch.device) -> str | None:
         """Name of the features computed now on a device; None where not all that decides them can be known."""
-        found = [(n, t, _state(t)) for n, t in (*encoder.named_parameters(), *encoder.named_buffers())]
-        if not _same(found, self._known):
-            self._digest = self._hash(encoder, found)
-            self._known = found
+        found = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+        if not (list(found) == list(self._known) and all(starmap(self._is_known, found.items()))):
+            anew = {n: (t, _state(t), _hash_tensor(t)) for n, t in found.items() if not self._is_known(n, t)}
+            known = {name: anew[name] if name in anew else self._known[name] for name in found}
+            self._digest = self._hash(encoder, {name: own for name, (_, _, own) in known.items()})
+            self._known = known  # last: another thread goes by it
         if self._digest is None:
             return None
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else "as it is"
         return f"{self._digest}/{device.type}/{cast}"
 
-    def _hash(self, encoder: nn.Module, found: Sequence[tuple[str, Tensor, tuple[Any, ...]]]) -> str | None:
+    def _is_known(self, name: str, tensor: Tensor) -> bool:
+        """Whether this is the very tensor that was hashed under this name, unchanged."""
+        known = self._known.get(name)
+        return known is not None and known[0] is tensor and known[1] == _state(tensor)
+
+    def _hash(self, encoder: nn.Module, digests: Mapping[str, bytes]) -> str | None:
         code = _code(encoder)
         if code is None:
             return None
-        known = {name: each for each in self._known for name in each[:1]}
         digest = hashlib.sha256(f"{self._settings}\n{code}\n".encode())
-        for each in found:
-            name, tensor, _ = each
-            if name not in known or not _same([each], [known[name]]):
-                self._digests[name] = _hash_tensor(tensor)
-            digest.update(f"{name}\n".encode() + self._digests[name])
+        for name, own in digests.items():
+            digest.update(f"{name}\n".encode() + own)
         return digest.hexdigest()
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     """What is another after a tensor was changed in place, or given other memory."""
     return (None if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype)
-
-
-def _same(
-    one: Sequence[tuple[str, Tensor, tuple[Any, ...]]], other: Sequence[tuple[str, Tensor, tuple[Any, ...]]]
-) -> bool:
-    """Whether these are the very tensors, unchanged."""
-    pairs = zip(one, other, strict=False)
-    return len(one) == len(other) and all(a[0] == b[0] and a[1] is b[1] and a[2] == b[2] for a, b in pairs)
 
 
 def _hash_tensor(tensor: Tensor) -> bytes:

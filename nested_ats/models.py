@@ -54,6 +54,12 @@ def build_model(config: AnyConfig, *, in_channels: int, classes: int, pretrained
     return model
 
 
+def plain_encoder(model: Mapping[str, Any]) -> Any:
+    """The encoder in a model's plain configuration: its kind's where it names none, empty for an unknown kind."""
+    kind = str(model.get("kind", "ats"))
+    return model.get("encoder", KINDS[kind].config.encoder if kind in KINDS else "")
+
+
 def fold_encoder_options(model: Mapping[str, Any]) -> dict[str, Any]:
     """Write a model's plain configuration with ``encoder_options``, as it was before, as it is now.
 
@@ -70,9 +76,7 @@ def fold_encoder_options(model: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(  # noqa: TRY004 - a wrong value of the configuration, as everywhere
             "encoder_options: must be a mapping; write it as encoder: {name: ..., weights: ..., ...}"
         )
-    kind = folded.get("kind", "ats")
-    default = KINDS[kind].config.encoder if kind in KINDS else ""
-    name, weights, rest = read_choice(folded.get("encoder", default))
+    name, weights, rest = read_choice(plain_encoder(folded))
     rest = {**rest, **options}
     if name == "timm":
         if "name" not in rest:

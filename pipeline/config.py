@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -24,14 +25,13 @@ from pydantic import (
     Tag,
     TypeAdapter,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from nested_ats import CNNConfig, DeepMILConfig, ModelConfig, UniformConfig, levels_for
 from nested_ats.encoders import read_choice
 from nested_ats.hub import RANDOM
-from nested_ats.models import KINDS, fold_encoder_options
+from nested_ats.models import KINDS, fold_encoder_options, plain_encoder
 from pipeline.errors import UsageError
 
 # ValueError: of encodings, dates and numbers; RecursionError: nested too deep.
@@ -59,6 +59,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _whole(path: Path) -> Path:
+    """A path that means the same to workers, which may run in other folders."""
+    return path.expanduser().absolute()
+
+
+WholePath = Annotated[Path, AfterValidator(_whole)]
 # Of the networks' forward pass: bfloat16 autocasts it, and the rest stays float32 (see `pipeline.runs.autocast`).
 Precision = Literal["float32", "bfloat16"]
 
@@ -104,25 +110,15 @@ class TrainConfig(_Section):
 class CacheConfig(_Section):
     """Where chunks of slides at URLs are kept, for later epochs and runs and for other processes of the machine."""
 
-    folder: Path  # made where it is not there
+    folder: WholePath  # made where it is not there
     gigabytes: float = Field(default=10.0, gt=0)  # that it may hold; the least recently used chunks are dropped
-
-    @field_validator("folder")
-    @classmethod
-    def _whole_path(cls, folder: Path) -> Path:
-        return folder.expanduser().absolute()  # workers may run in other folders
 
 
 class FeaturesConfig(_Section):
     """Where the features that a frozen encoder makes of patches are kept, for later epochs, runs and commands."""
 
-    folder: Path | None = None  # made where it is not there; none: nested-ats/features in the user's cache folder
+    folder: WholePath | None = None  # made where it is not there; none: one in the user's cache folder
     gigabytes: float = Field(default=10.0, gt=0)  # that it may hold; slides that are not in use are dropped
-
-    @field_validator("folder")
-    @classmethod
-    def _whole_path(cls, folder: Path | None) -> Path | None:
-        return folder and folder.expanduser().absolute()  # workers may run in other folders
 
 
 class DataConfig(_Section):
@@ -234,7 +230,7 @@ def _whole_weights(config: Config) -> Config:
     choice = read_choice(config.model.encoder)
     if choice.weights in (None, RANDOM):
         return config
-    whole = str(Path(choice.weights or "").expanduser().absolute())
+    whole = str(_whole(Path(choice.weights or "")))
     model = replace(config.model, encoder=choice._replace(weights=whole).plain)
     return config.model_copy(update={"model": model})
 
@@ -281,8 +277,7 @@ def _add_levels(model: dict[str, Any]) -> None:
 
 def _name_encoder(model: dict[str, Any]) -> None:
     """Make a mapping of a model's encoder that is a plain name, or the kind's default."""
-    kind = _kind(model)
-    named = model.get("encoder", KINDS[kind].config.encoder if kind in KINDS else None)
+    named = plain_encoder(model)
     if isinstance(named, str):
         model["encoder"] = {"name": named}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nested_ats import ImageModel, Output
-from nested_ats.base import SamplingModel, spread
+from nested_ats.base import SamplingModel
 from nested_ats.baselines import UniformSampling
 from nested_ats.expectation import uniform_entropy
 
@@ -122,7 +122,7 @@ class Observer:
             model.observe = self._count
 
     def _count(self, spreads: Tensor) -> None:
-        flat = _is_flat(spreads)
+        flat = is_background(spreads)
         self._counts += torch.stack([flat.sum(), flat.new_ones(flat.shape).sum()]).to(self._counts)
 
     def take(self) -> Tensor:
@@ -137,10 +137,6 @@ class Observer:
         return uniform_entropy(output.phases).to(output.entropy)
 
 
-def is_background(pixels: Tensor) -> Tensor:
-    """Whether there is nothing to see in patches: (P, C, H, W) as the encoder sees them -> (P,) bool."""
-    return _is_flat(spread(pixels))
-
-
-def _is_flat(spreads: Tensor) -> Tensor:
+def is_background(spreads: Tensor) -> Tensor:
+    """Whether there is nothing to see in patches of such `nested_ats.base.spread`: (P,) -> (P,) bool."""
     return spreads < _FLAT**2

@@ -122,6 +122,39 @@ def hub(tmp_path, monkeypatch):
     return put
 
 
+@pytest.fixture
+def config() -> Callable[..., ModelConfig]:
+    """Configuration of a model of one level, with options."""
+
+    def config(**options) -> ModelConfig:
+        level = LevelConfig(downsample=4, samples=3, stride=4)
+        return ModelConfig(**{"levels": (level,), "patch_size": 27, **options})
+
+    return config
+
+
+@pytest.fixture
+def build(config) -> Callable[..., NestedATS]:
+    """The model of that configuration, the same every time."""
+
+    def build(in_channels: int = 3, **options) -> NestedATS:
+        torch.manual_seed(0)
+        return NestedATS(config(**options), in_channels=in_channels, classes=2)
+
+    return build
+
+
+@pytest.fixture
+def image() -> Callable[..., ArrayImage]:
+    """An image for it, the same every time."""
+
+    def image(channels: int = 3, height: int = 60, width: int = 80) -> ArrayImage:
+        generator = torch.Generator().manual_seed(1)
+        return ArrayImage(torch.rand(channels, height, width, generator=generator), levels=3)
+
+    return image
+
+
 class Small(nn.Module):
     """A stranger's encoder, without `.features`, with batch statistics."""
 

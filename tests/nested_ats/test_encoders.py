@@ -12,29 +12,11 @@ from torch import nn
 from nested_ats import (
     ArrayImage,
     EncoderError,
-    LevelConfig,
-    ModelConfig,
     ModelFileError,
-    NestedATS,
     load_model,
     save_model,
 )
 from nested_ats.encoders import ENCODERS, build_encoder
-
-LEVELS = (LevelConfig(downsample=4, samples=3, stride=4),)
-
-
-def config(**options) -> ModelConfig:
-    return ModelConfig(**{"levels": LEVELS, "patch_size": 27, **options})
-
-
-def build(in_channels: int = 3, **options) -> NestedATS:
-    torch.manual_seed(0)
-    return NestedATS(config(**options), in_channels=in_channels, classes=2)
-
-
-def image(channels: int = 3, height: int = 60, width: int = 80) -> ArrayImage:
-    return ArrayImage(torch.rand(channels, height, width, generator=torch.Generator().manual_seed(1)), levels=3)
 
 
 def _with_features(module, features):
@@ -55,7 +37,7 @@ def more_strangers(strangers):
 
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_ours_take_any_number_of_channels(name, channels):
+def test_ours_take_any_number_of_channels(name, channels, build, image):
     model = build(channels, encoder=name, patch_size=max(ENCODERS[name].smallest_patch, 28))
     output = model([image(channels)], torch.tensor([1]))
     assert output.logits.shape == (1, 2)
@@ -107,14 +89,14 @@ def test_ilse_is_the_published_network():
     assert smaller(torch.zeros(2, 1, 40, 40)).shape == (2, 64)
 
 
-def test_unknown_options_are_refused():
+def test_unknown_options_are_refused(build):
     """And named without our function."""
     with pytest.raises(EncoderError, match=r"encoder: lenet cannot be built with \{'depth': 3\}: got an") as caught:
         build(encoder={"name": "lenet", "depth": 3})
     assert "()" not in str(caught.value)
 
 
-def test_a_mapping_of_a_name_alone_is_that_name():
+def test_a_mapping_of_a_name_alone_is_that_name(config):
     assert config(encoder={"name": "resnet"}) == config(encoder="resnet")
     assert config(encoder={"name": "lenet", "weights": Path("w")}).encoder == {"name": "lenet", "weights": "w"}
 
@@ -122,12 +104,12 @@ def test_a_mapping_of_a_name_alone_is_that_name():
 @pytest.mark.parametrize(
     "encoder", [{}, {"weights": "w"}, {"name": 3}, {"name": "lenet", "weights": 3}, {"name": "lenet", 3: 4}, None]
 )
-def test_what_names_no_encoder_is_refused(encoder):
+def test_what_names_no_encoder_is_refused(encoder, config):
     with pytest.raises(ValueError, match="^encoder: "):
         config(encoder=encoder)
 
 
-def test_weights_of_ones_own(tmp_path):
+def test_weights_of_ones_own(tmp_path, build):
     """Of any of ours, and of what is imported; a trained model does not ask for them again."""
     source = build(encoder="resnet")
     torch.save(source.encoder.state_dict(), tmp_path / "w.pth")
@@ -143,7 +125,7 @@ def test_weights_of_ones_own(tmp_path):
 
 
 class TestImportPath:
-    def test_width_is_found_by_trial(self, strangers):
+    def test_width_is_found_by_trial(self, strangers, build, image):
         model = build(4, encoder={"name": "strangers:Small", "width": 6})
         assert model.features == 6
         assert model.encoder.norm.num_batches_tracked == 0  # the trial taught it nothing
@@ -163,23 +145,23 @@ class TestImportPath:
             ("strangers:picky", r"does not take patches of shape \(2, 3, 27, 27\)"),
         ],
     )
-    def test_what_is_no_encoder_is_refused(self, strangers, name, message):
+    def test_what_is_no_encoder_is_refused(self, strangers, name, message, build):
         with pytest.raises(EncoderError, match=message):
             build(encoder=name)
 
     @pytest.mark.parametrize("name", ["vgg", "UNI", "timm", "a b:c", "os:", ":system", "../x:y", ""])
-    def test_names_of_another_form_are_refused(self, name):
+    def test_names_of_another_form_are_refused(self, name, config):
         with pytest.raises(ValueError, match="encoder: must be one of"):
             config(encoder=name)
 
-    def test_weights_are_read_here(self, strangers, tmp_path):
+    def test_weights_are_read_here(self, strangers, tmp_path, build):
         """The factory makes the network; it is not told of them."""
         torch.save(build(encoder="strangers:Small").encoder.state_dict(), tmp_path / "w.pth")
         torch.manual_seed(9)
         model = build(encoder={"name": "strangers:Small", "weights": str(tmp_path / "w.pth")})
         assert torch.equal(model.encoder.norm.weight, torch.load(tmp_path / "w.pth")["norm.weight"])
 
-    def test_a_checkpoint_imports_nothing_unless_trusted(self, strangers, tmp_path, monkeypatch):
+    def test_a_checkpoint_imports_nothing_unless_trusted(self, strangers, tmp_path, monkeypatch, build, image):
         model = build(encoder="strangers:Small").eval()
         save_model(tmp_path / "m", model, classes=["a", "b"])
         monkeypatch.delitem(sys.modules, "strangers")
@@ -194,7 +176,7 @@ class TestImportPath:
 
 
 class TestLocation:
-    def test_the_feature_knows_where_its_patch_lies(self):
+    def test_the_feature_knows_where_its_patch_lies(self, build):
         flat = ArrayImage(torch.full((3, 60, 80), 0.5), levels=3)
         centers = torch.tensor([[[0.0, 0.0], [30.0, 40.0], [60.0, 80.0]]], dtype=torch.float64)
         plain, located = build(), build(location=True)
@@ -211,7 +193,7 @@ class TestLocation:
         torch.testing.assert_close(corner[:3], torch.tensor([-1.0, -1.0, 1.0]) / 3**0.5)
         torch.testing.assert_close(other[:3], torch.ones(3) / 3**0.5)
 
-    def test_files_and_batches(self, tmp_path):
+    def test_files_and_batches(self, tmp_path, build, image):
         model = build(location=True, encoder={"name": "ilse", "features": 16}, trainable=1)
         save_model(tmp_path / "m", model, classes=["a", "b"])
         loaded, _ = load_model(tmp_path / "m")

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from nested_ats import ArrayImage, EncoderError, LevelConfig, ModelConfig, NestedATS, load_model, save_model
+from nested_ats import EncoderError, load_model, save_model
 from nested_ats.trainable import batch_statistics, freeze
 
-LEVELS = (LevelConfig(downsample=4, samples=3, stride=4),)
 VIT = {
     "name": "timm/vit_tiny_patch16_224",
     "weights": "random",
@@ -23,21 +22,8 @@ VIT = {
 }
 
 
-def config(**options) -> ModelConfig:
-    return ModelConfig(**{"levels": LEVELS, "patch_size": 27, **options})
-
-
-def build(in_channels: int = 3, **options) -> NestedATS:
-    torch.manual_seed(0)
-    return NestedATS(config(**options), in_channels=in_channels, classes=2)
-
-
-def image(channels: int = 3, height: int = 60, width: int = 80) -> ArrayImage:
-    return ArrayImage(torch.rand(channels, height, width, generator=torch.Generator().manual_seed(1)), levels=3)
-
-
 class TestTrainable:
-    def test_frozen_whole(self, strangers):
+    def test_frozen_whole(self, strangers, build, image):
         model = build(encoder="strangers:Small", trainable="none", location=True)
         model.train()
         assert model.training
@@ -58,7 +44,7 @@ class TestTrainable:
             ("ilse", 2, {"layers.7", "layers.10"}),
         ],
     )
-    def test_the_last_stages_are_trained(self, encoder, n, trained):
+    def test_the_last_stages_are_trained(self, encoder, n, trained, build, image):
         model = build(encoder=encoder, trainable=n)
         model([image()], torch.tensor([1])).logits.sum().backward()
         got = {".".join(k.split(".")[:2]) for k, p in model.encoder.named_parameters() if p.grad is not None}
@@ -76,7 +62,7 @@ class TestTrainable:
         assert [p.requires_grad for p in wrapped.parameters()] == [False] * 2 + [True] * 4
         assert frozen == [wrapped[0]["stem"], block[0].norm]
 
-    def test_forward_is_the_same_however_much_is_trained(self):
+    def test_forward_is_the_same_however_much_is_trained(self, build, image):
         keys = torch.tensor([4])
         outputs = [build(encoder="resnet", trainable=t)([image()], keys).logits for t in ("all", "none", 2)]
         assert torch.equal(outputs[0], outputs[1])
@@ -85,16 +71,16 @@ class TestTrainable:
     @pytest.mark.parametrize(
         "value", ["some", 0, -1, True, {}, {"lora": 0}, {"lora": True}, {"rank": 4}, {"lora": 4, "alpha": 8}]
     )
-    def test_other_values_are_refused(self, value):
+    def test_other_values_are_refused(self, value, config):
         with pytest.raises(ValueError, match="trainable"):
             config(trainable=value)
 
-    def test_more_stages_than_there_are(self):
+    def test_more_stages_than_there_are(self, build):
         with pytest.raises(EncoderError, match="has 3 stages"):
             build(trainable=4)
 
     @pytest.mark.parametrize("trainable", ["none", 1])
-    def test_a_training_step_leaves_the_frozen_parts_as_they_are(self, strangers, trainable):
+    def test_a_training_step_leaves_the_frozen_parts_as_they_are(self, strangers, trainable, build, image):
         """Two stages, each with batch statistics; with 1 the last is trained, and its statistics stay."""
         strangers.Two = lambda in_channels: nn.Sequential(
             nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.Dropout(0.5)),
@@ -117,13 +103,13 @@ class TestTrainable:
         assert all(p.grad is None for p in frozen.parameters())
 
     @pytest.mark.parametrize(("trainable", "layers"), [("all", 2), ("none", 0), (1, 0), (2, 0)])
-    def test_layers_that_normalise_by_the_batch(self, strangers, trainable, layers):
+    def test_layers_that_normalise_by_the_batch(self, strangers, trainable, layers, build):
         strangers.Two = lambda in_channels: nn.Sequential(
             nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6)), strangers.Small(in_channels=6)
         )
         assert len(batch_statistics(build(encoder="strangers:Two", trainable=trainable).eval().train())) == layers
 
-    def test_a_patch_has_one_feature_whatever_it_is_batched_with_where_the_last_stages_are_trained(self):
+    def test_a_patch_has_one_feature_whatever_it_is_batched_with_where_the_last_stages_are_trained(self, build):
         model = build(encoder="mobilenet_v2", trainable=2, patch_size=32).train()
         patches = torch.rand(4, 3, 32, 32)
         torch.testing.assert_close(model.encoder(patches)[:1], model.encoder(patches[:1]))
@@ -136,7 +122,7 @@ class TestLora:
     def libraries(self, timm, transformers):
         """Peft imports transformers."""
 
-    def test_what_is_trained_and_what_is_not(self, tmp_path):
+    def test_what_is_trained_and_what_is_not(self, tmp_path, build, image):
         model = build(encoder=VIT, patch_size=32, trainable={"lora": 3})
         plain = build(encoder=VIT, patch_size=32, trainable="none")
         trained = [name for name, p in model.encoder.named_parameters() if p.requires_grad]
@@ -164,7 +150,7 @@ class TestLora:
         assert loaded.config.trainable == {"lora": 3}
         assert torch.equal(loaded.eval()([image()], keys).logits, model.eval()([image()], keys).logits)
 
-    def test_an_encoder_of_transformers(self):
+    def test_an_encoder_of_transformers(self, build, image):
         fields = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
         encoder = {
             "name": "transformers",
@@ -176,11 +162,11 @@ class TestLora:
         trained = {name for name, p in model.encoder.named_parameters() if p.grad is not None}
         assert len(trained) == 2 * 4 * 2  # two blocks; queries, keys, values and output; A and B
 
-    def test_an_encoder_without_attention(self):
+    def test_an_encoder_without_attention(self, build):
         with pytest.raises(EncoderError, match="attention of transformers"):
             build(trainable={"lora": 2})
 
-    def test_without_peft(self, monkeypatch):
+    def test_without_peft(self, monkeypatch, build):
         monkeypatch.setitem(sys.modules, "peft", None)
         with pytest.raises(EncoderError, match=r"pip install peft, or nested-ats\[lora\]"):
             build(encoder=VIT, patch_size=32, trainable={"lora": 2})

@@ -17,6 +17,7 @@ from nested_ats import (
     UniformConfig,
     build_model,
 )
+from nested_ats.base import spread
 from nested_ats.expectation import uniform_entropy
 from pipeline.verdict import Observer, class_shares, guess_cross_entropy, is_background, run_shares, verdict
 
@@ -82,7 +83,7 @@ def test_background_is_what_hardly_varies():
     red = torch.zeros(3, 64, 64)
     red[0] = torch.rand(64, 64, generator=generator)
     patches = (torch.stack([glass, nucleus, black, off, red]) - 0.5) / 0.25
-    assert is_background(patches).tolist() == [True, False, True, True, False]
+    assert is_background(spread(patches)).tolist() == [True, False, True, True, False]
 
 
 NESTED = ModelConfig(
