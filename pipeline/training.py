@@ -218,6 +218,7 @@ class Trainer:
                     self._forward([self._open(entry)], key, readers, more=self.config.train.early_samples)
         self.context.all_reduce(moments)
         model.standardise_by(moments)
+        self.observer.take()  # its patches are of no epoch
         self.kept = Kept(model, self.config.train.average)  # else its average would begin with other features
 
     def _check_agreement(self, position: Position) -> None:

@@ -148,6 +148,7 @@ def test_features_are_standardised_once_by_the_first_patches(config, pyramids, t
     first = make_trainer(LocalContext(), arguments(config, pyramids, tmp_path / "first"))
     with ThreadPoolExecutor(4) as readers:
         first._look_first(readers)
+    assert first.observer.take().tolist() == [0, 0]
     looked = first.model.state_dict()
     for name in ("_feature_mean", "_feature_std"):
         torch.testing.assert_close(weights(tmp_path / "straight")[name], looked[name])
