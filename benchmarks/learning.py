@@ -2,19 +2,23 @@
 
 Tasks. *mnist*: Megapixel MNIST at 384 x 384 with 8 noise patches; one level, 10 patches of 50 pixels out of 2304
 cells. *signs*: the scenes of ``make demo``, 1024 x 1024; 8 regions, then 8 patches of 64 pixels out of 4096 leaves.
-*needles*: one digit of a class among 60 scraps of digits, 512 x 512, two levels.
+*needles*: one digit of a class among 60 scraps of digits, 512 x 512, two levels. *colon*: the 100 published images of
+500 x 500 pixels in ten folds, by a frozen MobileNetV2; 25 of 256 tiles of 64 pixels. *slides*: sixty slides with
+planted nests (`examples/sixty_slides.py`) in three folds, by the same network, as examples/histology.yaml has it.
 Arms differ from ``default`` in what their name says and in nothing else: within a seed they start from the same
 weights (but ``uniform``, which has no attention) and see the same images in the same order, by the course of training
 of `pipeline.course`. Images are the same for all seeds, and held in memory.
 
-"epochs to 90 %" is the first epoch in which the training accuracy, over the draws that trained, is 90 % or more. The
-test draws once per image, as the paper does. The authors' gradient is for one level, so only *mnist* has such an arm.
+"epochs to 90 %" is the first epoch in which the training accuracy, over the draws that trained, is 90 % or more, in
+the median fold. The test draws once per image, as the paper does; folds are pooled. The authors' gradient is for one
+level, so only *mnist* has such an arm.
 
-A run is written to the result file when it ends, and a rerun does only what is missing. All is done in one thread; to
+A run is written to the result file when it ends, and a rerun does only what is missing. Each takes one thread; to
 let glibc keep freed memory takes a third off the time: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592.
 
-    python benchmarks/learning.py [--digits ../shared/data/mnist] [--tasks mnist signs] [--arms default ...]
-                                  [--results FILE] [--show] [--quick]
+    python benchmarks/learning.py [--digits ../shared/data/mnist] [--colon .../Classification] [--slides FOLDER]
+                                  [--weights mobilenet_v2-b0353104.pth] [--tasks mnist signs] [--arms default ...]
+                                  [--seeds 0 1 2] [--device cuda] [--jobs 2] [--results FILE] [--show] [--quick]
 """
 
 from __future__ import annotations
@@ -22,25 +26,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from authors_gradient import AuthorsATS
-from numpy.typing import NDArray
+from learning_data import Data, Places, Task, make_data
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from nested_ats import (
-    ArrayImage,
     LevelConfig,
     ModelConfig,
     NestedATS,
@@ -49,39 +54,17 @@ from nested_ats import (
     attention_sampling_loss,
     predict,
 )
-from nested_ats.base import SamplingModel
+from nested_ats.base import PatchConfig, SamplingModel
 from pipeline.config import DEFAULT_LEVELS, TrainConfig
 from pipeline.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.slides import draw_key
-from pipeline.synthetic_mnist import load_pools, mnist_scene
-from pipeline.synthetic_signs import LABELS, sign_scene
 from pipeline.train import versions
 
 SEEDS = (0, 1, 2)
 FIRST_IMAGES = 16  # by which features are standardised
 RESULTS = Path(__file__).parent / "results" / "learning_cpu.json"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set, the model of its ``default`` arm, and how long to train."""
-
-    model: ModelConfig
-    channels: int
-    classes: int
-    size: int  # side of an image in pixels
-    train: int
-    test: int
-    batch: int
-    epochs: int
-
-    @property
-    def coarsest(self) -> int:
-        """Index of the level that the model sees first."""
-        return int(math.log2(self.model.downsamples[0]))
-
 
 _LEVEL = LevelConfig(downsample=4, stride=2, samples=10, channels=(8, 8))
 _MNIST = ModelConfig(levels=(_LEVEL,), patch_size=50, mean=0.13, std=0.31)
@@ -95,12 +78,58 @@ _NEEDLES = ModelConfig(
     std=0.31,
 )
 _SIGNS = ModelConfig(levels=DEFAULT_LEVELS)
+# The encoder's weights are named when a model is made: where they lie is not a setting.
+_FROZEN: dict[str, Any] = {"encoder": {"name": "mobilenet_v2"}, "trainable": "none", "standardise": True}
+_COLON = ModelConfig(levels=(LevelConfig(downsample=4, stride=8, samples=25, channels=(16, 16)),), **_FROZEN)
+_SLIDES = ModelConfig(  # of examples/histology.yaml
+    levels=(
+        LevelConfig(downsample=16, stride=4, group=4, samples=16),
+        LevelConfig(downsample=4, size=64, stride=16, samples=32),
+    ),
+    **_FROZEN,
+)
+_FEW = {"learning_rate": 3e-3}
 TASKS = {
     "mnist": Task(_MNIST, channels=1, classes=10, size=384, train=2000, test=500, batch=32, epochs=30),
     "needles": Task(_NEEDLES, channels=1, classes=10, size=512, train=2000, test=500, batch=32, epochs=30),
     "signs": Task(_SIGNS, channels=3, classes=4, size=1024, train=700, test=150, batch=16, epochs=45),
+    "colon": Task(
+        _COLON,
+        channels=3,
+        classes=2,
+        size=500,
+        train=100,
+        test=0,
+        batch=4,
+        epochs=20,
+        folds=10,
+        background=1.0,
+        course=_FEW,
+    ),
+    "slides": Task(
+        _SLIDES,
+        channels=3,
+        classes=2,
+        size=4096,
+        train=60,
+        test=0,
+        batch=4,
+        epochs=40,
+        folds=3,
+        background=1.0,
+        course=_FEW,
+    ),
 }
+TRAINED, FROZEN = ("mnist", "signs", "needles"), ("colon", "slides")  # encoders
 UNIFORM, AUTHORS = "uniform", "desraj, authors' gradient"
+
+
+class Place(NamedTuple):
+    """Where data lie and where it is computed."""
+
+    data: Places
+    weights: Path | None  # of torchvision's MobileNetV2
+    device: str
 
 
 @dataclass(frozen=True)
@@ -109,14 +138,22 @@ class Arm:
 
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ("mnist", "signs", "needles")
+    tasks: tuple[str, ...] = (*TRAINED, *FROZEN)
 
 
 ARMS = {
     "default": Arm(),
-    "independent levels": Arm({"attention": "independent"}, tasks=("signs", "needles")),
+    "independent levels": Arm({"attention": "independent"}, tasks=("signs", "needles", "slides")),
     "features not scaled": Arm({"scale": 1.0}),
-    "features standardised": Arm({"standardise": True}),
+    "features standardised": Arm({"standardise": True}, tasks=TRAINED),
+    "features as they are": Arm({"standardise": False}, tasks=FROZEN),
+    "tissue prior": Arm({"prior": "tissue"}, tasks=("slides",)),
+    "encoder trained": Arm({"trainable": "all", "standardise": False}, {"learning_rate": 1e-4}, tasks=("colon",)),
+    "encoder from nothing": Arm(
+        {"encoder": "resnet16", "trainable": "all", "standardise": False, "patch_size": 32},
+        {"learning_rate": 1e-3},
+        tasks=("colon",),
+    ),
     "systematic": Arm({"method": "systematic"}),
     "desraj": Arm({"method": "desraj"}),
     "multinomial": Arm({"method": "multinomial"}),
@@ -131,137 +168,69 @@ ARMS = {
 }
 
 
-class ByteImage(ArrayImage):
-    """An `ArrayImage` whose levels are bytes, as those of a pyramid on disk are: a quarter of the memory."""
-
-    def __init__(self, levels: list[Tensor]) -> None:
-        self._levels = levels
-        self._background = 0
-
-    def fill(self, level: int, pixels: Tensor) -> None:
-        """Set a level from (C, H, W) pixels in [0, 1]."""
-        self._levels[level].copy_((pixels * 255).round())
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images and (N,) labels, those to train on first."""
-
-    images: list[ByteImage]
-    labels: Tensor
-    train: int
-
-
-def make_data(name: str, task: Task, digits: Path | None) -> Data:
-    """Make the images of a task, the same every time."""
-    render = {"mnist": mnist_scenes, "signs": sign_scenes, "needles": needle_scenes}[name](task, digits)
-    count, sides = task.train + task.test, [task.size >> level for level in range(task.coarsest + 1)]
-    # One block a level, and rendered first: what is cached then, between the floats of the levels, would leave the
-    # heap in pieces.
-    blocks = [torch.empty(count, task.channels, side, side, dtype=torch.uint8) for side in sides]
-    labels = torch.tensor([render(index, pixels.numpy()) for index, pixels in enumerate(blocks[0])])
-    images = [ByteImage([block[index] for block in blocks]) for index in range(count)]
-    for image in images:
-        exact = ArrayImage(image.read(0, torch.tensor([[0, 0, task.size, task.size]]))[0], levels=len(sides))
-        for level, side in enumerate(sides[1:], start=1):
-            image.fill(level, exact.read(level, torch.tensor([[0, 0, side, side]]))[0])
-    return Data(images, labels, task.train)
-
-
-Render = Callable[[int, NDArray[np.uint8]], int]  # fills the (C, H, W) pixels of a number's image, returns its class
-
-
-def mnist_scenes(task: Task, digits: Path | None) -> Render:
-    """Scenes of digits, of which the first four fifths are for training images and the others for test images."""
-    files = [digits / f"t10k-{kind}-ubyte.gz" if digits else None for kind in ("images-idx3", "labels-idx1")]
-    pools = load_pools(*files)
-
-    def render(index: int, pixels: NDArray[np.uint8]) -> int:
-        pool = pools[index >= task.train]
-        scene = mnist_scene(index, seed=0, pool=pool, size=task.size, noise=8)
-        pixels[0] = scene.render(pool)
-        return int(scene.label)
-
-    return render
-
-
-def sign_scenes(task: Task, digits: Path | None) -> Render:
-    """Scenes whose labels go round."""
-    del digits
-
-    def render(index: int, pixels: NDArray[np.uint8]) -> int:
-        label = (index if index < task.train else index - task.train) % len(LABELS)
-        scene = sign_scene(index, seed=0, size_yx=(task.size, task.size), label=LABELS[label])
-        for y in range(0, task.size, 64):
-            pixels[:, y : y + 64] = scene.render(y, 0, 64, task.size).transpose(2, 0, 1)
-        return label
-
-    return render
-
-
-def needle_scenes(task: Task, digits: Path | None) -> Render:
-    """One whole digit, whose class is the label, among scraps of 14 x 14 pixels of others."""
-    files = [digits / f"t10k-{kind}-ubyte.gz" if digits else None for kind in ("images-idx3", "labels-idx1")]
-    pools = load_pools(*files)
-
-    def render(index: int, pixels: NDArray[np.uint8]) -> int:
-        rng = np.random.default_rng([1, index])
-        pool = pools[index >= task.train]
-        canvas = pixels[0]
-        canvas[:] = 0
-        for _ in range(60):
-            scrap = pool.images[rng.integers(len(pool.images))]
-            y, x = rng.integers(scrap.shape[0] - 14, size=2)
-            top, left = rng.integers(task.size - 14, size=2)
-            canvas[top : top + 14, left : left + 14] = scrap[y : y + 14, x : x + 14]
-        chosen = int(rng.integers(len(pool.images)))
-        digit = pool.images[chosen]
-        top, left = rng.integers(task.size - len(digit), size=2)
-        canvas[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
-        return int(pool.labels[chosen])
-
-    return render
-
-
-def make_model(arm: str, task: Task) -> SamplingModel:
+def make_model(arm: str, task: Task, weights: Path | None) -> SamplingModel:
     """Model of an arm, with weights by torch's seed."""
     config = replace(task.model, **ARMS[arm].model)
+    if isinstance(config.encoder, dict):
+        config = replace(config, encoder=config.encoder | {"weights": str(weights)})
     shapes = {"in_channels": task.channels, "classes": task.classes}
     if arm == UNIFORM:
         last = config.levels[-1]
-        pixels = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
-        return UniformSampling(UniformConfig(samples=last.samples, cell=last.extent_l0, **pixels), **shapes)
+        common = {each.name: getattr(config, each.name) for each in fields(PatchConfig) if each.name != "kind"}
+        return UniformSampling(UniformConfig(samples=last.samples, cell=last.extent_l0, **common), **shapes)
     return (AuthorsATS if arm == AUTHORS else NestedATS)(config, **shapes)
 
 
-def run(arm: str, task: Task, data: Data, seed: int, title: str) -> dict[str, Any]:
-    """Train and test one arm with one seed."""
-    began = time.process_time()
+def run(arm: str, task: Task, data: Data, seed: int, place: Place, title: str) -> dict[str, Any]:
+    """Train and test one arm with one seed, in every fold."""
+    began = time.monotonic()
+    curves, tests = zip(
+        *(train(arm, task, data, fold, seed, place, title) for fold in range(len(data.folds))), strict=True
+    )
+    scores = {row: values for test in tests for row, values in test.items()}
+    wrong = sum(int(np.argmax(values)) != int(data.labels[row]) for row, values in scores.items())
+    reached = [next((n for n, each in enumerate(curve, 1) if each["accuracy"] >= 0.9), math.inf) for curve in curves]
+    found = {
+        "test_error": round(wrong / len(scores), 4),
+        "epochs_to_90": None if (middle := statistics.median_high(reached)) == math.inf else middle,
+        "seconds": round(time.monotonic() - began, 1),
+        "curve": {
+            name: [round(statistics.mean(each[name] for each in epoch), 4) for epoch in zip(*curves, strict=True)]
+            for name in curves[0][0]
+        },
+    }
+    if task.classes == 2:
+        positive = [values[1] for values in scores.values()]
+        found["auc"] = round(float(roc_auc_score(data.labels[list(scores)], positive)), 4)
+    return found
+
+
+def train(
+    arm: str, task: Task, data: Data, fold: int, seed: int, place: Place, title: str
+) -> tuple[list[dict[str, float]], dict[int, list[float]]]:
+    """Train on all but one fold; the means of each epoch, and the probabilities of each row of the fold."""
+    rows, held = data.folds[fold]
     torch.manual_seed(seed)
-    model = make_model(arm, task)
-    course = TrainConfig(epochs=task.epochs, batch_size=task.batch, **ARMS[arm].train)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, weight_decay=0.0, eps=1e-6)
-    if ARMS[arm].model.get("standardise"):
-        look_first(model, course, data, seed)
+    model = make_model(arm, task, place.weights).to(place.device)
+    course = TrainConfig(epochs=task.epochs, batch_size=task.batch, **task.course | ARMS[arm].train)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=course.learning_rate, weight_decay=0.0, eps=1e-6)
+    if model.config.standardise:
+        look_first(model, course, data, rows, seed)
     kept = Kept(model, course.average)
     curve = []
     for epoch in range(task.epochs):
-        curve.append(train_epoch(model, optimizer, kept, course, data, seed, epoch))
-        print(f"{title}, epoch {epoch + 1}: {curve[-1]}", flush=True)
+        curve.append(train_epoch(model, optimizer, kept, course, data, rows, seed, epoch))
+        print(f"{title}, fold {fold + 1}, epoch {epoch + 1}: {curve[-1]}", flush=True)
     kept.use_best()
-    return {
-        "test_error": round(test_error(model, task, data, seed), 4),
-        "epochs_to_90": next((n for n, point in enumerate(curve, start=1) if point["accuracy"] >= 0.9), None),
-        "cpu_seconds": round(time.process_time() - began, 1),
-        "curve": {name: [point[name] for point in curve] for name in curve[0]},
-    }
+    return curve, test(model, task, data, held, seed)
 
 
 @torch.no_grad()
-def look_first(model: SamplingModel, course: TrainConfig, data: Data, seed: int) -> None:
+def look_first(model: SamplingModel, course: TrainConfig, data: Data, rows: Tensor, seed: int) -> None:
     """Set how features are standardised, by patches of the first training images."""
     with model.gather_moments() as moments:
-        for row in range(FIRST_IMAGES):
+        for row in rows[:FIRST_IMAGES].tolist():
             model([data.images[row]], torch.tensor([draw_key(seed, "first look", row)]), more=course.early_samples)
     model.standardise_by(moments)
 
@@ -272,20 +241,22 @@ def train_epoch(
     kept: Kept,
     course: TrainConfig,
     data: Data,
+    rows: Tensor,
     seed: int,
     epoch: int,
 ) -> dict[str, float]:
     """One pass over the training images; means over it."""
     model.train()
-    count = data.train
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(draw_key(seed, epoch) >> 1))
-    sums = torch.zeros(3)
+    device = next(model.parameters()).device
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(draw_key(seed, epoch) >> 1))
+    shuffled = rows[order]
+    sums = torch.zeros(3, device=device)
     batches = shuffled.split(course.batch_size)
-    for step, rows in enumerate(batches):
+    for step, batch in enumerate(batches):
         progress = (epoch + (step + 0.5) / len(batches)) / course.epochs
-        keys = torch.tensor([draw_key(seed, epoch, row) for row in rows.tolist()])
-        output = model([data.images[row] for row in rows.tolist()], keys, more=more_samples(course, progress))
-        labels = data.labels[rows]
+        keys = torch.tensor([draw_key(seed, epoch, row) for row in batch.tolist()])
+        output = model([data.images[row] for row in batch.tolist()], keys, more=more_samples(course, progress))
+        labels = data.labels[batch].to(device)
         loss, cross_entropy = attention_sampling_loss(
             output.logits, labels, output.entropy, entropy_weight=entropy_weight(course, progress)
         )
@@ -298,19 +269,19 @@ def train_epoch(
         kept.update()
         correct = output.logits.argmax(-1) == labels
         sums += torch.stack([part.detach().sum() for part in (correct, cross_entropy, output.entropy)])
-    means = (sums / count).tolist()
+    means = (sums / len(shuffled)).tolist()
     return {name: round(mean, 4) for name, mean in zip(("accuracy", "cross_entropy", "entropy"), means, strict=True)}
 
 
-def test_error(model: SamplingModel, task: Task, data: Data, seed: int) -> float:
-    """Share of the test images that one draw misclassifies."""
+def test(model: SamplingModel, task: Task, data: Data, held: Tensor, seed: int) -> dict[int, list[float]]:
+    """Probabilities by row, of one draw."""
     model.eval()
-    wrong = 0
-    for rows in torch.arange(task.train, task.train + task.test).split(task.batch):
+    scores: dict[int, list[float]] = {}
+    for rows in held.split(task.batch):
         keys = torch.tensor([[draw_key(seed, "test", row)] for row in rows.tolist()])
         found = predict(model, [data.images[row] for row in rows.tolist()], keys)
-        wrong += int((found.probabilities.argmax(-1) != data.labels[rows]).sum())
-    return wrong / task.test
+        scores |= dict(zip(rows.tolist(), found.probabilities.tolist(), strict=True))
+    return scores
 
 
 def grid(names: Sequence[str], arms: Sequence[str], seeds: tuple[int, ...]) -> list[tuple[int, str, str]]:
@@ -323,30 +294,50 @@ def run_missing(
     names: Sequence[str],
     arms: Sequence[str],
     seeds: tuple[int, ...],
-    digits: Path | None,
+    place: Place,
     path: Path,
+    jobs: int,
 ) -> None:
-    """Do the runs that the result file lacks, and add each to it."""
-    data = cache(lambda name: make_data(name, tasks[name], digits))
+    """Do the runs that the result file lacks, so many at once, and add each to it."""
     settings = {name: asdict(task) for name, task in tasks.items()}
     settings |= {
-        "digits": "MNIST t10k" if digits else "scikit-learn",
+        "digits": "MNIST t10k" if place.data.digits else "scikit-learn",
         "course": TrainConfig().model_dump(mode="json"),
     }
     settings = json.loads(json.dumps(settings))
     results = read(path) or {"settings": settings, "runs": []}
     if results["settings"] != settings:
         raise SystemExit(f"{path}: of other settings; give another --results")
-    made_with = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     done = {(each["seed"], each["task"], each["arm"]) for each in results["runs"]}
-    for seed, name, arm in grid(names, arms, seeds):
-        if (seed, name, arm) in done:
-            continue
-        title = f"{name}, {arm}, seed {seed}"
-        found = run(arm, tasks[name], data(name), seed, title)
-        print(f"{title}: test error {found['test_error']:.1%}, {found['cpu_seconds']:.0f} s", flush=True)
-        results["runs"].append({"seed": seed, "task": name, "arm": arm, **found, "versions": made_with})
-        write_json(path, results)
+    missing = [each for each in grid(names, arms, seeds) if each not in done]
+    made = {
+        name: make_data(name, tasks[name], place.data, jobs) for name in dict.fromkeys(each[1] for each in missing)
+    }
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), set_up, (tasks, made, place)) as pool:
+        running = [pool.submit(run_one, *each) for each in missing]
+        for ended in as_completed(running):
+            results["runs"].append(ended.result())
+            write_json(path, results)
+
+
+_given: dict[str, Any] = {}  # of a process that runs arms; what was there before it was forked is shared
+
+
+def set_up(tasks: dict[str, Task], made: dict[str, Data], place: Place) -> None:
+    """Begin a process that runs arms."""
+    torch.set_num_threads(1)
+    _given.update(tasks=tasks, made=made, place=place)
+
+
+def run_one(seed: int, name: str, arm: str) -> dict[str, Any]:
+    """One run, as it is kept in the result file."""
+    place = _given["place"]
+    title = f"{name}, {arm}, seed {seed}"
+    found = run(arm, _given["tasks"][name], _given["made"][name], seed, place, title)
+    print(f"{title}: test error {found['test_error']:.1%}, {found['seconds']:.0f} s", flush=True)
+    device = torch.cuda.get_device_name() if place.device == "cuda" else "CPU"
+    made_with = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
+    return {"seed": seed, "task": name, "arm": arm, **found, "versions": made_with}
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -358,15 +349,17 @@ def show(results: dict[str, Any]) -> None:
     """Print a table for each task: median over seeds, and range."""
     for name in TASKS:
         task = results["settings"][name]
-        print(f"\n{name}: {task['train']} training and {task['test']} test images, {task['epochs']} epochs")
-        print(f"{'arm':32}{'seeds':>6}{'test error':>24}{'epochs to 90 %':>20}{'CPU s':>8}")
+        images = f"{task['train']} images" + ("" if task["folds"] else f" to train on and {task['test']} to test on")
+        print(f"\n{name}: {images}, {task['folds'] or 'no'} folds, {task['epochs']} epochs")
+        print(f"{'arm':32}{'seeds':>6}{'test error':>24}{'epochs to 90 %':>20}{'AUC':>24}{'s':>8}")
         for arm in ARMS:
             runs = [each for each in results["runs"] if (each["task"], each["arm"]) == (name, arm)]
             if runs:
                 errors = spread([100 * each["test_error"] for each in runs], "{:.1f}")
                 epochs = spread([each["epochs_to_90"] or math.inf for each in runs], "{:.0f}")
-                seconds = statistics.median(each["cpu_seconds"] for each in runs)
-                print(f"{arm:32}{len(runs):6}{errors + ' %':>24}{epochs:>20}{seconds:8.0f}")
+                seconds = statistics.median(each["seconds"] for each in runs)
+                auc = spread([each["auc"] for each in runs], "{:.3f}") if task["classes"] == 2 else ""
+                print(f"{arm:32}{len(runs):6}{errors + ' %':>24}{epochs:>20}{auc:>24}{seconds:8.0f}")
     print("\nmedian [range] over seeds; inf: never reached. Test: one draw an image.")
     for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["runs"]}:
         print(words)
@@ -382,8 +375,13 @@ def main() -> None:
     """Do the runs that are missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path, help="folder of MNIST's t10k files; scikit-learn's digits without")
+    parser.add_argument("--colon", type=Path, help="the published Classification folder")
+    parser.add_argument("--slides", type=Path, help="what examples/sixty_slides.py wrote")
+    parser.add_argument("--weights", type=Path, help="of torchvision's MobileNetV2, for colon and slides")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TRAINED))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--show", action="store_true", help="print what there is and run nothing")
@@ -393,11 +391,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tasks, seeds, path = TASKS, tuple(chosen.seeds), chosen.results
         if chosen.quick:
-            tasks = {name: replace(task, train=64, test=32, epochs=2) for name, task in TASKS.items()}
+            tasks = {
+                name: replace(task, epochs=2, **({} if task.folds else {"train": 64, "test": 32}))
+                for name, task in TASKS.items()
+            }
             seeds, path = (0,), Path(folder) / "quick.json"
         if not chosen.show:
             path.parent.mkdir(parents=True, exist_ok=True)
-            run_missing(tasks, chosen.tasks, chosen.arms, seeds, chosen.digits, path)
+            data = Places(chosen.digits, chosen.colon, chosen.slides)
+            place = Place(data, chosen.weights, chosen.device)
+            run_missing(tasks, chosen.tasks, chosen.arms, seeds, place, path, chosen.jobs)
         print(f"\npython {' '.join(sys.argv)}")
         show(read(path) or {"settings": {name: asdict(task) for name, task in tasks.items()}, "runs": []})
 

@@ -55,6 +55,11 @@ ARMS: dict[str, list[str]] = {
     "one level": [ONE_LEVEL, "model.prior=tissue"],
     "two levels, no tissue prior": ["model.prior=none"],
     "one level, no tissue prior": [ONE_LEVEL, "model.prior=none"],
+    "two levels, no tissue prior, bfloat16": [
+        "model.prior=none",
+        "train.precision=bfloat16",
+        "predict.precision=bfloat16",
+    ],
     "two levels, features as they are": ["model.prior=tissue", "model.standardise=false"],
     ALL_TILES: [],
 }
@@ -73,6 +78,7 @@ def make_slides(svs: Path, work: Path, count: int, size: int) -> list[dict[str, 
     if not (work / "tif" / "labels.csv").exists():
         script = HERE.parent / "examples" / "sixty_slides.py"
         words = ["--svs", svs, "--out", work / "tif", "--count", count, "--size", size]
+        words += ["--workers", os.cpu_count() or 1]
         subprocess.run([sys.executable, script, *map(str, words)], check=True)
     command("convert", work / "tif", "--out", work / "pyramids")
     with (work / "tif" / "labels.csv").open(newline="") as file:
@@ -243,7 +249,8 @@ def main() -> None:
             few = ["train.epochs=2"] if chosen.quick else []
             found = by_command(arm, seed, fold, chosen.work, chosen.weights, few)
         print(f"{arm}, seed {seed}, fold {fold}: {found['seconds']:.0f} s", flush=True)
-        made_with = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() and arm != ALL_TILES else "CPU"
+        made_with = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
         results["runs"].append({"arm": arm, "seed": seed, "fold": fold, **found, "versions": made_with})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, results)

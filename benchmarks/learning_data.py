@@ -1,0 +1,230 @@
+"""Images of the tasks of `learning.py`, the same every time, in memory: the bytes of every level."""
+
+from __future__ import annotations
+
+import csv
+import math
+import mmap
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imagecodecs
+import numpy as np
+import tifffile
+import torch
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+from nested_ats import ArrayImage, ModelConfig
+from pipeline.published import EPITHELIAL, colon_cancer
+from pipeline.synthetic_mnist import load_pools, mnist_scene
+from pipeline.synthetic_signs import LABELS, sign_scene
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, the model of its ``default`` arm, and how to train it."""
+
+    model: ModelConfig
+    channels: int
+    classes: int
+    size: int  # side of an image in pixels
+    train: int  # images; all of them where there are folds
+    test: int
+    batch: int
+    epochs: int
+    folds: int = 0  # none: the last images are those to test on
+    background: float = 0.0
+    course: dict[str, Any] = field(default_factory=dict)  # what differs from the defaults of `train`
+
+    @property
+    def coarsest(self) -> int:
+        """Index of the level that the model sees first."""
+        return int(math.log2(self.model.downsamples[0]))
+
+
+class Places(NamedTuple):
+    """Where real data lie; what is None is not needed by the tasks, or made."""
+
+    digits: Path | None = None  # folder of MNIST's t10k files
+    colon: Path | None = None  # the published ``Classification`` folder
+    slides: Path | None = None  # what ``examples/sixty_slides.py`` wrote
+
+
+class Data(NamedTuple):
+    """Images and (N,) labels, and the rows of each fold to train and to test on."""
+
+    images: list[ByteImage]
+    labels: Tensor
+    folds: list[tuple[Tensor, Tensor]]
+
+
+class ByteImage(ArrayImage):
+    """An `ArrayImage` whose levels are bytes, as those of a pyramid on disk are: a quarter of the memory."""
+
+    def __init__(self, levels: list[Tensor], background: float = 0.0) -> None:
+        self._levels = levels
+        self._background = round(background * 255)
+
+    @property
+    def finest(self) -> NDArray[np.uint8]:
+        """Pixels (C, H, W) of the first level, to be written to."""
+        pixels: NDArray[np.uint8] = self._levels[0].numpy()
+        return pixels
+
+    def fill(self) -> None:
+        """Make the other levels of the first one."""
+        exact = ArrayImage(self._levels[0], levels=len(self._levels))
+        for level, (height, width) in enumerate(self.shapes):
+            pixels = exact.read(level, torch.tensor([[0, 0, height, width]]))[0]
+            self._levels[level].copy_((pixels * 255).round())
+
+
+Render = Callable[[int, NDArray[np.uint8]], int]  # fills the (C, H, W) pixels of a number's image, returns its class
+
+
+def make_data(name: str, task: Task, places: Places, jobs: int) -> Data:
+    """Make the images of a task by so many processes, which see one memory."""
+    render = RENDER[name](task, places)
+    count = task.train + task.test
+    sides = [math.ceil(task.size / 2**level) for level in range(task.coarsest + 1)]
+    blocks = [_shared(count, task.channels, side, side) for side in sides]
+    images = [ByteImage([block[index] for block in blocks], task.background) for index in range(count)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _set_up, (render, images)) as pool:
+        labels = torch.tensor(list(pool.map(_make, range(count), chunksize=max(1, count // (4 * jobs)))))
+    rows = torch.arange(count)
+    folds = [(rows[: task.train], rows[task.train :])]
+    if name == "slides":
+        given = torch.tensor([int(row["fold"]) for row in _table(places)])
+        folds = [
+            ((given != fold).nonzero().flatten(), (given == fold).nonzero().flatten()) for fold in given.unique()
+        ]
+    elif task.folds:
+        split = StratifiedKFold(task.folds, shuffle=True, random_state=0).split(rows, labels)
+        folds = [(torch.from_numpy(train), torch.from_numpy(test)) for train, test in split]
+    return Data(images, labels, folds)
+
+
+_made: dict[str, Any] = {}  # of a process that makes images
+
+
+def _set_up(render: Render, images: list[ByteImage]) -> None:
+    torch.set_num_threads(1)
+    _made.update(render=render, images=images)
+
+
+def _make(index: int) -> int:
+    image = _made["images"][index]
+    label: int = _made["render"](index, image.finest)
+    image.fill()
+    return label
+
+
+def _shared(*shape: int) -> Tensor:
+    """Zeros (uint8) that processes forked from this one see and fill."""
+    memory = mmap.mmap(-1, math.prod(shape))
+    return torch.frombuffer(memory, dtype=torch.uint8).reshape(shape)
+
+
+def mnist_scenes(task: Task, places: Places) -> Render:
+    """Scenes of digits, of which the first four fifths are for training images and the others for test images."""
+    pools = load_pools(*_digits(places))
+
+    def render(index: int, pixels: NDArray[np.uint8]) -> int:
+        pool = pools[index >= task.train]
+        scene = mnist_scene(index, seed=0, pool=pool, size=task.size, noise=8)
+        pixels[0] = scene.render(pool)
+        return int(scene.label)
+
+    return render
+
+
+def sign_scenes(task: Task, places: Places) -> Render:
+    """Scenes whose labels go round."""
+    del places
+
+    def render(index: int, pixels: NDArray[np.uint8]) -> int:
+        label = (index if index < task.train else index - task.train) % len(LABELS)
+        scene = sign_scene(index, seed=0, size_yx=(task.size, task.size), label=LABELS[label])
+        for y in range(0, task.size, 64):
+            pixels[:, y : y + 64] = scene.render(y, 0, 64, task.size).transpose(2, 0, 1)
+        return label
+
+    return render
+
+
+def needle_scenes(task: Task, places: Places) -> Render:
+    """One whole digit, whose class is the label, among scraps of 14 x 14 pixels of others."""
+    pools = load_pools(*_digits(places))
+
+    def render(index: int, pixels: NDArray[np.uint8]) -> int:
+        rng = np.random.default_rng([1, index])
+        pool = pools[index >= task.train]
+        canvas = pixels[0]
+        canvas[:] = 0
+        for _ in range(60):
+            scrap = pool.images[rng.integers(len(pool.images))]
+            y, x = rng.integers(scrap.shape[0] - 14, size=2)
+            top, left = rng.integers(task.size - 14, size=2)
+            canvas[top : top + 14, left : left + 14] = scrap[y : y + 14, x : x + 14]
+        chosen = int(rng.integers(len(pool.images)))
+        digit = pool.images[chosen]
+        top, left = rng.integers(task.size - len(digit), size=2)
+        canvas[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
+        return int(pool.labels[chosen])
+
+    return render
+
+
+def colon_images(task: Task, places: Places) -> Render:
+    """The published images of colon tissue; positive are those with an epithelial cell."""
+    del task
+    if places.colon is None:
+        raise SystemExit("colon: give the published Classification folder by --colon")
+    entries = colon_cancer(places.colon)
+
+    def render(index: int, pixels: NDArray[np.uint8]) -> int:
+        pixels[:] = imagecodecs.imread(entries[index].path).transpose(2, 0, 1)
+        return int(entries[index].label == EPITHELIAL)
+
+    return render
+
+
+def slide_images(task: Task, places: Places) -> Render:
+    """Slides with planted nests."""
+    del task
+    rows = _table(places)
+
+    def render(index: int, pixels: NDArray[np.uint8]) -> int:
+        assert places.slides is not None
+        pixels[:] = tifffile.imread(places.slides / rows[index]["path"]).transpose(2, 0, 1)
+        return int(rows[index]["label"] == "nests")
+
+    return render
+
+
+def _digits(places: Places) -> list[Path | None]:
+    return [
+        places.digits / f"t10k-{kind}-ubyte.gz" if places.digits else None for kind in ("images-idx3", "labels-idx1")
+    ]
+
+
+def _table(places: Places) -> list[dict[str, str]]:
+    if places.slides is None:
+        raise SystemExit("slides: give the folder that examples/sixty_slides.py wrote by --slides")
+    with (places.slides / "labels.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+RENDER: dict[str, Callable[[Task, Places], Render]] = {
+    "mnist": mnist_scenes,
+    "signs": sign_scenes,
+    "needles": needle_scenes,
+    "colon": colon_images,
+    "slides": slide_images,
+}
