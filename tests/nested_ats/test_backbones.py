@@ -75,12 +75,12 @@ class TestTimm:
         save_file(vit.state_dict(), tmp_path / "w.safetensors")
         model = build({"name": "timm/vit_tiny_patch16_224", "weights": str(tmp_path / "w.safetensors"), **VIT})
         patches = torch.rand(2, 3, 32, 32)
-        assert torch.equal(model.encoder(patches), vit.forward_head(vit.forward_features(patches), pre_logits=True))
+        torch.testing.assert_close(model.encoder(patches), vit.forward_head(vit.forward_features(patches), pre_logits=True))
         assert model.features == 24
         right = answer(model)
         (tmp_path / "w.safetensors").unlink()
         loaded = saved_and_loaded(model, tmp_path)
-        assert torch.equal(answer(loaded), right)
+        torch.testing.assert_close(answer(loaded), right)
         assert loaded.config == model.config
 
     @pytest.mark.parametrize("nested", [None, "state_dict", "model"])
@@ -167,12 +167,12 @@ class TestTransformers:
         )
         model = build({"name": "transformers", "weights": str(tmp_path / "here")})
         patches = torch.rand(2, 3, 32, 32)
-        assert torch.equal(model.encoder(patches), tiny(pixel_values=patches).pooler_output)
+        torch.testing.assert_close(model.encoder(patches), tiny(pixel_values=patches).pooler_output)
         assert (model.config.mean, model.config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
         right = answer(model)
         (tmp_path / "here").rename(tmp_path / "gone")
         loaded = saved_and_loaded(model, tmp_path)
-        assert torch.equal(answer(loaded), right)
+        torch.testing.assert_close(answer(loaded), right)
         assert loaded.config == model.config
         assert loaded.config.encoder["architecture"]["hidden_size"] == 24
 
@@ -189,7 +189,7 @@ class TestTransformers:
         model = build("transformers/owner/name")
         assert torch.equal(model.encoder.backbone.layernorm.weight, tiny.layernorm.weight)
         patches = torch.rand(2, 3, 32, 32)
-        assert torch.equal(model.encoder(patches), tiny(pixel_values=patches).pooler_output)
+        torch.testing.assert_close(model.encoder(patches), tiny(pixel_values=patches).pooler_output)
         assert "auto_map" not in model.config.encoder["architecture"]
 
     def test_half_precision_becomes_single(self, tiny, tmp_path):
@@ -207,9 +207,9 @@ class TestTransformers:
             build(encoder)
         model = build({**encoder, "add_pooling_layer": False})
         patches = torch.rand(2, 3, 32, 32)
-        assert torch.equal(model.encoder(patches), vit(pixel_values=patches).last_hidden_state[:, 0])
+        torch.testing.assert_close(model.encoder(patches), vit(pixel_values=patches).last_hidden_state[:, 0])
         (tmp_path / "model.safetensors").unlink()
-        assert torch.equal(answer(saved_and_loaded(model, tmp_path)), answer(model))
+        torch.testing.assert_close(answer(saved_and_loaded(model, tmp_path)), answer(model))
 
     def test_a_map_is_averaged(self, transformers, tmp_path):
         net = transformers.ResNetModel(
@@ -292,7 +292,7 @@ class TestModelsOfBefore:
         options = {"name": "vit_tiny_patch16_224", "checkpoint": "gone.safetensors", **VIT}
         self.description(tmp_path / "m", encoder="timm", encoder_options=options, attention="residual", scale=8.0)
         loaded, _ = load_model(tmp_path / "m")
-        assert torch.equal(answer(loaded), answer(model))
+        torch.testing.assert_close(answer(loaded), answer(model))
         weights = {"weights": "gone.safetensors"}
         assert loaded.config.encoder == {"name": "timm/vit_tiny_patch16_224", **weights, **VIT}
 
@@ -306,7 +306,7 @@ class TestModelsOfBefore:
             tmp_path / "m", encoder="transformers", encoder_options=options, attention="residual", scale=8.0
         )
         loaded, _ = load_model(tmp_path / "m")
-        assert torch.equal(answer(loaded), answer(model))
+        torch.testing.assert_close(answer(loaded), answer(model))
         assert loaded.config == model.config  # and saved again it is whole
         (tmp_path / "here").rename(tmp_path / "gone")
         with pytest.raises(EncoderError, match=r"here: no folder with a config\.json"):
@@ -352,7 +352,7 @@ class TestMobileNet:
         patches = torch.rand(2, 3, 64, 64)
         with torch.no_grad():
             torch.testing.assert_close(model.encoder(patches), theirs.features(patches).mean((-2, -1)))
-        assert torch.equal(answer(saved_and_loaded(model, tmp_path)), answer(model))
+        torch.testing.assert_close(answer(saved_and_loaded(model, tmp_path)), answer(model))
         random = build("mobilenet_v2", trainable="none", patch_size=64)
         assert random.config.mean == 0.5
         assert not torch.allclose(random.encoder.features[0][0].weight, model.encoder.features[0][0].weight)
