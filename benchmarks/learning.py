@@ -59,6 +59,7 @@ from nested_ats.images import Image
 from pipeline.augment import AugmentedImage
 from pipeline.config import DEFAULT_LEVELS, AugmentConfig, TrainConfig
 from pipeline.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.features import DiskFeatures
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.slides import draw_key
@@ -133,6 +134,7 @@ class Place(NamedTuple):
     data: Places
     weights: Path | None  # of torchvision's MobileNetV2
     device: str
+    features: Path  # folder of what the frozen network makes of patches
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,7 @@ def train(
     rows, held = data.folds[fold]
     torch.manual_seed(seed)
     model = make_model(arm, task, place.weights).to(place.device)
+    model.store = DiskFeatures(place.features, 2**33)
     course = TrainConfig(epochs=task.epochs, batch_size=task.batch, **task.course | ARMS[arm].train)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=course.learning_rate, weight_decay=course.weight_decay, eps=1e-6)
@@ -416,7 +419,7 @@ def main() -> None:
         if not chosen.show:
             path.parent.mkdir(parents=True, exist_ok=True)
             data = Places(chosen.digits, chosen.colon, chosen.slides)
-            place = Place(data, chosen.weights, chosen.device)
+            place = Place(data, chosen.weights, chosen.device, Path(folder) / "features")
             run_missing(tasks, chosen.tasks, chosen.arms, seeds, place, path, chosen.jobs)
         print(f"\npython {' '.join(sys.argv)}")
         show(read(path) or {"settings": {name: asdict(task) for name, task in tasks.items()}, "runs": []})

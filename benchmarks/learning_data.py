@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import mmap
 import multiprocessing
@@ -65,11 +66,15 @@ class Data(NamedTuple):
 
 
 class ByteImage(ArrayImage):
-    """An `ArrayImage` whose levels are bytes, as those of a pyramid on disk are: a quarter of the memory."""
+    """An `ArrayImage` whose levels are bytes, as those of a pyramid on disk are: a quarter of the memory.
+
+    Its `identity` is a digest of its pixels, once it is whole, so that features of its patches can be kept.
+    """
 
     def __init__(self, levels: list[Tensor], background: float = 0.0) -> None:
         self._levels = levels
         self._background = round(background * 255)
+        self.identity: str | None = None
 
     @property
     def finest(self) -> NDArray[np.uint8]:
@@ -96,7 +101,10 @@ def make_data(name: str, task: Task, places: Places, jobs: int) -> Data:
     blocks = [_shared(count, task.channels, side, side) for side in sides]
     images = [ByteImage([block[index] for block in blocks], task.background) for index in range(count)]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _set_up, (render, images)) as pool:
-        labels = torch.tensor(list(pool.map(_make, range(count), chunksize=max(1, count // (4 * jobs)))))
+        made = list(pool.map(_make, range(count), chunksize=max(1, count // (4 * jobs))))
+    labels = torch.tensor([label for label, _ in made])
+    for image, (_, digest) in zip(images, made, strict=True):
+        image.identity = digest
     rows = torch.arange(count)
     folds = [(rows[: task.train], rows[task.train :])]
     if name == "slides":
@@ -118,11 +126,12 @@ def _set_up(render: Render, images: list[ByteImage]) -> None:
     _made.update(render=render, images=images)
 
 
-def _make(index: int) -> int:
+def _make(index: int) -> tuple[int, str]:
+    """Label and identity."""
     image = _made["images"][index]
     label: int = _made["render"](index, image.finest)
     image.fill()
-    return label
+    return label, hashlib.sha256(image.finest.data).hexdigest()
 
 
 def _shared(*shape: int) -> Tensor:

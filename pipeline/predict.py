@@ -39,7 +39,7 @@ from nested_ats.base import EncoderConfig
 from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
 from pipeline.errors import DataError, UsageError
 from pipeline.features import use_features
-from pipeline.files import alone, file_name, make_folder, write_atomic, write_json
+from pipeline.files import alone, file_name, make_folder, read_inside, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.net import Net
 from pipeline.progress import progress
@@ -403,10 +403,10 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
     path = folder / f"{TABLE}.parquet"
-    if not path.exists():
-        raise UsageError(f"{folder}: no {path.name} here; give the --out of nested-ats predict")
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        rows: list[dict[str, Any]] = parquet.read_table(pa.BufferReader(read_inside(folder, path.name))).to_pylist()
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: no {path.name} here; give the --out of nested-ats predict") from None
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not a Parquet file ({reason}); run nested-ats predict again") from error
@@ -415,7 +415,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 def table_digest(folder: Path) -> str:
     """Short hash of the table that `read_predictions` reads: tells whether it is the one that was evaluated."""
-    return digest((folder / f"{TABLE}.parquet").read_bytes().hex())
+    return digest(read_inside(folder, f"{TABLE}.parquet").hex())
 
 
 def _fingerprint(settings: Settings) -> str:
@@ -430,8 +430,8 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
-    about = _read_object(folder / ABOUT)
-    same = about is not None and about.get("fingerprint") == fingerprint
+    about = read_about(folder)
+    same = about.get("fingerprint") == fingerprint
     there = list((folder / RESULTS).glob("*.json"))
     if there and not same and not overwrite:
         raise UsageError(
@@ -445,13 +445,13 @@ def _check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
 
 def _read_result(results: Path, entry: Entry) -> dict[str, Any] | None:
     """Return an earlier result of this slide; none where there is none, a damaged one, or one of another file."""
-    result = _read_object(results / f"{file_name(entry.slide_id)}.json")
+    result = _read_object(results, f"{file_name(entry.slide_id)}.json")
     return result if result is not None and result.pop("path", None) == entry.path else None
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
+def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_inside(folder, name))
     except (FileNotFoundError, ValueError):
         return None
     return value if isinstance(value, dict) else None
@@ -459,7 +459,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 def read_about(folder: Path) -> dict[str, Any]:
     """What `predict` says of the predictions in a folder; empty where there is nothing."""
-    return _read_object(folder / ABOUT) or {}
+    return _read_object(folder, ABOUT) or {}
 
 
 def _identity(entry: Entry) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.evaluate import METRICS
-from pipeline.files import make_folder, write_atomic
+from pipeline.files import make_folder, read_inside, write_atomic
 from pipeline.heatmap import PICTURE
 from pipeline.predict import read_predictions, table_digest
 from pipeline.runs import MODEL, model_fingerprint, read_metrics, read_run
@@ -90,7 +90,7 @@ def describe_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _read_metrics(predictions: Path) -> dict[str, Any]:
     try:
-        metrics: dict[str, Any] = json.loads((predictions / METRICS).read_text())
+        metrics: dict[str, Any] = json.loads(read_inside(predictions, METRICS))
     except (FileNotFoundError, ValueError):
         raise UsageError(f"{predictions}: not evaluated yet; run nested-ats evaluate first") from None
     if metrics.get("predictions") != table_digest(predictions) or "verdict" not in metrics:

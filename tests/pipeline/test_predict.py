@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from pipeline.evaluate import evaluate
 from pipeline.files import file_name
 from pipeline.manifest import Entry, read_manifest, write_manifest
 from pipeline.predict import LOCK, Classifier, predict, prediction_settings, read_predictions, write_table
+from pipeline.report import report
 from pipeline.runs import read_run
 from pipeline.splits import RunSplits
 from pipeline.train import train
@@ -132,6 +134,25 @@ class TestTable:
             path.write_bytes(damage)
             with pytest.raises(UsageError, match="not a Parquet file.*run nested-ats predict again"):
                 read_predictions(tmp_path)
+
+    @pytest.mark.timeout(60)  # a pipe waits for its writer
+    @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+    def test_what_is_no_file_is_named(self, finished, entries, tmp_path, make):
+        predict(entries[:1], finished, tmp_path)
+        for name in ("predict.json", f"slides/{entries[0].slide_id}.json", "predictions.parquet", "metrics.json"):
+            path = tmp_path / name
+            kept = path.read_bytes() if path.exists() else b"{}"
+            path.unlink(missing_ok=True)
+            make(path)
+            with pytest.raises(UsageError, match=f"{path}: cannot be read"):
+                if path.suffix == ".parquet":
+                    evaluate(tmp_path)
+                elif name == "metrics.json":
+                    report(finished, tmp_path, tmp_path / "page.html")
+                else:
+                    predict(entries[:1], finished, tmp_path)
+            path.unlink()
+            path.write_bytes(kept)
 
 
 @pytest.fixture(scope="module")

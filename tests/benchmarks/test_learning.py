@@ -1,0 +1,44 @@
+"""What the benchmark of learning trains on, and that every arm of every task is a model that trains."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nested_ats import ArrayImage
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, which import what lies beside them
+
+import learning
+from learning_data import Data, Places, make_data
+
+
+@pytest.fixture(scope="module")
+def needles() -> Data:
+    return make_data("needles", replace(learning.TASKS["needles"], train=4, test=2), Places(), jobs=2)
+
+
+def test_processes_fill_one_memory_with_true_pyramids(needles):
+    assert [fold.tolist() for fold in needles.folds[0]] == [[0, 1, 2, 3], [4, 5]]
+    assert len({image.identity for image in needles.images}) == 6
+    for image in needles.images:
+        exact = ArrayImage(torch.from_numpy(image.finest), levels=len(image.shapes))
+        for level, (height, width) in enumerate(image.shapes):
+            box = torch.tensor([[0, 0, height, width]])
+            torch.testing.assert_close(
+                image.read(level, box)[0] / 255, exact.read(level, box)[0], atol=0.51 / 255, rtol=0
+            )
+        assert int(image.finest.max()) > 200
+
+
+@pytest.mark.parametrize("arm", [arm for arm in learning.ARMS if "needles" in learning.ARMS[arm].tasks])
+def test_every_arm_is_trained_and_tested(needles, tmp_path, arm):
+    task = replace(learning.TASKS["needles"], train=4, test=2, batch=2, epochs=1)
+    place = learning.Place(Places(), None, "cpu", tmp_path)
+    found = learning.run(arm, task, needles, 0, place, arm)
+    assert found["test_error_1"] in (0.0, 0.5, 1.0)
+    assert found["curve"]["cross_entropy"][0] > 0
