@@ -139,18 +139,23 @@ class TestTable:
     @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
     def test_what_is_no_file_is_named(self, finished, entries, tmp_path, make):
         predict(entries[:1], finished, tmp_path)
-        for name in ("predict.json", f"slides/{entries[0].slide_id}.json", "predictions.parquet", "metrics.json"):
+
+        def again():
+            predict(entries[:1], finished, tmp_path)
+
+        readers = {
+            "predict.json": again,
+            f"slides/{entries[0].slide_id}.json": again,
+            "predictions.parquet": lambda: evaluate(tmp_path),
+            "metrics.json": lambda: report(finished, tmp_path, tmp_path / "page.html"),
+        }
+        for name, read in readers.items():
             path = tmp_path / name
             kept = path.read_bytes() if path.exists() else b"{}"
             path.unlink(missing_ok=True)
             make(path)
             with pytest.raises(UsageError, match=f"{path}: cannot be read"):
-                if path.suffix == ".parquet":
-                    evaluate(tmp_path)
-                elif name == "metrics.json":
-                    report(finished, tmp_path, tmp_path / "page.html")
-                else:
-                    predict(entries[:1], finished, tmp_path)
+                read()
             path.unlink()
             path.write_bytes(kept)
 
