@@ -82,8 +82,8 @@ _NEEDLES = ModelConfig(
     std=0.31,
 )
 _SIGNS = ModelConfig(levels=DEFAULT_LEVELS)
-# The encoder's weights are named when a model is made: where they lie is not a setting.
-_FROZEN: dict[str, Any] = {"encoder": {"name": "mobilenet_v2"}, "trainable": "none", "standardise": True}
+# The encoder of these is named when a model is made: where its weights lie is not a setting.
+_FROZEN: dict[str, Any] = {"trainable": "none", "standardise": True}
 _COLON = ModelConfig(levels=(LevelConfig(downsample=4, stride=8, samples=25, channels=(16, 16)),), **_FROZEN)
 _SLIDES = ModelConfig(  # of examples/histology.yaml
     levels=(
@@ -181,9 +181,11 @@ ARMS = {
 
 def make_model(arm: str, task: Task, weights: Path | None) -> SamplingModel:
     """Model of an arm, with weights by torch's seed."""
-    config = replace(task.model, **ARMS[arm].model)
-    if isinstance(config.encoder, dict):
-        config = replace(config, encoder=config.encoder | {"weights": str(weights)})
+    changes = ARMS[arm].model
+    if task.model.trainable == "none" and "encoder" not in changes:
+        encoder = {"name": "mobilenet_v2", "weights": str(weights)}
+        changes = {"encoder": encoder, "mean": None, "std": None, **changes}  # and its pixels as it was trained with
+    config = replace(task.model, **changes)
     shapes = {"in_channels": task.channels, "classes": task.classes}
     if arm == UNIFORM:
         last = config.levels[-1]
