@@ -2,7 +2,7 @@
 
 Tasks. *mnist*: Megapixel MNIST at 384 x 384 with 8 noise patches; one level, 10 patches of 50 pixels out of 2304
 cells. *signs*: the scenes of ``make demo``, 1024 x 1024; 8 regions, then 8 patches of 64 pixels out of 4096 leaves.
-*needles*: one digit of a class among 60 scraps of digits, 512 x 512, two levels. *colon*: the 100 published images of
+*needles*: one digit of a class among 15 scraps of digits, 256 x 256, two levels. *colon*: the 100 published images of
 500 x 500 pixels in ten folds, by a frozen MobileNetV2; 25 of 256 tiles of 64 pixels. *slides*: sixty slides with
 planted nests (`examples/sixty_slides.py`) in three folds, by the same network, as examples/histology.yaml has it.
 Arms differ from ``default`` in what their name says and in nothing else: within a seed they start from the same
@@ -74,10 +74,10 @@ _LEVEL = LevelConfig(downsample=4, stride=2, samples=10, channels=(8, 8))
 _MNIST = ModelConfig(levels=(_LEVEL,), patch_size=50, mean=0.13, std=0.31)
 _NEEDLES = ModelConfig(
     levels=(
-        LevelConfig(downsample=8, stride=1, group=8, samples=8),
-        LevelConfig(downsample=2, size=32, stride=4, samples=8),
+        LevelConfig(downsample=4, stride=2, group=4, samples=8),
+        LevelConfig(downsample=2, size=16, stride=4, samples=8),
     ),
-    patch_size=36,
+    patch_size=48,
     mean=0.13,
     std=0.31,
 )
@@ -95,7 +95,7 @@ _SLIDES = ModelConfig(  # of examples/histology.yaml
 _FEW = {"learning_rate": 3e-3}
 TASKS = {
     "mnist": Task(_MNIST, channels=1, classes=10, size=384, train=2000, test=500, batch=32, epochs=30),
-    "needles": Task(_NEEDLES, channels=1, classes=10, size=512, train=2000, test=500, batch=32, epochs=30),
+    "needles": Task(_NEEDLES, channels=1, classes=10, size=256, train=2000, test=500, batch=32, epochs=30),
     "signs": Task(_SIGNS, channels=3, classes=4, size=1024, train=700, test=150, batch=16, epochs=45),
     "colon": Task(
         _COLON,
@@ -421,6 +421,8 @@ def main() -> None:
         if not chosen.show:
             path.parent.mkdir(parents=True, exist_ok=True)
             data = Places(chosen.digits, chosen.colon, chosen.slides)
+            if chosen.weights is None and not {*FROZEN}.isdisjoint(chosen.tasks):
+                parser.error("--weights is needed for colon and slides")
             place = Place(data, chosen.weights, chosen.device, Path(folder) / "features")
             run_missing(tasks, chosen.tasks, chosen.arms, seeds, place, path, chosen.jobs)
         print(f"\npython {' '.join(sys.argv)}")

@@ -168,7 +168,8 @@ def sign_scenes(task: Task, places: Places) -> Render:
 
 
 def needle_scenes(task: Task, places: Places) -> Render:
-    """One whole digit, whose class is the label, among scraps of 14 x 14 pixels of others."""
+    """One whole digit, whose class is the label, among scraps of 14 x 14 pixels of others: 15 on 256 x 256 pixels."""
+    scraps = round(15 * (task.size / 256) ** 2)
     pools = load_pools(*_digits(places))
 
     def render(index: int, pixels: NDArray[np.uint8]) -> int:
@@ -176,7 +177,7 @@ def needle_scenes(task: Task, places: Places) -> Render:
         pool = pools[index >= task.train]
         canvas = pixels[0]
         canvas[:] = 0
-        for _ in range(60):
+        for _ in range(scraps):
             scrap = pool.images[rng.integers(len(pool.images))]
             y, x = rng.integers(scrap.shape[0] - 14, size=2)
             top, left = rng.integers(task.size - 14, size=2)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from nested_ats.encoders import ENCODERS, read_choice
+from nested_ats.hub import RANDOM
 from pipeline.config import Config
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import Entry, remarks
@@ -67,7 +69,7 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
     DataError
         No slide, or with `fail_fast` not every slide, can be used.
     """
-    for remark in remarks(entries):
+    for remark in [*_encoder_remarks(config), *remarks(entries)]:
         _say(f"warning: {remark}")
     entries = assign_splits(entries, validation=config.data.validation, test=config.data.test, seed=config.seed)
     found = _open_all(entries, config, fail_fast=fail_fast)
@@ -98,6 +100,18 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
             _say(f"slide {failure.slide_id} is left out: {failure.error}")
         raise
     return Selection(kept, classes, channels, [one.downsamples for one in usable], failures)
+
+
+def _encoder_remarks(config: Config) -> list[str]:
+    """What is surely not meant: an encoder that is neither trained nor has been."""
+    choice, trainable = read_choice(config.model.encoder), config.model.trainable
+    if trainable == "all" or not (choice.weights == RANDOM or (choice.weights is None and choice.name in ENCODERS)):
+        return []
+    remark = (
+        f"model.trainable: {trainable} leaves random weights in the encoder as they are; name trained ones, as in "
+        f"encoder: {{name: {choice.name}, weights: PATH}}, or set trainable to all"
+    )
+    return [remark]
 
 
 def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> list[_Found]:

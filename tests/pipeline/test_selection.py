@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config import parse_config, plain
 from pipeline.errors import DataError, UsageError
-from pipeline.manifest import read_manifest
+from pipeline.manifest import Entry, read_manifest
 from pipeline.selection import select
 from pipeline.slides import check_slide
 from storage import write_pyramid
@@ -64,3 +64,27 @@ def test_remarks_are_made_before_any_slide_is_opened(config, pyramids, capsys):
     text = capsys.readouterr().err
     assert "warning: column fold: not supported yet" in text
     assert "warning: labels 'Bar' (1 slides) and 'bar' (6) are two classes that differ in case or blanks" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "warned"),
+    [
+        ({"encoder": {"name": "mobilenet_v2"}, "trainable": "none"}, True),
+        ({"encoder": "lenet", "trainable": 1}, True),
+        ({"encoder": {"name": "timm/resnet18", "weights": "random"}, "trainable": "none"}, True),
+        ({"encoder": {"name": "mobilenet_v2", "weights": "m.pth"}, "trainable": "none"}, False),
+        ({"encoder": "timm/resnet18", "trainable": "none"}, False),
+        ({"encoder": "lenet"}, False),
+    ],
+)
+def test_random_weights_that_are_not_trained_are_remarked_on(config, capsys, model, warned):
+    values = plain(config)
+    values["model"] = {
+        **{k: v for k, v in values["model"].items() if k not in ("encoder", "mean", "std")},
+        "patch_size": 32,
+        **model,
+    }
+    with pytest.raises(DataError, match="no slide can be used"):
+        select([Entry(slide_id="a", path="gone", label="x")], parse_config(values, ""), fail_fast=False)
+    found = "warning: model.trainable: " in capsys.readouterr().err
+    assert found is warned
