@@ -69,25 +69,27 @@ def test_the_gradient_of_a_step_is_that_of_one_worker(config, pyramids, tmp_path
 
 @pytest.fixture(scope="module")
 def runs(ray_head, config, pyramids, tmp_path_factory):
-    """Folders of the same run on no and on two Ray workers."""
+    """Folders of the same run on no, one and two Ray workers."""
     folders = {}
-    for name, address, workers in (("none", "none", 1), ("two", "local", 2)):
+    for name, address, workers in (("none", "none", 1), ("one", "local", 1), ("two", "local", 2)):
         folders[name] = tmp_path_factory.mktemp(name) / "run"
         train(read_manifest(pyramids), config, folders[name], address=address, workers=workers, device="cpu")
     return folders
 
 
 @on_ray
-def test_the_weights_agree(runs):
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_the_weights_agree(runs, name):
     alone = load_file(runs["none"] / "model" / "model.safetensors")
-    other = load_file(runs["two"] / "model" / "model.safetensors")
+    other = load_file(runs[name] / "model" / "model.safetensors")
     for key, value in alone.items():
         torch.testing.assert_close(other[key], value, atol=5e-4, rtol=1e-3)
 
 
 @on_ray
-def test_the_metrics_agree(runs):
-    for one, other in zip(read_metrics(runs["none"]), read_metrics(runs["two"]), strict=True):
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_the_metrics_agree(runs, name):
+    for one, other in zip(read_metrics(runs["none"]), read_metrics(runs[name]), strict=True):
         for key in ("epoch", "loss", "cross_entropy", "accuracy", "entropy"):
             assert other[key] == pytest.approx(one[key], rel=1e-3), key
 
