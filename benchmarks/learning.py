@@ -55,9 +55,8 @@ from nested_ats import (
     predict,
 )
 from nested_ats.base import PatchConfig, SamplingModel
-from nested_ats.images import Image
 from pipeline.augment import AugmentedImage
-from pipeline.config import DEFAULT_LEVELS, AugmentConfig, TrainConfig
+from pipeline.config import DEFAULT_LEVELS, TrainConfig
 from pipeline.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
 from pipeline.features import DiskFeatures
 from pipeline.files import write_json
@@ -270,12 +269,12 @@ def train_epoch(
     for step, batch in enumerate(batches):
         progress = (epoch + (step + 0.5) / len(batches)) / course.epochs
         keys = torch.tensor([draw_key(seed, epoch, row) for row in batch.tolist()])
-        images: list[Image] = [data.images[row] for row in batch.tolist()]
-        if course.augment != AugmentConfig():
-            images = [
-                AugmentedImage(image, course.augment, draw_key(seed, "augment", epoch, row), downsample=coarsest)
-                for image, row in zip(images, batch.tolist(), strict=True)
-            ]
+        images = [
+            AugmentedImage(
+                data.images[row], course.augment, draw_key(seed, "augment", epoch, row), downsample=coarsest
+            )
+            for row in batch.tolist()
+        ]
         output = model(images, keys, more=more_samples(course, progress))
         labels = data.labels[batch].to(device)
         loss, cross_entropy = attention_sampling_loss(

@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy come: their threads would only get in the way
@@ -52,16 +53,30 @@ def data() -> Path:
     return Path(folder)
 
 
-@pytest.fixture(scope="session")
-def ray_head():
-    """One local Ray instance of two CPUs for the whole run, away from the user's home."""
+@contextmanager
+def head_of_its_own(**room: int) -> Iterator[None]:
+    """A local Ray instance with so many ``num_cpus`` and ``num_gpus``, away from the user's home."""
     home = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths must stay short
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HOME", home)
             patch.setenv("RAY_TMPDIR", home)
-            stack.enter_context(session("local", num_cpus=2, num_gpus=0))
+            stack.enter_context(session("local", **room))
         yield
     left = {path.name for path in Path(home).iterdir()}
     shutil.rmtree(home, ignore_errors=True)
     assert left <= {".ray"}, "a session's temporary folder goes with it; only the user's token stays"
+
+
+@pytest.fixture(scope="session")
+def ray_head():
+    """One local Ray instance of two CPUs for the whole run."""
+    with head_of_its_own(num_cpus=2, num_gpus=0):
+        yield
+
+
+@pytest.fixture(scope="session")
+def gpu_head():
+    """One that knows of this machine's GPU, for a run of the GPU's tests alone."""
+    with head_of_its_own(num_cpus=4, num_gpus=1):
+        yield

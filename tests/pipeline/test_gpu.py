@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster import LocalContext, session
+from cluster import LocalContext
 from nested_ats import ArrayImage, ModelConfig, NestedATS
 from pipeline.config import parse_config, plain
 from pipeline.manifest import Entry, read_manifest
@@ -91,18 +88,6 @@ def test_it_learns_and_predicts_in_either_precision(config, coloured, tmp_path, 
     for one, other in zip(here, there, strict=True):
         assert one["status"] == other["status"] == "ok"
         assert other["prob_bar"] == pytest.approx(one["prob_bar"], abs=1e-5), "other draws move it by up to 1e-4"
-
-
-@pytest.fixture(scope="module")
-def gpu_head():
-    """A Ray instance of this machine that knows of the GPU."""
-    home = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths must stay short
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", home)
-        patch.setenv("RAY_TMPDIR", home)
-        with session("local", num_cpus=4, num_gpus=1):
-            yield
-    shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.mark.ray
