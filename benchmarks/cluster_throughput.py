@@ -135,7 +135,6 @@ def step_seconds(folder: Path, entries: Sequence[Entry], config: Config, workers
         address="local" if workers else "none",
         workers=max(1, workers),
         device="cpu",
-        storage_path=folder / "ray",
     )
     return seconds
 

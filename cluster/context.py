@@ -1,4 +1,4 @@
-"""What a training loop knows about its surroundings: rank, size, device, and three collectives.
+"""What a training loop knows about its surroundings: rank, size, device, and the sum over all ranks.
 
 Notable: the loop never sees Ray. It receives a `Context`; the single-process one does nothing where there is
 nothing to do, so that one machine and a cluster execute the same lines.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from cluster.errors import WorkerLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import torch
 
@@ -41,12 +41,6 @@ class Context(Protocol):
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replace ``tensor`` (any shape, on `device`) by its sum over all ranks, in place."""
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Replace ``tensor`` (any shape, on `device`) by that of rank 0, in place."""
-
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-
     def report(self, metrics: Mapping[str, float]) -> None:
         """Log ``metrics``, which are the same on every rank, once."""
 
@@ -62,62 +56,35 @@ class LocalContext:
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Leave ``tensor`` as it is: it is the sum over one rank."""
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Leave ``tensor`` as it is: it is rank 0's."""
-
-    def barrier(self) -> None:
-        """Return at once."""
-
     def report(self, metrics: Mapping[str, float]) -> None:
         """Log ``metrics`` at level INFO."""
         logger.info("%s", dict(metrics))
 
 
-class RayContext:
-    """The context inside a Ray Train worker; collectives are torch.distributed's (gloo or NCCL).
+class GroupContext(LocalContext):
+    """The context of one worker of several; collectives are torch.distributed's (gloo or NCCL).
 
     A collective that fails, fails because a peer is gone or hangs: it raises `WorkerLostError`, by which the driver
     tells it from the training function's own errors and restarts the group.
     """
 
-    def __init__(self) -> None:
-        import ray.train.torch
-
-        ray_context = ray.train.get_context()
-        self.rank: int = ray_context.get_world_rank()
-        self.world_size: int = ray_context.get_world_size()
-        self.device = str(ray.train.torch.get_device())
+    def __init__(self, rank: int, world_size: int, device: str) -> None:
+        super().__init__(device)
+        self.rank = rank
+        self.world_size = world_size
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum over all ranks, in place."""
         import torch.distributed as dist
 
-        self._collective(lambda: dist.all_reduce(tensor))
-
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Copy from rank 0, in place."""
-        import torch.distributed as dist
-
-        self._collective(lambda: dist.broadcast(tensor, src=0))
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        import torch.distributed as dist
-
-        self._collective(dist.barrier)
-
-    def report(self, metrics: Mapping[str, float]) -> None:
-        """Log ``metrics`` at level INFO, on rank 0.
-
-        Ray Train's own report would make every rank wait for its controller's next look.
-        """
-        if self.rank == 0:
-            logger.info("%s", dict(metrics))
-
-    def _collective(self, run: Callable[[], object]) -> None:
         try:
-            run()
+            dist.all_reduce(tensor)
         except RuntimeError as error:
             # gloo raises a plain RuntimeError for "connection closed by peer" and for its timeout.
             first_line = str(error).partition("\n")[0]
             raise WorkerLostError(f"rank {self.rank} lost its peers in a collective: {first_line}") from error
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Log ``metrics`` at level INFO, on rank 0."""
+        if self.rank == 0:
+            super().report(metrics)

@@ -1,4 +1,4 @@
-"""One training function on N workers, in this process or as a Ray Train group.
+"""One training function on N workers: in this process, or in actors of Ray that torch.distributed connects.
 
 Notable: Ray never sees a checkpoint. The function writes and finds its own, in a directory that all workers share,
 so a run can be resumed with another number of workers, or without Ray.
@@ -6,25 +6,22 @@ so a run can be resumed with another number of workers, or without Ray.
 An error of the function and the death of a worker are told apart: the first ends the run at once and is raised
 here as it was raised there, the second starts a new group, a finite number of times.
 
-Each group is launched from a supervisor, an actor that owns everything Ray Train starts. Ending the supervisor
-therefore ends the whole group in any state: after Ctrl-C, and after failures in which Ray Train keeps its CPUs.
-
-The size of a group is chosen when it starts, from the room that there is. After a lost node a run with a range of
-sizes thus goes on with fewer workers, and with more again when the next group starts.
+The size of a group is what room there is when it starts: every worker that may be is asked for, and those that come
+are the group. After a lost node a run with a range of sizes thus goes on with fewer workers, and with more again when
+the next group starts.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
-import textwrap
+import socket
+import tempfile
 import time
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from cluster.context import Context, LocalContext, RayContext
+from cluster.context import Context, GroupContext, LocalContext
 from cluster.errors import ClusterError, WorkerLostError, one_line, portable
 from cluster.session import require_ray, session
 
@@ -46,8 +43,6 @@ def fit(
     address: str = "none",
     workers: int | tuple[int, int] = 1,
     device: str = "auto",
-    name: str = "fit",
-    storage_path: str | Path,
     max_failures: int = 3,
     progress: Callable[[], object] = lambda: None,
     timeout_s: int = 120,
@@ -69,10 +64,6 @@ def fit(
     device
         Without Ray: ``"cpu"``, ``"cuda:0"``, or ``"auto"`` for the GPU if there is one. With Ray: ``"cuda"`` gives
         each worker one GPU, and NCCL instead of gloo; ``"auto"`` does so if the cluster has enough of them.
-    name
-        Name of the run in Ray's own records.
-    storage_path
-        Directory on a path shared by all nodes. Ray keeps its book-keeping there while the run lasts.
     max_failures
         New groups after lost workers, >= 0, since `progress` last told of any.
     progress
@@ -91,7 +82,7 @@ def fit(
     WorkerLostError
         Workers were lost more than ``max_failures`` times in a row.
     ClusterError
-        No session, no room for the workers, a failure inside Ray, or an error of the function that does not pickle.
+        No session, no room for the workers, or a function, value or error that does not pickle.
     Exception
         Any other error of the function, with its own type.
     """
@@ -105,12 +96,12 @@ def fit(
     require_ray()
     with session(address):
         use_gpu = _use_gpu(device, least)
-        path = Path(storage_path).resolve()
-        launch = _Launch(function, arguments, least, most, use_gpu, name, path, timeout_s, local=address == "local")
-        _check_resources(address, launch)
+        launch = _Launch(function, arguments, least, most, use_gpu, timeout_s, local=address == "local")
+        if launch.local:
+            _check_resources(launch)
         failures, seen = 0, progress()
         while failures <= max_failures:
-            end = _attempt(launch, _room(launch))
+            end = _attempt(launch)
             if end.error is not None:
                 raise end.error
             if end.lost is None:
@@ -146,179 +137,142 @@ class _Launch:
     least: int
     most: int
     use_gpu: bool
-    name: str
-    storage_path: Path
     timeout_s: int
     local: bool = False
 
     @property
-    def resources(self) -> dict[str, float]:
+    def resources(self) -> dict[str, int]:
         """Of each worker."""
         return {"CPU": 1, "GPU": 1} if self.use_gpu else {"CPU": 1}
 
 
 @dataclass(frozen=True)
 class _End:
-    """How one group ended: with a value, with an error to raise, or with workers lost (and what Ray says to it)."""
+    """How a worker or its group ended: with a value, with an error to raise, or lost, and what is known of that."""
 
     value: Any = None
     error: Exception | None = None
     lost: str | None = None
 
 
-class _FunctionFailedError(Exception):
-    """Carries an error of the training function through Ray, apart from all that can happen to a worker."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-def _check_resources(address: str, launch: _Launch) -> None:
+def _check_resources(launch: _Launch) -> None:
     """Refuse at once what a local instance can never give; a cluster may still grow."""
     import ray
 
     have = ray.cluster_resources()
     for kind in launch.resources:
-        if address == "local" and have.get(kind, 0) < launch.least:
+        if have.get(kind, 0) < launch.least:
             raise ClusterError(
                 f"{launch.least} workers need {launch.least} {kind}s, but this machine's Ray session has "
                 f"{have.get(kind, 0):g}: ask for fewer workers"
             )
 
 
-def _room(launch: _Launch) -> int:
-    """Wait for room, and say for how many workers of the next group there is.
-
-    Every worker asks with a placement group of its own, which is given back: Ray grants these as it will grant the
-    training group, node by node, and an autoscaler sees the demand.
-    """
-    import ray
-    from ray.util.placement_group import placement_group, placement_group_table
-
-    asked = [placement_group([launch.resources]).id.hex() for _ in range(launch.most)]
-    began = time.monotonic()
-    try:
-        while True:
-            table = placement_group_table()
-            room: int = sum(table[one]["state"] == "CREATED" for one in asked)
-            waited = time.monotonic() - began
-            if room == launch.most or (room >= launch.least and waited > SETTLE_S):
-                return room
-            if waited > PLACE_TIMEOUT_S:
-                have = ray.cluster_resources()
-                raise ClusterError(
-                    f"the cluster has room for {room} of {launch.least} workers: all in all it has "
-                    f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, and each worker needs "
-                    f"{' and '.join(f'1 {kind}' for kind in launch.resources)}; ask for fewer, or for a range"
-                )
-            time.sleep(0.1)
-    finally:
-        _free_reservations()
-
-
-def _attempt(launch: _Launch, workers: int) -> _End:
+def _attempt(launch: _Launch) -> _End:
     """Run one group to its end, and leave nothing of it behind."""
     import ray
 
-    supervisor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_Supervisor).remote()
+    options = {"num_cpus": 1, "num_gpus": int(launch.use_gpu), "max_restarts": 0, "max_task_retries": 0}
+    workers: list[Any] = []
     try:
-        end: _End = ray.get(supervisor.run.remote(launch, workers))
+        workers += [ray.remote(**options)(_TrainingWorker).remote() for _ in range(launch.most)]
+        group = _present(launch, workers)
+        meeting = ray.get(group[0].meeting.remote(local=launch.local))
+        return _end([each.run.remote(launch, rank, len(group), meeting) for rank, each in enumerate(group)])
     except ray.exceptions.RayTaskError as error:
-        return _End(error=ClusterError(f"the training group did not start: {one_line(error.cause)}"))
+        # A worker's own methods do not raise: something did not get to it, or back from it.
+        return _End(error=ClusterError(f"the function or its value does not pickle: {one_line(error.cause)}"))
     except ray.exceptions.RayError as error:
-        return _End(lost=_short(error))
+        return _End(lost=type(error).__name__)
     finally:
-        ray.kill(supervisor)
-        _free_reservations()
-    return end
+        for each in workers:
+            ray.kill(each)
 
 
-def _free_reservations() -> None:
-    """Give back the CPUs and GPUs of this driver's groups.
-
-    Ray Train forgets its placement group where a worker dies while the group starts, and Ray keeps one whose
-    creator is dead; the next group would wait for those resources for ever. The last bytes of a placement group's
-    id are its job's, so nobody else's is touched.
-    """
+def _present(launch: _Launch, workers: list[Any]) -> list[Any]:
+    """Wait for room, and return the workers that got it, those of a node beside each other."""
     import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    job = ray.get_runtime_context().get_job_id()
-    for group_id, row in placement_group_table().items():
-        if group_id.endswith(job) and row["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group_id)))
+    calls = {each.node.remote(): each for each in workers}
+    began = grown = time.monotonic()
+    come: list[Any] = []
+    while len(come) < len(calls):
+        done, _ = ray.wait(list(calls), num_returns=len(come) + 1, timeout=0.5)
+        now = time.monotonic()
+        if len(done) > len(come):
+            come, grown = done, now
+        elif len(come) >= launch.least and now - grown > SETTLE_S:
+            break
+        elif now - began > PLACE_TIMEOUT_S:
+            have = ray.cluster_resources()
+            raise ClusterError(
+                f"the cluster has room for {len(come)} of {launch.least} workers: all in all it has "
+                f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, and each worker needs "
+                f"{' and '.join(f'1 {kind}' for kind in launch.resources)}; ask for fewer, or for a range"
+            )
+    nodes = dict(zip(come, ray.get(come), strict=True))
+    return [calls[call] for call in sorted(come, key=nodes.__getitem__)]
 
 
-class _Supervisor:
-    """The actor that launches a group. Ray Train's handlers, warnings and environment stay in its process."""
+def _end(calls: list[Any]) -> _End:
+    """Wait for all workers, or for the first that fails: its peers may wait for it for ever."""
+    import ray
 
-    def run(self, launch: _Launch, workers: int) -> _End:
-        from ray.train import TrainingFailedError
-
-        ray_name = f"{launch.name}-{uuid.uuid4().hex[:12]}"
+    value, waiting = None, calls
+    while waiting:
+        (call, *_), waiting = ray.wait(waiting)
         try:
-            return _End(value=_trainer(launch, workers, ray_name).fit().return_value)
-        except TrainingFailedError as failure:
-            return _judge(failure)
-        finally:
-            shutil.rmtree(launch.storage_path / ray_name, ignore_errors=True)
+            end: _End = ray.get(call)
+        except ray.exceptions.RayActorError as error:
+            return _End(lost=f"rank {calls.index(call)}: {type(error).__name__}")
+        if end.error is not None or end.lost is not None:
+            return end
+        value = end.value if call == calls[0] else value
+    return _End(value=value)
 
 
-def _judge(failure: Any) -> _End:
-    """Tell the function's own error from lost workers, and both from a group that can never run."""
-    from ray.exceptions import RayTaskError
-    from ray.train import WorkerGroupError
+class _TrainingWorker:
+    """The actor. What the function raises travels as a value: what Ray raises is about the worker itself."""
 
-    if isinstance(failure, WorkerGroupError):
-        for error in failure.worker_failures.values():
-            if isinstance(error, _FunctionFailedError):
-                return _End(error=error.error)
-        ranks = sorted(failure.worker_failures.items())
-        return _End(lost=", ".join(f"rank {rank}: {type(error).__name__}" for rank, error in ranks))
-    if isinstance(failure.controller_failure, RayTaskError):
-        cause = failure.controller_failure.cause
-        return _End(error=ClusterError(f"the training group did not start: {one_line(cause)}"))
-    return _End(lost=_short(failure))
+    def node(self) -> str:
+        """Tell where it is."""
+        import ray
 
+        return str(ray.get_runtime_context().get_node_id())
 
-def _trainer(launch: _Launch, workers: int, ray_name: str) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    def meeting(self, *, local: bool) -> str:
+        """Name a place where the group can meet, of which this worker will be rank 0.
 
-    from cluster.rendezvous import FileConfig
+        On one machine that is a file in the session's temporary folder: torch's store would listen on all interfaces.
+        """
+        if local:
+            return f"file://{tempfile.mkdtemp(prefix='rendezvous-')}/store"
+        import ray
 
-    kind = FileConfig if launch.local else TorchConfig
-    return TorchTrainer(
-        _worker,
-        train_loop_config={"launch": launch},
-        torch_config=kind(backend="nccl" if launch.use_gpu else "gloo", timeout_s=launch.timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=launch.use_gpu, resources_per_worker=launch.resources
-        ),
-        run_config=RunConfig(
-            name=ray_name,
-            storage_path=str(launch.storage_path),
-            # No restarts by Ray: it repeats the function's own errors, and gives up where a worker dies early.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-        ),
-    )
+        host = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        return f"tcp://[{host}]:{port}" if family == socket.AF_INET6 else f"tcp://{host}:{port}"
 
+    def run(self, launch: _Launch, rank: int, size: int, meeting: str) -> _End:
+        """Meet the others and call the function."""
+        import torch
+        import torch.distributed as dist
 
-def _worker(config: dict[str, _Launch]) -> Any:
-    """Run in every worker: mark the function's own errors, let lost peers pass as they are."""
-    from ray import cloudpickle
-
-    launch = config["launch"]
-    try:
-        value = launch.function(RayContext(), launch.arguments)
-        cloudpickle.dumps(value)  # here it is the function's error; later Ray would take it for a dead worker
-    except WorkerLostError:
-        raise
-    except Exception as error:
-        raise _FunctionFailedError(portable(error)) from error
-    return value
-
-
-def _short(error: Exception) -> str:
-    return textwrap.shorten(one_line(error), 300, placeholder=" ...")
+        backend, device = ("nccl", "cuda:0") if launch.use_gpu else ("gloo", "cpu")  # Ray shows each its own GPU
+        try:
+            if launch.use_gpu:
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                backend, meeting, rank=rank, world_size=size, timeout=timedelta(seconds=launch.timeout_s)
+            )
+        except RuntimeError as error:  # a peer died, or somebody else took the port
+            return _End(lost=f"rank {rank} did not meet its peers: {one_line(error)}")
+        try:
+            return _End(value=launch.function(GroupContext(rank, size, device), launch.arguments))
+        except WorkerLostError as error:
+            return _End(lost=str(error))
+        except Exception as error:  # noqa: BLE001 - sent to the driver, which raises it
+            return _End(error=portable(error))

@@ -144,15 +144,6 @@ def _worker_environment(address: str) -> dict[str, str]:
     """Environment of every worker process: one compute thread each, and our packages on its path."""
     variables = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        # Ray calls functions in a thread, for which glibc keeps heaps that it gives back to the system when they are
-        # empty; in the main heap freed memory can be kept. A tenth of a training step.
-        "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1"),
-        # Ray Train looks for dead and finished workers every 2 s by default; and its workers leave the driver's
-        # working directory, so that a relative path would mean something else than without Ray.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        # A group with a dead member must not wait half a minute for it to say goodbye.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     }
     if address == "local":
         root = str(Path(__file__).resolve().parent.parent)

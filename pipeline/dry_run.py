@@ -65,8 +65,7 @@ def dry_run(
     _check_out(folder, arguments["fingerprint"], overwrite=overwrite)
     if mirror:
         Mirror(mirror, folder).check(arguments["fingerprint"], overwrite=overwrite)
-    # In this process, whose context needs no folder.
-    cost, unreadable = cluster.fit(measure_step, arguments | {"mirror": None}, device=device, storage_path=folder)
+    cost, unreadable = cluster.fit(measure_step, arguments | {"mirror": None}, device=device)
     if unreadable.keys() >= {entry.slide_id for entry in chosen.entries if entry.split == "train"}:
         slide_id, reason = next(iter(unreadable.items()))
         raise DataError(f"no training slide can be read; slide {slide_id}: {reason}")

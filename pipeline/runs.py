@@ -36,7 +36,7 @@ from pipeline.files import read_inside, write_atomic
 from pipeline.manifest import Entry
 
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
-MODEL, CURVES, WORKERS, LOCK = "model", "tensorboard", "ray", "train.lock"
+MODEL, CURVES, LOCK = "model", "tensorboard", "train.lock"
 
 _ABOUT = {"run", "epoch", "step", "metrics"}  # what a state says of itself
 _SUM, _BLANK = "sha256", "-" * 64  # its checksum, and what stands there while it is computed
@@ -242,7 +242,7 @@ def short(sha256: str) -> str:
 
 def clear_run(folder: Path) -> None:
     """Remove what a run wrote and nothing else; run.json goes last, so that until then the folder is a run."""
-    for name in (STATE, METRICS, MODEL, CURVES, WORKERS, CONFIG, RUN):
+    for name in (STATE, METRICS, MODEL, CURVES, CONFIG, RUN):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -22,7 +22,7 @@ from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.manifest import Entry
 from pipeline.mirror import Mirror
 from pipeline.progress import OnProgress, progress
-from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, WORKERS, clear_run, read_metrics, read_run
+from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, clear_run, read_metrics, read_run
 from pipeline.selection import Failure, Selection, select
 from pipeline.training import plain_entries, train_worker
 
@@ -92,15 +92,13 @@ def train(
             copy.claim(overwrite=overwrite)
         # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
         function = partial(train_worker, on_step=update) if address == "none" else train_worker
-        with _follow(folder, config, update) if address != "none" else nullcontext(), _swept(folder / WORKERS):
+        with _follow(folder, config, update) if address != "none" else nullcontext():
             metrics, unreadable = cluster.fit(
                 function,
                 arguments,
                 address=address,
                 workers=workers,
                 device=device,
-                name=folder.name,
-                storage_path=folder / WORKERS,
                 progress=copy.version if copy else partial(_replaced, folder / STATE),
                 timeout_s=_COPY_TIMEOUT_S if copy else 120,
             )
@@ -200,15 +198,6 @@ def versions() -> dict[str, str]:
         if commit.returncode == 0:
             found["commit"] = commit.stdout.strip()
     return found
-
-
-@contextmanager
-def _swept(folder: Path) -> Iterator[None]:
-    """Remove, on the way out, what Ray leaves where its group was killed; nothing in it is gone on from."""
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

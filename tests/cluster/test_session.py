@@ -16,7 +16,7 @@ import sys, tempfile, cluster
 with cluster.session("none"):
     outcomes = list(cluster.run_tasks(lambda: str, [1, 2]))
     folder = tempfile.gettempdir()
-    value = cluster.fit(lambda context, arguments: context.world_size, {}, device="cpu", storage_path=folder)
+    value = cluster.fit(lambda context, arguments: context.world_size, {}, device="cpu")
 assert [o.result for o in outcomes] == ["1", "2"] and value == 1
 assert not any(name == "ray" or name.startswith("ray.") for name in sys.modules)
 """
@@ -121,7 +121,7 @@ def listening(context, arguments):
         with suppress(psutil.NoSuchProcess):
             connections = process.net_connections("inet")
             found += [(process.name(), one.laddr.ip) for one in connections if one.status == psutil.CONN_LISTEN]
-    context.barrier()
+    context.all_reduce(torch.ones(1))  # until then both are there to be looked at
     return found
 
 
@@ -134,7 +134,7 @@ def only_from_here(address):
 @pytest.mark.slow
 def test_a_local_session_listens_on_the_loopback_interface_only(head, tmp_path):
     """That nothing of it stays in the temporary folder, the fixture `ray_head` asserts when all is over."""
-    found = fit(listening, {"driver": os.getpid()}, address="local", workers=2, storage_path=tmp_path)
+    found = fit(listening, {"driver": os.getpid()}, address="local", workers=2)
     assert {"gcs_server", "raylet"} < {name for name, _ in found}
-    assert sum("Train" in name for name, _ in found) >= 2  # the workers themselves
+    assert sum("_TrainingWork" in name for name, _ in found) >= 2  # the workers themselves
     assert [(name, address) for name, address in found if not only_from_here(address)] == []

@@ -180,7 +180,7 @@ def drivers(nodes, tmp_path):
 
 
 def trainers(node):
-    return [child for child in node.children(recursive=True) if "RayTrainWorker" in command_line(child)]
+    return [child for child in node.children(recursive=True) if "_TrainingWorker" in command_line(child)]
 
 
 def command_line(process):

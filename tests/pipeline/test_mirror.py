@@ -248,7 +248,7 @@ def test_two_workers_that_share_no_disk(config, pyramids, url, s3, tmp_path, ray
         "environment": {name: value for name, value in os.environ.items() if name.startswith("AWS_")},
         "folder": str(tmp_path / "worker"),
     }
-    fit(apart, job, address="local", workers=2, device="cpu", storage_path=tmp_path / "ray")
+    fit(apart, job, address="local", workers=2, device="cpu")
     copied = s3.objects("runs/first")
     assert [json.loads(line)["epoch"] for line in copied[METRICS].splitlines()] == [1, 2, 3]
     assert copied[f"{MODEL}/model.safetensors"] == (tmp_path / "worker-0" / MODEL / "model.safetensors").read_bytes()
