@@ -308,7 +308,7 @@ class TestDashboard:
 
     def test_oldest_version_is_that_of_the_extra(self):
         text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-        assert f"train]>={dashboard.OLDEST_RAY[0]}.{dashboard.OLDEST_RAY[1]}" in text
+        assert f"default]>={dashboard.OLDEST_RAY[0]}.{dashboard.OLDEST_RAY[1]}" in text
 
 
 class _Client:
