@@ -27,7 +27,7 @@ from nested_ats.encoders import is_import_path
 from nested_ats.errors import ModelFileError, UntrustedEncoderError
 from nested_ats.files import open_regular
 from nested_ats.model import LevelConfig, NestedATS
-from nested_ats.models import KINDS, AnyConfig, build_model, fold_encoder_options
+from nested_ats.models import KINDS, AnyConfig, bring_up_to_date, build_model
 from nested_ats.weights import read_tensors, sha256
 
 __all__ = ["CONFIG", "WEIGHTS", "ModelInfo", "inspect_model", "load_model", "save_model"]
@@ -217,7 +217,7 @@ def _checksum(description: dict[str, Any]) -> str:
 
 
 def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
-    raw = fold_encoder_options(description)
+    raw = bring_up_to_date(description)
     kind = raw.setdefault("kind", "ats")  # there was one kind before there were several
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")

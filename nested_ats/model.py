@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +36,12 @@ from nested_ats.base import (
     take_all,
 )
 from nested_ats.errors import EncoderError
-from nested_ats.expectation import entropy, expectation, follow, leave_one_out
+from nested_ats.expectation import entropy, expectation
 from nested_ats.geometry import cell_centers, curve_order
 from nested_ats.images import Image, Map, find_level, read_batch
 from nested_ats.prior import PRIORS, Prior, occupied, signal, thresholds
 from nested_ats.residual import group_logits, inherited
 from nested_ats.sampling import METHODS, Draw, Method, draw, fold_in
-
-Baseline = Literal["none", "constant", "leave-one-out"]
 
 _RGB = 3
 # Of `levels_for`: pixels of the coarse view, ratio of downsamples, pixels of a region; pixels of a cell of the
@@ -92,7 +90,6 @@ class ModelConfig(PatchConfig):
     prior: Prior = "none"  # cells that can be drawn: all, those with tissue, or those with valid pixels
     nodata: float = 0.0  # of pixels that are not valid, in [0, 1]
     method: Method = "pivotal"  # sampler: pivotal, systematic, desraj or multinomial
-    baseline: Baseline = "none"  # on the gradient of the attention: none, constant, or leave-one-out (multinomial)
 
     def __post_init__(self) -> None:
         """Raise ValueError where the levels do not fit one another."""
@@ -119,10 +116,6 @@ class ModelConfig(PatchConfig):
             raise ValueError(f"prior: must be one of {', '.join(PRIORS)}, not {self.prior!r}")
         if self.method not in METHODS:
             raise ValueError(f"method: must be one of {', '.join(METHODS)}, not {self.method!r}")
-        if self.baseline not in get_args(Baseline):
-            raise ValueError(f"baseline: must be one of {', '.join(get_args(Baseline))}, not {self.baseline!r}")
-        if self.baseline == "leave-one-out" and self.method != "multinomial":
-            raise ValueError("baseline: leave-one-out is unbiased with method multinomial only; constant is with any")
 
     @property
     def downsamples(self) -> tuple[float, ...]:
@@ -198,7 +191,6 @@ class NestedATS(SamplingModel):
             for depth, level in enumerate(config.levels)
         )
         super().__init__(config, in_channels=in_channels, classes=classes, pretrained=pretrained, attention=attention)
-        self.baseline = nn.Parameter(torch.zeros(self.features)) if config.baseline == "constant" else None
 
     def coarse_view(self, image: Image) -> Tensor:
         """Read the view of the whole image that the first level looks at; see `ImageModel.coarse_view`.
@@ -289,14 +281,7 @@ class NestedATS(SamplingModel):
         return phases
 
     def _pool(self, phases: Sequence[Phase], features: Tensor) -> Tensor:
-        last = phases[-1]
-        pooled = expectation(last.attention, features, last.z, self.baseline)
-        if torch.is_grad_enabled():
-            if self.baseline is not None:
-                return follow(pooled, self.baseline)
-            if self.config.baseline == "leave-one-out":
-                return pooled - leave_one_out(phases, features)
-        return pooled
+        return expectation(phases[-1].attention, features, phases[-1].z)
 
     def _open(self, depth: int, images: Sequence[Image], parents: Phase, map_: Map) -> Population:
         """Read the regions drawn by the level above and attend to each."""

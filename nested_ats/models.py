@@ -60,15 +60,19 @@ def plain_encoder(model: Mapping[str, Any]) -> Any:
     return model.get("encoder", KINDS[kind].config.encoder if kind in KINDS else "")
 
 
-def fold_encoder_options(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a model's plain configuration with ``encoder_options``, as it was before, as it is now.
+def bring_up_to_date(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a model's plain configuration of before, with ``encoder_options`` or ``baseline``, as it is now.
 
     Raises
     ------
     ValueError
-        The options are no mapping, or lack what was needed.
+        The options are no mapping, or lack what was needed; or there is a baseline, which nothing replaces.
     """
     folded = dict(model)
+    if folded.pop("baseline", "none") != "none":
+        raise ValueError(
+            "baseline: there is none on the attention's gradient any more; leave it out, and train again"
+        )
     options = folded.pop("encoder_options", None)
     if not options:
         return folded

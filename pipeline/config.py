@@ -31,7 +31,7 @@ from pydantic import (
 from nested_ats import CNNConfig, DeepMILConfig, ModelConfig, UniformConfig, levels_for
 from nested_ats.encoders import read_choice
 from nested_ats.hub import RANDOM
-from nested_ats.models import KINDS, fold_encoder_options, plain_encoder
+from nested_ats.models import KINDS, bring_up_to_date, plain_encoder
 from pipeline.errors import UsageError
 
 # ValueError: of encodings, dates and numbers; RecursionError: nested too deep.
@@ -220,7 +220,7 @@ def _fold(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(raw.get("model"), dict):
         return raw
     try:
-        return {**raw, "model": fold_encoder_options(raw["model"])}
+        return {**raw, "model": bring_up_to_date(raw["model"])}
     except ValueError as error:
         raise UsageError(f"{where}: model.{error}") from error
 

@@ -21,7 +21,7 @@ from nested_ats import (
     save_model,
 )
 from nested_ats.encoders import build_encoder
-from nested_ats.models import fold_encoder_options
+from nested_ats.models import bring_up_to_date
 
 LEVELS = (LevelConfig(downsample=4, samples=3, stride=4),)
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -317,6 +317,7 @@ class TestModelsOfBefore:
         ("before", "now"),
         [
             ({"encoder_options": {}}, {}),
+            ({"baseline": "none"}, {}),
             ({"encoder": "ilse", "encoder_options": {"features": 9}}, {"encoder": {"name": "ilse", "features": 9}}),
             (
                 {"kind": "cnn", "encoder_options": {"stem": 3}},
@@ -333,7 +334,11 @@ class TestModelsOfBefore:
         ],
     )
     def test_as_they_are_written_now(self, before, now):
-        assert fold_encoder_options(before) == now
+        assert bring_up_to_date(before) == now
+
+    def test_what_is_gone_says_so(self):
+        with pytest.raises(ValueError, match="^baseline: .* leave it out"):
+            bring_up_to_date({"baseline": "constant"})
 
 
 class TestMobileNet:

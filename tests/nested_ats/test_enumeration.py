@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nested_ats import ArrayImage, Draw, LevelConfig, ModelConfig, NestedATS, draw
-from nested_ats.expectation import leave_one_out
 from nested_ats.geometry import curve_order
 from nested_ats.sampling import METHODS, fold_in
 from nested_ats.testing import outcomes
@@ -52,8 +51,6 @@ def gradients(model, loss):
 
 CASES = [
     *((method, {}) for method in METHODS),
-    ("multinomial", {"baseline": "leave-one-out"}),
-    *((method, {"baseline": "constant"}) for method in METHODS),
     ("pivotal", {"location": True}),
     ("pivotal", {"attention": "independent"}),
     ("pivotal", {"group": 2}),
@@ -65,8 +62,6 @@ CASES = [
 @pytest.mark.parametrize(("method", "options"), CASES)
 def test_value_and_gradient_are_unbiased(tiny_model, tiny_image, method, options, depth):
     model, image = tiny_model(depth, method=method, **options), tiny_image(depth)
-    if model.baseline is not None:  # any constant will do
-        torch.nn.init.constant_(model.baseline, 0.7)
     direction = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     rows = count(method, depth)
@@ -92,59 +87,6 @@ def test_value_and_gradient_are_unbiased(tiny_model, tiny_image, method, options
 def model_without_head(model):
     """The parameters that F depends on."""
     return torch.nn.ModuleList([model.attention, model.encoder, *filter(None, [model.locate])])
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("baseline", ["leave-one-out", "constant"])
-def test_a_baseline_changes_the_gradient_but_not_the_value(tiny_model, tiny_image, baseline, depth):
-    plain, image = tiny_model(depth, method="multinomial"), tiny_image(depth)
-    other = tiny_model(depth, method="multinomial", baseline=baseline)
-    if other.baseline is not None:
-        torch.nn.init.constant_(other.baseline, 0.7)
-    keys = torch.arange(6)
-    one, two = plain([image] * 6, keys), other([image] * 6, keys)
-    assert torch.equal(one.features, two.features)
-    grads = [
-        torch.autograd.grad(o.features.sum(), m.attention[0].parameters()) for o, m in ((one, plain), (two, other))
-    ]
-    assert (torch.cat([(a - b).flatten() for a, b in zip(*grads, strict=True)]).abs().max()) > 1e-4
-
-
-def test_a_constant_baseline_learns_the_mean_and_lowers_the_variance(tiny_model, tiny_image):
-    model, image = tiny_model(2, baseline="constant"), tiny_image(2)
-    keys = torch.arange(150)
-
-    def variance():
-        grads = []
-        for key in keys[:, None]:
-            output = model([image], key)
-            grads.append(gradients(model.attention, output.features.sum()))
-        return torch.stack(grads).var(0).sum()
-
-    before = variance()
-    optimizer = torch.optim.SGD([model.baseline], lr=0.5 / len(keys))
-    for _ in range(20):
-        optimizer.zero_grad()
-        output = model([image] * len(keys), keys)
-        output.logits.square().sum().backward()
-        optimizer.step()
-    torch.testing.assert_close(model.baseline.detach(), output.features.mean(0).detach(), atol=1e-5, rtol=0)
-    assert variance() < 0.9 * before
-
-
-@pytest.mark.parametrize("method", ["pivotal", "systematic", "desraj"])
-def test_leave_one_out_would_be_biased_without_replacement(tiny_model, tiny_image, method):
-    """Why the configuration refuses it: which others are drawn depends on the unit."""
-    model, image = tiny_model(1, method=method), tiny_image(1)
-    rows = count(method, 1)
-    sampler = Enumerate(method, rows)
-    output = model([image] * rows, torch.zeros(rows, dtype=torch.int64), sampler=sampler)
-    features = model.encode([image] * rows, output.phases[-1].centers_l0)
-    term = sampler.probability @ leave_one_out(output.phases, features)
-    bias = gradients(model.attention, term.sum())
-    assert bias.abs().max() > 1e-3
-    with pytest.raises(ValueError, match="multinomial"):
-        tiny_model(1, method=method, baseline="leave-one-out")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -116,12 +116,11 @@ def gradient(model: ImageModel, images: list[ArrayImage], keys: Tensor, **option
     return torch.cat([part.flatten().double() for part in parts if part is not None])
 
 
-@pytest.mark.parametrize("baseline", ["none", "constant"])
 @pytest.mark.parametrize("workers", [2, 3, 5])
-def test_the_gradient_does_not_depend_on_how_a_batch_is_shared_out(workers, baseline):
+def test_the_gradient_does_not_depend_on_how_a_batch_is_shared_out(workers):
     """Slides of several sizes, shares of several lengths: the sum over the shares is the gradient of the batch."""
     torch.manual_seed(0)
-    config = ModelConfig(levels=LEVELS, patch_size=24, features=8, baseline=baseline)
+    config = ModelConfig(levels=LEVELS, patch_size=24, features=8)
     model = NestedATS(config, in_channels=3, classes=3).double()
     images = [image(0), image(1, 33, 41), image(2), image(3, 97, 50), image(4, 33, 41)]
     keys = torch.arange(5) + 20

@@ -57,9 +57,7 @@ def test_shapes(model):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_image_is_classified_alike_in_any_batch(method):
     torch.manual_seed(0)
-    config = dataclasses.replace(
-        TWO_LEVELS, method=method, location=True, baseline="leave-one-out" if method == "multinomial" else "constant"
-    )
+    config = dataclasses.replace(TWO_LEVELS, method=method, location=True)
     model = NestedATS(config, in_channels=3, classes=4)
     images = [image(200, 300, 1), image(97, 64, 2), image(130, 260, 4), image(200, 300, 3)]
     keys = torch.tensor([5, 6, 7, 8])
@@ -100,7 +98,6 @@ def test_bf16_autocast_stays_close(method, depth):
         patch_size=28,
         allow_gaps=True,
         method=method,
-        baseline="leave-one-out" if method == "multinomial" else "constant",
     )
     torch.manual_seed(0)
     model = NestedATS(config, in_channels=3, classes=4)
@@ -188,7 +185,6 @@ def test_patches_must_cover_the_cells_that_they_are_drawn_from(downsample):
         ({"levels": (TWO_LEVELS.levels[1], TWO_LEVELS.levels[0])}, "coarse to fine"),
         ({"encoder": "vgg"}, "encoder"),
         ({"method": "uniform"}, "method"),
-        ({"baseline": "mean"}, "baseline"),
         ({"patch_size": 16}, "patch_size: lenet needs at least 24"),
         ({"features": 0}, "features"),
         ({"features": 30, "encoder": "resnet"}, "multiple of 8"),

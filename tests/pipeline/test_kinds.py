@@ -18,7 +18,6 @@ KINDS = {
         "patch_size": 24,
         "features": 8,
         "location": True,
-        "baseline": "constant",
         "method": "desraj",
     },
     "frozen": {"kind": "uniform", "patch_size": 24, "samples": 2, "cell": 16, "features": 8, "trainable": "none"},

@@ -255,7 +255,6 @@ EVERY = {
         ],
         "patch_size": 24,
         "features": 8,
-        "baseline": "constant",
         "location": True,
     },
     "deepmil": {"kind": "deepmil", "patch_size": 24, "stride": 24, "features": 8, "attention": "gated"},
