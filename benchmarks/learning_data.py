@@ -7,6 +7,7 @@ import hashlib
 import math
 import mmap
 import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -22,9 +23,12 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from nested_ats import ArrayImage, ModelConfig
-from pipeline.published import EPITHELIAL, colon_cancer
-from pipeline.synthetic_mnist import load_pools, mnist_scene
 from pipeline.synthetic_signs import LABELS, sign_scene
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+from example_data.mnist import load_pools, mnist_scene
+from example_data.published import EPITHELIAL, colon_cancer
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     python examples/colon_cancer.py --quick --out runs/colon-quick
     python examples/colon_cancer.py --quick --ablation entropy --out runs/colon-quick
 
---data is the published folder, to be downloaded by hand (`pipeline.published`); without it --quick makes images of its
+--data is the published folder, to be downloaded by hand (`example_data.published`); without it --quick makes images of its
 own in that layout. Without --quick it is the paper's experiment, for a GPU: 30,000 updates, 5 runs. What differs from
 the paper, or is not in it:
 
@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from example_data.published import EPITHELIAL, colon_cancer, colon_cancer_points
 from experiment import (
     Experiment,
     Method,
@@ -43,7 +44,6 @@ from made import write_colon_cancer
 
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.manifest import Entry
-from pipeline.published import EPITHELIAL, colon_cancer, colon_cancer_points
 from pipeline.splits import assign_splits
 from storage import Slide
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import imagecodecs
 import numpy as np
+from example_data.published import ANNOTATIONS
 from numpy.typing import NDArray
 from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 
-from pipeline.published import ANNOTATIONS
 from pipeline.synthetic_signs import SignScene, sign_scene
 
 CELLS_PER_MEGAPIXEL = 400  # besides those of glands
@@ -48,7 +48,7 @@ def write_colon_cancer(folder: Path, *, images: int, side: int = 500, seed: int 
 
     Returns
     -------
-    The folder, for `pipeline.published.colon_cancer`.
+    The folder, for `example_data.published.colon_cancer`.
     """
     for number in range(1, images + 1):
         rng = np.random.default_rng([seed, number])
@@ -131,7 +131,7 @@ def write_traffic_signs(
 
     Returns
     -------
-    The folder, for `pipeline.published.traffic_signs`.
+    The folder, for `example_data.published.traffic_signs`.
     """
     for first, (name, count) in zip((0, train), {"Set1": train, "Set2": test}.items(), strict=True):
         place = folder / name

@@ -7,7 +7,7 @@ Without --quick it is the paper's experiment, for a GPU: 1500 x 1500 pixels, 50 
 test images, 500 epochs, 5 runs. --digits is a folder with MNIST's IDX files; where it has the test set alone, the
 first 8,000 of its digits make the training images and the other 2,000 the test images. Without --digits they are
 scikit-learn's. What the paper leaves open (batch size, strides of the CNN, noise) is as in the configuration, in
-`nested_ats.encoders` and in `pipeline.synthetic_mnist`. What differs from the paper:
+`nested_ats.encoders` and in `example_data.mnist`. What differs from the paper:
 
 - Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
   features are scaled before the head.
@@ -27,14 +27,14 @@ from typing import Any, Literal
 
 import yaml
 from commands import run
+from example_data.mnist import DIGIT, VIEW, load_pools, mnist_scene
+from example_data.mnist_files import write_megapixel_mnist
 from experiment import Experiment, Method, Paper, Result, attention_maps, command_line, conduct, with_attention
 from figures import attention_evolution, error_and_loss_against_time
 
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.manifest import Entry
 from pipeline.progress import progress
-from pipeline.synthetic import write_megapixel_mnist
-from pipeline.synthetic_mnist import DIGIT, VIEW, load_pools, mnist_scene
 from storage import Slide
 
 View = Literal["pyramid", "pasted"]

@@ -3,7 +3,7 @@
     python examples/speed_limits.py --data DIR --out runs/limits          # DIR holds Set1 and Set2
     python examples/speed_limits.py --quick --out runs/limits-quick
 
---data is the published Swedish traffic signs, to be downloaded by hand (`pipeline.published`, which says which images
+--data is the published Swedish traffic signs, to be downloaded by hand (`example_data.published`, which says which images
 are used); without it --quick makes *signs* (`pipeline.synthetic_signs`) in that layout. Without --quick it is the
 paper's experiment, for a GPU: 3 runs. What differs from the paper, or is not in it:
 
@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from example_data.published import NO_LIMIT, traffic_sign_boxes, traffic_signs
 from experiment import (
     Experiment,
     Method,
@@ -43,7 +44,6 @@ from made import write_traffic_signs
 
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.manifest import Entry
-from pipeline.published import NO_LIMIT, traffic_sign_boxes, traffic_signs
 from storage import Slide
 
 SIZE_YX, TRAIN, TEST = (384, 512), 300, 100  # of what is made for --quick

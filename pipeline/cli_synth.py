@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -40,36 +39,6 @@ def synth_signs(
             splits=(1 - test, 0.0, test),
             labels=[label] if label else LABELS,
             compression=None if compression == "none" else compression,
-            progress=lambda done, total: update(done, total, ""),
-        )
-    print(manifest)
-
-
-@synth.command("mnist")
-def synth_mnist(
-    out: Out,
-    images: Annotated[Path | None, typer.Option(help="IDX file of digits; default: scikit-learn's.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="IDX file of their labels.")] = None,
-    size: Annotated[int, typer.Option(min=64, help="Side of an image in pixels.")] = 1500,
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 5000,
-    test: Annotated[int, typer.Option(min=0, help="Test images.")] = 1000,
-    noise: Annotated[int, typer.Option(min=0, help="Noise patches to an image.")] = 50,
-    seed: Seed = 0,
-) -> None:
-    """Write Megapixel MNIST by the paper's recipe (section 4.2)."""
-    from pipeline.progress import progress
-    from pipeline.synthetic import write_megapixel_mnist
-
-    with progress("synth") as update:
-        manifest = write_megapixel_mnist(
-            out,
-            images=images,
-            labels=labels,
-            size=size,
-            train=train,
-            test=test,
-            noise=noise,
-            seed=seed,
             progress=lambda done, total: update(done, total, ""),
         )
     print(manifest)

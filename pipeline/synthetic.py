@@ -1,22 +1,19 @@
-"""Data sets made offline: number signs in textured scenes, and Megapixel MNIST.
+"""Data sets made offline: number signs in textured scenes, and what any such set is written by.
 
-Both are folders of tiled TIFFs (or, for the authors' view of Megapixel MNIST, of OME-Zarr images) with a
-``manifest.csv`` (slide_id, path, label, split), and both are resumable: ``recipe.json`` is written first and says
-what the folder holds, each image appears when it is whole, and a second run with the same arguments makes only what
-is missing.
+A set is a folder of images with a ``manifest.csv`` (slide_id, path, label, split), and is resumable: ``recipe.json``
+is written first and says what the folder holds, each image appears when it is whole, and a second run with the same
+arguments makes only what is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +21,6 @@ from numpy.typing import NDArray
 from pipeline.errors import UsageError
 from pipeline.files import make_folder, write_json
 from pipeline.manifest import SPLITS, Entry, write_manifest
-from pipeline.synthetic_mnist import DigitPool, MnistScene, load_pools, mnist_scene
 from pipeline.synthetic_signs import LABELS, SignScene, sign_scene
 from storage import write_tiff
 
@@ -86,19 +82,19 @@ def write_signs(
         Bad arguments, or the folder holds something else.
     """
     size_yx = (size, size) if isinstance(size, int) else size
-    split_of = _split_names(count, splits)
+    split_of = split_names(count, splits)
     if not labels:
         raise UsageError(f"no labels: give some of {', '.join(LABELS)}")
     recipe = {"set": "signs", "count": count, "size_yx": size_yx, "seed": seed, "splits": splits, "signs": signs}
     recipe |= {"distractors": distractors, "labels": list(labels), "tile": tile, "compression": compression}
     scene_progress = progress if count == 1 else None
 
-    def image(index: int) -> _Image:
+    def image(index: int) -> SetImage:
         label = labels[(index - split_of.index(split_of[index])) % len(labels)]
         make = partial(
             sign_scene, index, seed=seed, size_yx=size_yx, signs=signs, distractors=distractors, label=label
         )
-        return _Image(
+        return SetImage(
             f"signs-{index:05d}",
             label,
             split_of[index],
@@ -107,7 +103,7 @@ def write_signs(
             ),
         )
 
-    return _write_set(folder, recipe, [image(i) for i in range(count)], workers, None if scene_progress else progress)
+    return write_set(folder, recipe, [image(i) for i in range(count)], workers, None if scene_progress else progress)
 
 
 def write_sign_scene(
@@ -138,105 +134,10 @@ def write_sign_scene(
     write_tiff(path, tiles(), shape=(height, width, 3), dtype="uint8", tile=tile, compression=compression)
 
 
-def write_megapixel_mnist(
-    folder: Path,
-    *,
-    images: Path | None = None,
-    labels: Path | None = None,
-    test_images: Path | None = None,
-    test_labels: Path | None = None,
-    digit_split: float = 0.8,
-    size: int = 1500,
-    train: int = 5000,
-    test: int = 1000,
-    noise: int = 50,
-    view: Literal["pyramid", "pasted"] = "pyramid",
-    seed: int = 0,
-    tile: int = 256,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> Path:
-    """Write Megapixel MNIST (section 4.2) as single-channel images; see `pipeline.synthetic_mnist` for the recipe.
-
-    Parameters
-    ----------
-    folder
-        Where the set goes: new, empty, or the same set begun earlier.
-    images, labels, test_images, test_labels, digit_split
-        The digits, see `load_pools`; those of training and test images are always different ones.
-    size
-        Side of an image in pixels.
-    train, test
-        Number of images in the two splits.
-    noise
-        Noise patches to the image.
-    view
-        ``pyramid`` writes TIFFs, to be converted. ``pasted`` writes OME-Zarr images, to be used as they are, whose
-        second level is the authors' low-resolution view (`MnistScene.render_view`), at downsample size / side.
-    tile, workers, progress
-        As in `write_signs`.
-
-    Returns
-    -------
-    Path
-        The manifest; labels are "0" to "9".
-
-    Raises
-    ------
-    UsageError, DataError
-        Bad arguments, bad digits (see `load_pools`), or the folder holds something else.
-    """
-    pools = load_pools(images, labels, test_images=test_images, test_labels=test_labels, digit_split=digit_split)
-    split_of = _split_names(train + test, (train, 0, test))
-    recipe = {"set": "megapixel-mnist", "size": size, "train": train, "test": test, "noise": noise, "seed": seed}
-    recipe |= {"tile": tile, "digits": [_digest(pool.images, pool.labels) for pool in pools]}
-    recipe |= {"noise_patterns": [_digest(pool.noise) for pool in pools]}
-    recipe |= {"view": view} if view != "pyramid" else {}  # sets made before there was a choice stay what they are
-    write, suffix = (_write_mnist, ".tif") if view == "pyramid" else (_write_pasted, ".ome.zarr")
-
-    def image(index: int) -> _Image:
-        pool = pools[split_of[index] == "test"]
-        scene = mnist_scene(index, seed=seed, pool=pool, size=size, noise=noise)
-        name = f"mnist-{index:05d}"
-        return _Image(name, scene.label, split_of[index], partial(write, scene=scene, pool=pool, tile=tile), suffix)
-
-    return _write_set(folder, recipe, [image(i) for i in range(train + test)], workers, progress)
-
-
-def _write_mnist(path: Path, *, scene: MnistScene, pool: DigitPool, tile: int) -> None:
-    canvas = scene.render(pool)
-    corners = ((y, x) for y in range(0, scene.size, tile) for x in range(0, scene.size, tile))
-    tiles = (canvas[y : y + tile, x : x + tile] for y, x in corners)
-    write_tiff(path, tiles, shape=canvas.shape, dtype="uint8", tile=tile, compression="deflate")
-
-
-def _write_pasted(path: Path, *, scene: MnistScene, pool: DigitPool, tile: int) -> None:
-    """Write canvas and view as the two levels of an OME-Zarr 0.5 image that appears when it is whole.
-
-    Each level is one chunk whatever the tile: its pixels are mostly zeros, and one read gives all patches.
-    """
-    del tile
-    import zarr
-
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    group = zarr.open_group(partial, mode="w", zarr_format=3)
-    datasets: list[Any] = []
-    for number, pixels in enumerate((scene.render(pool), scene.render_view(pool))):
-        array = group.create_array(str(number), shape=pixels.shape, dtype=pixels.dtype, chunks=pixels.shape)
-        array[...] = pixels
-        scale = scene.size / len(pixels)
-        # Centres of pixels: those of a coarse level lie half a coarse pixel less half a fine one further in.
-        steps = {"scale": [scale] * 2, "translation": [(scale - 1) / 2] * 2}
-        transformations = [{"type": kind, kind: values} for kind, values in steps.items()]
-        datasets.append({"path": str(number), "coordinateTransformations": transformations})
-    axes: Any = [{"name": name, "type": "space"} for name in "yx"]
-    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
-    partial.rename(path)
-
-
 @dataclass(frozen=True)
-class _Image:
+class SetImage:
+    """One image of a set; `write` makes it at a path, where it appears when it is whole."""
+
     slide_id: str
     label: str
     split: str
@@ -244,10 +145,29 @@ class _Image:
     suffix: str = ".tif"
 
 
-def _write_set(
-    folder: Path, recipe: dict[str, Any], images: list[_Image], workers: int, progress: Progress | None
+def write_set(
+    folder: Path, recipe: dict[str, Any], images: list[SetImage], workers: int, progress: Progress | None
 ) -> Path:
-    """Write the images that are missing, then the manifest."""
+    """Write the images that are missing, then the manifest, whose path is returned.
+
+    Parameters
+    ----------
+    folder
+        Where the set goes: new, empty, or the same set begun earlier.
+    recipe
+        Whatever decides the pixels, as JSON can hold it; its ``tile`` is the side of a TIFF's tiles.
+    images
+        Of the set, in the order of the manifest.
+    workers
+        Images written at the same time, in threads.
+    progress
+        Called with images done and their number.
+
+    Raises
+    ------
+    UsageError
+        Bad arguments, or the folder holds something else.
+    """
     tile = recipe["tile"]
     if workers < 1:
         raise UsageError(f"{workers} workers: give at least 1")
@@ -256,7 +176,7 @@ def _write_set(
     image_folder = _open_set(folder, recipe | {"version": RECIPE_VERSION})
     paths = [image_folder / f"{image.slide_id}{image.suffix}" for image in images]
 
-    def write(path: Path, image: _Image) -> None:
+    def write(path: Path, image: SetImage) -> None:
         if not path.exists():
             image.write(path)
 
@@ -292,7 +212,7 @@ def _open_set(folder: Path, recipe: dict[str, Any]) -> Path:
     return make_folder(images)
 
 
-def _split_names(count: int, splits: tuple[float, float, float]) -> list[str]:
+def split_names(count: int, splits: tuple[float, float, float]) -> list[str]:
     """Return the split of each of `count` images: all of train, then val, then test."""
     whole = all(isinstance(share, int) for share in splits)
     if (
@@ -304,7 +224,3 @@ def _split_names(count: int, splits: tuple[float, float, float]) -> list[str]:
         raise UsageError(f"count {count}, splits {splits}: three shares that sum to 1, or whole numbers to the count")
     ends = np.rint(np.cumsum(splits) * (1 if whole else count)).astype(int)
     return [SPLITS[np.searchsorted(ends, index, side="right")] for index in range(count)]
-
-
-def _digest(*arrays: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

@@ -21,7 +21,7 @@ from pipeline.predict import Classifier
 from storage import open_image, write_pyramid
 
 COMMANDS = ["convert", "validate", "info", "train", "predict", "evaluate", "heatmap", "report"]
-COMMANDS += ["synth", "synth signs", "synth mnist"]
+COMMANDS += ["synth", "synth signs"]
 
 
 @pytest.fixture
@@ -159,12 +159,10 @@ MISTAKES = [
     (2, "cannot be made", "report {run} {predicted} --out {notes}/below/page.html"),
     (2, "cannot be written", "report {run} {predicted} --out {empty}"),
     (2, "--seed", "synth signs --out {new} --count 1 --size 64 --seed -3"),
-    (2, "--seed", "synth mnist --out {new} --train 1 --seed -3"),
     (2, "--compression", "synth signs --out {new} --count 1 --size 64 --compression foo"),
     (2, "unknown label '60'", "synth signs --out {new} --count 1 --size 64 --label 60"),
     (2, "--size", "synth signs --out {new} --count 1 --size 8"),
     (2, "cannot be made", "synth signs --out {notes} --count 1 --size 64"),
-    (2, "gone.idx", "synth mnist --out {new} --images gone.idx --labels gone.idx"),
 ]
 
 

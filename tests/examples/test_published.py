@@ -9,11 +9,11 @@ import struct
 import imagecodecs
 import numpy as np
 import pytest
+from example_data.published import colon_cancer, colon_cancer_points, traffic_sign_boxes, traffic_signs
 from scipy.io import savemat
 from scipy.sparse import coo_array
 
 from pipeline.errors import DataError
-from pipeline.published import colon_cancer, colon_cancer_points, traffic_sign_boxes, traffic_signs
 
 BMP = imagecodecs.bmp_encode(np.zeros((8, 8, 3), np.uint8))
 

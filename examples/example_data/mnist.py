@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from example_data.idx import read_idx
 from pipeline.errors import DataError, UsageError
-from pipeline.idx import read_idx
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,1 @@
+"""Data of the examples and benchmarks: Megapixel MNIST, and loaders of published sets."""
