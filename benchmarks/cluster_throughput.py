@@ -37,20 +37,20 @@ import torch
 import cluster
 from nested_ats import build_model
 from pipeline.config import Config, parse_config, plain
+from pipeline.data.manifest import Entry
+from pipeline.data.slides import SlideImage
 from pipeline.interrupt import run_main
-from pipeline.manifest import Entry
-from pipeline.predict import Classifier, Settings, prediction_settings
+from pipeline.results.predict import Classifier, Settings, prediction_settings
 from pipeline.runs import read_metrics
-from pipeline.slides import SlideImage
-from pipeline.train import train
-from pipeline.training import plain_entries, train_worker
+from pipeline.training.train import train
+from pipeline.training.trainer import plain_entries, train_worker
 from storage import processors, write_pyramid
 
 CLASSES = ["bar", "box"]
 BANDWIDTH = 100e9 / 8  # bytes a second between GPUs' nodes: one 100 Gbit/s adapter
 LATENCY = 20e-6  # seconds of a message between nodes
 GPU = 50.0  # assumed: how many times as fast as one core here a GPU computes
-READERS = 8  # threads of a worker that read, as in `pipeline.training`
+READERS = 8  # threads of a worker that read, as in `pipeline.training.trainer`
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from nested_ats import CNNConfig, DeepMILConfig, LevelConfig, ModelConfig, build_model, step_cost
+from pipeline.data.slides import SlideImage
 from pipeline.interrupt import run_main
-from pipeline.slides import SlideImage
 from storage import Slide, processors, write_pyramid
 
 if TYPE_CHECKING:

@@ -34,12 +34,12 @@ import torch
 
 from nested_ats import DeepMIL, DeepMILConfig, ModelConfig, NestedATS, levels_for
 from nested_ats.profiling import peak_bytes, training_step
+from pipeline.data.slides import SlideImage
 from pipeline.interrupt import run_main
-from pipeline.slides import SlideImage
 from storage import Slide, processors, write_pyramid
-from storage.build import downsample
-from storage.ome_zarr import LevelInfo, metadata_files, parse_pyramid, with_shards
-from storage.shard import encode_shard
+from storage.format.ome_zarr import LevelInfo, metadata_files, parse_pyramid, with_shards
+from storage.format.shard import encode_shard
+from storage.images.halving import downsample
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

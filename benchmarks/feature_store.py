@@ -24,14 +24,14 @@ import torch
 from torch import nn
 
 from nested_ats import build_model, levels_for
-from nested_ats.base import PatchModel, image_cells
+from nested_ats.models.base import PatchModel, image_cells
 from pipeline.config import Config, parse_config
-from pipeline.features import DiskFeatures
+from pipeline.data.features import DiskFeatures
+from pipeline.data.manifest import Entry
+from pipeline.data.slides import SlideImage
 from pipeline.interrupt import run_main
-from pipeline.manifest import Entry
 from pipeline.runs import read_metrics
-from pipeline.slides import SlideImage
-from pipeline.train import train
+from pipeline.training.train import train
 from storage import Slide, write_pyramid
 
 SLIDES, SIDE, PATCH, SAMPLES, BATCH = 16, 1024, 64, 32, 4

@@ -7,7 +7,7 @@ cells. *signs*: the scenes of ``make demo``, 1024 x 1024; 8 regions, then 8 patc
 planted nests (`examples/sixty_slides.py`) in three folds, by the same network, as examples/histology.yaml has it.
 Arms differ from ``default`` in what their name says and in nothing else: within a seed they start from the same
 weights (but ``uniform``, which has no attention) and see the same images in the same order, by the course of training
-of `pipeline.course`. Images are the same for all seeds, and held in memory.
+of `pipeline.training.course`. Images are the same for all seeds, and held in memory.
 
 "epochs to 90 %" is the first epoch in which the training accuracy, over the draws that trained, is 90 % or more, in
 the median fold. The test draws once per image, as the paper does, and four times, as `predict` does; folds are
@@ -54,15 +54,15 @@ from nested_ats import (
     attention_sampling_loss,
     predict,
 )
-from nested_ats.base import PatchConfig, SamplingModel
-from pipeline.augment import AugmentedImage
+from nested_ats.models.base import PatchConfig, SamplingModel
 from pipeline.config import DEFAULT_LEVELS, TrainConfig
-from pipeline.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
-from pipeline.features import DiskFeatures
+from pipeline.data.augment import AugmentedImage
+from pipeline.data.features import DiskFeatures
+from pipeline.data.slides import draw_key
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.slides import draw_key
-from pipeline.train import versions
+from pipeline.training.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.training.train import versions
 
 SEEDS = (0, 1, 2)
 DRAWS = (1, 4)  # of a test image: as in the paper, and as `nested-ats predict` does by default

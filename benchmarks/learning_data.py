@@ -23,7 +23,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from nested_ats import ArrayImage, ModelConfig
-from pipeline.synthetic_signs import LABELS, sign_scene
+from pipeline.data.signs import LABELS, sign_scene
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 

@@ -33,14 +33,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nested_ats.encoders import build_encoder
 from nested_ats.images import find_level
-from nested_ats.presets import IMAGENET_MEAN, IMAGENET_STD
-from nested_ats.prior import occupied, signal, thresholds
+from nested_ats.models.prior import occupied, signal, thresholds
+from nested_ats.networks.encoders import build_encoder
+from nested_ats.networks.presets import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.data.slides import SlideImage
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.slides import SlideImage
-from pipeline.train import versions
+from pipeline.training.train import versions
 from storage import Slide
 
 HERE = Path(__file__).parent

@@ -75,7 +75,7 @@ def decode_and_average(tiff: Path, _out: Path, workers: int) -> float:
     from concurrent.futures import ThreadPoolExecutor
 
     from storage import TiffImage
-    from storage.build import downsample
+    from storage.images.halving import downsample
 
     block = 2048
     with TiffImage(tiff) as image, ThreadPoolExecutor(workers) as pool:
@@ -96,7 +96,7 @@ def nested_ats(tiff: Path, out: Path, workers: int) -> float:
     """Convert with this package."""
     import dask.threaded  # noqa: F401  imports are not timed, here and below
 
-    import storage.raster  # noqa: F401
+    import storage.images.raster  # noqa: F401
     from storage import convert
 
     return convert(tiff, out, workers=workers).seconds

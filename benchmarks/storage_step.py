@@ -1,8 +1,8 @@
 """Whole training steps over one slide, its patches read by ``Slide``, tensorstore or zarr-python.
 
 What decides between readers is not their speed alone but how long a step waits for them. Each step draws regions and
-patches from 16 views of an 8192 x 8192 slide, as ``pipeline.training`` does (coarse views, regions and patches read
-in threads), and ends with the optimizer's update; readers take turns. "reading" is the sum over threads.
+patches from 16 views of an 8192 x 8192 slide, as ``pipeline.training.trainer`` does (coarse views, regions and
+patches read in threads), and ends with the optimizer's update; readers take turns. "reading" is the sum over threads.
 
     python benchmarks/storage_step.py [--size 8192] [--steps 15] [--pyramid PATH]
 """

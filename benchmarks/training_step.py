@@ -1,7 +1,8 @@
 """A whole training step, split into its parts, and how much of its fetching is hidden behind its computing.
 
-What runs is ``pipeline.training.Trainer``, as ``nested-ats train`` runs it, on 16 patches of each slide. They lie on
-a disk and on a loopback server (a process of its own) that waits for a stated latency before it answers a request.
+What runs is the ``Trainer`` of `pipeline.training.trainer`, as ``nested-ats train`` runs it, on 16 patches of each
+slide. They lie on a disk and on a loopback server (a process of its own) that waits for a stated latency before it
+answers a request.
 Three runs take turns, all drawing the same patches: "step", the Trainer as it is; "compute", its reads answered from
 memory; "fetch", its model replaced by one that reads the same pixels and computes nothing. Were nothing hidden a step
 would take the sum of the last two; it cannot take less than the larger ("bound"). Nor less than the processors have
@@ -40,15 +41,15 @@ import psutil
 import torch
 from storage_convert import make_slide
 
-import nested_ats.model
+import nested_ats.models.nested
 from cluster import LocalContext
 from nested_ats import LevelConfig, ModelConfig, Output
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, TrainConfig
+from pipeline.data.manifest import Entry
+from pipeline.data.slides import SlideImage
 from pipeline.interrupt import run_main
-from pipeline.manifest import Entry
-from pipeline.slides import SlideImage
-from pipeline.training import Trainer
+from pipeline.training.trainer import Trainer
 from storage import Slide, convert, processors
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def split(trainer: Trainer, watch: Stopwatch, stack: ExitStack) -> None:
     model: Any = trainer.model
     for owner, names, part in (
         (model, ("_look", "_mask"), "attention"),
-        (nested_ats.model, ("draw_phase",), "draw"),
+        (nested_ats.models.nested, ("draw_phase",), "draw"),
         (model, ("_embed", "_pool"), "encode"),
         (torch.autograd, ("backward",), "backward"),
         (trainer, ("_reduce",), "optimizer"),

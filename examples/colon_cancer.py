@@ -16,7 +16,7 @@ the paper, or is not in it:
 - Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
   features are scaled before the head.
 - Networks have group normalisation where the paper's have batch normalisation, and the network of Ilse et al. drops
-  nothing (`nested_ats.encoders`).
+  nothing (`nested_ats.networks.encoders`).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from experiment import (
 from figures import Box, attention_beside, attention_grid
 from made import write_colon_cancer
 
+from pipeline.data.manifest import Entry
+from pipeline.data.splits import assign_splits
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.manifest import Entry
-from pipeline.splits import assign_splits
 from storage import Slide
 
 PATCH = 27  # pixels, those of Ilse et al.

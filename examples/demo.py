@@ -16,8 +16,8 @@ from pathlib import Path
 from commands import run
 
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.predict import read_predictions
-from pipeline.train import versions
+from pipeline.results.predict import read_predictions
+from pipeline.training.train import versions
 
 GIGAPIXEL_SIDE = 32768
 SCENES, TEST_SHARE = 850, 0.1765  # 700 scenes to train on, 150 to test

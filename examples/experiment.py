@@ -34,15 +34,15 @@ from nested_ats import ImageModel, load_model
 from nested_ats.maps import attention_map
 from nested_ats.profiling import Cost, step_cost
 from pipeline.config import Config, digest, parse_config, plain
-from pipeline.course import PAPERS_COURSE
+from pipeline.data.manifest import Entry, read_manifest, write_manifest
+from pipeline.data.slides import SlideImage, open_slide
 from pipeline.errors import PipelineError, UsageError
-from pipeline.evaluate import evaluate
 from pipeline.files import file_name, make_folder, write_atomic, write_json
-from pipeline.manifest import Entry, read_manifest, write_manifest
-from pipeline.predict import Classifier, predict, prediction_settings
+from pipeline.results.evaluate import evaluate
+from pipeline.results.predict import Classifier, predict, prediction_settings
 from pipeline.runs import MODEL, choose_device, read_metrics, read_run
-from pipeline.slides import SlideImage, open_slide
-from pipeline.train import train, versions
+from pipeline.training.course import PAPERS_COURSE
+from pipeline.training.train import train, versions
 from storage import StorageError
 
 RESULTS, POINTS = "results.json", "points.json"

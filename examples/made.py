@@ -1,7 +1,7 @@
 """Small data in the layouts of the published sets, so that `--quick` runs the loaders too; nothing is downloaded.
 
 Neither is the published data nor as hard: tissue is blobs that have the sizes and colours of stained cells, and the
-street is the textured plane of `pipeline.synthetic_signs`. What they share with it is where the answer lies: in
+street is the textured plane of `pipeline.data.signs`. What they share with it is where the answer lies: in
 details of a few pixels, at few places.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 
-from pipeline.synthetic_signs import SignScene, sign_scene
+from pipeline.data.signs import SignScene, sign_scene
 
 CELLS_PER_MEGAPIXEL = 400  # besides those of glands
 GLAND_PITCH = 125  # pixels: glands lie on a jittered grid, two of three places hold one

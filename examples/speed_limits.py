@@ -4,7 +4,7 @@
     python examples/speed_limits.py --quick --out runs/limits-quick
 
 --data is the published Swedish traffic signs, to be downloaded by hand (`example_data.published`, which says which images
-are used); without it --quick makes *signs* (`pipeline.synthetic_signs`) in that layout. Without --quick it is the
+are used); without it --quick makes *signs* (`pipeline.data.signs`) in that layout. Without --quick it is the
 paper's experiment, for a GPU: 3 runs. What differs from the paper, or is not in it:
 
 - The attention, and the smallest CNN, see the image at downsample 4, the level of a pyramid nearest to the paper's 3.3.
@@ -16,7 +16,7 @@ paper's experiment, for a GPU: 3 runs. What differs from the paper, or is not in
   change, and one in five is not moved.
 - Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
   features are scaled before the head.
-- Networks have group normalisation where the paper's have batch normalisation (`nested_ats.encoders`).
+- Networks have group normalisation where the paper's have batch normalisation (`nested_ats.networks.encoders`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from experiment import (
 from figures import attention_beside
 from made import write_traffic_signs
 
+from pipeline.data.manifest import Entry
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.manifest import Entry
 from storage import Slide
 
 SIZE_YX, TRAIN, TEST = (384, 512), 300, 100  # of what is made for --quick

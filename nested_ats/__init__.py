@@ -5,8 +5,6 @@ the estimators under it and stand alone. `DeepMIL`, `CNN` and `UniformSampling` 
 behind the same interface (`build_model` makes any of them). Images are read through the `Image` protocol.
 """
 
-from nested_ats.base import ImageModel, Output, SamplingModel
-from nested_ats.baselines import CNN, CNNConfig, DeepMIL, DeepMILConfig, UniformConfig, UniformSampling
 from nested_ats.checkpoint import ModelInfo, inspect_model, load_model, save_model
 from nested_ats.errors import (
     EncoderError,
@@ -20,8 +18,10 @@ from nested_ats.expectation import entropy, expectation
 from nested_ats.feature_store import FeatureStore
 from nested_ats.images import ArrayImage, Image, read_batch
 from nested_ats.losses import attention_sampling_loss
-from nested_ats.model import LevelConfig, ModelConfig, NestedATS, levels_for
-from nested_ats.models import AnyConfig, build_model
+from nested_ats.models.base import ImageModel, Output, SamplingModel
+from nested_ats.models.baselines import CNN, CNNConfig, DeepMIL, DeepMILConfig, UniformConfig, UniformSampling
+from nested_ats.models.kinds import AnyConfig, build_model
+from nested_ats.models.nested import LevelConfig, ModelConfig, NestedATS, levels_for
 from nested_ats.profiling import Cost, step_cost
 from nested_ats.sampling import Draw, draw
 

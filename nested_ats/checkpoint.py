@@ -22,13 +22,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
-from nested_ats.base import ImageModel
-from nested_ats.encoders import is_import_path
 from nested_ats.errors import ModelFileError, UntrustedEncoderError
 from nested_ats.files import open_regular
-from nested_ats.model import LevelConfig, NestedATS
-from nested_ats.models import KINDS, AnyConfig, bring_up_to_date, build_model
-from nested_ats.weights import read_tensors, sha256
+from nested_ats.models.base import ImageModel
+from nested_ats.models.kinds import KINDS, AnyConfig, bring_up_to_date, build_model
+from nested_ats.models.nested import LevelConfig, NestedATS
+from nested_ats.networks.encoders import is_import_path
+from nested_ats.networks.weights import read_tensors, sha256
 
 __all__ = ["CONFIG", "WEIGHTS", "ModelInfo", "inspect_model", "load_model", "save_model"]
 

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nested_ats.base import ImageModel, Output, SamplingModel, take_rows
 from nested_ats.images import Image, Map
-from nested_ats.model import NestedATS
+from nested_ats.models.base import ImageModel, Output, SamplingModel, take_rows
+from nested_ats.models.nested import NestedATS
 
 CONFIDENCE = 0.95  # of intervals
 _CELLS, _FINE_CELLS = 512, 4096  # of the integrals over Student's t: of errors, and of its quantile

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nested_ats.base import ImageModel
 from nested_ats.images import Image, Map
 from nested_ats.losses import attention_sampling_loss
+from nested_ats.models.base import ImageModel
 
 _ENTROPY_WEIGHT = 0.01  # one of the paper's; its value does not change what is computed
 

@@ -29,9 +29,9 @@ from pydantic import (
 )
 
 from nested_ats import CNNConfig, DeepMILConfig, ModelConfig, UniformConfig, levels_for
-from nested_ats.encoders import read_choice
-from nested_ats.hub import RANDOM
-from nested_ats.models import KINDS, bring_up_to_date, plain_encoder
+from nested_ats.models.kinds import KINDS, bring_up_to_date, plain_encoder
+from nested_ats.networks.encoders import read_choice
+from nested_ats.networks.hub import RANDOM
 from pipeline.errors import UsageError
 
 # ValueError: of encodings, dates and numbers; RecursionError: nested too deep.

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import cluster
-from pipeline.errors import UsageError
-from pipeline.files import file_name, make_folder
-from pipeline.manifest import (
+from pipeline.data.manifest import (
     IMAGE_SUFFIXES,
     Entry,
     has_image_suffix,
@@ -24,7 +22,9 @@ from pipeline.manifest import (
     slide_name,
     write_manifest,
 )
-from pipeline.naming import NAME_BY, check_alone, keep_names, path_name, paths_by_id
+from pipeline.data.naming import NAME_BY, check_alone, keep_names, path_name, paths_by_id
+from pipeline.errors import UsageError
+from pipeline.files import file_name, make_folder
 from pipeline.net import Net
 from pipeline.progress import SlideProgress, progress
 from storage import (
@@ -38,7 +38,7 @@ from storage import (
 )
 
 if TYPE_CHECKING:
-    from storage.executors import CustomExecutor, Executor
+    from storage.conversion.executors import CustomExecutor, Executor
 
 MANIFEST = "manifest.csv"
 _PYRAMID = ".ome.zarr"

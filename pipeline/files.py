@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from nested_ats.files import open_regular
 from pipeline.errors import UsageError
-from storage.locks import locked
+from storage.place.locks import locked
 
 _LONGEST_NAME = 200  # characters: file systems allow 255 bytes, of which suffixes and temporary names need some
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from pipeline.manifest import has_image_suffix
+from pipeline.data.manifest import has_image_suffix
 from storage import Slide, open_image
 
 if TYPE_CHECKING:
-    from nested_ats.presets import Preset
+    from nested_ats.networks.presets import Preset
 
 
 def describe(location: str) -> dict[str, Any]:
-    """Describe an image file or a pyramid, by path or URL, or an encoder by its name (`nested_ats.presets`).
+    """Describe an image file or a pyramid, by path or URL, or an encoder by its name (`nested_ats.networks.presets`).
 
     Of pixels, only those of PNG, JPEG and BMP files are read.
 
@@ -23,7 +23,7 @@ def describe(location: str) -> dict[str, Any]:
         It is none of them, or it is damaged.
     """
     if not set("./:") & set(location) and not os.path.exists(location):
-        from nested_ats.presets import PRESETS
+        from nested_ats.networks.presets import PRESETS
 
         if location in PRESETS:
             return _describe_encoder(location, PRESETS[location])

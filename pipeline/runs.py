@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from nested_ats import inspect_model
 from pipeline.config import Config, Precision
+from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.files import read_inside, write_atomic
-from pipeline.manifest import Entry
 
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
 MODEL, CURVES, LOCK = "model", "tensorboard", "train.lock"
@@ -85,7 +85,7 @@ def save_state(
     totals
         Sums of the epoch under way.
     kept
-        State of `pipeline.course.Kept`.
+        State of `pipeline.training.course.Kept`.
     fingerprint
         Of the run.
     """

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.convert import expand, find_images
+from pipeline.data.manifest import Entry, has_image_suffix, is_manifest, read_manifest, slide_name
+from pipeline.data.naming import NAME_BY
 from pipeline.errors import UsageError
 from pipeline.files import file_name
-from pipeline.manifest import Entry, has_image_suffix, is_manifest, read_manifest, slide_name
-from pipeline.naming import NAME_BY
 from pipeline.net import Net
 from pipeline.progress import SlideProgress, progress
 from storage import Problem, Slide, validate
@@ -77,7 +77,7 @@ def find_pyramids(places: Sequence[str]) -> list[Entry]:
 def find_sources(place: str) -> dict[str, str]:
     """Paths of the images in a folder, pattern or manifest, by slide id and by the name of the slide's pyramid.
 
-    Images of a folder have an id by file and one by path, see `pipeline.naming`; what several would be, none is.
+    Images of a folder have an id by file and one by path, see `pipeline.data.naming`; what several would be, none is.
 
     Raises
     ------

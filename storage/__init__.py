@@ -6,8 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storage.cache import ChunkCache
-    from storage.converter import ConvertOptions, ConvertReport, convert, made_from, write_pyramid
+    from storage.conversion.converter import ConvertOptions, ConvertReport, convert, made_from, write_pyramid
     from storage.errors import (
         ConversionError,
         CorruptImageError,
@@ -17,12 +16,15 @@ if TYPE_CHECKING:
         TransferError,
         UnsupportedImageError,
     )
-    from storage.raster import RasterImage, open_image
-    from storage.slide import Level, ReadStatistics, Slide
-    from storage.stores import list_below
+    from storage.format.levels import Level
+    from storage.images.raster import RasterImage, open_image
+    from storage.images.tiff import TiffImage
+    from storage.images.tiff_write import write_tiff
+    from storage.place.stores import list_below
+    from storage.read.cache import ChunkCache
+    from storage.read.slide import Slide
+    from storage.read.source import ReadStatistics
     from storage.threads import processors
-    from storage.tiff import TiffImage
-    from storage.tiff_write import write_tiff
     from storage.validation import Problem, validate
 
 __all__ = [
@@ -54,14 +56,16 @@ __all__ = [
 
 # Names are fetched from their modules at first use (PEP 562): a plain import costs nothing.
 _MODULES = {
-    "cache": ("ChunkCache",),
-    "converter": ("ConvertOptions", "ConvertReport", "convert", "made_from", "write_pyramid"),
-    "slide": ("Level", "ReadStatistics", "Slide"),
-    "stores": ("list_below",),
+    "read.cache": ("ChunkCache",),
+    "conversion.converter": ("ConvertOptions", "ConvertReport", "convert", "made_from", "write_pyramid"),
+    "format.levels": ("Level",),
+    "read.slide": ("Slide",),
+    "read.source": ("ReadStatistics",),
+    "place.stores": ("list_below",),
     "threads": ("processors",),
-    "raster": ("RasterImage", "open_image"),
-    "tiff": ("TiffImage",),
-    "tiff_write": ("write_tiff",),
+    "images.raster": ("RasterImage", "open_image"),
+    "images.tiff": ("TiffImage",),
+    "images.tiff_write": ("write_tiff",),
     "validation": ("Problem", "validate"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
 }

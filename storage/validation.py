@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from storage import typed
-from storage.build import downsample
 from storage.errors import CorruptImageError, NotAPyramidError, StorageError, TransferError
-from storage.ome_zarr import LevelInfo, PyramidInfo, parse_pyramid
-from storage.raster import open_image
-from storage.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
-from storage.slide import Slide
-from storage.stores import Store, connect, first_line, open_store
+from storage.format.ome_zarr import LevelInfo, PyramidInfo, parse_pyramid
+from storage.format.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
+from storage.images.halving import downsample
+from storage.images.raster import open_image
+from storage.place.stores import Store, connect, first_line, open_store
+from storage.read.slide import Slide
 from storage.threads import processors
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from storage.build import PixelSource
+    from storage.conversion.build import PixelSource
 
 Place = tuple[int, int]  # row, column
 Kind = Literal["unfinished", "metadata", "shard", "chunk", "pixels", "stray", "unchecked"]

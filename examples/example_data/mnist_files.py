@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from example_data.mnist import DigitPool, MnistScene, load_pools, mnist_scene
-from pipeline.synthetic import Progress, SetImage, split_names, write_set
+from pipeline.data.sets import Progress, SetImage, split_names, write_set
 from storage import write_tiff
 
 
@@ -52,7 +52,7 @@ def write_megapixel_mnist(
         ``pyramid`` writes TIFFs, to be converted. ``pasted`` writes OME-Zarr images, to be used as they are, whose
         second level is the authors' low-resolution view (`MnistScene.render_view`), at downsample size / side.
     tile, workers, progress
-        As in `pipeline.synthetic.write_set`; `tile` is the side of a TIFF's tiles in pixels.
+        As in `pipeline.data.sets.write_set`; `tile` is the side of a TIFF's tiles in pixels.
 
     Returns
     -------

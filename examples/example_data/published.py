@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.manifest import Entry
 from pipeline.errors import DataError
-from pipeline.manifest import Entry
 
 EPITHELIAL, NO_EPITHELIAL = "epithelial", "none"
 LIMITS = {"50_SIGN": "50", "70_SIGN": "70", "80_SIGN": "80"}  # name in the annotations, class

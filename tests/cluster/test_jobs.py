@@ -24,15 +24,17 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cluster import ClusterError, dashboard, jobs, nodes, working_dir
-from cluster.jobs import Jobs, connect, derived_id
-from cluster.working_dir import check_size, files_to_upload, pack
+from cluster import ClusterError
+from cluster.jobs import client as jobs
+from cluster.jobs import dashboard, nodes, working_dir
+from cluster.jobs.client import Jobs, connect, derived_id
+from cluster.jobs.working_dir import check_size, files_to_upload, pack
 
 TOKEN = secrets.token_hex(32)
 # A shell that began the tests in the background has had SIGINT ignored, which children inherit.
 COMMAND = """
 import signal
-from pipeline.cli import main
+from pipeline.cli.app import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """

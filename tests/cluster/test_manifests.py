@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pydantic.alias_generators import to_camel
 
 from cluster import ClusterError
-from cluster.manifests import RAY_VERSION, RayJob, kuberay
-from cluster.slurm import SlurmJob, slurm
+from cluster.jobs.manifests import RAY_VERSION, RayJob, kuberay
+from cluster.jobs.slurm import SlurmJob, slurm
 
 ROOT = Path(__file__).parents[2]
 NASTY = ["a b", "$HOME", "'", '"', "; exit 9", "`id`", "$(id)", "*", "~", "#", "&", "line\nline", "", "é", "\\", "-n"]

@@ -25,9 +25,9 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-import storage.tiff
+import storage.images.tiff
 from storage import Slide, StorageError, open_image, validate
-from storage.ome_zarr import seal
+from storage.format.ome_zarr import seal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,7 +201,7 @@ def fuzz_metadata(pyramid: Path, first: int, step: int) -> dict[str, Any]:
 
 def main() -> None:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    assert storage.tiff  # imported before the limit is set
+    assert storage.images.tiff  # imported before the limit is set
     limit = memory("VmSize") + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin:

@@ -41,8 +41,8 @@ from figures import (
 )
 
 from nested_ats import Cost, ImageModel, load_model
+from pipeline.data.manifest import Entry, read_manifest, write_manifest
 from pipeline.errors import UsageError
-from pipeline.manifest import Entry, read_manifest, write_manifest
 from pipeline.runs import MODEL, read_metrics, read_run
 from storage import write_pyramid
 
@@ -316,7 +316,7 @@ def test_attention_is_kept_at_every_stage_and_sums_to_one(finished):
 
 
 def test_the_last_kept_attention_is_that_of_the_trained_model(finished, manifest):
-    from pipeline.slides import SlideImage, open_slide
+    from pipeline.data.slides import SlideImage, open_slide
 
     out, _ = finished
     model, _ = load_model(run_folder(out, "ATS-2 0.5/1", 0) / "run" / MODEL, expect=ImageModel)

@@ -16,9 +16,9 @@ from example_data.mnist import DIGIT, DigitPool, _line, _shrunk, load_pools, mni
 from example_data.mnist_files import write_megapixel_mnist
 
 from nested_ats.images import find_level
+from pipeline.data.manifest import read_manifest
+from pipeline.data.slides import SlideImage
 from pipeline.errors import DataError, UsageError
-from pipeline.manifest import read_manifest
-from pipeline.slides import SlideImage
 from storage import Slide
 
 MNIST = Path(os.environ.get("NESTED_ATS_DATA", "")) / "mnist"

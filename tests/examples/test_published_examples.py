@@ -10,10 +10,10 @@ import made
 import pytest
 import speed_limits
 import torch
+from example_data import published
 from experiment import RESULTS, read_results
 
 from nested_ats import ArrayImage, build_model
-from pipeline import published
 from storage import open_image
 
 TABLE_1 = ["U-10 0.25/1", "U-50 0.25/1", "CNN 0.5", "CNN 1", "Deep MIL 1", "ATS-10 0.25/1", "ATS-50 0.25/1"]

@@ -10,7 +10,7 @@ import torch
 
 from nested_ats import NestedATS, attention_sampling_loss
 from pipeline.config import Config
-from pipeline.slides import SlideImage
+from pipeline.data.slides import SlideImage
 from storage import Slide, convert, write_tiff
 
 SIDE = 33000  # not a multiple of chunk, shard or cell

@@ -20,8 +20,8 @@ from nested_ats import (
     load_model,
     save_model,
 )
-from nested_ats.encoders import build_encoder
-from nested_ats.models import bring_up_to_date
+from nested_ats.models.kinds import bring_up_to_date
+from nested_ats.networks.encoders import build_encoder
 
 LEVELS = (LevelConfig(downsample=4, samples=3, stride=4),)
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -273,7 +273,7 @@ def test_a_torchvision_of_another_torch_is_named(monkeypatch):
     def fail(name):
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr("nested_ats.backbones.importlib.import_module", fail)
+    monkeypatch.setattr("nested_ats.networks.backbones.importlib.import_module", fail)
     with pytest.raises(EncoderError, match=r"torchvision::nms.*a torchvision that belongs to this torch: "):
         build("timm/resnet18")
 

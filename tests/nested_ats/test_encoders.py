@@ -16,7 +16,7 @@ from nested_ats import (
     load_model,
     save_model,
 )
-from nested_ats.encoders import ENCODERS, build_encoder
+from nested_ats.networks.encoders import ENCODERS, build_encoder
 
 
 def _with_features(module, features):

@@ -17,8 +17,8 @@ from nested_ats import (
     load_model,
     save_model,
 )
-from nested_ats.encoders import build_encoder
-from nested_ats.presets import PRESETS
+from nested_ats.networks.encoders import build_encoder
+from nested_ats.networks.presets import PRESETS
 
 # As published: in the cards, and as counted by others who have the weights.
 PARAMETERS = {

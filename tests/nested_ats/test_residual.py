@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
-from nested_ats.residual import group_logits, inherited
+from nested_ats.models.residual import group_logits, inherited
 
 # Coarse to fine: downsample, size, stride, group. Grids that nest, and such that do not.
 TREES = {

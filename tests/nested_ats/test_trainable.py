@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nested_ats import EncoderError, load_model, save_model
-from nested_ats.trainable import batch_statistics, freeze
+from nested_ats.networks.trainable import batch_statistics, freeze
 
 VIT = {
     "name": "timm/vit_tiny_patch16_224",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config, parse_config
-from pipeline.manifest import Entry, read_manifest, write_manifest
-from pipeline.train import train
+from pipeline.data.manifest import Entry, read_manifest, write_manifest
+from pipeline.training.train import train
 from storage import write_pyramid
 
 from ..storage.s3 import moto_port, s3  # noqa: F401  fixtures

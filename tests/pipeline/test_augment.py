@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from nested_ats import ArrayImage
-from pipeline.augment import AugmentedImage
 from pipeline.config import AugmentConfig
+from pipeline.data.augment import AugmentedImage
 
 BACKGROUND = 0.25
 KEYS = st.integers(-(2**63), 2**63 - 1)

@@ -6,9 +6,9 @@ import pytest
 
 from cluster import LocalContext
 from pipeline.config import load_config
+from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
-from pipeline.manifest import Entry
-from pipeline.training import Trainer
+from pipeline.training.trainer import Trainer
 
 ENTRIES = [Entry(slide_id=label, path=f"{label}.ome.zarr", label=label, split="train") for label in "ab"]
 

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 
 from pipeline.config import parse_config, plain
 from pipeline.convert import convert_all, name_slides
-from pipeline.course import PAPERS_COURSE
-from pipeline.manifest import read_manifest
-from pipeline.predict import predict
+from pipeline.data.manifest import read_manifest
+from pipeline.results.predict import predict
 from pipeline.runs import read_metrics
-from pipeline.train import train
+from pipeline.training.course import PAPERS_COURSE
+from pipeline.training.train import train
 from storage import ConvertOptions, write_tiff
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -57,7 +57,7 @@ COMMAND = """
 import os, signal, sys, time
 from pathlib import Path
 import cluster
-from pipeline.cli import main
+from pipeline.cli.app import main
 
 original, marks = cluster.run_tasks, Path(sys.argv.pop(1))
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.config import load_config, plain
-from pipeline.manifest import read_manifest, write_manifest
-from pipeline.predict import Classifier
+from pipeline.data.manifest import read_manifest, write_manifest
+from pipeline.results.predict import Classifier
 from storage import open_image, write_pyramid
 
 COMMANDS = ["convert", "validate", "info", "train", "predict", "evaluate", "heatmap", "report"]
@@ -76,7 +76,7 @@ class TestHelp:
         """In a fresh interpreter: this one has imported everything."""
         code = """
 import sys
-from pipeline.cli import main
+from pipeline.cli.app import main
 sys.argv = ["nested-ats", *sys.argv[1:]]
 try:
     main()
@@ -218,7 +218,7 @@ class TestMistakes:
         def bug(*_, **__):
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr("pipeline.evaluate.evaluate", bug)
+        monkeypatch.setattr("pipeline.results.evaluate.evaluate", bug)
         result = CliRunner().invoke(app, ["evaluate", str(pyramids)])
         assert result.exit_code == 1
         assert isinstance(result.exception, ZeroDivisionError)

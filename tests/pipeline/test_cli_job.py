@@ -13,8 +13,8 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from cluster.nodes import Node
-from pipeline.cli import app
+from cluster.jobs.nodes import Node
+from pipeline.cli.app import app
 
 GUIDE = Path(__file__).parents[2] / "docs" / "cluster.md"
 TRAIN = "train --manifest /data/m.csv --out /data/run --cluster auto"
@@ -98,8 +98,8 @@ class TestChecks:
 
 
 def test_nodes_that_are_too_few_are_an_error_of_one_line(cli, monkeypatch):
-    monkeypatch.setattr("cluster.nodes.session", nullcontext)
-    monkeypatch.setattr("cluster.nodes._alive", lambda: [Node("10.0.0.1", 1, 0)])
+    monkeypatch.setattr("cluster.jobs.nodes.session", nullcontext)
+    monkeypatch.setattr("cluster.jobs.nodes._alive", lambda: [Node("10.0.0.1", 1, 0)])
     result = cli("nodes --wait 3")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: 1 of 3 nodes have joined (10.0.0.1); ")

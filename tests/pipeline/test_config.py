@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nested_ats.models import KINDS
+from nested_ats.models.kinds import KINDS
 from pipeline.config import CacheConfig, Config, digest, dump_config, load_config, plain
 from pipeline.errors import UsageError
 

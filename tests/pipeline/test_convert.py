@@ -14,11 +14,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.convert import MANIFEST, _locked, convert_all, find_images, known_slides, name_slides, plan_all
+from pipeline.data.manifest import Entry, read_manifest, write_manifest
 from pipeline.errors import DataError, UsageError
-from pipeline.manifest import Entry, read_manifest, write_manifest
 from pipeline.validate import find_pyramids, find_sources, validate_all
 from storage import ConvertOptions, MissingImageError, Slide, StorageError, convert, write_tiff
-from storage.stores import connect
+from storage.place.stores import connect
 
 OPTIONS = ConvertOptions(min_level_size=16)
 

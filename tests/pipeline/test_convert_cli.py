@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.manifest import read_manifest
+from pipeline.cli.app import app
+from pipeline.data.manifest import read_manifest
 from storage import Slide, write_tiff
 
 

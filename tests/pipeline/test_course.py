@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config import TrainConfig
-from pipeline.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.training.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
 
 
 def test_the_default_course():

@@ -9,9 +9,9 @@ import pytest
 
 from cluster import LocalContext
 from pipeline.config import plain
-from pipeline.manifest import read_manifest
+from pipeline.data.manifest import read_manifest
 from pipeline.runs import CURVES
-from pipeline.training import plain_entries, train_worker
+from pipeline.training.trainer import plain_entries, train_worker
 
 
 class Stop(Exception):

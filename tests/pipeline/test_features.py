@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from cluster import LocalContext
-from pipeline import features as module
 from pipeline.config import FeaturesConfig, parse_config, plain
-from pipeline.dry_run import measure_step
-from pipeline.features import DiskFeatures, default_folder
-from pipeline.heatmap import heatmaps
-from pipeline.manifest import read_manifest
-from pipeline.predict import predict, prediction_settings
+from pipeline.data import features as module
+from pipeline.data.features import DiskFeatures, default_folder
+from pipeline.data.manifest import read_manifest
+from pipeline.data.selection import select
+from pipeline.data.slides import SlideImage
+from pipeline.results.heatmap import heatmaps
+from pipeline.results.predict import predict, prediction_settings
 from pipeline.runs import read_metrics, read_run
-from pipeline.selection import select
-from pipeline.slides import SlideImage
-from pipeline.train import train, worker_arguments
+from pipeline.training.dry_run import measure_step
+from pipeline.training.train import train, worker_arguments
 from storage import Slide, write_pyramid
 
 WIDTH = 6
@@ -255,7 +255,7 @@ class TestDiskFeatures:
 FILL = """if True:
     import random, sys
     import torch
-    from pipeline.features import DiskFeatures
+    from pipeline.data.features import DiskFeatures
     store, draw = DiskFeatures(__import__("pathlib").Path(sys.argv[1]), int(sys.argv[3])), random.Random(sys.argv[2])
     print("ready", flush=True)
     for _ in range(int(sys.argv[4])):

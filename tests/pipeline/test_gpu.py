@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from cluster import LocalContext
 from nested_ats import ArrayImage, ModelConfig, NestedATS
 from pipeline.config import parse_config, plain
-from pipeline.manifest import Entry, read_manifest
-from pipeline.predict import predict
+from pipeline.data.manifest import Entry, read_manifest
+from pipeline.results.predict import predict
 from pipeline.runs import read_metrics
-from pipeline.train import train
-from pipeline.training import Trainer
+from pipeline.training.train import train
+from pipeline.training.trainer import Trainer
 from storage import write_pyramid
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU on this machine")

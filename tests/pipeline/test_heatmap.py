@@ -19,11 +19,11 @@ import zarr
 
 from nested_ats import NestedATS, save_model
 from pipeline.config import parse_config, plain
+from pipeline.data.manifest import Entry
+from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
-from pipeline.heatmap import MAP, OBJECTS, PICTURE, Patch, draw_picture, heatmaps, to_geojson
-from pipeline.manifest import Entry
-from pipeline.predict import Classifier, Settings
-from pipeline.slides import SlideImage
+from pipeline.results.heatmap import MAP, OBJECTS, PICTURE, Patch, draw_picture, heatmaps, to_geojson
+from pipeline.results.predict import Classifier, Settings
 from storage import ConvertOptions, Slide, write_pyramid
 
 CELL = 8  # level-0 pixels of a cell of the finest attention: downsample 2 times stride 4
@@ -98,7 +98,7 @@ def centre_of_mass(values, edges):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Pictures take most of the time, and their own tests."""
-    monkeypatch.setattr("pipeline.heatmap.draw_picture", lambda *_, **__: b"")
+    monkeypatch.setattr("pipeline.results.heatmap.draw_picture", lambda *_, **__: b"")
 
 
 SPOTS = [(8, 16), (104, 16), (8, 144), (104, 144), (60, 77)]
@@ -254,7 +254,7 @@ class TestPicture:
             return original(self, image, **settings)
 
         monkeypatch.setattr(Axes, "imshow", spy)
-        monkeypatch.setattr("pipeline.heatmap._PICTURE_PIXELS", 50)
+        monkeypatch.setattr("pipeline.results.heatmap._PICTURE_PIXELS", 50)
         with Slide(entry.path) as slide:
             png = draw_picture(slide, np.ones((17, 22), np.float32), CELL, [], "title")
         assert png[:8] == b"\x89PNG\r\n\x1a\n"
@@ -277,7 +277,7 @@ class TestPicture:
 
     def test_the_model_s_background_is_that_of_the_picture(self, bright_model, spotted, tmp_path, monkeypatch):
         fills = []
-        monkeypatch.setattr("pipeline.heatmap.draw_picture", lambda *_, fill: fills.append(fill) or b"")
+        monkeypatch.setattr("pipeline.results.heatmap.draw_picture", lambda *_, fill: fills.append(fill) or b"")
         settings = replace(bright_model[3], background=1.0)
         draw(spotted((3, 131, 173), (60, 77)), settings, tmp_path / "out")
         assert fills == [255]

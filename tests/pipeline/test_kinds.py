@@ -3,11 +3,11 @@
 import pytest
 
 from pipeline.config import load_config, parse_config, plain
+from pipeline.data.manifest import read_manifest
 from pipeline.errors import UsageError
-from pipeline.heatmap import OBJECTS, heatmaps
-from pipeline.manifest import read_manifest
-from pipeline.predict import predict, prediction_settings
-from pipeline.train import train
+from pipeline.results.heatmap import OBJECTS, heatmaps
+from pipeline.results.predict import predict, prediction_settings
+from pipeline.training.train import train
 
 KINDS = {
     "deepmil": {"kind": "deepmil", "patch_size": 24, "stride": 24, "features": 8, "attention": "gated"},

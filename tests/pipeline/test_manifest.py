@@ -6,8 +6,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from pipeline.errors import UsageError
-from pipeline.manifest import (
+from pipeline.data.manifest import (
     Entry,
     has_image_suffix,
     is_manifest,
@@ -16,7 +15,8 @@ from pipeline.manifest import (
     slide_name,
     write_manifest,
 )
-from pipeline.splits import assign_splits
+from pipeline.data.splits import assign_splits
+from pipeline.errors import UsageError
 
 
 def write(tmp_path, text, name="manifest.csv", encoding="utf-8"):

@@ -11,11 +11,11 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster import ClusterError
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.config import plain
+from pipeline.data.unreadable import Unreadable, WatchedImage
 from pipeline.errors import DataError
 from pipeline.net import Net
-from pipeline.unreadable import Unreadable, WatchedImage
 from storage import write_tiff
 
 

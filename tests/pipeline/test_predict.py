@@ -17,21 +17,21 @@ from typer.testing import CliRunner
 
 import cluster
 from nested_ats import ModelFileError, NestedATS, checkpoint, load_model, save_model
-from nested_ats.weights import read_tensors
-from pipeline import predict as module
-from pipeline.cli import app
+from nested_ats.networks.weights import read_tensors
+from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
+from pipeline.data.manifest import Entry, read_manifest, write_manifest
+from pipeline.data.splits import RunSplits
 from pipeline.errors import UsageError
-from pipeline.evaluate import evaluate
 from pipeline.files import file_name
-from pipeline.manifest import Entry, read_manifest, write_manifest
-from pipeline.predict import LOCK, Classifier, predict, prediction_settings, read_predictions, write_table
-from pipeline.report import report
+from pipeline.results import predict as module
+from pipeline.results.evaluate import evaluate
+from pipeline.results.predict import LOCK, Classifier, predict, prediction_settings, read_predictions, write_table
+from pipeline.results.report import report
 from pipeline.runs import read_run
-from pipeline.splits import RunSplits
-from pipeline.train import train
+from pipeline.training.train import train
 from storage import write_pyramid
-from storage.locks import locked
+from storage.place.locks import locked
 
 COLUMNS = ["slide_id", "case_id", "label", "split", "seen", "prediction", "prob_bar", "prob_box", "se_bar", "se_box"]
 COLUMNS += ["low_bar", "low_box", "high_bar", "high_box", "draws", "entropy", "uniform_entropy", "background"]
@@ -554,7 +554,7 @@ def test_workers_begin_with_the_largest_slide_and_have_the_time_that_was_given(
         asked.extend([[cost(item) for item in items], timeout_s])
         return (cluster.Outcome(item, None, "not run", 1) for item in items)
 
-    monkeypatch.setattr("pipeline.predict.cluster.run_tasks", record)
+    monkeypatch.setattr("pipeline.results.predict.cluster.run_tasks", record)
     predict(entries, finished, tmp_path / "out", address="local", timeout_s=7)
     sizes = [(120 + 8 * (i % 3)) * 150 for i in range(10, 14)]
     assert asked == [[*sizes, 0, 0], 7]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.manifest import read_manifest
 from pipeline.errors import UsageError
-from pipeline.evaluate import evaluate
-from pipeline.heatmap import PICTURE, heatmaps
-from pipeline.manifest import read_manifest
-from pipeline.predict import predict, prediction_settings, write_table
-from pipeline.report import describe_metrics, report
+from pipeline.results.evaluate import evaluate
+from pipeline.results.heatmap import PICTURE, heatmaps
+from pipeline.results.predict import predict, prediction_settings, write_table
+from pipeline.results.report import describe_metrics, report
 from pipeline.runs import model_fingerprint
 
 VOID = {"meta", "img", "br", "hr"}

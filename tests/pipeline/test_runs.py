@@ -14,9 +14,9 @@ from nested_ats import checkpoint
 from pipeline.config import plain
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
-from pipeline.mirror import Mirror
-from pipeline.predict import prediction_settings
+from pipeline.results.predict import prediction_settings
 from pipeline.runs import METRICS, MODEL, RUN, STATE, Position, load_state, read_metrics, read_run, save_state
+from pipeline.training.mirror import Mirror
 
 
 def network(seed):

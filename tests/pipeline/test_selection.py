@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pipeline.config import parse_config, plain
+from pipeline.data.manifest import Entry, read_manifest
+from pipeline.data.selection import select
+from pipeline.data.slides import check_slide
 from pipeline.errors import DataError, UsageError
-from pipeline.manifest import Entry, read_manifest
-from pipeline.selection import select
-from pipeline.slides import check_slide
 from storage import write_pyramid
 
 
@@ -52,7 +52,7 @@ def test_slides_are_opened_side_by_side(config, entries, monkeypatch):
         together.wait(30)
         return check_slide(*args)
 
-    monkeypatch.setattr("pipeline.selection.check_slide", meet)
+    monkeypatch.setattr("pipeline.data.selection.check_slide", meet)
     assert len(select(entries, config, fail_fast=False).entries) == 13
 
 

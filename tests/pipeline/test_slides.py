@@ -10,13 +10,13 @@ import zarr
 
 from nested_ats import CNNConfig
 from nested_ats.images import find_level
-from pipeline import slides as module
 from pipeline.config import CacheConfig, parse_config, plain
+from pipeline.data import slides as module
+from pipeline.data.manifest import Entry, read_manifest, write_manifest
+from pipeline.data.slides import SlideCache, SlideImage, check_slide, open_slide
 from pipeline.errors import DataError
-from pipeline.manifest import Entry, read_manifest, write_manifest
-from pipeline.predict import predict
-from pipeline.slides import SlideCache, SlideImage, check_slide, open_slide
-from pipeline.train import train
+from pipeline.results.predict import predict
+from pipeline.training.train import train
 from storage import NotAPyramidError, Slide, StorageError, write_tiff
 
 

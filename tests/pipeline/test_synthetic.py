@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from pipeline.errors import UsageError
-from pipeline.manifest import read_manifest
-from pipeline.synthetic import write_sign_scene, write_signs
-from pipeline.synthetic_signs import (
+from pipeline.data.manifest import read_manifest
+from pipeline.data.sets import write_sign_scene, write_signs
+from pipeline.data.signs import (
     DISTRACTOR_RINGS,
     LABELS,
     MAX_SHIFT,
@@ -24,6 +23,7 @@ from pipeline.synthetic_signs import (
     DiscKind,
     sign_scene,
 )
+from pipeline.errors import UsageError
 
 
 def scene(index=0, **changes):

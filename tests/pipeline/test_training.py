@@ -21,16 +21,16 @@ from typer.testing import CliRunner
 
 from cluster import LocalContext
 from nested_ats import ModelFileError
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
+from pipeline.data.manifest import Entry, read_manifest
+from pipeline.data.slides import SlideImage
 from pipeline.errors import DataError, UsageError
-from pipeline.manifest import Entry, read_manifest
-from pipeline.predict import Classifier, predict, prediction_settings
+from pipeline.results.predict import Classifier, predict, prediction_settings
 from pipeline.runs import LOCK, METRICS, STATE, load_state, read_metrics
-from pipeline.slides import SlideImage
-from pipeline.train import train
-from pipeline.training import Trainer, make_trainer, plain_entries, train_worker
-from storage.locks import locked
+from pipeline.training.train import train
+from pipeline.training.trainer import Trainer, make_trainer, plain_entries, train_worker
+from storage.place.locks import locked
 
 
 def arguments(config, manifest, folder):
@@ -358,7 +358,7 @@ def test_a_state_of_an_earlier_version_is_refused_with_what_to_do(config, pyrami
     with pytest.raises(Stop):
         train_worker(LocalContext(), job, stop_at(4))
     monkeypatch.setattr(
-        "pipeline.training.load_state", lambda *args: (*(found := load_state(*args))[:2], {}, found[3])
+        "pipeline.training.trainer.load_state", lambda *args: (*(found := load_state(*args))[:2], {}, found[3])
     )
     with pytest.raises(UsageError, match="earlier version.*--overwrite"):
         train_worker(LocalContext(), job)
@@ -382,7 +382,7 @@ def test_training_ends_when_validation_has_not_become_better(config, pyramids, t
     job = arguments(patient, pyramids, tmp_path / "run")
     job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.course.Kept.judge", worse_every_time)
+        patch.setattr("pipeline.training.course.Kept.judge", worse_every_time)
         train_worker(LocalContext(), job)
     assert len(read_metrics(tmp_path / "run")) == 1
     train_worker(LocalContext(), job)  # again: nothing more to do
@@ -578,7 +578,7 @@ def test_balanced_class_weights_have_mean_one(config, pyramids, tmp_path):
 # A shell that began the tests in the background has had SIGINT ignored, which children inherit.
 LISTENING = """
 import signal
-from pipeline.cli import main
+from pipeline.cli.app import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """

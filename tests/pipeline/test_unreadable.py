@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cluster import LocalContext
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
-from pipeline.dry_run import dry_run, measure_step
+from pipeline.data.manifest import read_manifest, write_manifest
+from pipeline.data.slides import SlideCache, SlideImage
 from pipeline.errors import DataError
-from pipeline.manifest import read_manifest, write_manifest
 from pipeline.runs import read_metrics
-from pipeline.slides import SlideCache, SlideImage
-from pipeline.train import train
-from pipeline.training import Trainer, plain_entries
+from pipeline.training.dry_run import dry_run, measure_step
+from pipeline.training.train import train
+from pipeline.training.trainer import Trainer, plain_entries
 from storage import CorruptImageError, write_pyramid
-from storage.source import Counters
+from storage.read.source import Counters
 
 from .test_workers_agree import Peers
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.convert import convert_all, find_images
+from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
-from pipeline.manifest import Entry
 from pipeline.validate import Validation, find_pyramids, find_sources, validate_all
 from storage import ConvertOptions, Problem, write_pyramid, write_tiff
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from cluster import LocalContext
 from pipeline.config import parse_config, plain
-from pipeline.manifest import read_manifest
-from pipeline.predict import predict
+from pipeline.data.manifest import read_manifest
+from pipeline.results.predict import predict
 from pipeline.runs import read_metrics
-from pipeline.train import train
-from pipeline.training import Trainer
+from pipeline.training.train import train
+from pipeline.training.trainer import Trainer
 
 
 def on_ray(test):

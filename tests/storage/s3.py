@@ -177,11 +177,15 @@ def s3(moto_port, monkeypatch):
     for name, value in settings.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
-    for name in ("stores.TIMEOUT_S", "object_target.SHARD_TIMEOUT_S", "object_target.STATE_TIMEOUT_S"):
+    for name in (
+        "place.stores.TIMEOUT_S",
+        "conversion.object_target.SHARD_TIMEOUT_S",
+        "conversion.object_target.STATE_TIMEOUT_S",
+    ):
         monkeypatch.setattr(f"storage.{name}", TIMEOUT_S)
-    monkeypatch.setattr("storage.stores.RETRIES", 1)
-    monkeypatch.setattr("storage.stores.BACKOFF_S", 0.01)
-    monkeypatch.setattr("storage.objects.PAUSES_S", (0.01, 0.01))
+    monkeypatch.setattr("storage.place.stores.RETRIES", 1)
+    monkeypatch.setattr("storage.place.stores.BACKOFF_S", 0.01)
+    monkeypatch.setattr("storage.place.objects.PAUSES_S", (0.01, 0.01))
     bucket = f"bucket-{next(_numbers)}"
     connection = HTTPConnection("127.0.0.1", moto_port)
     connection.request("PUT", f"/{bucket}")

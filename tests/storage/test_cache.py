@@ -108,7 +108,7 @@ FILL = """if True:
     import random, sys
     from pathlib import Path
     import google_crc32c
-    from storage.cache import ChunkCache
+    from storage.read.cache import ChunkCache
     cache, draw = ChunkCache(Path(sys.argv[1]), 2000), random.Random(sys.argv[2])
     for _ in range(200):
         name = draw.randrange(40)
@@ -141,7 +141,7 @@ def test_a_disk_that_fills_does_not_fail_the_reading(web, pixels, cache, monkeyp
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("storage.cache.tempfile.mkstemp", fail)
+    monkeypatch.setattr("storage.read.cache.tempfile.mkstemp", fail)
     with Slide(f"{web.url}/p.ome.zarr", cache=cache) as slide:
         np.testing.assert_array_equal(slide.read(0, (0, 0, 300, 300)), pixels)
         assert slide.statistics.cached_chunks == 0

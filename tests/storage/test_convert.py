@@ -179,7 +179,7 @@ def test_given_pixel_size_overrules_the_file(tiff, tmp_path):
 
 
 def test_long_strips_are_decoded_once_per_band(tmp_path, textured, monkeypatch):
-    from storage.tiff import TiffImage
+    from storage.images.tiff import TiffImage
 
     pixels = textured((3, 256, 300))
     tifffile.imwrite(

@@ -9,7 +9,7 @@ import tensorstore
 import zarr
 
 from storage import ConvertOptions, convert, write_pyramid
-from storage.shard import hilbert_order
+from storage.format.shard import hilbert_order
 
 CASES = [
     ((3, 150, 200), "uint8", "lz4"),

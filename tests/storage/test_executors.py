@@ -95,7 +95,7 @@ def test_strips_are_banded_in_other_processes(tmp_path, textured, small):
 
 
 def test_a_scheduler_that_does_not_answer(clean, tmp_path, small, monkeypatch):
-    monkeypatch.setattr("storage.executors.CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("storage.conversion.executors.CONNECT_TIMEOUT_S", 0.5)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"

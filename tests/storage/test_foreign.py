@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from storage import CorruptImageError, NotAPyramidError, Slide, TransferError
-from storage.foreign import ForeignSource
+from storage.read.foreign import ForeignSource
 
 MICRO = {"type": "space", "unit": "micrometer"}
 SPACE = {"y": MICRO, "x": MICRO, "z": MICRO, "c": {"type": "channel"}, "t": {"type": "time"}}

@@ -30,8 +30,8 @@ from storage import (
     validate,
     write_pyramid,
 )
-from storage.ome_zarr import seal
-from storage.stores import UrlStore
+from storage.format.ome_zarr import seal
+from storage.place.stores import UrlStore
 
 from .test_foreign import edit, texture, write_foreign
 
@@ -86,9 +86,9 @@ def hostile():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("storage.stores.TIMEOUT_S", 0.3)
-    monkeypatch.setattr("storage.stores.PATIENCE_S", 0.0)
-    monkeypatch.setattr("storage.stores.BACKOFF_S", 0.001)
+    monkeypatch.setattr("storage.place.stores.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("storage.place.stores.PATIENCE_S", 0.0)
+    monkeypatch.setattr("storage.place.stores.BACKOFF_S", 0.001)
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ class TestServers:
         """In a process of its own, which it would end."""
         hostile.head = f"HTTP/1.1 {status}\r\nContent-Length: {HUGE}\r\n\r\n".encode()
         code = f"""if True:
-            import storage, storage.stores
-            storage.stores.RETRIES = 0
+            import storage, storage.place.stores
+            storage.place.stores.RETRIES = 0
             for open_, name in (("Slide", "p.zarr"), ("open_image", "p.tif"), ("validate", "p.zarr")):
                 try:
                     print("ours", getattr(storage, open_)(f"{hostile.url}/{{name}}"))
@@ -378,7 +378,7 @@ class TestCodecs:
             data = STREAMS[name](data)
         (image / "0/c/0/0").write_bytes(data)
         made = []
-        from storage import codecs
+        from storage.format import codecs
 
         original = codecs.CODECS[name]
         monkeypatch.setitem(codecs.CODECS, name, lambda *args: made.append(original(*args)) or made[-1])
@@ -530,7 +530,7 @@ class TestFolders:
     )
     def test_a_journal_of_nonsense_is_skipped(self, tmp_path, tiff, small, line):
         from storage import convert
-        from storage.receipts import parse_journal
+        from storage.conversion.receipts import parse_journal
 
         job = {"a": 1}
         good = '{"level": 0, "y": 0, "x": 1, "length": 9, "crc32": 1, "index_crc32c": 2, "tag": ""}'

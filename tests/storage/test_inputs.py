@@ -30,9 +30,9 @@ from storage import (
     UnsupportedImageError,
     open_image,
 )
-from storage.files import BLOCK_BYTES, BlockReader, LocalFile, fingerprint, open_file
+from storage.images.raster import ACCEPTED
 from storage.limits import Limits
-from storage.raster import ACCEPTED
+from storage.place.files import BLOCK_BYTES, BlockReader, LocalFile, fingerprint, open_file
 
 
 def whole(image):
@@ -406,7 +406,7 @@ def test_what_tifffile_logs_of_a_file_goes_with_its_name_to_our_log(tmp_path, sm
     tifffile.imwrite(path, smooth(), photometric="rgb", extratags=[(42113, "s", 0, "n/a", True)])
     with caplog.at_level("DEBUG"):
         assert_equals_tifffile(path)  # the reference's own lines stay what they are
-    ours = [record for record in caplog.records if record.name == "storage.tiff"]
+    ours = [record for record in caplog.records if record.name == "storage.images.tiff"]
     others = [record for record in caplog.records if record.name == "tifffile"]
     assert {record.levelname for record in ours} == {"DEBUG"}
     assert all(str(path) in record.message and "GDAL_NODATA" in record.message for record in ours)
@@ -607,8 +607,8 @@ def test_what_a_server_answers_becomes_errors_of_ours(web, tiff):
 
 def test_no_failure_to_read_a_header_is_swallowed(tmp_path, textured, monkeypatch):
     """tifffile logs some errors, such as of ImageJ's tags, and goes on with what it can make of the rest."""
-    monkeypatch.setattr("storage.files.BLOCK_BYTES", 64)
-    monkeypatch.setattr("storage.files.KEPT_BLOCKS", 2)
+    monkeypatch.setattr("storage.place.files.BLOCK_BYTES", 64)
+    monkeypatch.setattr("storage.place.files.KEPT_BLOCKS", 2)
     path = tmp_path / "x.tif"
     tifffile.imwrite(path, textured((3, 40, 40)), imagej=True, metadata={"axes": "CYX", "Labels": ["a" * 100] * 3})
     healthy = LocalFile.read_at

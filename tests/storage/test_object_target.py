@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from storage import ConversionError, CorruptImageError, Slide, StorageError, TransferError, convert, write_pyramid
-from storage.object_target import ObjectOutput, open_object_partial, sweep_object_leftovers
-from storage.receipts import Receipt
+from storage.conversion.object_target import ObjectOutput, open_object_partial, sweep_object_leftovers
+from storage.conversion.receipts import Receipt
 
 from .s3 import ATTEMPTS, Fault
 
@@ -82,7 +82,7 @@ def objects(s3):
 @pytest.fixture
 def brief(monkeypatch):
     """A lease so brief that one can wait for its end, and that of the second which the store's clock may be off."""
-    monkeypatch.setattr("storage.lease.LEASE_S", 0.5)
+    monkeypatch.setattr("storage.place.lease.LEASE_S", 0.5)
 
 
 def drive_when_free(url, job=JOB):
@@ -121,7 +121,7 @@ def test_large_objects_are_one_put(s3, url):
 
 @pytest.mark.parametrize("kind", ["500", "503", "close", "lost", "cut"])
 def test_passing_faults_of_every_kind_are_absorbed(s3, url, objects, kind, monkeypatch):
-    monkeypatch.setattr("storage.object_target.CONCURRENCY", 1)  # so that no request has all the bad luck
+    monkeypatch.setattr("storage.conversion.object_target.CONCURRENCY", 1)  # so that no request has all the bad luck
     target, state = objects
     for method in ("PUT", "GET", "POST"):
         s3.proxy.faults += [Fault(kind, method, skip=skip) for skip in range(0, 90, 2)]
@@ -186,7 +186,7 @@ def test_an_interrupted_run_is_gone_on_with_at_once(s3, url, objects, after):
 
 
 def test_many_receipts_take_few_puts(s3, url, monkeypatch):
-    monkeypatch.setattr("storage.object_target.BATCH_S", 1e9)
+    monkeypatch.setattr("storage.conversion.object_target.BATCH_S", 1e9)
     with open_object_partial(url) as partial:
         partial.resume(JOB)
         for number in range(40):
@@ -347,7 +347,7 @@ def test_a_converter_that_slept_alone_goes_on(url, objects, brief):
 
 
 def test_a_converter_stops_when_its_lock_was_taken(s3, url, objects, monkeypatch):
-    monkeypatch.setattr("storage.lease.RENEWALS", 600)
+    monkeypatch.setattr("storage.place.lease.RENEWALS", 600)
     thief = json.dumps({"holder": "thief", "token": "t"}).encode()
     with open_object_partial(url) as partial:
         partial.resume(JOB)
@@ -497,9 +497,9 @@ def test_convert_where_one_put_fails_for_good(s3, url, objects, local, small, ki
 
 KILLED = """
 import os, signal, sys
-import storage.lease, storage.object_target
+import storage.place.lease, storage.conversion.object_target
 from storage import ConvertOptions, convert
-storage.lease.LEASE_S, storage.object_target.BATCH = 0.5, 1
+storage.place.lease.LEASE_S, storage.conversion.object_target.BATCH = 0.5, 1
 options = ConvertOptions(chunk=16, shard=64, min_level_size=8)
 calls = []
 def progress(*_):

@@ -27,7 +27,7 @@ def test_reading_local_pyramids_needs_no_heavy_package():
 
 
 def test_a_function_is_not_hidden_by_its_module():
-    code = "import storage.converter, storage.slide, storage; assert callable(storage.convert); storage.Slide"
+    code = "import storage.conversion, storage.read.slide, storage; assert callable(storage.convert); storage.Slide"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -207,7 +207,7 @@ def test_full_disk_is_a_conversion_error_and_resumable(clean, tmp_path, small, m
 
 def test_unwritable_places_are_found_before_any_work(clean, tmp_path, small, monkeypatch):
     source, _ = clean
-    monkeypatch.setattr("storage.converter.build", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("storage.conversion.converter.build", lambda *_: pytest.fail("work was begun"))
     (tmp_path / "file").touch()
     with pytest.raises(ConversionError, match="cannot be written"):
         convert(source, tmp_path / "file/p.zarr", options=small)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from storage.shard import BloscCodec, ShardLayout, encode_shard
+from storage.format.shard import BloscCodec, ShardLayout, encode_shard
 
 LAYOUT = ShardLayout(1, 16, 64, np.dtype("uint8"), BloscCodec("lz4", 5, "noshuffle", 1))
 

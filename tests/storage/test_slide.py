@@ -25,9 +25,9 @@ from storage import (
     StorageError,
     write_pyramid,
 )
-from storage.foreign import ForeignSource
-from storage.local_store import _descriptors
-from storage.ome_zarr import seal
+from storage.format.ome_zarr import seal
+from storage.place.local_store import _descriptors
+from storage.read.foreign import ForeignSource
 
 CHUNK, SHARD = 16, 64
 
@@ -172,7 +172,7 @@ def test_threads_may_read_more_files_than_are_kept_open(tmp_path, textured, monk
 @pytest.mark.parametrize("slow_s", [0, 1000])
 def test_the_kernel_is_told_of_several_ranges_before_they_are_read_unless_reads_are_fast(path, monkeypatch, slow_s):
     told = []
-    monkeypatch.setattr("storage.local_store.SLOW_READ_S", slow_s)
+    monkeypatch.setattr("storage.place.local_store.SLOW_READ_S", slow_s)
     with Slide(path) as slide:
         boxes = [(0, 0, 8, 8), (100, 100, 8, 8), (140, 190, 8, 8)]
         slide.read_many(0, boxes)

@@ -15,14 +15,14 @@ from storage import (
     open_image,
     write_pyramid,
 )
-from storage.stores import RETRIES, connect, list_below
+from storage.place.stores import RETRIES, connect, list_below
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Clients that give up soon, so that failing servers are tested soon."""
-    monkeypatch.setattr("storage.stores.TIMEOUT_S", 0.3)
-    monkeypatch.setattr("storage.stores.BACKOFF_S", 0.001)
+    monkeypatch.setattr("storage.place.stores.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("storage.place.stores.BACKOFF_S", 0.001)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def no_keys(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("storage.credentials._VENDOR", tmp_path / "none")
+    monkeypatch.setattr("storage.place.credentials._VENDOR", tmp_path / "none")
 
 
 @pytest.mark.parametrize("url", ["s3://slides/p.ome.zarr", "https://slides.s3.amazonaws.com/p.ome.zarr"])

@@ -21,7 +21,7 @@ from storage import (
     validate,
     write_pyramid,
 )
-from storage.ome_zarr import seal
+from storage.format.ome_zarr import seal
 
 HEIGHT, WIDTH = 150, 200  # level 0: 3 x 4 shards of 64, chunks of 16
 

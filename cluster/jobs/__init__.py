@@ -1,0 +1,1 @@
+"""Commands on a Ray cluster: submitted, or written as manifests for one to come."""

@@ -1,0 +1,1 @@
+"""The nested model, what it is compared with, and what they share."""

@@ -1,0 +1,92 @@
+"""The kinds of models there are, by the ``kind`` of their configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from nested_ats.models.base import EncoderConfig, ImageModel
+from nested_ats.models.baselines import CNN, CNNConfig, DeepMIL, DeepMILConfig, UniformConfig, UniformSampling
+from nested_ats.models.nested import ModelConfig, NestedATS
+from nested_ats.networks.encoders import TIMM, read_choice
+from nested_ats.networks.hub import RANDOM
+
+AnyConfig = ModelConfig | DeepMILConfig | UniformConfig | CNNConfig
+
+
+class Kind(NamedTuple):
+    """A configuration and its model."""
+
+    config: type[EncoderConfig]
+    model: Any  # type[ImageModel] with its own configuration
+
+
+KINDS: dict[str, Kind] = {
+    "ats": Kind(ModelConfig, NestedATS),
+    "deepmil": Kind(DeepMILConfig, DeepMIL),
+    "uniform": Kind(UniformConfig, UniformSampling),
+    "cnn": Kind(CNNConfig, CNN),
+}
+
+
+def build_model(config: AnyConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> ImageModel:
+    """Build the model of a configuration.
+
+    Parameters
+    ----------
+    config
+        Its ``kind`` says which model.
+    in_channels
+        C of the images.
+    classes
+        Q.
+    pretrained
+        Read the weights that ``encoder`` names; false where another state will be loaded.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot be built.
+    """
+    model: ImageModel = KINDS[config.kind].model(
+        config, in_channels=in_channels, classes=classes, pretrained=pretrained
+    )
+    return model
+
+
+def plain_encoder(model: Mapping[str, Any]) -> Any:
+    """The encoder in a model's plain configuration: its kind's where it names none, empty for an unknown kind."""
+    kind = str(model.get("kind", "ats"))
+    return model.get("encoder", KINDS[kind].config.encoder if kind in KINDS else "")
+
+
+def bring_up_to_date(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a model's plain configuration of before, with ``encoder_options`` or ``baseline``, as it is now.
+
+    Raises
+    ------
+    ValueError
+        The options are no mapping, or lack what was needed; or there is a baseline, which nothing replaces.
+    """
+    folded = dict(model)
+    if folded.pop("baseline", "none") != "none":
+        raise ValueError(
+            "baseline: there is none on the attention's gradient any more; leave it out, and train again"
+        )
+    options = folded.pop("encoder_options", None)
+    if not options:
+        return folded
+    if not isinstance(options, Mapping):
+        raise ValueError(  # noqa: TRY004 - a wrong value of the configuration, as everywhere
+            "encoder_options: must be a mapping; write it as encoder: {name: ..., weights: ..., ...}"
+        )
+    name, weights, rest = read_choice(plain_encoder(folded))
+    rest = {**rest, **options}
+    if name == "timm":
+        if "name" not in rest:
+            raise ValueError("encoder_options: timm needs name; write it as encoder: timm/ARCHITECTURE")
+        name, weights = f"{TIMM}{rest.pop('name')}", rest.pop("checkpoint", RANDOM)
+    elif name == "transformers":
+        weights = rest.pop("path", weights)
+    folded["encoder"] = {"name": name, **({} if weights is None else {"weights": weights}), **rest}
+    return folded

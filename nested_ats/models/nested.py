@@ -1,0 +1,398 @@
+"""Nested attention sampling at any depth; one level is the model of Katharopoulos and Fleuret (2019).
+
+The whole image is seen once, at the coarsest downsample. Attention there draws regions; each is read at the next
+finer downsample and its attention forms, with that of the other drawn regions, **one** list of leaves from which
+the next draw is made jointly: patches go where the attention is, not a fixed share to each region. The last draw
+gives the patches that the encoder sees. Reads are bounded by the budget whatever the size of the image.
+
+Shape letters: B batch, n drawn units, k cells of one map, K = n k units of a population, C channels, D features,
+Q classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nested_ats.errors import EncoderError
+from nested_ats.expectation import entropy, expectation
+from nested_ats.geometry import cell_centers, curve_order
+from nested_ats.images import Image, Map, find_level, read_batch
+from nested_ats.models.base import (
+    Output,
+    PatchConfig,
+    Phase,
+    Population,
+    Sampler,
+    SamplingModel,
+    boxes_at,
+    draw_phase,
+    grid_centers,
+    image_sizes,
+    take_all,
+)
+from nested_ats.models.prior import PRIORS, Prior, occupied, signal, thresholds
+from nested_ats.models.residual import group_logits, inherited
+from nested_ats.networks.attention import AttentionNetwork
+from nested_ats.sampling import METHODS, Draw, Method, draw, fold_in
+
+_RGB = 3
+# Of `levels_for`: pixels of the coarse view, ratio of downsamples, pixels of a region; pixels of a cell of the
+# coarser maps, and cells along a side of what is drawn from them.
+_COARSE_VIEW, _FINER, _REGION, _STRIDE, _GROUP = 512, 4, 64, 2, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelConfig:
+    """One level of attention."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # read where a user's file becomes a configuration
+
+    downsample: float  # of the view that this level's attention looks at, relative to the finest level
+    samples: int  # units drawn from this level's attention: the budget
+    size: int | None = None  # side of a region in pixels of its view; none for the first level, the whole image
+    channels: tuple[int, ...] = (8, 8)  # of the attention network's 3x3 convolutions
+    stride: int = 8  # pixels of the view per cell of the attention map
+    group: int = 1  # cells of the map along a side of what is drawn; the last level draws cells, and has 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a value is out of range."""
+        if min(self.samples, self.stride, self.group, *self.channels, len(self.channels)) < 1:
+            raise ValueError("levels: samples, stride, group and channels must be positive, and channels not empty")
+        if self.size is not None and (self.size < 1 or self.size % self.unit):
+            raise ValueError("levels: size must be a positive multiple of stride * group")
+
+    @property
+    def unit(self) -> int:
+        """Side of what is drawn in pixels of the view."""
+        return self.stride * self.group
+
+    @property
+    def extent_l0(self) -> float:
+        """Side of what is drawn in level-0 pixels."""
+        return self.downsample * self.unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(PatchConfig):
+    """A nested attention-sampling model."""
+
+    kind: Literal["ats"] = "ats"
+    levels: tuple[LevelConfig, ...]  # coarse to fine; one level is the paper's model
+    attention: Literal["residual", "independent"] = "residual"  # residual: a finer level adds to its parent's map
+    prior: Prior = "none"  # cells that can be drawn: all, those with tissue, or those with valid pixels
+    nodata: float = 0.0  # of pixels that are not valid, in [0, 1]
+    method: Method = "pivotal"  # sampler: pivotal, systematic, desraj or multinomial
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the levels do not fit one another."""
+        if not self.levels:
+            raise ValueError("levels: at least one is needed")
+        if any(b > a for a, b in itertools.pairwise(self.downsamples)) or self.patch_downsample < 1:
+            raise ValueError("levels: downsamples must go from coarse to fine, down to patch_downsample >= 1")
+        for depth, level in enumerate(self.levels):
+            if (level.size is None) != (depth == 0):
+                raise ValueError(f"levels[{depth}].size: the first level has none, the others need one")
+            side = (level.size or 0) * level.downsample
+            if depth and side * (1 + 1e-9) < self.levels[depth - 1].extent_l0:  # 30 * 1.1 is to cover 33
+                raise ValueError(
+                    f"levels[{depth}].size: regions of size * downsample = {side:g} level-0 pixels do not cover the "
+                    f"cells of {self.levels[depth - 1].extent_l0:g} above them"
+                )
+        super().__post_init__()
+        self._check_cover(f"levels[{len(self.levels) - 1}].stride", self.levels[-1].extent_l0)
+        if self.levels[-1].group != 1:
+            raise ValueError("levels: the last level draws the patches, cells of its map: its group must be 1")
+        if self.attention not in ("residual", "independent"):
+            raise ValueError(f"attention: must be residual or independent, not {self.attention!r}")
+        if self.prior not in PRIORS:
+            raise ValueError(f"prior: must be one of {', '.join(PRIORS)}, not {self.prior!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"method: must be one of {', '.join(METHODS)}, not {self.method!r}")
+
+    @property
+    def downsamples(self) -> tuple[float, ...]:
+        """Of all levels that the model reads, coarse to fine."""
+        return (*(level.downsample for level in self.levels), self.patch_downsample)
+
+
+def levels_for(shape_yx: tuple[int, int], *, patch_size: int = 64, samples: int = 8) -> tuple[LevelConfig, ...]:
+    """Levels of attention for images of a size, so that a training step costs nearly the same whatever the size.
+
+    The coarse view has at most 512 pixels a side, and each further level is four times finer, until what is drawn is
+    no larger than a patch at the finest level. The maps of the coarser levels are finer than what is drawn from them.
+
+    Parameters
+    ----------
+    shape_yx
+        Height and width of the largest image in pixels, whose downsamples are powers of two.
+    patch_size
+        Side of a patch in pixels.
+    samples
+        Budget of every level.
+    """
+    downsample = 2 ** max(0, math.ceil(math.log2(max(shape_yx) / _COARSE_VIEW)))
+    downsamples = [downsample]
+    while downsamples[-1] * _STRIDE * _GROUP > patch_size and downsamples[-1] > 1:
+        downsamples.append(max(downsamples[-1] // _FINER, 1))
+    return tuple(
+        LevelConfig(
+            downsample=each,
+            samples=samples,
+            size=_REGION if depth else None,
+            stride=_STRIDE if depth + 1 < len(downsamples) else _STRIDE * _GROUP,
+            group=_GROUP if depth + 1 < len(downsamples) else 1,
+        )
+        for depth, each in enumerate(downsamples)
+    )
+
+
+class NestedATS(SamplingModel):
+    """Nested attention sampling: equations 18 to 20 of the paper at every level, with one head at the end.
+
+    Parameters
+    ----------
+    config
+        Levels, budget, patches, networks and sampler.
+    in_channels
+        C of the images.
+    classes
+        Q.
+    pretrained
+        Read the weights that ``encoder`` names.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot be built.
+    """
+
+    config: ModelConfig
+    attention: nn.ModuleList
+
+    def __init__(self, config: ModelConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
+        if config.prior == "tissue" and in_channels != _RGB:
+            raise EncoderError(f"prior: tissue is told by colour, and the images have {in_channels} channels, not 3")
+        residual = config.attention == "residual"
+        attention = nn.ModuleList(
+            AttentionNetwork(
+                in_channels=in_channels,
+                channels=level.channels,
+                stride=level.stride,
+                silent=residual and depth > 0,
+            )
+            for depth, level in enumerate(config.levels)
+        )
+        super().__init__(config, in_channels=in_channels, classes=classes, pretrained=pretrained, attention=attention)
+
+    def coarse_view(self, image: Image) -> Tensor:
+        """Read the view of the whole image that the first level looks at; see `ImageModel.coarse_view`.
+
+        Returns
+        -------
+        (C, H, W) as the image gives it, H and W multiples of what is drawn plus two margins.
+        """
+        level, margin = self.config.levels[0], self._network(0).margin
+        index = find_level(image, level.downsample)
+        side = [-(-size // level.unit) * level.unit + 2 * margin for size in image.shapes[index]]
+        return image.read(index, torch.tensor([[-margin, -margin, *side]]))[0]
+
+    def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
+        """Attention over the whole images (equation 18); see `SamplingModel.attend`.
+
+        Images of one size run as one batch; the list of a smaller one is filled with impossible cells.
+        """
+        groups: dict[torch.Size, list[int]] = {}
+        for row, view in enumerate(views):
+            groups.setdefault(view.shape, []).append(row)
+        maps = []
+        for rows in groups.values():
+            batch, origins = [images[row] for row in rows], torch.zeros(len(rows), 1, 2, dtype=torch.int64)
+            maps.append(self._look(0, batch, torch.stack([views[row] for row in rows])[:, None], origins))
+        most = max(each.log_attention.shape[-1] for each in maps)
+        order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()  # as the images came
+
+        def together(parts: Sequence[Tensor], value: float) -> Tensor:
+            """(B, 1, k, ...) of all images, the k of smaller ones filled up."""
+            filled = [functional.pad(p, (0, 0) * (p.ndim - 3) + (0, most - p.shape[2]), value=value) for p in parts]
+            return torch.cat(filled)[order.to(filled[0].device)]
+
+        thresholds = [each.threshold for each in maps if each.threshold is not None]
+        cells = [each.cells for each in maps if each.cells is not None]
+        return Population(
+            together([each.log_attention for each in maps], -torch.inf),
+            together([each.centers_l0 for each in maps], 0.0),
+            self.config.levels[0].extent_l0,
+            together(cells, -torch.inf) if cells else None,
+            torch.cat(thresholds)[order.to(thresholds[0].device)] if thresholds else None,
+        )
+
+    def sample(
+        self,
+        images: Sequence[Image],
+        population: Population,
+        keys: Tensor,
+        *,
+        map_: Map = map,
+        sampler: Sampler | None = None,
+        exact: int = 0,
+        more: int = 1,
+    ) -> Output:
+        """Draw down the levels from a first population, encode the patches drawn, and classify.
+
+        The parameters are those of `SamplingModel.sample`.
+        """
+        phases = self._descend(images, population, keys, map_, sampler or self._draw, exact=exact > 0, more=more)
+        last = phases[-1]
+        if exact:
+            pooled = self._pool_all(images, last, map_, exact)
+        else:
+            pooled = self._pool(phases, self.encode(images, last.centers_l0, map_))
+        total = torch.stack([_entropy(phases, depth) for depth in range(len(phases))]).sum(0)
+        return Output(self.head(pooled), total, pooled, tuple(phases))
+
+    def _descend(
+        self,
+        images: Sequence[Image],
+        population: Population,
+        keys: Tensor,
+        map_: Map,
+        sampler: Sampler,
+        *,
+        exact: bool,
+        more: int,
+    ) -> list[Phase]:
+        """Draw from every level; where `exact`, all is taken from the last."""
+        attention = z = torch.ones_like(population.log_attention[:, :, 0])  # (B, 1): the root's
+        phases: list[Phase] = []
+        for depth, level in enumerate(self.config.levels):
+            if phases:
+                attention, z = phases[-1].attention, phases[-1].z
+                population = self._open(depth, images, phases[-1], map_)
+            draws = take_all if exact and depth == len(self.config.levels) - 1 else sampler
+            phases.append(draw_phase(population, attention, z, draws, level.samples * more, fold_in(keys, depth)))
+        return phases
+
+    def _pool(self, phases: Sequence[Phase], features: Tensor) -> Tensor:
+        return expectation(phases[-1].attention, features, phases[-1].z)
+
+    def _open(self, depth: int, images: Sequence[Image], parents: Phase, map_: Map) -> Population:
+        """Read the regions drawn by the level above and attend to each."""
+        level, margin = self.config.levels[depth], self._network(depth).margin
+        assert level.size is not None  # noqa: S101 - an invariant of ModelConfig
+        boxes = boxes_at(parents.centers_l0, level.downsample, level.size + 2 * margin)
+        views = read_batch(images, level.downsample, boxes, map_)
+        origins = boxes[..., :2] + margin
+        above = None
+        if self.config.attention == "residual":
+            above = self._inherit(depth, parents, origins)
+        return self._look(depth, images, views, origins, above, parents.population.threshold)
+
+    def _inherit(self, depth: int, parents: Phase, origins: Tensor) -> Tensor:
+        """Logits (B, n, k, k) that the cells of drawn regions have from the map above."""
+        level, parent = self.config.levels[depth], self.config.levels[depth - 1]
+        cells = parents.population.cells
+        assert cells is not None  # noqa: S101 - every level but the last has them
+        cells = cells.flatten(1, 2)  # (B, all units, g, g)
+        drawn = parents.drawn.indices[..., None, None].expand(-1, -1, *cells.shape[-2:])
+        pitch = parent.downsample * parent.stride
+        corner = parents.centers_l0 - parent.extent_l0 / 2
+        starts = (origins.cpu() * level.downsample - corner) / pitch
+        count = (level.size or 0) // level.stride
+        return inherited(cells.gather(1, drawn), starts, level.downsample * level.stride / pitch, count)
+
+    def _look(
+        self,
+        depth: int,
+        images: Sequence[Image],
+        views: Tensor,
+        origins: Tensor,
+        above: Tensor | None = None,
+        threshold: Tensor | None = None,
+    ) -> Population:
+        """Attend to (B, n, C, H, W) views at (B, n, 2) origins, in pixels of their level."""
+        level, network, prior = self.config.levels[depth], self._network(depth), self.config.prior
+        shape = views.shape[:2]
+        pixels = self._scale(views.flatten(0, 1))
+        logits: Tensor = network(self._normalise(pixels).contiguous(memory_format=torch.channels_last))
+        # In bf16 the probabilities of many cells would not sum to one.
+        rows, columns = logits.shape[-2:]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(*shape, rows, columns)
+        if above is not None:
+            logits = logits + above
+        centers = (origins.cpu()[..., None, None, :] + _grid(rows, columns, level.stride)) * level.downsample
+        possible = _inside(images, centers, level.downsample * level.stride).to(logits.device)
+        if prior != "none":
+            m = network.margin
+            seen = signal(pixels[..., m : pixels.shape[-2] - m, m : pixels.shape[-1] - m], prior, self.config.nodata)
+            if threshold is None:
+                threshold = thresholds(seen, prior)
+            each = threshold[:, None].expand(shape).flatten()
+            possible = _prefer(occupied(seen, each, level.stride).reshape(possible.shape) & possible, possible)
+        if above is not None:
+            possible = _prefer(possible & (above > -torch.inf), above > -torch.inf)
+            # A slot that repeats another where too few were drawn may have nothing above; it weighs nothing.
+            possible = _prefer(possible, torch.ones_like(possible))
+            logits = logits.masked_fill(logits == -torch.inf, 0.0)
+        logits = logits.masked_fill(~possible, -torch.inf)
+        g = level.group
+        units = (rows // g, columns // g)
+        order = curve_order(*units)
+        cells = logits.reshape(*shape, units[0], g, units[1], g).transpose(-3, -2)
+        cells = cells.flatten(2, 3)[:, :, order.to(logits.device)]  # (B, n, k, g, g)
+        places = origins.cpu()[..., None, :] + grid_centers(*units, level.unit)
+        last = depth + 1 == len(self.config.levels)
+        return Population(
+            group_logits(cells).log_softmax(-1),
+            places * level.downsample,
+            level.extent_l0,
+            None if last else cells,
+            threshold,
+        )
+
+    def _draw(self, weights: Tensor, n: int, keys: Tensor) -> Draw:
+        if self.config.method != "multinomial":  # the others take what there is; each unit more would cost a region
+            n = min(n, weights.shape[-1])
+        return draw(weights, n, method=self.config.method, keys=keys.to(weights.device))
+
+    def _network(self, depth: int) -> AttentionNetwork:
+        network = self.attention[depth]
+        assert isinstance(network, AttentionNetwork)  # noqa: S101 - ModuleList has no element type
+        return network
+
+
+def _grid(rows: int, columns: int, side: float) -> Tensor:
+    """Centres (rows, columns, 2) of the cells of a map, of `side` pixels each."""
+    y, x = cell_centers(rows, rows * side), cell_centers(columns, columns * side)
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
+
+
+def _inside(images: Sequence[Image], centers_l0: Tensor, extent_l0: float) -> Tensor:
+    """Whether each of (B, n, rows, columns) cells touches its image; all of a view's where none does.
+
+    A cell may reach into its image by less than the pixel to which the region that opens it is rounded.
+    """
+    sizes = image_sizes(images)[:, None, None, None]
+    inside = ((centers_l0 > -extent_l0 / 2) & (centers_l0 < sizes + extent_l0 / 2)).all(-1)
+    return _prefer(inside, torch.ones_like(inside))
+
+
+def _prefer(wanted: Tensor, otherwise: Tensor) -> Tensor:
+    """Cells (B, n, rows, columns) of `wanted`, or of `otherwise` in a view that has none of them."""
+    return torch.where(wanted.flatten(-2).any(-1)[..., None, None], wanted, otherwise)
+
+
+def _entropy(phases: Sequence[Phase], depth: int) -> Tensor:
+    """One level's term of the chain rule: H(a) = H(A) + sum A_r H(b|r) + ..., the sum over r estimated."""
+    own = entropy(phases[depth].population.log_attention)  # (B, n)
+    if depth == 0:
+        return own[:, 0]
+    parents = phases[depth - 1]
+    return (parents.z.detach() * parents.attention * own).sum(-1)

@@ -1,0 +1,1 @@
+"""Attention networks and encoders."""

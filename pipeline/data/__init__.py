@@ -1,0 +1,1 @@
+"""From manifests to the images that a model sees."""

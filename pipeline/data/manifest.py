@@ -1,0 +1,281 @@
+"""The manifest: one row a slide, in CSV or Parquet, checked as a whole before any work.
+
+Columns are slide_id, path and label, and optionally case_id, split, fold and mpp; the column names of TRIDENT
+(wsi), Slideflow (slide) and STAMP (PATIENT, FILENAME) are understood. Other columns are kept as they are, for the
+manifests and tables that are made of this one. Identifiers are strings: leading zeros survive. Paths are relative to
+the manifest's folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import repeat
+from pathlib import Path, PurePosixPath
+
+from pipeline.data.tables import read_table
+from pipeline.errors import UsageError
+from pipeline.files import write_atomic
+
+SPLITS = ("train", "val", "test")
+_ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
+_TIFFS = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
+IMAGE_SUFFIXES = (*_TIFFS, ".png", ".jpg", ".jpeg", ".bmp")
+_SUFFIXES = (".ome.zarr", ".zarr", *(f".ome{suffix}" for suffix in _TIFFS), *IMAGE_SUFFIXES)  # the longer ones first
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One slide of a manifest."""
+
+    slide_id: str  # unique
+    path: str  # of a TIFF or a pyramid, absolute or a URL
+    label: str = ""  # class name; empty where unknown
+    case_id: str = ""  # patient or site: slides of one case never part between splits; empty: a case of its own
+    split: str = ""  # train, val or test; empty where the manifest has none
+    fold: str = ""  # cross-validation fold
+    mpp: float | None = None  # micrometres per pixel of the finest level, over what the file says
+    extra: Mapping[str, str] = field(default_factory=dict, hash=False)  # further columns, as they were
+
+
+COLUMNS = tuple(column.name for column in fields(Entry) if column.name != "extra")
+_COMPARED_LABELS = 300  # more are no classes
+
+
+def read_manifest(path: Path, *, labelled: bool = False) -> list[Entry]:
+    """Read and check a manifest.
+
+    Parameters
+    ----------
+    path
+        Parquet; or CSV in UTF-8 or UTF-16 with commas, semicolons or tabs, as spreadsheets write it.
+    labelled
+        Whether every slide needs a label.
+
+    Returns
+    -------
+    list of Entry
+        At least one, in the manifest's order, with absolute paths.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be read, or has problems, which are all named: misspelt or missing columns, missing values,
+        duplicate ids, unknown splits, a case in two splits, an mpp that is no positive number, NUL characters.
+    """
+    header, columns = read_table(path)
+    names = [_ALIASES.get(name, name) for name in header]
+    problems = [f"unknown column {name} (did you mean {near}?)" for name in names if (near := _misspelt(name, names))]
+    problems += [f"column {name} given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    problems += [f"column {i + 1} has values and no name" for i, name in enumerate(names) if not name]
+    needed = ["path", *(["label"] if labelled else [])]
+    problems += [f"missing column {name}" for name in needed if name not in names]
+    if problems:
+        problems.append(f"known columns: {', '.join(COLUMNS)}; others are kept as they are")
+        raise _problem(path, problems)
+    if not columns[0]:
+        raise _problem(path, ["no slides"])
+    table = dict(zip(names, columns, strict=True))
+    problems = [f"row {row + 2}: {text}" for row, text in sorted(_check_cells(table, labelled=labelled))]
+    table["slide_id"] = [slide_id or slide_name(place) for slide_id, place in _rows(table, ("slide_id", "path"))]
+    problems += _check_whole(table)
+    if problems:
+        raise _problem(path, problems)
+    return _entries(table, path.parent)
+
+
+def is_manifest(source: str) -> bool:
+    """Whether an argument of the command line is a manifest rather than a slide."""
+    return PurePosixPath(source).suffix.lower() in (".csv", ".parquet")
+
+
+def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
+    """Write a CSV manifest, atomically; paths under its folder become relative, empty columns are left out."""
+    rows = [asdict(entry) for entry in entries]
+    extra = dict.fromkeys(name for row in rows for name in row["extra"])
+    for row in rows:
+        if "://" not in row["path"]:
+            row["path"] = _relative(Path(row["path"]), path.parent)
+        row |= row.pop("extra")
+    columns = [name for name in COLUMNS if name in ("slide_id", "path") or any(row[name] for row in rows)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *extra], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def remarks(entries: Sequence[Entry]) -> list[str]:
+    """What is probably not meant in a manifest to train from: one line each."""
+    found = []
+    if any(entry.fold for entry in entries):
+        found.append("column fold: not supported yet, and ignored; only split decides what a slide is used for")
+    counts = Counter(entry.label for entry in entries)
+    for name, other in _near_duplicates(counts):
+        found.append(
+            f"labels {name!r} ({counts[name]} slides) and {other!r} ({counts[other]}) are two classes that differ "
+            f"{_difference(name, other)}; if they are one, mend the manifest"
+        )
+    return found
+
+
+def slide_name(path: str) -> str:
+    """Slide id of a file that has none: its name without the image suffix, as a manifest can hold it."""
+    name = path.rstrip("/").rsplit("/", 1)[-1]
+    for suffix in _SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            name = name[: -len(suffix)]
+            break
+    return printable(name)
+
+
+def printable(name: str) -> str:
+    """Name of a file as a manifest can hold it.
+
+    Names are bytes: those that are no UTF-8 are shown as Python shows them, and blanks at the ends are lost in CSV.
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").strip()
+
+
+def has_image_suffix(place: str) -> bool:
+    """Whether a path or URL is named like an image file; what a URL asks for (``?...``) is no part of its name."""
+    name = place.partition("?")[0] if "://" in place else place
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _relative(path: Path, folder: Path) -> str:
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def _problem(path: Path, problems: Sequence[str]) -> UsageError:
+    shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+    return UsageError(f"{path}: {shown}")
+
+
+def _misspelt(name: str, names: Sequence[str]) -> str | None:
+    """Known column that is probably meant by an unknown one, where there is no such column."""
+    if name in COLUMNS:
+        return None
+    near = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.7)
+    return near[0] if near and near[0] not in names else None
+
+
+_Table = dict[str, list[str]]  # cells by column
+
+
+def _rows(table: _Table, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Cells of these columns, row by row; empty for columns that are not there."""
+    missing = [""] * len(table["path"])
+    return zip(*(table.get(name, missing) for name in names), strict=True)
+
+
+def _check_cells(table: _Table, *, labelled: bool) -> list[tuple[int, str]]:
+    """Problems of single cells: number of the row, from 0, and what is wrong."""
+    bad: dict[str, dict[str, str]] = {
+        "path": {"": "path is empty"},
+        "label": {"": "label is missing"} if labelled else {},
+        "split": {
+            split: f"split is {split!r}, not one of {', '.join(SPLITS)}"
+            for split in set(table.get("split", ())) - {"", *SPLITS}
+        },
+        "mpp": {mpp: reason for mpp in set(table.get("mpp", ())) if (reason := _wrong_mpp(mpp))},
+    }
+    for name, column in table.items():
+        if "\0" in "".join(column):
+            nul = {cell: f"{name} holds a NUL character" for cell in column if "\0" in cell}
+            bad[name] = nul | bad.get(name, {})
+    return [
+        (row, reasons[cell])
+        for name, reasons in bad.items()
+        if reasons
+        for row, cell in enumerate(table.get(name, ()))
+        if cell in reasons
+    ]
+
+
+def _wrong_mpp(text: str) -> str:
+    try:
+        mpp = _number(text)
+    except ValueError:
+        return f"mpp is {text!r}, not a number"
+    return "" if mpp is None or 0 < mpp < 1000 else f"mpp {mpp:g} is not between 0 and 1000"
+
+
+def _number(text: str) -> float | None:
+    """Return a number, also with a decimal comma, as tables with semicolons have it; none of an empty cell."""
+    return float(text.replace(",", ".")) if text else None
+
+
+def _check_whole(table: _Table) -> list[str]:
+    """Problems of rows that do not fit each other."""
+    ids = table["slide_id"]
+    counts = Counter(ids) if len(set(ids)) < len(ids) else Counter()
+    problems = [f"slide_id {name} occurs {count} times" for name, count in counts.items() if count > 1]
+    pairs = {(case_id, split) for case_id, split in _rows(table, ("case_id", "split")) if case_id and split}
+    torn: dict[str, list[str]] = {name: [] for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+    for name, split in sorted(pairs) if torn else []:
+        if name in torn:
+            torn[name].append(split)
+    problems += [f"case {name} is in splits {', '.join(found)}" for name, found in torn.items()]
+    if len({bool(split) for split in set(table.get("split", ()))}) > 1:
+        problems.append("split is given for some slides and not for others")
+    return problems
+
+
+def _entries(table: _Table, folder: Path) -> list[Entry]:
+    here = os.path.abspath(folder)
+    mpps = {text: _number(text) for text in set(table.get("mpp", ("",)))}
+    extra = [name for name in table if name not in COLUMNS]
+    extras = (dict(zip(extra, more, strict=True)) for more in _rows(table, extra)) if extra else repeat({})
+    return [
+        Entry(
+            slide_id=slide_id,
+            path=path if "://" in path else os.path.normpath(path if path[0] == "/" else f"{here}/{path}"),
+            label=label,
+            case_id=case_id,
+            split=split,
+            fold=fold,
+            mpp=mpps[mpp],
+            extra=more,
+        )
+        for (slide_id, path, label, case_id, split, fold, mpp), more in zip(
+            _rows(table, COLUMNS), extras, strict=False
+        )
+    ]
+
+
+def _near_duplicates(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pairs of labels that are probably meant as one, the rarer first."""
+    names = sorted(counts, key=lambda name: (counts[name], name))
+    if len(names) > _COMPARED_LABELS:
+        return []
+    pairs = ((name, other) for i, name in enumerate(names) for other in names[i + 1 :])
+    return [(name, other) for name, other in pairs if _difference(name, other)]
+
+
+def _difference(name: str, other: str) -> str:
+    """How two labels that look alike differ; empty where they do not.
+
+    By one letter: in labels of four letters and more, and not by the last one, as in series (type A, type B); numbers
+    tell grades apart.
+    """
+    one, two = ("".join(label.casefold().split()) for label in (name, other))
+    if one == two:
+        return "in case or blanks"
+    start = _shared(one, two)
+    end = _shared(one[start:][::-1], two[start:][::-1])
+    odd = one[start : len(one) - end], two[start : len(two) - end]
+    single = max(map(len, odd)) == 1 and "".join(odd).isalpha()
+    series = end == 0 and all(odd)
+    return "by one letter" if single and not series and min(len(one), len(two)) >= 4 else ""
+
+
+def _shared(one: str, two: str) -> int:
+    """How many letters two texts share at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))

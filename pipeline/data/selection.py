@@ -1,0 +1,144 @@
+"""Which slides of a manifest can be trained on: all are opened, several at a time, before anything is made."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from nested_ats.networks.encoders import ENCODERS, read_choice
+from nested_ats.networks.hub import RANDOM
+from pipeline.config import Config
+from pipeline.data.manifest import Entry, remarks
+from pipeline.data.slides import check_slide, open_slide
+from pipeline.data.splits import assign_splits
+from pipeline.errors import DataError, UsageError
+from pipeline.net import Net
+from pipeline.progress import progress
+
+_OPENED_AT_ONCE = 16  # opening waits for the disk or the network
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A slide that was left out, and why."""
+
+    slide_id: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What training can go by."""
+
+    entries: list[Entry]  # slides that can be used, each with a split
+    classes: list[str]  # labels of the training slides, sorted
+    channels: int  # that all of them have
+    downsamples: list[tuple[float, ...]]  # of the levels that each of them lets the model read, coarse to fine
+    failures: list[Failure]  # the other slides
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What opening a slide told."""
+
+    entry: Entry
+    channels: int = 0
+    downsamples: tuple[float, ...] = ()
+    error: str = ""
+
+
+def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Selection:
+    """Open every slide and see what can be trained on; remarks on the manifest go to standard error.
+
+    Parameters
+    ----------
+    entries
+        Slides with labels; their split is assigned where the manifest has none.
+    config
+        The resolved configuration.
+    fail_fast
+        Stop at the first slide that cannot be used.
+
+    Raises
+    ------
+    UsageError
+        Labels or splits allow no training; slides that were left out are named before that.
+    DataError
+        No slide, or with `fail_fast` not every slide, can be used.
+    """
+    for remark in [*_encoder_remarks(config), *remarks(entries)]:
+        _say(f"warning: {remark}")
+    entries = assign_splits(entries, validation=config.data.validation, test=config.data.test, seed=config.seed)
+    found = _open_all(entries, config, fail_fast=fail_fast)
+    opened = [one for one in found if not one.error]
+    if not opened:
+        raise DataError(f"no slide can be used; the first: {found[0].error}")
+    channels, count = Counter(one.channels for one in opened).most_common(1)[0]
+    why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
+    if config.data.channels:
+        channels, why = config.data.channels, f"data.channels is {config.data.channels}"
+    odd = {
+        one.entry.slide_id: f"{one.entry.path}: {one.channels} channels, where {why}"
+        for one in opened
+        if one.channels != channels
+    }
+    if odd and fail_fast:
+        raise DataError(next(f"slide {slide_id}: {reason}" for slide_id, reason in odd.items()))
+    reasons = {one.entry.slide_id: one.error for one in found if one.error} | odd
+    failures = [Failure(entry.slide_id, reasons[entry.slide_id]) for entry in entries if entry.slide_id in reasons]
+    usable = [one for one in opened if one.entry.slide_id not in odd]
+    if not usable:
+        raise DataError(f"no slide can be used; the first: {failures[0].error}")
+    kept = [one.entry for one in usable]
+    try:
+        classes = _classes(kept)
+    except UsageError:
+        for failure in failures:  # what the error may come from, before it
+            _say(f"slide {failure.slide_id} is left out: {failure.error}")
+        raise
+    return Selection(kept, classes, channels, [one.downsamples for one in usable], failures)
+
+
+def _encoder_remarks(config: Config) -> list[str]:
+    """What is surely not meant: an encoder that is neither trained nor has been."""
+    choice, trainable = read_choice(config.model.encoder), config.model.trainable
+    if trainable == "all" or not (choice.weights == RANDOM or (choice.weights is None and choice.name in ENCODERS)):
+        return []
+    remark = (
+        f"model.trainable: {trainable} leaves random weights in the encoder as they are; name trained ones, as in "
+        f"encoder: {{name: {choice.name}, weights: PATH}}, or set trainable to all"
+    )
+    return [remark]
+
+
+def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> list[_Found]:
+    def look(entry: Entry) -> _Found:
+        with Net(entry.slide_id, fail_fast=fail_fast) as net, open_slide(entry.path, config.data.cache) as slide:
+            levels = [slide.levels[number].downsample for number in check_slide(slide, config.model)]
+            return _Found(entry, len(slide.channels), tuple(levels))
+        return _Found(entry, error=net.error)
+
+    found = []
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool, progress("open") as update:
+        for one in pool.map(look, entries):
+            found.append(one)
+            update(len(found), len(entries), one.entry.slide_id)
+    return found
+
+
+def _classes(entries: Sequence[Entry]) -> list[str]:
+    training = {entry.label for entry in entries if entry.split == "train"}
+    if len(training) < 2:
+        found = ", ".join(sorted(training)) or "none"
+        raise UsageError(f"training slides need at least two different labels (found: {found})")
+    unknown = sorted({entry.label for entry in entries} - training)
+    if unknown:
+        raise UsageError(f"labels of validation or test slides that no training slide has: {', '.join(unknown)}")
+    return sorted(training)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

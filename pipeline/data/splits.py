@@ -1,0 +1,114 @@
+"""Splits of slides into training, validation and test: drawn by case and stratified by label, or found in a run."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.manifest import Entry
+from pipeline.errors import UsageError
+from pipeline.files import read_inside
+
+SEEN = ("train", "val")  # splits whose slides decide what a model becomes
+
+
+def assign_splits(entries: Sequence[Entry], *, validation: float, test: float, seed: int) -> list[Entry]:
+    """Give every slide a split, unless the manifest gives them.
+
+    The slides of one case stay together. Cases are shuffled by `seed` and, label by label (a case counts under
+    its most frequent label), the first share goes to test, the next to validation and the rest to training.
+
+    Parameters
+    ----------
+    entries
+        Slides, with labels.
+    validation, test
+        Shares of the cases, in [0, 1), of each label, rounded to whole cases.
+    seed
+        Equal seeds give equal splits, whatever the order of `entries`.
+    """
+    if any(entry.split for entry in entries):
+        return list(entries)
+    cases: dict[str, list[str]] = {}
+    for entry in entries:
+        cases.setdefault(_case(entry), []).append(entry.label)
+    # Sorted throughout, so that the order of the manifest's rows does not matter.
+    by_label: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        by_label.setdefault(Counter(sorted(cases[case])).most_common(1)[0][0], []).append(case)
+    split = {}
+    for label in sorted(by_label):
+        members = by_label[label]
+        random.Random(f"{seed}/{label}").shuffle(members)  # noqa: S311 - a split is no secret
+        tests, validations = round(test * len(members)), round(validation * len(members))
+        for i, case in enumerate(members):
+            split[case] = "test" if i < tests else "val" if i < tests + validations else "train"
+    return [replace(entry, split=split[_case(entry)]) for entry in entries]
+
+
+class RunSplits:
+    """The splits of a training run, for slides of any manifest.
+
+    A slide is known by its path or, as data may move, by its id: unless the run's pyramid of that id is still where
+    it was and has other pixels, as another cohort's has. Where that cannot be told, rather one too many is held to be
+    known than the accuracy on training slides taken for that on new ones.
+
+    Parameters
+    ----------
+    rows
+        ``entries`` of the run's run.json.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._by_id = {row["slide_id"]: row for row in rows}
+        self._by_path = {row["path"]: row for row in rows}
+        self._by_case = {row["case_id"]: row["split"] for row in rows if row["case_id"]}
+
+    def of(self, entry: Entry) -> str:
+        """Split of a slide in the run; empty where it is not one of its slides."""
+        row = self._by_path.get(entry.path)
+        if row is None:
+            row = self._by_id.get(entry.slide_id)
+            if row is None or _differ(row["path"], entry.path):
+                return ""
+        split: str = row["split"]
+        return split
+
+    def seen(self, entry: Entry) -> str:
+        """``train`` or ``val`` for a slide that the training has seen, or another of whose case; else empty."""
+        split: str = self.of(entry) or self._by_case.get(entry.case_id, "")
+        return split if split in SEEN else ""
+
+    def fill(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Entries with the run's splits, unless the manifest gives them."""
+        if any(entry.split for entry in entries):
+            return list(entries)
+        return [replace(entry, split=self.of(entry)) for entry in entries]
+
+
+def count_seen(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Predicted slides that the training has seen, by its split."""
+    return {split: sum(row.get("seen") == split for row in rows) for split in SEEN}
+
+
+def seen_words(counts: Mapping[str, int], total: int) -> str:
+    """What to say of the slides that the training has seen; empty where there are none."""
+    parts = " and ".join(f"{count} as {name}" for name, count in counts.items() if count)
+    return f"{sum(counts.values())} of {total} slides were seen in training ({parts})" if parts else ""
+
+
+def _differ(path: str, other: str) -> bool:
+    """Whether both are pyramids in folders, of other pixels: the root of one holds the checksums of all its parts."""
+    try:
+        return read_inside(Path(path), "zarr.json") != read_inside(Path(other), "zarr.json")
+    except (OSError, UsageError):
+        return False
+
+
+def _case(entry: Entry) -> str:
+    # A prefix keeps a slide without a case apart from a case of the same name.
+    return f"case {entry.case_id}" if entry.case_id else f"slide {entry.slide_id}"

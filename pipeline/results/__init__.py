@@ -1,0 +1,1 @@
+"""What is made with a model: predictions, measures, heatmaps and reports."""

@@ -1,0 +1,279 @@
+"""``heatmap``: where the model looked, as an image beside the slide, a picture, and objects for QuPath.
+
+All three are aligned by level-0 coordinates: the map is a multiscale OME-Zarr with the slide's own scale, the
+picture lays slide and map out in level-0 pixels, and the GeoJSON's polygons are in level-0 pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nested_ats import Prediction
+from nested_ats.geometry import box_starts
+from nested_ats.maps import attention_map
+from nested_ats.models.base import PatchConfig, PatchModel
+from pipeline.data.manifest import Entry
+from pipeline.data.slides import SlideImage
+from pipeline.errors import UsageError
+from pipeline.files import file_name, make_folder, write_atomic
+from pipeline.net import Net
+from pipeline.progress import progress
+from pipeline.results.predict import Classifier, Settings
+from storage import Slide, write_pyramid
+
+MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
+_PICTURE_PIXELS = 1600  # longer side of the slide in the picture
+_SHOWN_PATCHES = 8
+_PATCH_PIXELS = 256  # a shown patch has at least so many pixels a side, where there are, and less than twice
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A place where patches were drawn, once or in several draws."""
+
+    y_l0: float  # top
+    x_l0: float  # left
+    side_l0: float
+    weight: float  # z times attention, averaged over the draws: its share of the slide's feature
+    attention: float  # of its leaf; of the strongest, where several leaves lie there
+    draws: int  # that drew it
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """What was written for one slide, or why not."""
+
+    slide_id: str
+    folder: Path
+    prediction: str = ""
+    peak: float = 0.0  # of the attention, in times the uniform one
+    error: str = ""
+
+
+def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list[Heatmap]:
+    """Write the heatmap of every slide into ``folder/SLIDE``; one that fails is reported and the others go on.
+
+    Parameters
+    ----------
+    entries
+        Slides.
+    settings
+        As for the predictions that the heatmaps explain: equal settings draw equal patches.
+    folder
+        Made where it is missing.
+
+    Raises
+    ------
+    nested_ats.ModelFileError
+        The model cannot be loaded.
+    UsageError
+        `folder` cannot be written to, or the model has no attention.
+    """
+    classifier = Classifier(settings)
+    if not isinstance(classifier.model, PatchModel):
+        raise UsageError(f"{settings.model}: a model without patches, which looks everywhere alike; nothing to draw")
+    make_folder(folder)
+    done = []
+    with progress("heatmap") as update:
+        for number, entry in enumerate(entries):
+            place = folder / file_name(entry.slide_id)
+            with Net() as net:
+                done.append(_heatmap(classifier, entry, make_folder(place)))
+            if net.error:
+                done.append(Heatmap(entry.slide_id, place, error=net.error))
+            update(number + 1, len(entries), entry.slide_id)
+    return done
+
+
+def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
+    config = classifier.model.config
+    assert isinstance(config, PatchConfig)  # noqa: S101  seen in `heatmaps`
+    with classifier.open(entry) as slide:
+        image = SlideImage(slide, background=classifier.settings.background)
+        prediction = classifier.estimate(entry, image)
+        density, pitch = attention_map(prediction.outputs, slide.shape_yx)
+        # In times the uniform attention: one number means the same on slides of any size.
+        heat = (density * density.numel()).float().numpy()
+        best = int(prediction.probabilities[0].argmax())
+        words = f"{classifier.classes[best]} ({prediction.probabilities[0, best]:.0%})"
+        patches = drawn_patches(prediction, config)
+        write_pyramid(
+            folder / MAP,
+            heat[None],
+            name=f"attention of {entry.slide_id}",
+            mpp=slide.mpp,
+            downsample=pitch,
+            channels=("attention, times uniform",),
+            overwrite=True,
+        )
+        picture = draw_picture(slide, heat, pitch, patches, f"{entry.slide_id}: {words}", fill=image.fill)
+        write_atomic(folder / PICTURE, picture)
+    write_atomic(folder / OBJECTS, json.dumps(to_geojson(patches)) + "\n")
+    return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()))
+
+
+def drawn_patches(prediction: Prediction, model: PatchConfig) -> list[Patch]:
+    """Distinct patches of all draws for the first image, heaviest first: the very boxes that the encoder saw."""
+    downsample, size = model.patch_downsample, model.patch_size
+    places: dict[tuple[float, float], list[tuple[int, float, float]]] = {}
+    for number, output in enumerate(prediction.outputs):
+        last = output.phases[-1]
+        corners = (box_starts(last.centers_l0[0], downsample, size) * downsample).tolist()
+        attention = last.attention[0].tolist()
+        for (y, x), z, a in zip(corners, last.z[0].tolist(), attention, strict=True):
+            if z * a > 0:
+                places.setdefault((y, x), []).append((number, z * a, a))
+    patches = [
+        Patch(
+            y,
+            x,
+            size * downsample,
+            weight=sum(weight for _, weight, _ in drawn) / len(prediction.outputs),
+            attention=max(attention for _, _, attention in drawn),
+            draws=len({number for number, _, _ in drawn}),
+        )
+        for (y, x), drawn in places.items()
+    ]
+    return sorted(patches, key=lambda patch: -patch.weight)
+
+
+def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
+    """Patches as a GeoJSON collection that QuPath imports: polygons of x, y in level-0 pixels."""
+    features = []
+    for patch in patches:
+        left, top, right, bottom = patch.x_l0, patch.y_l0, patch.x_l0 + patch.side_l0, patch.y_l0 + patch.side_l0
+        ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+        features.append(
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {
+                    "objectType": "annotation",
+                    "name": f"drawn {patch.draws} times",
+                    "classification": {"name": "sampled patch", "color": [230, 60, 30]},
+                    "measurements": {"weight": patch.weight, "attention": patch.attention, "draws": patch.draws},
+                },
+            }
+        )
+    return {"type": "FeatureCollection", "features": features}
+
+
+def draw_picture(
+    slide: Slide, heat: NDArray[np.float32], pitch: float, patches: Sequence[Patch], title: str, *, fill: float = 0
+) -> bytes:
+    """Draw the slide under its attention, with colour bar, scale bar and the heaviest patches; returns a PNG.
+
+    Parameters
+    ----------
+    slide
+        Open.
+    heat
+        Attention in times the uniform one, pixels of `pitch` level-0 pixels.
+    pitch
+        Level-0 pixels of a pixel of `heat`.
+    patches
+        Heaviest first.
+    title
+        Of the picture.
+    fill
+        Value of pixels off the slide, as the model saw them (`SlideImage.fill`).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    height, width = slide.shape_yx
+    figure = Figure(figsize=(9, 9 * min(max(height / width, 0.4), 2) + 1.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[6, 1])[:, 0]
+    axes = top.subplots()
+    thumbnail, reach = _thumbnail(slide)
+    axes.imshow(thumbnail, extent=(0, reach[1], reach[0], 0), interpolation="nearest")
+    # Colour from the uniform attention upwards, so that what is colder than chance shows the slide itself.
+    peak = max(float(heat.max()), 1.1)
+    scale = LogNorm(1, peak)
+    alpha = np.clip(0.25 + 0.6 * np.ma.filled(scale(np.maximum(heat, 1)), 0), 0, 1) * (heat > 1)
+    # The map's last row and column reach past the slide where the pitch does not divide it.
+    extent = (0, heat.shape[1] * pitch, heat.shape[0] * pitch, 0)
+    shown = axes.imshow(heat, extent=extent, norm=scale, cmap="inferno", alpha=alpha, interpolation="nearest")
+    axes.scatter(
+        [patch.x_l0 + patch.side_l0 / 2 for patch in patches],
+        [patch.y_l0 + patch.side_l0 / 2 for patch in patches],
+        s=60,
+        facecolors="none",
+        edgecolors="cyan",
+        linewidths=0.8,
+    )
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axes.set_title(f"{title}; attention 1 to {peak:.3g}", parse_math=False)  # a slide's id may hold dollar signs
+    top.colorbar(shown, ax=axes, label="attention, times uniform", shrink=0.8)
+    _scale_bar(axes, slide)
+    for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
+        place.axis("off")
+        if patch is not None:
+            place.imshow(_to_rgb(_read_patch(slide, patch, fill)))
+            place.set_title(f"{patch.weight:.3f}", fontsize=8)
+    bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Letters that the font lacks are shown as boxes; that is no reason to warn of every slide.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _thumbnail(slide: Slide) -> tuple[NDArray[Any], tuple[float, float]]:
+    """Return the finest level that is small enough, and where it ends in level-0 pixels, y and x.
+
+    A level's last row and column may reach past the slide: its sides are rounded up.
+    """
+    fitting = [i for i, level in enumerate(slide.levels) if max(level.shape_yx) <= _PICTURE_PIXELS]
+    number = fitting[0] if fitting else len(slide.levels) - 1
+    level = slide.levels[number]
+    height, width = level.shape_yx
+    pixels = slide.read(number, (0, 0, height, width))
+    return _to_rgb(pixels), (height * level.downsample, width * level.downsample)
+
+
+def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
+    """(C, h, w) of a patch, from a level coarse enough that a large one is cheap."""
+    fine = [i for i, level in enumerate(slide.levels) if patch.side_l0 / level.downsample >= _PATCH_PIXELS]
+    number = fine[-1] if fine else 0
+    corner_and_side = (patch.y_l0, patch.x_l0, patch.side_l0, patch.side_l0)
+    box = [round(value / slide.levels[number].downsample) for value in corner_and_side]
+    return slide.read(number, box, fill=fill)
+
+
+def _to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:
+    """(C, H, W) -> (H, W, 3) or (H, W, 1) that matplotlib shows as it is: three channels as RGB, else the first."""
+    image = np.moveaxis(pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, 0), 0, -1)
+    if image.dtype == np.uint8:
+        return image
+    # Other types have no agreed range to show: stretch to what is there.
+    image = image.astype(np.float32)
+    low, high = float(image.min()), float(image.max())
+    return (image - low) / max(high - low, 1e-12)
+
+
+def _scale_bar(axes: Any, slide: Slide) -> None:
+    """Draw a bar of a round length of about a fifth of the slide's width."""
+    height, width = slide.shape_yx
+    unit = slide.mpp or 1.0
+    wanted = width * unit / 5
+    power = 10 ** np.floor(np.log10(wanted))
+    length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
+    metric = f"{length:g} µm" if length < 1000 else f"{length / 1000:g} mm"
+    label = f"{length:g} px" if slide.mpp is None else metric
+    x, y = 0.03 * width, 0.96 * height
+    for colour, line in (("black", 5), ("white", 3)):
+        axes.plot([x, x + length / unit], [y, y], color=colour, linewidth=line, solid_capstyle="butt")
+    box = {"facecolor": "black", "alpha": 0.6, "pad": 2, "edgecolor": "none"}
+    axes.text(x, y - 0.015 * height, label, color="white", fontsize=9, bbox=box)

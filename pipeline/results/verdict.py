@@ -1,0 +1,142 @@
+"""What the numbers of a training or of a test say in words, above all where nothing was learned.
+
+Four signs: a cross-entropy that class frequencies alone would reach, an area under the ROC curve that chance would
+reach, an attention that is as good as uniform, and patches drawn where there is nothing to see.
+
+Shape letters: B batch, P patches, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nested_ats import ImageModel, Output
+from nested_ats.expectation import uniform_entropy
+from nested_ats.models.base import SamplingModel
+from nested_ats.models.baselines import UniformSampling
+
+_BETTER = 0.98  # of the cross-entropy of guessing: what is above has not become better than that
+_EVEN = 0.9  # share of the cells that the attention is as good as spread over, from where on it is called uniform
+_MOSTLY = 0.9  # share of background from where on it is worth a word
+_FLAT = 0.1  # standard deviation of a background patch as the encoder sees it: of its pixels over the model's std
+
+
+def class_shares(labels: Sequence[str], classes: Sequence[str], *, balanced: bool = False) -> dict[str, float]:
+    """What a model answers that has learned the frequencies of the classes and nothing else.
+
+    Parameters
+    ----------
+    labels
+        Of the training slides.
+    classes
+        Names.
+    balanced
+        Whether classes are weighted to count the same in the loss.
+    """
+    if balanced:
+        return dict.fromkeys(classes, 1 / len(classes))
+    return {name: sum(label == name for label in labels) / len(labels) for name in classes}
+
+
+def run_shares(run: Mapping[str, Any]) -> dict[str, float]:
+    """`class_shares` of a run, from its run.json."""
+    labels = [row["label"] for row in run["entries"] if row["split"] == "train"]
+    return class_shares(labels, run["classes"], balanced=run["config"]["train"]["class_weights"] == "balanced")
+
+
+def guess_cross_entropy(shares: Mapping[str, float], labels: Sequence[str]) -> float:
+    """Cross-entropy in nats of answering `shares` for every slide; the labels are among its classes."""
+    return -sum(math.log(max(shares[label], 1e-12)) for label in labels) / len(labels)
+
+
+def verdict(
+    *,
+    cross_entropy: float,
+    guess: float,
+    auc: float | None = None,
+    interval: Sequence[float] | None = None,
+    entropy: float = 0.0,
+    uniform: float = 0.0,
+    background: float | None = None,
+) -> str:
+    """Say whether anything was learned; empty where all signs are good.
+
+    Parameters
+    ----------
+    cross_entropy, guess
+        Of the model, and of guessing by class frequencies (`guess_cross_entropy`), in nats.
+    auc, interval
+        Area under the ROC curve and its 95 % interval, where they are known.
+    entropy, uniform
+        Of the attention, and of a uniform one; both 0 where there is none.
+    background
+        Share of the drawn patches in which there is nothing to see, where it is known.
+    """
+    near = cross_entropy < guess / _BETTER
+    compared = f"cross-entropy {cross_entropy:.3f} is {'that' if near else 'worse than that'} of guessing by class "
+    compared += f"frequencies ({guess:.3f})"
+    blind = cross_entropy > _BETTER * guess
+    ranked, chance = "", False
+    if auc is not None and interval is not None:
+        ranked = f"AUC {auc:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+        chance = interval[0] <= 0.5  # below 0.5 it has learned no more than at it
+    words = []
+    if blind and ranked and not chance:
+        words.append(f"ranks better than chance ({ranked}), but its probabilities do not: {compared}")
+    elif blind:
+        words.append(f"has learned nothing yet: {compared}")
+    elif chance:
+        words.append("cannot be told from guessing by its ranking")
+    if chance and interval is not None:
+        words.append(f"{ranked} {'contains 0.5' if interval[1] >= 0.5 else 'lies below 0.5'}")
+    if uniform > 0 and entropy - uniform > math.log(_EVEN):
+        words.append(f"attention is uniform (entropy {entropy:.2f} of {uniform:.2f})")
+    if background is not None and background >= _MOSTLY:
+        words.append(f"{background:.0%} of the drawn patches are background")
+    return "; ".join(words)
+
+
+class Observer:
+    """Sees what a model draws, for the two signs that its answers do not show.
+
+    Background is a patch that hardly varies: glass, black margins, what lies off the slide. Its standard deviation,
+    as the encoder sees it, is below a tenth in every channel, which is 0.025 of the pixels' range with the default
+    ``model.std``. The model tells it of each patch, whose pixels need not be at hand (`PatchModel.observe`); to find
+    it takes a hundredth of the encoder's time.
+
+    Parameters
+    ----------
+    model
+        Of any kind; patches are counted of one that draws, and entropies given of one whose attention learns.
+    """
+
+    def __init__(self, model: ImageModel) -> None:
+        self._counts = torch.zeros(2, device=model.head.weight.device)
+        self._attends = not isinstance(model, UniformSampling)
+        if isinstance(model, SamplingModel):
+            model.observe = self._count
+
+    def _count(self, spreads: Tensor) -> None:
+        flat = is_background(spreads)
+        self._counts += torch.stack([flat.sum(), flat.new_ones(flat.shape).sum()]).to(self._counts)
+
+    def take(self) -> Tensor:
+        """Return how many patches were background since the last call, and how many there were, (2,)."""
+        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        return counts
+
+    def uniform_entropy(self, output: Output) -> Tensor:
+        """Entropy that the attention would have if it were uniform, (B,) nats; 0 for a model that learns none."""
+        if not self._attends or not output.phases:
+            return torch.zeros_like(output.entropy)
+        return uniform_entropy(output.phases).to(output.entropy)
+
+
+def is_background(spreads: Tensor) -> Tensor:
+    """Whether there is nothing to see in patches of such `nested_ats.models.base.spread`: (P,) -> (P,) bool."""
+    return spreads < _FLAT**2

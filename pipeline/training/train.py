@@ -1,0 +1,222 @@
+"""``train``: from a manifest of pyramids and labels to a model."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cluster
+from pipeline.config import Config, digest, dump_config, plain
+from pipeline.data.manifest import Entry
+from pipeline.data.selection import Failure, Selection, select
+from pipeline.errors import UsageError
+from pipeline.files import alone, make_folder, write_atomic, write_json
+from pipeline.progress import OnProgress, progress
+from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, clear_run, read_metrics, read_run
+from pipeline.training.epochs import describe
+from pipeline.training.mirror import Mirror
+from pipeline.training.trainer import plain_entries, train_worker
+
+_COPY_TIMEOUT_S = 1200  # that workers wait for rank 0, which may be copying a state over a slow line
+_PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
+
+
+def train(
+    entries: Sequence[Entry],
+    config: Config,
+    folder: Path,
+    *,
+    address: str = "none",
+    workers: int | tuple[int, int] = 1,
+    device: str = "auto",
+    mirror: str | None = None,
+    overwrite: bool = False,
+    fail_fast: bool = False,
+) -> tuple[dict[str, float], list[Failure]]:
+    """Train a model, or go on with a run that was interrupted.
+
+    Parameters
+    ----------
+    entries
+        Slides with labels; their split is assigned where the manifest has none.
+    config
+        The resolved configuration.
+    folder
+        Of the run (see `pipeline.runs`). A run of the same configuration and slides found there goes on.
+    address
+        ``none`` trains in this process, ``local`` on Ray workers of this machine, else on those of a cluster.
+    workers
+        Number of Ray workers; or a range, of which as many are used as there is room for when they start.
+    device
+        ``cpu``; ``cuda``, with Ray a GPU for each worker; or ``auto``, which is ``cuda`` where that is possible.
+    mirror
+        URL in an object store, where the run is copied to at every checkpoint, and from which it goes on.
+    overwrite
+        Start again, whatever is in `folder` and in its copy.
+    fail_fast
+        Stop at the first slide that cannot be used, instead of leaving it out; also one that cannot be read later.
+
+    Returns
+    -------
+    metrics, failures
+        Of the last epoch; and the slides left out.
+
+    Raises
+    ------
+    UsageError
+        `folder` or `mirror` holds another run, another process trains there, or labels or splits allow no training.
+    DataError
+        No slide, or with `fail_fast` not every slide, can be used; or the loss became infinite.
+    """
+    copy = Mirror(mirror, folder) if mirror else None
+    chosen = select(entries, config, fail_fast=fail_fast)
+    entries = chosen.entries
+    arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
+    fingerprint = arguments["fingerprint"]
+    make_folder(folder)
+    with alone(folder / LOCK, "another training is running there"), progress("train") as update:
+        check_folder(folder, fingerprint, overwrite=overwrite)
+        if copy:
+            copy.check(fingerprint, overwrite=overwrite)
+        _prepare(folder, config, arguments, entries, overwrite=overwrite)
+        if copy:
+            copy.claim(overwrite=overwrite)
+        # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
+        function = partial(train_worker, on_step=update) if address == "none" else train_worker
+        with _follow(folder, config, update) if address != "none" else nullcontext():
+            metrics, unreadable = cluster.fit(
+                function,
+                arguments,
+                address=address,
+                workers=workers,
+                device=device,
+                progress=copy.version if copy else partial(_replaced, folder / STATE),
+                timeout_s=_COPY_TIMEOUT_S if copy else 120,
+            )
+    return metrics, chosen.failures + [Failure(slide_id, reason) for slide_id, reason in unreadable.items()]
+
+
+def worker_arguments(
+    chosen: Selection, config: Config, folder: Path, *, mirror: str | None, fail_fast: bool
+) -> dict[str, Any]:
+    """Arguments of `pipeline.training.trainer.train_worker`; parameters as of `train`."""
+    arguments = {
+        "config": plain(config),
+        "entries": plain_entries([entry for entry in chosen.entries if entry.split != "test"]),
+        "classes": chosen.classes,
+        "channels": chosen.channels,
+        "folder": str(folder.absolute()),
+        "mirror": mirror,
+    }
+    return arguments | {"fingerprint": _fingerprint(config, arguments), "fail_fast": fail_fast}
+
+
+def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
+    """What makes a run this one; not where slides lie or how long it goes on: data may move, epochs may be added."""
+    learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
+    identity = {**arguments, "folder": "", "entries": learnt}
+    del identity["mirror"]
+    decisive = plain(config)
+    decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
+    decisive["data"] |= {"cache": None}
+    del decisive["data"]["channels"]  # the number itself is among the arguments
+    del decisive["data"]["features"]  # decides nothing but time
+    decisive["model"].pop("allow_gaps", None)  # a permission, which changes nothing that is computed
+    identity["config"] = decisive
+    return digest(identity)
+
+
+def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
+    """See that a folder is empty, or that of this run, or of one to be overwritten or not yet begun.
+
+    What stopped before its first state, as where the encoder's weights are missing, has nothing to lose.
+
+    Raises
+    ------
+    UsageError
+        It is not.
+    """
+    if (folder / RUN).exists():
+        other = read_run(folder)["fingerprint"] != fingerprint
+        if other and not overwrite and any((folder / name).exists() for name in (STATE, METRICS, MODEL)):
+            raise UsageError(
+                f"{folder}: holds a run of another configuration or of other slides, or some of its slides cannot be "
+                "used now (see run.json); give another --out, or --overwrite to start again"
+            )
+    elif any(path.name != LOCK and not path.name.endswith(".tmp") for path in folder.iterdir()):
+        raise UsageError(f"{folder}: not empty and not a training run; give another --out")
+
+
+def _prepare(
+    folder: Path, config: Config, arguments: dict[str, Any], entries: Sequence[Entry], *, overwrite: bool
+) -> None:
+    """Write what the run is into its folder."""
+    if overwrite:
+        clear_run(folder)
+    run = {
+        "fingerprint": arguments["fingerprint"],
+        "classes": arguments["classes"],
+        "channels": arguments["channels"],
+        "config": plain(config),
+        "versions": versions(),
+        "entries": [asdict(entry) for entry in entries],
+    }
+    write_json(folder / RUN, run)
+    write_atomic(folder / CONFIG, dump_config(config))
+
+
+def _replaced(path: Path) -> int | None:
+    """When a file was last replaced, in nanoseconds; None where there is none."""
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the results, and the commit of this code."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    git = shutil.which("git")
+    if git:
+        here = Path(__file__).parent
+        commit = subprocess.run(  # noqa: S603 - fixed arguments
+            [git, "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
+        if commit.returncode == 0:
+            found["commit"] = commit.stdout.strip()
+    return found
+
+
+@contextmanager
+def _follow(folder: Path, config: Config, update: OnProgress) -> Iterator[None]:
+    """Show the epochs that workers elsewhere have finished, from the run's metrics."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen = -1
+        while not done.wait(1.0):
+            metrics = read_metrics(folder)
+            if metrics and len(metrics) != seen:
+                seen = len(metrics)
+                update(seen, config.train.epochs, f"epoch {seen} {describe(metrics[-1])}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,1 @@
+"""From images to pyramids: built in tasks, journalled, and whole before they have their name."""

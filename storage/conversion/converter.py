@@ -1,0 +1,470 @@
+"""Images to OME-Zarr pyramids: ``convert`` for image files, ``write_pyramid`` for arrays in memory.
+
+Both are resumable and atomic (see ``storage.conversion.target``) and write exactly the same layout (see
+``storage.format.ome_zarr``): all channels in chunks of 128 x 128, sharded, levels of half the size by 2x2 means.
+
+Shape letters: C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from storage.conversion.build import ArraySource, Bands, Job, PixelSource, build
+from storage.conversion.executors import Executor, check_executor, open_executor
+from storage.conversion.receipts import Receipt, by_place
+from storage.conversion.target import check_replaceable, open_partial, sweep_leftovers
+from storage.errors import ConversionError, CorruptImageError, StorageError, TransferError
+from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, parse_pyramid, with_shards
+from storage.format.shard import BloscCodec, ShardLayout
+from storage.limits import LIMITS
+from storage.place.files import fingerprint
+from storage.place.stores import open_store
+from storage.threads import processors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from storage.images.raster import RasterImage
+    from storage.images.tiff import TiffImage
+
+CLEVELS = {"lz4": 1, "zstd": 1}  # lz4 at 5 takes twice as long to save 1 %
+MAX_SHARD_BYTES = 64 * 2**20  # decoded; the shard side is halved until it holds
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What decides the bytes of a pyramid, besides the source."""
+
+    codec: str = "lz4"  # "lz4" reads fastest; "zstd" is smaller
+    chunk: int = 128  # pixels, side of what is fetched and decoded at once
+    shard: int = 2048  # pixels, side of a file; a multiple of chunk
+    min_level_size: int = 64  # pixels; levels go on until the longer side is no more than this
+    mpp: float | None = None  # micrometres per pixel of level 0; None takes the source's
+    allow_sparse: bool = False  # take TIFF tiles that are not stored as zeros, instead of refusing the file
+
+    def __post_init__(self) -> None:
+        if self.codec not in CLEVELS:
+            raise ValueError(f"codec must be one of {', '.join(CLEVELS)}, not {self.codec!r}")
+        if self.chunk < 2 or self.chunk % 2 or self.shard < self.chunk or self.shard % self.chunk:
+            raise ValueError(f"chunk must be even and shard a multiple of it, not {self.chunk} and {self.shard}")
+        if self.min_level_size < 1:
+            raise ValueError("min_level_size must be at least 1")
+        if self.mpp is not None and not 0 < self.mpp < float("inf"):
+            raise ValueError("mpp must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What a conversion did."""
+
+    target: str
+    shape: tuple[int, int, int]  # (C, H, W) of level 0
+    dtype: str
+    mpp: float | None  # micrometres per pixel of level 0
+    levels: int
+    raw_bytes: int  # of all levels, decoded
+    stored_bytes: int  # of all shards
+    shards: int
+    shards_reused: int  # finished by an earlier run
+    seconds: float
+    up_to_date: bool = False  # the target was already this pyramid: nothing was done
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    options: ConvertOptions | None = None,
+    executor: Executor = "threads",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
+) -> ConvertReport:
+    """Turn an image into an OME-Zarr 0.5 pyramid.
+
+    Interrupted, it leaves ``TARGET.partial``; called again, it goes on from there and ends with the same bytes. Of a
+    source that turns out to be damaged nothing is left.
+
+    Parameters
+    ----------
+    source
+        A TIFF, BigTIFF, OME-TIFF or SVS file, of a pyramidal file the finest level; or a PNG, JPEG or BMP file. A
+        path or an http, https, s3 or gs URL.
+    target
+        Folder or s3, gs or az URL to make, usually named ``*.ome.zarr``. It appears when it is whole and verified.
+    options
+        Codec, layout and a pixel size overruling the source's.
+    executor
+        "threads", "processes", the address of a ``distributed`` scheduler, or a function: see
+        ``storage.conversion.executors.open_executor``. Whatever it is, the bytes written are the same.
+    workers
+        Threads or processes; by default as many as this process has processors, and one more thread.
+    progress
+        Called with (bytes done, bytes in all), decoded and over all levels, in this thread.
+    overwrite
+        Replace a target made from another source or with other options.
+
+    Raises
+    ------
+    MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
+        The source is missing, refused, damaged or does not arrive.
+    ConversionError
+        The target exists, is being written by another process, or cannot be written.
+    """
+    from storage.images.raster import open_image
+
+    options = options or ConvertOptions()
+    check_executor(executor)
+    place = os.fspath(target)
+    identity = fingerprint(source)
+    with open_image(source, allow_sparse=options.allow_sparse) as image:
+        mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
+        info = _plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit="micrometer" if mpp_yx else None)
+        info = replace(
+            info,
+            channels=image.channels,
+            provenance={"source": identity, "options": asdict(options), "format": FORMAT},
+        )
+        return _write(
+            image,
+            info,
+            place,
+            strip_rows=_strip_rows(image, info.levels[0]),
+            executor=executor,
+            # One thread more than processors: there is always one that waits for the disk.
+            workers=workers or processors() + (executor == "threads"),
+            progress=progress,
+            overwrite=overwrite,
+            check_source=partial(_check_unchanged, source, identity),
+        )
+
+
+def _check_unchanged(source: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+    if fingerprint(source) != identity:
+        raise ConversionError(f"{os.fspath(source)}: was changed while it was converted; convert it again")
+
+
+def made_from(target: str | os.PathLike[str], source: str | os.PathLike[str]) -> bool:
+    """Tell whether a pyramid was made from this very file, as far as its fingerprint says."""
+    try:
+        with contextlib.closing(open_store(os.fspath(target))) as store:
+            present = parse_pyramid(store.get, store.name)
+        return present.provenance.get("source") == fingerprint(source)
+    except (StorageError, OSError):
+        return False
+
+
+def write_pyramid(
+    target: str | os.PathLike[str],
+    array: NDArray[Any],
+    *,
+    name: str | None = None,
+    mpp: float | None = None,
+    downsample: float = 1.0,
+    origin_l0_yx: tuple[float, float] = (0.0, 0.0),
+    channels: tuple[str, ...] | None = None,
+    window: tuple[float, float] | None = None,
+    options: ConvertOptions | None = None,
+    overwrite: bool = False,
+) -> ConvertReport:
+    """Write an array in memory, such as an attention map, as a pyramid that lies right over its slide.
+
+    Parameters
+    ----------
+    target
+        Folder or URL to make, as in ``convert``.
+    array
+        (C, H, W) uint8, uint16, int16, float32 or float64.
+    name
+        Name of the image; the target's by default.
+    mpp
+        Micrometres per pixel of the *slide's* level 0; None where unknown (then the unit is its pixel).
+    downsample
+        Level-0 pixels of the slide per pixel of ``array`` along each axis.
+    origin_l0_yx
+        Upper left corner of the array's first pixel, in level-0 pixels of the slide.
+    channels
+        Channel names.
+    window
+        Values shown darkest and brightest; the array's range for floats by default.
+    options
+        Codec and layout; its ``mpp`` is not used.
+    overwrite
+        Replace an existing target.
+
+    Raises
+    ------
+    ConversionError
+        The target exists or cannot be written.
+    """
+    if array.ndim != 3 or 0 in array.shape or array.dtype.name not in DTYPES:
+        raise ValueError(f"expected (C, H, W) of {', '.join(DTYPES)}, not {array.shape} {array.dtype}")
+    if not 0 < downsample < float("inf") or (mpp is not None and not 0 < mpp < float("inf")):
+        raise ValueError("downsample and mpp must be positive")
+    place = os.fspath(target)
+    source = ArraySource(array.astype(array.dtype.newbyteorder("="), copy=False))
+    pixel = mpp or 1.0
+    info = _plan(
+        source,
+        options or ConvertOptions(),
+        place,
+        scale_yx=(pixel * downsample, pixel * downsample),
+        unit="micrometer" if mpp else None,
+        first_yx=tuple(pixel * (corner + (downsample - 1) / 2) for corner in origin_l0_yx),
+    )
+    info = replace(
+        info,
+        name=name or info.name,
+        channels=channels or info.channels,
+        window=window or (_value_range(array) if array.dtype.kind == "f" else info.window),
+    )
+    return _write(source, info, place, overwrite=overwrite)
+
+
+def _plan(
+    source: PixelSource,
+    options: ConvertOptions,
+    target: str,
+    *,
+    scale_yx: tuple[float, float],
+    unit: str | None,
+    first_yx: tuple[float, ...] = (0.0, 0.0),
+) -> PyramidInfo:
+    """Describe the pyramid of a source: its levels, halved until small, at least two."""
+    channels, height, width = source.shape
+    layout = _layout(source, options, target)
+    levels: list[LevelInfo] = []
+    while len(levels) < 2 or max(levels[-1].shape[1:]) > options.min_level_size:
+        factor = 2 ** len(levels)
+        levels.append(
+            LevelInfo(
+                path=str(len(levels)),
+                shape=(channels, -(-height // factor), -(-width // factor)),
+                layout=layout,
+                scale_yx=(scale_yx[0] * factor, scale_yx[1] * factor),
+                translation_yx=(
+                    first_yx[0] + scale_yx[0] * (factor - 1) / 2,
+                    first_yx[1] + scale_yx[1] * (factor - 1) / 2,
+                ),
+            )
+        )
+    if (shards := sum(math.prod(level.shard_grid) for level in levels)) > LIMITS.shards:
+        raise ConversionError(f"{target}: would have {shards} shards, more than readers take; choose a larger shard")
+    bounds = np.iinfo(source.dtype) if source.dtype.kind in "iu" else None
+    window = (float(bounds.min), float(bounds.max)) if bounds else (0.0, 1.0)
+    names = tuple(str(i) for i in range(channels))
+    name = Path(target).name.removesuffix(".zarr").removesuffix(".ome")
+    return PyramidInfo(name, unit, names, window, tuple(levels))
+
+
+def _layout(source: PixelSource, options: ConvertOptions, target: str) -> ShardLayout:
+    channels, dtype = source.shape[0], source.dtype
+    shard = options.shard
+    while shard > options.chunk and channels * shard * shard * dtype.itemsize > MAX_SHARD_BYTES:
+        shard = max(shard // 2 // options.chunk, 1) * options.chunk
+    shuffle = "noshuffle" if dtype.itemsize == 1 else "shuffle"
+    codec = BloscCodec(options.codec, CLEVELS[options.codec], shuffle, dtype.itemsize)
+    layout = ShardLayout(channels, options.chunk, shard, dtype, codec)
+    if max(layout.grid**2 * layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+        raise ConversionError(
+            f"{target}: chunks of {layout.chunk_bytes} bytes, {layout.grid**2} in a shard, which readers refuse; "
+            "choose another chunk"
+        )
+    return layout
+
+
+def _write(
+    source: PixelSource,
+    info: PyramidInfo,
+    target: str,
+    *,
+    overwrite: bool,
+    executor: Executor = "threads",
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    strip_rows: int | None = None,
+    check_source: Callable[[], None] = lambda: None,
+) -> ConvertReport:
+    """Build, verify and name a pyramid, or find that it is there.
+
+    With ``strip_rows`` the source is decoded in bands first, because one of its strips spans several shards.
+    """
+    started = time.perf_counter()
+    if (present := _already_there(target, info, overwrite=overwrite)) is not None:
+        sweep_leftovers(target)
+        return _report(present, target, started, reused=None)
+    with open_partial(target) as output:
+        if (present := _already_there(target, info, overwrite=overwrite)) is not None:
+            output.discard()  # another process finished it before this one had the lock
+            return _report(present, target, started, reused=None)
+        done = by_place(output.resume(_job(info)))
+        reused = len(done)
+        count = _counter(info, progress, list(done.values()))
+
+        def on_made(receipts: list[Receipt]) -> None:
+            output.record(receipts)
+            count(receipts)
+
+        if strip_rows and "://" in target and executor not in ("threads", "processes"):
+            raise ConversionError(
+                f"{target}: the source's long strips are decoded to scratch files, which workers elsewhere would not "
+                "see; use threads or processes, or write to a folder that all share"
+            )
+        shard = info.levels[0].layout.shard
+        bands = Bands(source, output.scratch, shard, strip_rows) if strip_rows else None
+        job = Job(source, info.levels, output.output, bands, target)
+        try:
+            with open_executor(executor, workers, job) as run:
+                receipts = build(job, done, run, on_made)
+        except CorruptImageError:  # the source is, and will be when it is converted again: nothing is worth keeping
+            with contextlib.suppress(OSError, StorageError):  # a worker elsewhere may be writing still
+                output.discard()
+            raise
+        check_source()
+        output.verify(receipts, info.levels[0].layout.index_bytes)
+        info = _with_receipts(info, receipts)
+        output.commit(metadata_files(info), overwrite=overwrite)
+    return _report(info, target, started, reused=reused)
+
+
+def _counter(
+    info: PyramidInfo, progress: Callable[[int, int], None] | None, reused: list[Receipt]
+) -> Callable[[list[Receipt]], None]:
+    """Return a function that counts the decoded bytes of finished shards and tells ``progress`` of each.
+
+    ``progress`` is first told how much was there before, be it nothing: speed is measured from there.
+    """
+
+    def nbytes(receipt: Receipt) -> int:
+        level = info.levels[receipt.level]
+        pixel_bytes = level.shape[0] * level.layout.dtype.itemsize
+        return pixel_bytes * math.prod(level.shard_shape(receipt.y, receipt.x))
+
+    total = sum(level.nbytes for level in info.levels)
+    done = sum(map(nbytes, reused))
+    if progress is not None:
+        progress(done, total)
+
+    def count(receipts: list[Receipt]) -> None:
+        nonlocal done
+        for receipt in receipts:
+            done += nbytes(receipt)
+            if progress is not None:
+                progress(done, total)
+
+    return count
+
+
+def _already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> PyramidInfo | None:
+    """Return the target's description if it is the pyramid asked for; None if it is to be made."""
+    if not _occupied(target):
+        return None
+    if overwrite:
+        check_replaceable(target)
+        return None
+    try:
+        store = open_store(target)
+        present = parse_pyramid(store.get, store.name)
+    except TransferError:
+        raise
+    except (StorageError, OSError):
+        raise ConversionError(
+            f"{target}: exists and is not a sound pyramid; remove it or ask to overwrite it"
+        ) from None
+    if not info.provenance or present.provenance != info.provenance:
+        differing = " and ".join(
+            sorted(key for key in info.provenance if present.provenance.get(key) != info.provenance[key])
+        )
+        raise ConversionError(
+            f"{target}: holds a pyramid of another source or other options (its {differing or 'origin'} differs); "
+            "remove it or ask to overwrite it"
+        )
+    if "://" not in target:
+        _check_lengths(target, present)
+    return present
+
+
+def _check_lengths(target: str, present: PyramidInfo) -> None:
+    """See that the shards of a local pyramid are there, with their lengths."""
+    for level in present.levels:
+        for place in np.ndindex(level.shard_grid):
+            path = os.path.join(target, level.shard_key(*place))
+            try:
+                length = os.path.getsize(path)
+            except FileNotFoundError:
+                length = 0
+            except OSError as error:
+                raise ConversionError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+            if length != level.table.length[place]:
+                raise ConversionError(f"{target}: is damaged, {level.shard_key(*place)}; ask to overwrite it")
+
+
+def _occupied(target: str) -> bool:
+    """Whether something has this name; in an object store, whether it has a root that could mark it as whole."""
+    if "://" not in target:
+        return os.path.lexists(target)
+    if target.startswith(("http://", "https://")):
+        raise ConversionError(f"{target}: http and https are for reading; write to a folder, s3://, gs:// or az://")
+    try:
+        open_store(target).get("zarr.json")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _job(info: PyramidInfo) -> dict[str, Any]:
+    """Tell what the journalled shards belong to; arrays in memory, which have no fingerprint, match nothing."""
+    return info.provenance or {"array": f"{os.getpid()}-{time.time_ns()}"}
+
+
+def _strip_rows(image: TiffImage | RasterImage, level: LevelInfo) -> int | None:
+    """Rows of a strip or tile that spans several shards and must be decoded whole; None if none does."""
+    if image.direct or level.shard_grid == (1, 1) or max(image.segment_yx) <= level.layout.shard:
+        return None
+    return image.segment_yx[0]
+
+
+def _with_receipts(info: PyramidInfo, receipts: list[Receipt]) -> PyramidInfo:
+    levels = []
+    for number, level in enumerate(info.levels):
+        own = [receipt for receipt in receipts if receipt.level == number]
+        table = ([r.length for r in own], [r.crc32 for r in own], [r.index_crc32c for r in own])
+        levels.append(with_shards(level, *table))
+    return replace(info, levels=tuple(levels))
+
+
+def _report(info: PyramidInfo, target: str, started: float, *, reused: int | None) -> ConvertReport:
+    """Summarise a pyramid; ``reused`` None means that it was there."""
+    tables = [level.table for level in info.levels]
+    shards = sum(table.length.size for table in tables)
+    first = info.levels[0]
+    return ConvertReport(
+        target=target,
+        shape=first.shape,
+        dtype=first.layout.dtype.name,
+        mpp=first.scale_yx[0] if info.unit == "micrometer" else None,
+        levels=len(info.levels),
+        raw_bytes=sum(level.nbytes for level in info.levels),
+        stored_bytes=sum(int(table.length.sum()) for table in tables),
+        shards=shards,
+        shards_reused=shards if reused is None else reused,
+        seconds=time.perf_counter() - started,
+        up_to_date=reused is None,
+    )
+
+
+def _value_range(array: NDArray[Any]) -> tuple[float, float]:
+    finite = array[np.isfinite(array)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)

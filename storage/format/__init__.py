@@ -1,0 +1,1 @@
+"""OME-Zarr: metadata, shards and codecs, ours and those of others."""

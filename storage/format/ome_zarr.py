@@ -1,0 +1,381 @@
+"""OME-Zarr 0.5 metadata: one typed description, used to write and to read.
+
+Notable: the root ``zarr.json`` holds everything a reader needs (``ome``, zarr's consolidated metadata of all levels,
+and our ``nested_ats`` block), so a slide opens with one small read; each level has its own ``zarr.json`` besides, as
+the specification asks. The ``nested_ats`` block lists every shard's length and checksum, with length 0 for shards
+that are absent because all their pixels are zero: zarr reads *any* absent shard as zeros, and we do not. It also
+holds a checksum of the whole document: a shape or scale with one bit flipped would be as well-formed as before.
+
+Specifications: https://ngff.openmicroscopy.org/0.5/ and https://zarr-specs.readthedocs.io/en/latest/v3/core/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+import zlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from storage import typed
+from storage.errors import CorruptImageError, NotAPyramidError
+from storage.format.levels import check_levels
+from storage.format.shard import BloscCodec, ShardLayout
+from storage.limits import LIMITS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+FORMAT = 3  # of the nested_ats block and of what lies in shards
+CHECKSUM = "crc32"  # of the root document, in the nested_ats block
+SHARD_COLUMNS = ("length", "crc32", "index_crc32c")
+AXES = ("c", "y", "x")
+DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
+RGB_COLORS = ("FF0000", "00FF00", "0000FF")
+DOWNSAMPLING = {
+    "method": "storage.convert",
+    "description": "mean of 2x2 pixels, of those inside the image at odd edges; integers are rounded half up",
+}
+_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """What is known of each shard file of a level, all (rows, columns)."""
+
+    length: NDArray[np.int64]  # bytes; 0: absent, all its pixels are zero
+    crc32: NDArray[np.int64]  # of the whole file
+    index_crc32c: NDArray[np.int64]  # of the index at its end
+
+
+@dataclass(frozen=True)
+class LevelInfo:
+    """One level: an array of ``shape`` (C, H, W) below ``path``.
+
+    ``scale_yx`` is the pixel's size and ``translation_yx`` the position of the first pixel's centre, both in the
+    pyramid's unit (level-0 pixels where there is no unit).
+    """
+
+    path: str
+    shape: tuple[int, int, int]
+    layout: ShardLayout
+    scale_yx: tuple[float, float]
+    translation_yx: tuple[float, float]
+    shards: ShardTable | None = None
+
+    @property
+    def table(self) -> ShardTable:
+        """The table of shards of a pyramid that was read or is whole."""
+        if self.shards is None:
+            raise AssertionError("the level is being planned")
+        return self.shards
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded level."""
+        return math.prod(self.shape) * self.layout.dtype.itemsize
+
+    @property
+    def shard_grid(self) -> tuple[int, int]:
+        """Rows and columns of shards."""
+        return (-(-self.shape[1] // self.layout.shard), -(-self.shape[2] // self.layout.shard))
+
+    def shard_shape(self, row: int, column: int) -> tuple[int, int]:
+        """Height and width of the part of a shard inside the image."""
+        shard = self.layout.shard
+        return (min(shard, self.shape[1] - row * shard), min(shard, self.shape[2] - column * shard))
+
+    def shard_key(self, row: int, column: int) -> str:
+        """Key of a shard's file below the pyramid's root."""
+        return f"{self.path}/c/0/{row}/{column}"
+
+
+@dataclass(frozen=True)
+class PyramidInfo:
+    """A whole multiscale image; ``unit`` is "micrometer", or None where the pixel's size is unknown."""
+
+    name: str
+    unit: str | None
+    channels: tuple[str, ...]
+    window: tuple[float, float]  # display range of all channels
+    levels: tuple[LevelInfo, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)  # source fingerprint and options, JSON values
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of the pixels of all levels: of what every shard's checksum is, and how a shard is to be read."""
+        digest = hashlib.sha256()
+        for level in self.levels:
+            digest.update(repr((level.shape, level.layout, level.scale_yx)).encode())
+            for column in SHARD_COLUMNS:
+                digest.update(getattr(level.table, column).astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def metadata_files(info: PyramidInfo) -> dict[str, bytes]:
+    """All metadata of a pyramid by key; the root's comes last, as its presence marks the pyramid as whole."""
+    arrays = {level.path: _array_json(level) for level in info.levels}
+    root = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {"ome": _ome_json(info), "nested_ats": _own_json(info)},
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": arrays},
+    }
+    seal(root)
+    files = {f"{path}/zarr.json": _dump(array) for path, array in arrays.items()}
+    return files | {"zarr.json": _dump(root)}
+
+
+def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
+    """Read and check the metadata of a pyramid.
+
+    Parameters
+    ----------
+    read
+        Returns the bytes below a key, raising ``FileNotFoundError``.
+    where
+        The pyramid's location, for messages.
+
+    Raises
+    ------
+    NotAPyramidError
+        There is no OME-Zarr 0.5 image here, or one of a layout that is not read, or of another ``FORMAT``.
+    CorruptImageError
+        The metadata is damaged.
+    """
+    return pyramid_info(load_json(read, "zarr.json", where), read, where)
+
+
+def pyramid_info(root: dict[str, Any], read: Callable[[str], bytes], where: str) -> PyramidInfo:
+    """Check the metadata of a pyramid whose root document is read already; the rest is as `parse_pyramid` has it."""
+    try:
+        attributes = typed.mapping(root.get("attributes"), "attributes")
+        if "multiscales" not in typed.mapping(attributes.get("ome"), "ome"):
+            raise NotAPyramidError(f"{where}: no OME-Zarr 0.5 multiscales; convert the image first")
+        own = typed.mapping(attributes.get("nested_ats"), "nested_ats")
+        if own.get("format") != FORMAT:
+            raise NotAPyramidError(f"{where}: written by another version of this package; convert the image again")
+        info = _parse(root, attributes["ome"], own, read, where)
+        if typed.member(own, CHECKSUM) != _checksum(root):
+            raise CorruptImageError(
+                f"{where}: zarr.json is not as it was written (its checksum differs); convert again"
+            )
+        check_levels([level.shape[1:] for level in info.levels], [level.scale_yx for level in info.levels])
+    except (ValueError, RecursionError) as error:
+        raise CorruptImageError(f"{where}: damaged metadata ({error})") from error
+    return info
+
+
+def seal(root: dict[str, Any]) -> None:
+    """Enter the checksum of a root document in it."""
+    root["attributes"]["nested_ats"][CHECKSUM] = _checksum(root)
+
+
+def _checksum(root: dict[str, Any]) -> int:
+    """CRC-32 of a root document but for what it says of itself, however its members are ordered and spaced."""
+    attributes = root["attributes"]
+    own = {key: value for key, value in attributes["nested_ats"].items() if key != CHECKSUM}
+    rest = root | {"attributes": attributes | {"nested_ats": own}}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _array_json(level: LevelInfo) -> dict[str, Any]:
+    layout, codec = level.layout, level.layout.codec
+    to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
+    blosc = {
+        "cname": codec.cname,
+        "clevel": codec.clevel,
+        "shuffle": codec.shuffle,
+        "typesize": codec.typesize,
+        "blocksize": codec.blocksize,
+    }
+    sharding = {
+        "chunk_shape": list(layout.chunk_shape),
+        "codecs": [to_bytes, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
+        "index_codecs": [to_bytes, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    shard_shape = [layout.channels, layout.shard, layout.shard]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(level.shape),
+        "data_type": layout.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0.0 if layout.dtype.kind == "f" else 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "dimension_names": list(AXES),
+        "attributes": {},
+    }
+
+
+def _ome_json(info: PyramidInfo) -> dict[str, Any]:
+    space = {"type": "space"} | ({"unit": info.unit} if info.unit else {})
+    datasets = [
+        {
+            "path": level.path,
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [1.0, *level.scale_yx]},
+                {"type": "translation", "translation": [0.0, *level.translation_yx]},
+            ],
+        }
+        for level in info.levels
+    ]
+    multiscale = {
+        "name": info.name,
+        "axes": [{"name": "c", "type": "channel"}, {"name": "y"} | space, {"name": "x"} | space],
+        "datasets": datasets,
+        "type": "mean",
+        "metadata": DOWNSAMPLING,
+    }
+    return {"version": "0.5", "multiscales": [multiscale], "omero": _omero_json(info)}
+
+
+def _omero_json(info: PyramidInfo) -> dict[str, Any]:
+    start, end = info.window
+    window = {"min": start, "max": end, "start": start, "end": end}
+    colors = RGB_COLORS if len(info.channels) == len(RGB_COLORS) else ("FFFFFF",) * len(info.channels)
+    channels = [
+        {"label": label, "color": color, "window": window, "active": True}
+        for label, color in zip(info.channels, colors, strict=True)
+    ]
+    return {"channels": channels, "rdefs": {"model": "color" if len(channels) > 1 else "greyscale"}}
+
+
+def _own_json(info: PyramidInfo) -> dict[str, Any]:
+    tables = [level.table for level in info.levels]
+    shards = [{key: getattr(table, key).ravel().tolist() for key in SHARD_COLUMNS} for table in tables]
+    return {"format": FORMAT, "provenance": info.provenance, "shards": shards}
+
+
+def _parse(
+    root: dict[str, Any], ome: dict[str, Any], own: dict[str, Any], read: Callable[[str], bytes], where: str
+) -> PyramidInfo:
+    first, *_ = typed.items(ome["multiscales"], "multiscales", most=LIMITS.levels) or [None]
+    multiscale = typed.mapping(first, "multiscales")
+    axes = typed.items(multiscale.get("axes"), "axes", most=LIMITS.levels)
+    if ome.get("version") != "0.5" or tuple(typed.member(axis, "name") for axis in axes) != AXES:
+        raise NotAPyramidError(f"{where}: only OME-Zarr 0.5 with the axes c, y, x is read")
+    datasets = typed.items(multiscale.get("datasets"), "datasets", most=LIMITS.levels)
+    if not datasets:
+        raise ValueError("an image without levels")
+    tables = typed.items(own.get("shards"), "shards", count=len(datasets))
+    copies = typed.mapping(typed.mapping(root.get("consolidated_metadata"), "copies").get("metadata"), "copies")
+    levels = []
+    for dataset, table in zip(datasets, tables, strict=True):
+        path = typed.member(dataset, "path")
+        if not isinstance(path, str) or not _PATH.fullmatch(path):
+            raise NotAPyramidError(f"{where}: the level path {typed.shown(path)} leaves the pyramid")
+        array = copies.get(path) or load_json(read, f"{path}/zarr.json", where)
+        levels.append(_parse_level(path, dataset, typed.mapping(array, "an array"), table, where))
+    omero = typed.mapping(ome.get("omero"), "omero").get("channels") or []
+    labels = [typed.mapping(channel, "a channel") for channel in typed.items(omero, "channels", most=LIMITS.channels)]
+    window = typed.mapping(labels[0].get("window"), "window") if labels else {}
+    unit = axes[1].get("unit")
+    return PyramidInfo(
+        name=typed.label(multiscale.get("name"), ""),
+        unit=None if unit is None else typed.text(unit, "unit"),
+        channels=tuple(typed.label(channel.get("label"), str(i)) for i, channel in enumerate(labels)),
+        window=(
+            typed.number(window.get("start", 0), "start", -sys.float_info.max, sys.float_info.max),
+            typed.number(window.get("end", 1), "end", -sys.float_info.max, sys.float_info.max),
+        ),
+        levels=tuple(levels),
+        provenance=typed.mapping(own.get("provenance"), "provenance"),
+    )
+
+
+def _parse_level(path: str, dataset: Any, array: dict[str, Any], table: Any, where: str) -> LevelInfo:
+    channels, height, width = typed.integers(array.get("shape"), "shape", 1, LIMITS.side, count=len(AXES))
+    layout = _parse_layout(array, where)
+    if layout.channels != channels or channels * height * width > LIMITS.samples:
+        raise ValueError(f"level {path} has the shape {(channels, height, width)}")
+    if max(layout.grid**2 * layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+        raise ValueError(
+            f"level {path} claims shards of {layout.grid} x {layout.grid} chunks of {layout.chunk_bytes} bytes"
+        )
+    steps = {"translation": [0.0, 0.0, 0.0]}
+    for step in typed.items(dataset.get("coordinateTransformations"), "coordinateTransformations", most=2):
+        kind = typed.text(typed.member(step, "type"), "type")
+        steps[kind] = typed.member(step, kind)
+    scale = typed.numbers(steps.get("scale"), "scale", len(AXES), typed.SMALLEST)
+    translation = typed.numbers(steps["translation"], "translation", len(AXES))
+    level = LevelInfo(
+        path=path,
+        shape=(channels, height, width),
+        layout=layout,
+        scale_yx=(scale[1], scale[2]),
+        translation_yx=(translation[1], translation[2]),
+    )
+    return with_shards(level, *(typed.items(typed.member(table, key), key) for key in SHARD_COLUMNS))
+
+
+def with_shards(level: LevelInfo, *columns: Sequence[int]) -> LevelInfo:
+    """Return the level with its shard table, each column of which has one integer per shard in row-major order.
+
+    Raises
+    ------
+    ValueError
+        A column is of another length, or has what is no length of a shard or no checksum.
+    """
+    rows_columns, layout = level.shard_grid, level.layout
+    if math.prod(rows_columns) > LIMITS.shards:
+        raise ValueError(f"level {level.path} has more than {LIMITS.shards} shards")
+    tops = (layout.max_shard_bytes, 2**32 - 1, 2**32 - 1)
+    arrays = []
+    for name, column, top in zip(SHARD_COLUMNS, columns, tops, strict=True):
+        whole = not set(map(type, column)) - {int} and min(column, default=0) >= 0 and max(column, default=0) <= top
+        if not whole or len(column) != math.prod(rows_columns):
+            raise ValueError(f"level {level.path} has no sound table of its shards ({name})")
+        arrays.append(np.array(column, np.int64).reshape(rows_columns))
+    if ((arrays[0] > 0) & (arrays[0] < layout.index_bytes)).any():
+        raise ValueError(f"level {level.path} has no sound table of its shards (one is too short for its index)")
+    return replace(level, shards=ShardTable(*arrays))
+
+
+def _parse_layout(array: dict[str, Any], where: str) -> ShardLayout:
+    """Layout of an array, refused where it is not exactly what ``storage.format.shard`` decodes."""
+    refused = NotAPyramidError(f"{where}: not sharded as this package writes it; convert the image again")
+    dtype = array.get("data_type")
+    try:
+        shard_shape = array["chunk_grid"]["configuration"]["chunk_shape"]
+        sharding = array["codecs"][0]["configuration"]
+        chunk_shape, blosc = sharding["chunk_shape"], sharding["codecs"][1]["configuration"]
+        key_encoding = array["chunk_key_encoding"]
+        separator = key_encoding.get("configuration", {}).get("separator", "/")
+        keyed = (key_encoding["name"], separator) == ("default", "/")
+        codec = BloscCodec(**blosc)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise refused from None
+    channels, _, chunk = typed.integers(chunk_shape, "chunk_shape", 1, LIMITS.side, count=len(AXES))
+    _, _, shard = typed.integers(shard_shape, "chunk_shape", 1, LIMITS.side, count=len(AXES))
+    if dtype not in DTYPES or shard % chunk or not keyed:
+        raise refused
+    layout = ShardLayout(channels, chunk, shard, np.dtype(dtype), codec)
+    expected = _array_json(LevelInfo("", (channels, 1, 1), layout, (1, 1), (0, 0)))
+    if not all(array.get(key) == expected[key] for key in ("chunk_grid", "codecs", "fill_value")):
+        raise refused
+    return layout
+
+
+def load_json(read: Callable[[str], bytes], key: str, where: str) -> dict[str, Any]:
+    """Read a metadata file; ``NotAPyramidError`` where it is missing, ``CorruptImageError`` where it is damaged."""
+    try:
+        return typed.parse_object(read(key))
+    except FileNotFoundError:
+        raise NotAPyramidError(f"{where}: no {key} here; convert the image first") from None
+    except ValueError as error:
+        raise CorruptImageError(f"{where}: {key} is damaged ({error})") from error
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

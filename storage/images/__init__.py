@@ -1,0 +1,1 @@
+"""Image files that are read as they are: TIFF, and plain PNG, JPEG and BMP."""

@@ -1,0 +1,264 @@
+"""A plain PNG, JPEG or BMP file as a source of pixels, and ``open_image``, which tells it from a TIFF by first bytes.
+
+Notable: such a file is decoded whole, so it is held in memory; what its header claims is checked before.
+
+- PNG: grey or RGB, with or without alpha, 8 or 16 bits, kept as they are. Palette colours become the RGB (or RGBA)
+  that they stand for, a transparent colour becomes an alpha channel, and grey of 1, 2 or 4 bits the 8 bits that it
+  stands for (ISO 15948, 13.12), as libpng does all three.
+- JPEG: 8 bits, grey or colour (as RGB). CMYK is refused, because files disagree on its sign.
+- BMP: uncompressed, 24 bits (as RGB) or 8 bits of grey. Palettes of colours, other depths and compressed rows are
+  refused.
+- EXIF orientation is applied: the image lies as viewers show it. Other metadata, colour profiles included, is not.
+
+Shape letters: C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING, Any, Self
+
+import imagecodecs
+
+from storage.errors import CorruptImageError, UnsupportedImageError
+from storage.images.codestreams import (
+    JPEG_FRAMES,
+    JPEG_MAGIC,
+    PNG_MAGIC,
+    StreamHeader,
+    jpeg_header,
+    jpeg_is_whole,
+    png_header,
+)
+from storage.images.tiff import TiffImage
+from storage.images.tiff_kinds import AGAIN, REWRITE
+from storage.limits import LIMITS, Limits
+from storage.place.files import RandomFile, open_file
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BMP_HEADERS = (40, 52, 56, 108, 124)  # bytes of the second header: BITMAPINFOHEADER and what extends it
+MAGIC_BYTES = 18  # enough of a file to tell its kind; "BM" alone could begin a text
+ACCEPTED = "TIFF (BigTIFF, OME-TIFF, SVS and other whole-slide TIFFs), PNG, JPEG or BMP"
+BMP_AS_PNG = "python -c \"from PIL import Image; Image.open('IN.bmp').save('OUT.png')\""
+JPEG_AS_TIFF = (
+    "store it as TIFF: python -c \"import imagecodecs as i, tifffile as t; t.imwrite('OUT.tif', i.imread('IN.jpg'))\""
+)
+CHANNELS = {1: ("0",), 2: ("0", "A"), 3: ("R", "G", "B"), 4: ("R", "G", "B", "A")}
+
+
+def open_image(location: str | os.PathLike[str], *, allow_sparse: bool = False) -> TiffImage | RasterImage:
+    """Open a TIFF, PNG, JPEG or BMP, told apart by its first bytes and not by its name.
+
+    Parameters
+    ----------
+    location
+        A path or a URL (http, https, s3, gs, az).
+    allow_sparse
+        Read tiles of a TIFF that are not stored as zeros rather than refuse the file.
+
+    Raises
+    ------
+    MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
+    """
+    file = open_file(location)
+    try:
+        first = file.read_at(0, MAGIC_BYTES)
+    finally:
+        file.close()
+    if first.startswith(TIFF_MAGICS):
+        return TiffImage(location, allow_sparse=allow_sparse)
+    if raster_kind(first):
+        return RasterImage(location)
+    what = "an empty file" if not first else "not an image of a kind that is read"
+    raise UnsupportedImageError(f"{file.location}: {what}; give {ACCEPTED}")
+
+
+def raster_kind(first: bytes) -> str:
+    """Tell "png", "jpeg" or "bmp" from a file's first ``MAGIC_BYTES``; "" is none of them."""
+    if first.startswith(PNG_MAGIC):
+        return "png"
+    if first.startswith(JPEG_MAGIC):
+        return "jpeg"
+    return "bmp" if first[:2] == b"BM" and int.from_bytes(first[14:18], "little") in BMP_HEADERS else ""
+
+
+class RasterImage:
+    """A PNG, JPEG or BMP, decoded whole; with the attributes of a ``TiffImage``.
+
+    Attributes
+    ----------
+    shape : (C, H, W)
+    dtype : uint8 or uint16
+    mpp_yx : None; such files hold no microscope's pixel size
+    nbytes : bytes of the decoded image
+    channels : channel names
+    segment_yx : height and width of the image
+    direct : True, a box costs only its copy
+
+    Raises
+    ------
+    MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
+    """
+
+    direct = True
+    mpp_yx = None
+
+    def __init__(self, path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> None:
+        self._limits = limits
+        file = open_file(path)
+        self.location = file.location
+        try:
+            pixels = self._decode(self._read(file))  # (H, W, C)
+        finally:
+            file.close()
+        height, width, channels = pixels.shape
+        self.shape = (channels, height, width)
+        self.dtype = pixels.dtype
+        self.nbytes = pixels.nbytes
+        self._pixels: NDArray[Any] | None = pixels
+        self.segment_yx = (height, width)
+        self.channels = CHANNELS[channels]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.location, self._limits)
+
+    def _read(self, file: RandomFile) -> bytes:
+        """Return the file's bytes; none of a kind that is accepted is larger than its pixels may be."""
+        if file.size > self._limits.raster_bytes:
+            raise self._unsupported(
+                f"{file.size} bytes, and more than {self._limits.raster_bytes} are not read; {REWRITE}"
+            )
+        data = file.read_at(0, file.size)
+        if len(data) != file.size:
+            raise self._corrupt(f"{len(data)} of {file.size} bytes can be read")
+        return data
+
+    def _decode(self, data: bytes) -> NDArray[Any]:
+        """(H, W, C) pixels, upright."""
+        kind = raster_kind(data)
+        if not kind:  # behind a URL named as one
+            raise self._unsupported(f"not a PNG, JPEG or BMP; give {ACCEPTED}")
+        read_header = {"png": png_header, "jpeg": _whole_jpeg_header, "bmp": _bmp_header}[kind]
+        try:
+            header = read_header(data)
+        except ValueError as error:
+            raise self._corrupt(f"damaged ({error})") from error
+        if kind != "png":
+            {"jpeg": self._check_jpeg, "bmp": self._check_bmp}[kind](header)
+        self._check_size(header, len(data))
+        try:
+            pixels = getattr(imagecodecs, f"{kind}_decode")(data)
+        except Exception as error:  # each codec has its own errors
+            raise self._corrupt(f"damaged, it does not decode as {kind.upper()}") from error
+        if pixels.shape[:2] != (header.height, header.width) or pixels.dtype.name not in ("uint8", "uint16"):
+            raise self._corrupt("decodes to other pixels than its header says")
+        pixels = pixels.reshape(header.height, header.width, -1)
+        return _upright(pixels, header.orientation)
+
+    def _check_jpeg(self, header: StreamHeader) -> None:
+        if header.kind not in JPEG_FRAMES or header.bits != 8:
+            raise self._unsupported(
+                f"a JPEG of a rare kind (lossless, arithmetic or of {header.bits} bits); {JPEG_AS_TIFF}"
+            )
+        if header.samples not in (1, 3):
+            raise self._unsupported(
+                f"a JPEG of {header.samples} channels (CMYK?); store it as RGB: vips colourspace IN.jpg OUT.png srgb"
+            )
+
+    def _check_bmp(self, header: StreamHeader) -> None:
+        if header.bits != 8 or header.kind != 0:
+            what = "compressed or with a palette" if header.bits == 8 else f"of {header.bits * header.samples} bits"
+            raise self._unsupported(f"a BMP {what}, not of 24 bits or 8 bits of grey; store it as PNG: {BMP_AS_PNG}")
+
+    def _check_size(self, header: StreamHeader, file_bytes: int) -> None:
+        height, width = header.height, header.width
+        if height < 1 or width < 1:
+            raise self._corrupt("an image without pixels")
+        raw = height * width * header.samples * (2 if header.bits == 16 else 1)
+        most = self._limits.raster_bytes
+        if raw > most:
+            raise self._unsupported(f"{height} x {width} pixels decode to {raw} bytes, over {most}; {REWRITE}")
+        if raw > self._limits.ratio_free_bytes and raw > file_bytes * self._limits.raster_ratio:
+            raise self._unsupported(f"claims {raw} bytes of pixels in a file of {file_bytes}; {AGAIN}")
+
+    def _corrupt(self, reason: str) -> CorruptImageError:
+        return CorruptImageError(f"{self.location}: {reason}; {AGAIN}")
+
+    def _unsupported(self, reason: str) -> UnsupportedImageError:
+        return UnsupportedImageError(f"{self.location}: {reason}")
+
+    def read(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
+        """Return a view of one box inside the image.
+
+        Returns
+        -------
+        (C, h, w) array of ``dtype``, not to be written to
+
+        Raises
+        ------
+        ValueError
+            The box leaves the image, or the image was closed.
+        """
+        if self._pixels is None:
+            raise ValueError(f"{self.location}: closed")
+        if not (0 <= y <= y + h <= self.shape[1] and 0 <= x <= x + w <= self.shape[2]):
+            raise ValueError(f"the box y={y} x={x} h={h} w={w} leaves the image of shape {self.shape}")
+        return self._pixels[y : y + h, x : x + w].transpose(2, 0, 1)
+
+    def close(self) -> None:
+        """Forget the pixels."""
+        self._pixels = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _whole_jpeg_header(data: bytes) -> StreamHeader:
+    header = jpeg_header(data)
+    if not jpeg_is_whole(data):
+        raise ValueError("a JPEG that is cut short")
+    return header
+
+
+def _bmp_header(data: bytes) -> StreamHeader:
+    """Read the two headers of a BMP, all of whose rows must be there (Microsoft, BITMAPFILEHEADER, BITMAPINFOHEADER).
+
+    Its ``kind`` is 0 where the pixels are stored as they are, else 1.
+    """
+    if len(data) < 54:
+        raise ValueError("a BMP header that is cut short")
+    start, size, width, height, _, bits, compression = struct.unpack("<10xIIiiHHI", data[:34])
+    row = (width * bits + 31) // 32 * 4  # bytes
+    if compression == 0 and start + row * abs(height) > len(data):
+        raise ValueError("a BMP that is cut short")
+    palette = data[14 + size : start]  # blue, green, red and a byte of no meaning for each of 256
+    grey = all(palette[colour : 4 * 256 : 4] == bytes(range(256)) for colour in range(3))
+    plain = compression == 0 and (bits != 8 or grey)
+    samples = 3 if bits == 24 else 1
+    return StreamHeader(abs(height), width, samples, bits // samples, kind=0 if plain else 1)
+
+
+def _reopen(location: str, limits: Limits) -> RasterImage:
+    return RasterImage(location, limits=limits)
+
+
+def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn (H, W, C) pixels as EXIF orientation 1 to 8 says: 5 to 8 are transposed, then rows or columns flipped.
+
+    EXIF 2.32, tag 274: where the stored image's row 0 and column 0 are to be shown.
+    """
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    flip_rows, flip_columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]

@@ -1,0 +1,113 @@
+"""A first look at a TIFF's directories, before any library reads it.
+
+tifffile follows what a header says; this walk bounds it first: the chain of directories must lie inside the file,
+be short and not circular, and no tag may claim more bytes than the file has. It reads directories only, never
+pixels, so a hostile file is refused at once and in little memory.
+TIFF 6.0, section 2; BigTIFF: https://www.awaresystems.be/imaging/tiff/bigtiff.html
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from storage.errors import CorruptImageError, UnsupportedImageError
+from storage.images.tiff_kinds import AGAIN, OUT, REWRITE_SLIDE
+
+if TYPE_CHECKING:
+    from storage.limits import Limits
+    from storage.place.files import BlockReader
+
+# Bytes per value of each TIFF field type; unknown types count as one byte.
+TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+SUB_IFDS = 330
+OFFSET_TYPES = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # SHORT, LONG, IFD, LONG8, IFD8
+NDPI_TAG = (65420).to_bytes(2, "little")  # NDPI is always little-endian
+
+
+def check_directories(reader: BlockReader, limits: Limits) -> None:
+    """Walk the main chain of image file directories, and the SubIFDs below each.
+
+    Raises
+    ------
+    UnsupportedImageError
+        Not a TIFF, or more directories or tags than ``limits`` allows.
+    CorruptImageError
+        A directory or a tag points past the end of the file, or the chain is circular.
+    """
+    name, size = reader.file.location, reader.file.size
+    head = reader.read_at(0, 16)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    version = struct.unpack(order + "H", head[2:4])[0] if order and len(head) >= 8 else 0
+    if order is None or version not in (42, 43):
+        what = "an empty file" if not size else "not a TIFF file; give TIFF, BigTIFF, OME-TIFF or SVS"
+        raise UnsupportedImageError(f"{name}: {what}")
+    if version == 42 and _is_ndpi(reader, head):
+        raise UnsupportedImageError(f"{name}: NDPI is not read; {REWRITE_SLIDE}")
+    big = version == 43
+    if big and len(head) < 16:
+        raise CorruptImageError(f"{name}: truncated in its header; {AGAIN}")
+    offset = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
+    if not offset:
+        raise CorruptImageError(f"{name}: a TIFF header without an image; {AGAIN}")
+    seen: set[int] = set()
+    waiting = [(offset, True)]  # and whether its chain goes on
+    while waiting:
+        offset, chained = waiting.pop()
+        if offset in seen:
+            raise CorruptImageError(f"{name}: its image directories form a circle; {AGAIN}")
+        if len(seen) >= limits.ifds:
+            raise UnsupportedImageError(
+                f"{name}: more than {limits.ifds} images; keep one: vips copy 'IN.tif[page=0]' {OUT}"
+            )
+        seen.add(offset)
+        below, following = _check_directory(reader, offset, order, big=big, limits=limits)
+        waiting += [(one, False) for one in below]
+        if chained and following:
+            waiting.append((following, True))
+
+
+def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
+    """Tell whether the first directory has Hamamatsu's tag; beyond 4 GB its offset has eight bytes, as no TIFF's."""
+    for offset in {int.from_bytes(head[4:8], "little"), int.from_bytes(head[4:12], "little")} - {0}:
+        count = int.from_bytes(reader.read_at(offset, 2), "little")
+        entries = reader.read_at(offset + 2, 12 * count)
+        if any(entries[i : i + 2] == NDPI_TAG for i in range(0, len(entries), 12)):
+            return True
+    return False
+
+
+def _check_directory(
+    reader: BlockReader, offset: int, order: str, *, big: bool, limits: Limits
+) -> tuple[list[int], int]:
+    """Check one directory and return the offsets of its SubIFDs and of the next, 0 at the end."""
+    name, size = reader.file.location, reader.file.size
+    count_format, entry_format, next_format = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
+    count_bytes, entry_bytes = struct.calcsize("<" + count_format), struct.calcsize("<" + entry_format)
+    head = reader.read_at(offset, count_bytes) if offset < size else b""
+    if len(head) < count_bytes:
+        raise CorruptImageError(f"{name}: truncated, an image directory lies past the end of the file; {AGAIN}")
+    count = struct.unpack(order + count_format, head)[0]
+    if count > limits.ifd_entries:
+        raise UnsupportedImageError(f"{name}: {count} tags in one image directory; {AGAIN}")
+    tail_bytes = struct.calcsize("<" + next_format)
+    body = reader.read_at(offset + count_bytes, count * entry_bytes + tail_bytes)
+    if len(body) < count * entry_bytes + tail_bytes:
+        raise CorruptImageError(f"{name}: truncated inside an image directory; {AGAIN}")
+    below: list[int] = []
+    for tag, kind, values, data in struct.iter_unpack(order + entry_format, body[: count * entry_bytes]):
+        value_bytes = values * TYPE_BYTES.get(kind, 1)
+        if value_bytes > size:
+            raise CorruptImageError(f"{name}: truncated, tag {tag} claims more bytes than the file has; {AGAIN}")
+        if tag != SUB_IFDS:
+            continue
+        if values > limits.ifds or kind not in OFFSET_TYPES:
+            raise UnsupportedImageError(f"{name}: claims {values} images inside one; {AGAIN}")
+        if value_bytes > len(data):
+            data = reader.read_at(struct.unpack(order + next_format, data)[0], value_bytes)
+        if len(data) < value_bytes:
+            raise CorruptImageError(f"{name}: truncated inside a list of image directories; {AGAIN}")
+        below += struct.unpack(f"{order}{values}{OFFSET_TYPES[kind]}", data[:value_bytes])
+    return below, int(struct.unpack(order + next_format, body[-tail_bytes:])[0])

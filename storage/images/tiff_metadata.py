@@ -1,0 +1,102 @@
+"""What a TIFF says about its pixels: their physical size and the names of its channels."""
+
+from __future__ import annotations
+
+import math
+import re
+from math import prod
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+from storage.errors import UnsupportedImageError
+from storage.images.tiff_kinds import AGAIN
+
+if TYPE_CHECKING:
+    import tifffile
+
+    from storage.limits import Limits
+
+# Resolution tags often hold a screen's or printer's dots per inch; above this they are not a microscope's.
+MAX_PLAUSIBLE_MPP = 10.0
+MICROMETRES = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
+IMAGEJ_UNITS = MICROMETRES | {"\\u00B5m": 1.0, "micron": 1.0, "microns": 1.0, "inch": 25400.0}
+
+
+def check_claims(tif: tifffile.TiffFile, name: str, limits: Limits) -> None:
+    """Refuse XML that makes tifffile list more planes than a file can have, before it does.
+
+    Raises
+    ------
+    UnsupportedImageError
+    """
+    claims: list[float] = [0]
+    for element in _xml(tif.pages.first.description).iter() if tif.is_ome or tif.is_scn else []:
+        get = element.attrib.get
+        claims += [_number(get(key, "")) for key in ("PlaneCount", "NumPlanes", "sizeZ")]
+        claims.append(prod(_number(get(f"Size{axis}", "1")) for axis in get("DimensionOrder", "")[2:]))
+        claims.append((_number(get("c", "")) + 1) * (_number(get("z", "")) + 1))
+        if "Start" in element.attrib:  # of a modulo annotation
+            step = _number(get("Step", "1")) or 1.0
+            claims.append((_number(get("End", "")) - _number(get("Start", ""))) / step)
+    if max(claims) > 4 * limits.ifds:  # samples stored together count as planes too
+        raise UnsupportedImageError(f"{name}: its metadata claims {max(claims):.0f} planes; {AGAIN}")
+
+
+def mpp_yx(tif: tifffile.TiffFile, key: tifffile.TiffPage) -> tuple[float, float] | None:
+    """Micrometres per pixel (y, x): from the SVS description, OME-XML, or plausible resolution tags."""
+    if tif.is_svs:
+        found = re.search(r"\bMPP\s*=\s*([0-9.eE+-]+)", key.description)
+        return _plausible(*[_number(found[1])] * 2) if found else None
+    if tif.is_ome:
+        pixels = _ome_pixels(tif)
+        return _plausible(_ome_size(pixels, "Y"), _ome_size(pixels, "X"))
+    unit = {2: 25400.0, 3: 10000.0}.get(int(key.resolutionunit))
+    if tif.is_imagej:
+        unit = IMAGEJ_UNITS.get(str((tif.imagej_metadata or {}).get("unit")), unit)
+    x, y = key.resolution
+    if unit is None or x <= 0 or y <= 0 or max(unit / y, unit / x) > MAX_PLAUSIBLE_MPP:
+        return None
+    return _plausible(unit / y, unit / x)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _plausible(y: float, x: float) -> tuple[float, float] | None:
+    return (y, x) if 0 < y < math.inf and 0 < x < math.inf else None
+
+
+def _xml(text: str | None) -> ET.Element:
+    """Parse a description; what is no XML is an empty element."""
+    try:
+        return ET.fromstring(text or "")  # noqa: S314  tifffile parses the same text
+    except ET.ParseError:
+        return ET.Element("none")
+
+
+def _ome_pixels(tif: tifffile.TiffFile) -> ET.Element:
+    """Return the first Pixels element of the OME-XML; an empty one where there is none."""
+    found = (element for element in _xml(tif.ome_metadata).iter() if element.tag.endswith("Pixels"))
+    return next(found, ET.Element("Pixels"))
+
+
+def _ome_size(pixels: ET.Element, axis: str) -> float:
+    """Physical size of a pixel along an axis in micrometres; 0 where it is not given in metres."""
+    unit = pixels.get(f"PhysicalSize{axis}Unit", "µm")
+    return _number(pixels.get(f"PhysicalSize{axis}", "")) * MICROMETRES.get(unit, 0.0)
+
+
+def channel_names(tif: tifffile.TiffFile, key: tifffile.TiffPage, channels: int) -> tuple[str, ...]:
+    """Names of the channels: the file's own, else letters where the colours are known, else numbers."""
+    elements = [element for element in _ome_pixels(tif) if element.tag.endswith("Channel")] if tif.is_ome else []
+    names = [name for element in elements if (name := element.get("Name"))]
+    if len(names) == channels:
+        return tuple(names)
+    known = {2: "RGB", 3: "RGB", 5: "CMYK", 6: "RGB"}.get(int(key.photometric), "")  # YCbCr and palettes become RGB
+    if len(known) + 1 == channels and key.extrasamples and key.extrasamples[0] in (1, 2):
+        known += "A"
+    return tuple(known) if len(known) == channels else tuple(str(i) for i in range(channels))

@@ -1,0 +1,220 @@
+"""A local folder by descriptors and ``pread``; what is no file, or lies elsewhere, is refused as it is opened.
+
+Notable: files are read by one thread. What is in memory is decoded in a few microseconds a chunk, which two threads
+of one process only slow down by handing each other the interpreter's lock; what is not is brought in by the kernel,
+several ranges at a time, because it is told of them before the first is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import resource
+import stat
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.errors import CorruptImageError, MissingImageError, StorageError
+from storage.limits import LIMITS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import NoReturn
+
+    from storage.place.stores import Range
+
+SLOW_READ_S = 100e-6  # longer than a short range takes from the page cache
+ANNOUNCED_RANGES = 64  # told to the kernel at once, before the first is read
+ANNOUNCED_BYTES = 2**20  # longer ranges keep a disk busy by themselves
+
+
+class NotAFile(Exception):  # noqa: N818  its callers make an error of it that names what the file is for
+    """What was opened is a folder, a pipe, a socket or a device; the text says which."""
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
+    """Open a file for reading and return its descriptor; what is no file is refused, and never waited for.
+
+    Raises
+    ------
+    NotAFile
+    OSError
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)  # a pipe would wait for its writer
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise NotAFile("a folder" if stat.S_ISDIR(mode) else "a pipe or a device")
+    return fd
+
+
+class _Descriptor:
+    """A file descriptor closed when its last user lets go of it, which makes eviction safe between threads."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, root: str, key: str) -> None:
+        self.fd = -1
+        self.fd = open_below(root, key)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def open_below(root: str, key: str) -> int:
+    """Open the file ``key`` of a pyramid; one to which a link leads out of the pyramid is refused.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    CorruptImageError
+        It is no file, or lies outside.
+    StorageError
+        It cannot be read.
+    """
+    path = f"{root}/{key}"
+    try:
+        fd = open_regular(path)
+    except NotAFile as error:
+        if str(error) == "a folder":
+            raise FileNotFoundError(key) from error
+        raise CorruptImageError(f"{path}: {error}, not a file; remove it and convert again") from None
+    except OSError as error:
+        fail(root, key, error)
+    # Read after the file was opened: a link put there later does not change what is read.
+    if _has_link(root, key) and not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
+        os.close(fd)
+        raise CorruptImageError(f"{path}: a link that leads out of the pyramid, which is not followed; copy the file")
+    return fd
+
+
+def read_below(root: str, key: str, limit: int) -> bytes:
+    """Return a file of at most ``limit`` bytes; raises as ``open_below``, also if it holds more."""
+    with os.fdopen(open_below(root, key), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CorruptImageError(f"{root}/{key}: holds {size} bytes, more than the {limit} it may")
+        try:
+            return file.read(size)
+        except OSError as error:
+            fail(root, key, error)
+
+
+def _has_link(root: str, key: str) -> bool:
+    """Whether the file or a folder between it and the root is a link; few are, and to look is cheap."""
+    path = root
+    for part in key.split("/"):
+        path = f"{path}/{part}"
+        if os.path.islink(path):
+            return True
+    return False
+
+
+def fail(root: str, key: str, error: OSError) -> NoReturn:
+    """Raise the error that a failure to open or read a file is to a reader."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        raise FileNotFoundError(key) from error
+    raise StorageError(f"{root}/{key}: cannot be read ({error.strerror}); check its disk and permissions") from error
+
+
+class _Descriptors:
+    """The most recently read files of all local stores, kept open up to a share of what the process may open.
+
+    Files are known by store and key, not by path: what has replaced a file since is another store's to open.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[int, str], _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+        self.limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def get(self, store: int, root: str, key: str) -> _Descriptor:
+        """Open the file ``key`` below ``root``, or return it open."""
+        name = (store, key)
+        with self._lock:
+            found = self._open.get(name)
+            if found is not None:
+                self._open.move_to_end(name)
+                return found
+        opened = _Descriptor(root, key)
+        with self._lock:
+            self._open[name] = opened
+            while len(self._open) > self.limit:
+                self._open.popitem(last=False)
+        return opened
+
+    def close(self, store: int) -> None:
+        """Close the files of a store that no thread is reading."""
+        with self._lock:
+            for name in [name for name in self._open if name[0] == store]:
+                del self._open[name]
+
+    def forked(self) -> None:
+        """In a forked child: go on with the open files, but not with a lock that nobody there will release."""
+        self._lock = threading.Lock()
+
+
+_descriptors = _Descriptors()
+os.register_at_fork(after_in_child=_descriptors.forked)
+_numbers = itertools.count()
+
+
+class LocalStore:
+    """A folder; see ``storage.place.stores.Store``."""
+
+    def __init__(self, root: Path) -> None:
+        if not os.path.isdir(root):
+            what = "is a file, not a folder" if os.path.exists(root) else "does not exist; check the path"
+            raise MissingImageError(f"{root}: {what}")
+        self.name = str(root)
+        self.concurrency = 1
+        self.merge_gap = 0
+        self._number = next(_numbers)
+        self._slow = True  # whether a short range since the last announcement was
+
+    def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> bytes:
+        """Return the whole file."""
+        return read_below(self.name, key, limit)
+
+    def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+        """Yield the bytes of each range, fewer where its file ends."""
+        for first in range(0, len(ranges), ANNOUNCED_RANGES):
+            window = ranges[first : first + ANNOUNCED_RANGES]
+            if self._slow:
+                self._announce(window)
+            self._slow = False
+            for key, start, length in window:
+                started = time.perf_counter()
+                try:
+                    descriptor = _descriptors.get(self._number, self.name, key)  # held, or a thread could end it
+                    if start < 0:
+                        start = max(0, start + os.fstat(descriptor.fd).st_size)
+                    data = os.pread(descriptor.fd, length, start)
+                except OSError as error:
+                    fail(self.name, key, error)
+                if time.perf_counter() - started > SLOW_READ_S and length <= ANNOUNCED_BYTES:
+                    self._slow = True
+                yield data
+
+    def _announce(self, ranges: Sequence[Range]) -> None:
+        """Have the kernel fetch what it does not hold yet, all ranges at once; a hint, which never fails.
+
+        Worth it where the last reads were slow: were they all fast, the files lie in the page cache.
+        """
+        short = [range_ for range_ in ranges if range_[2] <= ANNOUNCED_BYTES and range_[1] >= 0]
+        if len(short) < 2 or not hasattr(os, "posix_fadvise"):
+            return
+        with contextlib.suppress(OSError):
+            for key, start, length in short:
+                descriptor = _descriptors.get(self._number, self.name, key)
+                os.posix_fadvise(descriptor.fd, start, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Close the files that no thread is reading."""
+        _descriptors.close(self._number)

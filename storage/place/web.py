@@ -1,0 +1,172 @@
+"""Files of web servers (http, https), which may be anybody's: bounded in bytes, in time and in where they lead.
+
+Notable: obstore serves s3, gs and az, but not these. It sets memory aside for what a server says the body of an error
+will hold, and a server that says 64 GB so ends the process; here no body is read further than was asked, that of an
+error not at all, a request ends after its time however it drips, and redirects lead to http and https only.
+
+The requests of all threads run on one event loop, in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import re
+import threading
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
+
+from storage.errors import CorruptImageError, TransferError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import aiohttp
+
+    from storage.place.stores import Stat
+
+T = TypeVar("T")
+PIECE_BYTES = 2**20  # of a body, read at once
+DRAINED_BYTES = 2**16  # of an error's body, for the sake of its connection
+REDIRECTS = 5
+CONNECTIONS = 128  # as many as threads that read
+_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+
+
+class Retryable(Exception):  # noqa: N818  what fails too often becomes a ``TransferError`` that names its place
+    """A request that failed in a way that another one may not."""
+
+
+@dataclass(frozen=True)
+class WebRequests:
+    """Requests below one URL; see ``storage.place.stores.Requests``."""
+
+    url: str
+    timeout_s: float
+
+    def get(self, key: str, limit: int) -> bytes:
+        """Return a whole file of at most ``limit`` bytes."""
+
+        async def read(answer: aiohttp.ClientResponse) -> bytes:
+            length = answer.content_length
+            body = None if length is not None and length > limit else await _body(answer, limit)
+            if body is None:
+                held = "more" if length is None else f"{length} bytes, more"
+                raise CorruptImageError(f"{self.url}/{key}: holds {held} than the {limit} it may")
+            return body
+
+        return self._request("GET", key, {}, read)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``start``, or from ``-start`` before the end; fewer where the file ends."""
+        wanted = f"bytes={start}-{start + length - 1}" if start >= 0 else f"bytes=-{length}"
+
+        async def read(answer: aiohttp.ClientResponse) -> bytes:
+            if answer.status == 416:
+                return b""
+            found = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+            if answer.status != 206 or found is None:
+                raise TransferError("Range request not supported")
+            first, last = int(found[1]), int(found[2])
+            if (first != start and start >= 0) or last - first >= length:
+                raise TransferError(f"{wanted} was asked and {found[0]} came")
+            body = await _body(answer, length)
+            if body is None:
+                raise TransferError(f"more bytes than the {length} that were asked")
+            return body
+
+        return self._request("GET", key, {"Range": wanted}, read)
+
+    def stat(self, key: str) -> Stat:
+        """Size and version of a file."""
+
+        async def read(answer: aiohttp.ClientResponse) -> Stat:
+            tag, changed = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
+            size = answer.headers.get("Content-Length", "")
+            if not re.fullmatch(r"\d{1,18}", size):
+                raise TransferError("it does not tell the file's size")
+            with contextlib.suppress(ValueError):
+                changed = parsedate_to_datetime(changed).isoformat() if changed else None
+            return int(size), {"e_tag": tag} if tag else {"last_modified": changed or ""}
+
+        return self._request("HEAD", key, {}, read)
+
+    def _request(
+        self, method: str, key: str, headers: dict[str, str], read: Callable[[aiohttp.ClientResponse], Awaitable[T]]
+    ) -> T:
+        loop = _event_loop()
+        return asyncio.run_coroutine_threadsafe(self._answer(method, key, headers, read), loop).result()
+
+    async def _answer(
+        self, method: str, key: str, headers: dict[str, str], read: Callable[[aiohttp.ClientResponse], Awaitable[T]]
+    ) -> T:
+        import aiohttp
+        from yarl import URL
+
+        url = URL(f"{URL(self.url)}/{quote(key)}", encoded=True)
+        try:
+            async with (
+                asyncio.timeout(self.timeout_s),
+                _session().request(method, url, headers=headers, max_redirects=REDIRECTS) as answer,
+            ):
+                if answer.status < 400 or answer.status == 416:
+                    return await read(answer)
+                with contextlib.suppress(aiohttp.ClientError):
+                    await answer.content.read(0 if method == "HEAD" else DRAINED_BYTES)
+                if answer.status in (404, 410):
+                    raise FileNotFoundError(key)
+                kind = Retryable if answer.status >= 500 or answer.status in (408, 429) else TransferError
+                raise kind(f"status {answer.status} {answer.reason or ''}".strip()[:80])
+        except TimeoutError:
+            raise Retryable(f"no whole answer within {self.timeout_s:g} s") from None
+        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:
+            raise TransferError(f"{type(error).__name__}: {error}") from error
+        except aiohttp.ClientError as error:
+            raise Retryable(str(error) or type(error).__name__) from error
+
+
+async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes | None:
+    """Return the body, or None once it is longer than ``limit`` bytes."""
+    body = bytearray()
+    async for piece in answer.content.iter_chunked(PIECE_BYTES):
+        body += piece
+        if len(body) > limit:
+            answer.close()
+            return None
+    return bytes(body)
+
+
+_making = threading.Lock()
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """The loop that all requests run on, made at first use; a process that was forked from here may not use it."""
+    with _making:
+        return _new_event_loop()
+
+
+@cache
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="storage-web", daemon=True).start()
+    return loop
+
+
+@cache
+def _session() -> aiohttp.ClientSession:
+    """The connections; made on the loop."""
+    import aiohttp
+
+    session = aiohttp.ClientSession(
+        auto_decompress=False,  # what would be made of a body is not bounded
+        headers={"Accept-Encoding": "identity"},
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS),
+        timeout=aiohttp.ClientTimeout(total=None),  # each request has its own
+        trust_env=True,  # proxies
+    )
+    atexit.register(lambda: asyncio.run_coroutine_threadsafe(session.close(), _event_loop()).result(1.0))
+    return session

@@ -1,0 +1,1 @@
+"""Random boxes of slides: ``Slide`` and what lies behind it."""

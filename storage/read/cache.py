@@ -1,0 +1,184 @@
+"""``BoundedFolder``, which keeps files up to a size, and ``ChunkCache``: of chunks fetched from URLs.
+
+Notable: a name tells content, not only place: it is made of the pyramid's location, a hash of its root metadata
+(which names the source and tells the checksums of all shards), the shard's key and the range within it. So a pyramid
+that was converted again is not served from what the old one left. Everything kept ends with its own crc32c, as
+chunks and shard indexes do, and what fails it is dropped and fetched again. Processes share a folder: files appear
+by renaming, and what they hold in all is counted under a lock. Only files named as the cache names them are removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.errors import StorageError
+from storage.format.shard import checksum_holds
+from storage.place.local_store import NotAFile, open_regular
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TOTAL = "total"  # bytes kept, as text; the file that is locked
+KEEP = 0.9  # of the size is left when the oldest go, so that they do not go one by one
+TEMPORARY = ".tmp"
+_FOLDER = re.compile("[0-9a-f]{2}")
+_FILE = re.compile("[0-9a-f]{30}")
+TEMPORARY_S = 600.0  # age at which a temporary file was left by a process that ended
+
+
+@dataclass(frozen=True, init=False)
+class BoundedFolder:
+    """A folder of files by name, the least recently used dropped first; safe between threads and processes.
+
+    Files count with their length, and the time of last use is that of their modification.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    max_bytes
+        What the files may hold in all, at least 1.
+
+    Raises
+    ------
+    StorageError
+        The folder cannot be made or written to.
+    """
+
+    folder: Path
+    max_bytes: int
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
+        object.__setattr__(self, "folder", Path(folder))
+        object.__setattr__(self, "max_bytes", max_bytes)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.counted():
+                pass
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: cannot be used as a cache ({error.strerror}); give a folder that can be written to"
+            ) from error
+
+    def path(self, name: str) -> Path:
+        """Place of the file of any name."""
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        return self.folder / digest[:2] / digest[2:]
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[Total]:
+        """The bytes kept, while no other process or thread changes them; whoever changes them says so there."""
+        handle = os.open(self.folder / TOTAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            text = os.pread(handle, 32, 0)
+            total = Total(int(text) if text.isdigit() else sum(size for _, size, _ in self._files()))
+            before = total.bytes
+            yield total
+            if total.bytes != before or not text.isdigit():
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, str(total.bytes).encode(), 0)
+        finally:
+            os.close(handle)  # and with it the lock
+
+    def make_room(self, total: Total, more: int, *, unused_since: float = math.inf) -> bool:
+        """See that there is room for ``more`` bytes, dropping the least recently used files; whether there is.
+
+        Parameters
+        ----------
+        total
+            From `counted`, within which this runs.
+        more
+            Bytes.
+        unused_since
+            Only files are dropped that were last used before this time, in seconds since 1970.
+        """
+        if total.bytes + more > self.max_bytes:
+            total.bytes = self._drop_oldest(max(0, int(self.max_bytes * KEEP) - more), unused_since)
+        return total.bytes + more <= self.max_bytes
+
+    def _drop_oldest(self, keep: int, unused_since: float) -> int:
+        """Drop the least recently used files until at most ``keep`` bytes are left, and return how many there are."""
+        files = sorted(self._files())
+        left = sum(size for _, size, _ in files)
+        for used, size, path in files:
+            if left <= keep or used >= unused_since:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            left -= size
+        return left
+
+    def _files(self) -> Iterator[tuple[float, int, str]]:
+        """Time of last use, bytes and path of all files; those that ended processes left unfinished are removed."""
+        for folder in os.scandir(self.folder):
+            if not _FOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
+                continue
+            for file in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    status = file.stat(follow_symlinks=False)
+                    if _FILE.fullmatch(file.name):
+                        yield status.st_mtime, status.st_size, file.path
+                    elif file.name.endswith(TEMPORARY) and time.time() - status.st_mtime > TEMPORARY_S:
+                        os.unlink(file.path)
+
+
+class ChunkCache(BoundedFolder):
+    """Byte strings by name, each a file; see `BoundedFolder`.
+
+    A disk that fails or fills does not fail the reading: the cache then keeps less.
+    Besides ``max_bytes`` there may be one unfinished file per writing thread and, until files are next counted anew,
+    one per process that was killed as it kept a file.
+    """
+
+    def get(self, name: str) -> bytes | None:
+        """What was put under ``name``, or None; what is damaged is dropped."""
+        path = self.path(name)
+        try:
+            with os.fdopen(open_regular(path), "rb") as file:
+                data = file.read(min(os.fstat(file.fileno()).st_size, self.max_bytes))
+            if checksum_holds(data):
+                os.utime(path)  # the time of last use, by which the oldest are chosen
+                return data
+            path.unlink()  # put counts it until files are next counted anew, which is safe
+        except (OSError, NotAFile):
+            pass
+        return None
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep ``data``, which ends with its crc32c, dropping the oldest if there is no room."""
+        path = self.path(name)
+        if len(data) > self.max_bytes:
+            return
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            handle, temporary = tempfile.mkstemp(TEMPORARY, dir=path.parent)
+            try:
+                with open(handle, "wb") as file:
+                    file.write(data)
+                with self.counted() as total:
+                    self.make_room(total, len(data))
+                    total.bytes += len(data)
+                    os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+
+
+@dataclass
+class Total:
+    """Bytes of all files of a folder."""
+
+    bytes: int

@@ -1,0 +1,78 @@
+"""Plain PNG, JPEG and BMP files, decoded once and held in memory with their coarser levels."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import closing
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from storage.format.levels import Level
+from storage.images.halving import downsample
+from storage.images.raster import RasterImage
+from storage.place.files import open_file
+from storage.read.boxes import cut
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from storage.read.source import Counters
+
+MIN_LEVEL_SIZE = 64  # pixels; levels go on until the longer side is no more than this, as in a conversion
+
+
+class MemorySource:
+    """A PNG, JPEG or BMP file; see ``Source``. Its levels are those that a conversion would make.
+
+    Raises
+    ------
+    MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
+    """
+
+    def __init__(self, location: str, counters: Counters) -> None:
+        with closing(open_file(location)) as file:
+            self.name, size = file.name, file.size
+        with RasterImage(location) as image:
+            _, height, width = image.shape
+            pixels = np.ascontiguousarray(image.read(0, 0, height, width))
+            self.channels = image.channels
+        counters.add(requests=1, read=size)
+        self.dtype = pixels.dtype
+        self._pixels = [pixels]
+        while len(self._pixels) < 2 or max(self._pixels[-1].shape[1:]) > MIN_LEVEL_SIZE:
+            self._pixels.append(downsample(self._pixels[-1]))
+        self.levels = tuple(_level(level.shape, 2.0**i) for i, level in enumerate(self._pixels))
+        self.memory_bytes = sum(level.nbytes for level in self._pixels)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the pixels, from which all levels are made; see ``Source``."""
+        pixels = self._pixels[0]
+        return hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes()).hexdigest()
+
+    def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Copy from the level's pixels; see ``Source``."""
+        pixels = self._pixels[level]
+        shape_yx = (pixels.shape[1], pixels.shape[2])
+        for parts in cut(boxes, shape_yx, shape_yx)[-1]:
+            for b, y0, y1, x0, x1, py0, py1, px0, px1 in parts:
+                out[b, :, y0:y1, x0:x1] = pixels[:, py0:py1, px0:px1]
+
+    def close(self) -> None:
+        """Nothing to give back but memory, which goes with the slide."""
+
+
+def _level(shape: tuple[int, ...], downsample: float) -> Level:
+    _, height, width = shape
+    first = (downsample - 1) / 2  # the mean of pixels lies in their middle
+    return Level(
+        shape_yx=(height, width),
+        downsample=downsample,
+        mpp=None,
+        chunk=max(height, width),
+        shard=max(height, width),
+        scale_yx=(downsample, downsample),
+        translation_yx=(first, first),
+    )

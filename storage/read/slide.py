@@ -1,0 +1,229 @@
+"""``Slide``: random boxes of an image at several levels, fetching only the chunks they touch.
+
+Three kinds of source lie behind it, chosen as it is opened: our own pyramids (``sharded``, the fast one), any other
+OME-Zarr 0.4 or 0.5 image (``foreign``), and PNG, JPEG and BMP files (``memory``). Whatever the source, each chunk is
+fetched and decoded once however many boxes of a batch share it.
+
+Shape letters: N boxes, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from storage.errors import NotAPyramidError
+from storage.format.levels import Level
+from storage.format.ome_zarr import load_json, pyramid_info
+from storage.place.stores import open_store
+from storage.read.boxes import check_boxes
+from storage.read.sharded import ShardedSource
+from storage.read.source import Counters, ReadStatistics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from storage.read.cache import ChunkCache
+    from storage.read.source import Source
+
+__all__ = ["Level", "ReadStatistics", "Slide"]
+
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")  # of URLs; local files are told apart by their first bytes
+TIFF_SUFFIXES = (".tif", ".tiff", ".svs")
+
+
+class Slide:
+    """An image opened for reading: a pyramid or a PNG, JPEG or BMP file, by path or by URL (http, https, s3, gs, az).
+
+    A context manager; thread safe; pickles as its location and opens again where it is unpickled.
+
+    Parameters
+    ----------
+    location
+        Folder, file or URL.
+    cache
+        Keeps chunks of our own pyramids for later, also for other processes; meant for URLs.
+
+    Attributes
+    ----------
+    location, cache : what it was opened with
+    name : name of the image
+    levels : the levels, finest first
+    channels : channel names
+    dtype : uint8, uint16, int16, float32 or float64
+    mpp : micrometres per pixel of level 0, None where unknown
+    shape_yx : height and width of level 0
+    memory_bytes : of pixels held as long as it is open; a PNG, JPEG or BMP is decoded whole
+
+    Raises
+    ------
+    MissingImageError, NotAPyramidError, UnsupportedImageError, CorruptImageError, TransferError
+    """
+
+    def __init__(self, location: str | os.PathLike[str], *, cache: ChunkCache | None = None) -> None:
+        self.location, self.cache = os.fspath(location), cache
+        self._counters = Counters()
+        self._source = _open_source(self.location, self._counters, cache)
+        self.name, self.channels, self.dtype = self._source.name, self._source.channels, self._source.dtype
+        self.levels, self.memory_bytes = self._source.levels, self._source.memory_bytes
+        self.mpp, self.shape_yx = self.levels[0].mpp, self.levels[0].shape_yx
+
+    def read(self, level: int, box: Sequence[int], *, fill: float = 0) -> NDArray[Any]:
+        """Read one box.
+
+        Parameters
+        ----------
+        level
+            Number of the level.
+        box
+            (y, x, h, w) in pixels of that level; it may leave the image.
+        fill
+            Value of pixels outside the image.
+
+        Returns
+        -------
+        (C, h, w) array of ``dtype``
+
+        Raises
+        ------
+        CorruptImageError
+            A chunk is damaged or, in a pyramid of ours, missing.
+        TransferError
+            The server failed to answer, after a bounded number of attempts.
+        """
+        pixels: NDArray[Any] = self.read_many(level, [tuple(box)], fill=fill)[0]
+        return pixels
+
+    def read_many(self, level: int, boxes: ArrayLike, *, fill: float = 0) -> NDArray[Any]:
+        """Read boxes of one size, fetching and decoding each chunk once.
+
+        Parameters
+        ----------
+        level
+            Number of the level.
+        boxes
+            (N, 4) integers (y, x, h, w) in pixels of that level, all with the same h and w.
+        fill
+            Value of pixels outside the image.
+
+        Returns
+        -------
+        (N, C, h, w) array of ``dtype``
+
+        Raises
+        ------
+        CorruptImageError, TransferError
+            As ``read``.
+        """
+        if not 0 <= level < len(self.levels):
+            raise ValueError(f"level {level} of a slide with {len(self.levels)}")
+        boxes = check_boxes(boxes)
+        channels = len(self.channels)
+        if not len(boxes):
+            return np.empty((0, channels, 0, 0), self.dtype)
+        height, width = self.levels[level].shape_yx
+        h, w = int(boxes[0, 2]), int(boxes[0, 3])
+        y, x = boxes[:, 0], boxes[:, 1]
+        inside = y.min() >= 0 and x.min() >= 0 and y.max() + h <= height and x.max() + w <= width
+        shape = (len(boxes), channels, h, w)
+        out = np.empty(shape, self.dtype) if inside else np.full(shape, fill, self.dtype)
+        if h and w:
+            self._source.fill(level, boxes, out)
+        return out
+
+    @property
+    def identity(self) -> str | None:
+        """Digest of the pixels of all levels, whatever the location; None of pyramids of other writers.
+
+        Of our own pyramids it is that of the table of their shards' checksums, and takes no request; of a PNG, JPEG
+        or BMP that of the decoded pixels.
+        """
+        return self._source.identity
+
+    @property
+    def statistics(self) -> ReadStatistics:
+        """Snapshot of what was read since opening, metadata included."""
+        return self._counters.snapshot()
+
+    def close(self) -> None:
+        """Give descriptors and connections back."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.location, self.cache)
+
+    def __repr__(self) -> str:
+        return f"Slide({self.location!r})"
+
+
+def _reopen(location: str, cache: ChunkCache | None) -> Slide:
+    return Slide(location, cache=cache)
+
+
+def _open_source(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
+    """Choose the kind of source."""
+    kind = _kind_of_file(location)
+    if kind is None:
+        return _open_pyramid(location, counters, cache)
+    if kind == "raster":
+        from storage.read.memory import MemorySource
+
+        return MemorySource(location, counters)
+    raise NotAPyramidError(f"{location}: {kind}, not a pyramid; run nested-ats convert and open what it writes")
+
+
+def _kind_of_file(location: str) -> str | None:
+    """Tell a file: "raster" (PNG, JPEG, BMP), words for one that is not read, or None for what may be a pyramid."""
+    if "://" in location:
+        suffix = PurePosixPath(location.partition("?")[0]).suffix.lower()
+        return "raster" if suffix in RASTER_SUFFIXES else "a TIFF" if suffix in TIFF_SUFFIXES else None
+    if not os.path.isfile(location):
+        return None
+    from storage.images.raster import MAGIC_BYTES, TIFF_MAGICS, raster_kind
+    from storage.place.files import open_file
+
+    with closing(open_file(location)) as file:
+        first = file.read_at(0, MAGIC_BYTES)
+    if raster_kind(first):
+        return "raster"
+    return "a TIFF" if first.startswith(TIFF_MAGICS) else "a file of a kind that is not read"
+
+
+def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
+    """Open our own pyramids, known by their ``nested_ats`` block, or those of others."""
+    store = open_store(location)
+
+    def read(key: str) -> bytes:
+        counters.add(requests=1)
+        data = store.get(key)
+        counters.add(read=len(data))
+        return data
+
+    try:
+        data = read("zarr.json")
+        root = load_json(lambda _: data, "zarr.json", location)
+    except FileNotFoundError:
+        root = {}
+    attributes = root.get("attributes")
+    if isinstance(attributes, dict) and "nested_ats" in attributes:
+        info = pyramid_info(root, read, location)
+        return ShardedSource(location, store, counters, data, info, cache)
+    from storage.format.ngff import find_image
+    from storage.read.foreign import ForeignSource  # the codecs of others take a while to import
+
+    return ForeignSource(location, store, counters, find_image(read, location, root), read)
