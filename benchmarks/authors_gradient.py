@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nested_ats import Draw, NestedATS
-from nested_ats.models.base import Phase
+from nested_ats.phases import Phase
 from nested_ats.sampling import uniform
 
 

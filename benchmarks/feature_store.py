@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from nested_ats import build_model, levels_for
-from nested_ats.models.base import PatchModel, image_cells
+from nested_ats.cells import image_cells
+from nested_ats.models.patches import PatchModel
 from pipeline.config import Config, parse_config
 from pipeline.data.features import DiskFeatures
 from pipeline.data.manifest import Entry

@@ -54,7 +54,8 @@ from nested_ats import (
     attention_sampling_loss,
     predict,
 )
-from nested_ats.models.base import PatchConfig, SamplingModel
+from nested_ats.config import PatchConfig
+from nested_ats.models.patches import SamplingModel
 from pipeline.config import DEFAULT_LEVELS, TrainConfig
 from pipeline.data.augment import AugmentedImage
 from pipeline.data.features import DiskFeatures

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nested_ats.images import find_level
-from nested_ats.models.prior import occupied, signal, thresholds
 from nested_ats.networks.encoders import build_encoder
 from nested_ats.networks.presets import IMAGENET_MEAN, IMAGENET_STD
+from nested_ats.prior import occupied, signal, thresholds
 from pipeline.data.slides import SlideImage
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main

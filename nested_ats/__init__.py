@@ -6,6 +6,7 @@ behind the same interface (`build_model` makes any of them). Images are read thr
 """
 
 from nested_ats.checkpoint import ModelInfo, inspect_model, load_model, save_model
+from nested_ats.config import AnyConfig, CNNConfig, DeepMILConfig, LevelConfig, ModelConfig, UniformConfig, levels_for
 from nested_ats.errors import (
     EncoderError,
     ImpossibleWeightsError,
@@ -18,10 +19,14 @@ from nested_ats.expectation import entropy, expectation
 from nested_ats.feature_store import FeatureStore
 from nested_ats.images import ArrayImage, Image, read_batch
 from nested_ats.losses import attention_sampling_loss
-from nested_ats.models.base import ImageModel, Output, SamplingModel
-from nested_ats.models.baselines import CNN, CNNConfig, DeepMIL, DeepMILConfig, UniformConfig, UniformSampling
-from nested_ats.models.kinds import AnyConfig, build_model
-from nested_ats.models.nested import LevelConfig, ModelConfig, NestedATS, levels_for
+from nested_ats.models.base import ImageModel
+from nested_ats.models.cnn import CNN
+from nested_ats.models.deepmil import DeepMIL
+from nested_ats.models.kinds import build_model
+from nested_ats.models.nested import NestedATS
+from nested_ats.models.patches import SamplingModel
+from nested_ats.models.uniform import UniformSampling
+from nested_ats.phases import Output
 from nested_ats.profiling import Cost, step_cost
 from nested_ats.sampling import Draw, draw
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
+from nested_ats.config import AnyConfig, LevelConfig
 from nested_ats.errors import ModelFileError, UntrustedEncoderError
 from nested_ats.files import open_regular
 from nested_ats.models.base import ImageModel
-from nested_ats.models.kinds import KINDS, AnyConfig, bring_up_to_date, build_model
-from nested_ats.models.nested import LevelConfig, NestedATS
+from nested_ats.models.kinds import KINDS, bring_up_to_date, build_model
+from nested_ats.models.nested import NestedATS
 from nested_ats.networks.encoders import is_import_path
 from nested_ats.networks.weights import read_tensors, sha256
 

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from nested_ats.images import Image, Map
-from nested_ats.models.base import ImageModel, Output, SamplingModel, take_rows
+from nested_ats.models.base import ImageModel
 from nested_ats.models.nested import NestedATS
+from nested_ats.models.patches import SamplingModel
+from nested_ats.phases import Output, take_rows
 
 CONFIDENCE = 0.95  # of intervals
 _CELLS, _FINE_CELLS = 512, 4096  # of the integrals over Student's t: of errors, and of its quantile

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from nested_ats.models.base import Phase
+    from nested_ats.phases import Phase
 
 
 def expectation(attention: Tensor, features: Tensor, z: Tensor) -> Tensor:

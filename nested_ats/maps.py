@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nested_ats.models.base import Output, Phase
+from nested_ats.phases import Output, Phase
 
 _CELLS = 10_000  # spread at once
 

@@ -68,7 +68,7 @@ def draw(
     weights
         (B, K), non-negative, at least one positive in each row; they need not sum to one. Order matters to
         `pivotal` and `systematic`: neighbours in the list share a stratum, so list cells along a space-filling curve
-        (`nested_ats.geometry.curve_order`).
+        (`nested_ats.cells.curve_order`).
     n
         Units to draw, >= 1. A row with at most n positive weights gives them all, each with z = 1.
     method

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nested_ats.models.base import EncoderConfig, ImageModel
-from nested_ats.models.baselines import CNN, CNNConfig, DeepMIL, DeepMILConfig, UniformConfig, UniformSampling
-from nested_ats.models.nested import ModelConfig, NestedATS
+from nested_ats.config import AnyConfig, CNNConfig, DeepMILConfig, EncoderConfig, ModelConfig, UniformConfig
+from nested_ats.models.base import ImageModel
+from nested_ats.models.cnn import CNN
+from nested_ats.models.deepmil import DeepMIL
+from nested_ats.models.nested import NestedATS
+from nested_ats.models.uniform import UniformSampling
 from nested_ats.networks.encoders import TIMM, read_choice
 from nested_ats.networks.hub import RANDOM
-
-AnyConfig = ModelConfig | DeepMILConfig | UniformConfig | CNNConfig
 
 
 class Kind(NamedTuple):

@@ -11,147 +11,25 @@ Q classes.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nested_ats.cells import boxes_at, cell_centers, curve_order, grid_centers, image_sizes
+from nested_ats.config import ModelConfig
 from nested_ats.errors import EncoderError
 from nested_ats.expectation import entropy, expectation
-from nested_ats.geometry import cell_centers, curve_order
 from nested_ats.images import Image, Map, find_level, read_batch
-from nested_ats.models.base import (
-    Output,
-    PatchConfig,
-    Phase,
-    Population,
-    Sampler,
-    SamplingModel,
-    boxes_at,
-    draw_phase,
-    grid_centers,
-    image_sizes,
-    take_all,
-)
-from nested_ats.models.prior import PRIORS, Prior, occupied, signal, thresholds
+from nested_ats.models.patches import SamplingModel
 from nested_ats.models.residual import group_logits, inherited
 from nested_ats.networks.attention import AttentionNetwork
-from nested_ats.sampling import METHODS, Draw, Method, draw, fold_in
+from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase, take_all
+from nested_ats.prior import occupied, signal, thresholds
+from nested_ats.sampling import Draw, draw, fold_in
 
 _RGB = 3
-# Of `levels_for`: pixels of the coarse view, ratio of downsamples, pixels of a region; pixels of a cell of the
-# coarser maps, and cells along a side of what is drawn from them.
-_COARSE_VIEW, _FINER, _REGION, _STRIDE, _GROUP = 512, 4, 64, 2, 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class LevelConfig:
-    """One level of attention."""
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # read where a user's file becomes a configuration
-
-    downsample: float  # of the view that this level's attention looks at, relative to the finest level
-    samples: int  # units drawn from this level's attention: the budget
-    size: int | None = None  # side of a region in pixels of its view; none for the first level, the whole image
-    channels: tuple[int, ...] = (8, 8)  # of the attention network's 3x3 convolutions
-    stride: int = 8  # pixels of the view per cell of the attention map
-    group: int = 1  # cells of the map along a side of what is drawn; the last level draws cells, and has 1
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where a value is out of range."""
-        if min(self.samples, self.stride, self.group, *self.channels, len(self.channels)) < 1:
-            raise ValueError("levels: samples, stride, group and channels must be positive, and channels not empty")
-        if self.size is not None and (self.size < 1 or self.size % self.unit):
-            raise ValueError("levels: size must be a positive multiple of stride * group")
-
-    @property
-    def unit(self) -> int:
-        """Side of what is drawn in pixels of the view."""
-        return self.stride * self.group
-
-    @property
-    def extent_l0(self) -> float:
-        """Side of what is drawn in level-0 pixels."""
-        return self.downsample * self.unit
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(PatchConfig):
-    """A nested attention-sampling model."""
-
-    kind: Literal["ats"] = "ats"
-    levels: tuple[LevelConfig, ...]  # coarse to fine; one level is the paper's model
-    attention: Literal["residual", "independent"] = "residual"  # residual: a finer level adds to its parent's map
-    prior: Prior = "none"  # cells that can be drawn: all, those with tissue, or those with valid pixels
-    nodata: float = 0.0  # of pixels that are not valid, in [0, 1]
-    method: Method = "pivotal"  # sampler: pivotal, systematic, desraj or multinomial
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where the levels do not fit one another."""
-        if not self.levels:
-            raise ValueError("levels: at least one is needed")
-        if any(b > a for a, b in itertools.pairwise(self.downsamples)) or self.patch_downsample < 1:
-            raise ValueError("levels: downsamples must go from coarse to fine, down to patch_downsample >= 1")
-        for depth, level in enumerate(self.levels):
-            if (level.size is None) != (depth == 0):
-                raise ValueError(f"levels[{depth}].size: the first level has none, the others need one")
-            side = (level.size or 0) * level.downsample
-            if depth and side * (1 + 1e-9) < self.levels[depth - 1].extent_l0:  # 30 * 1.1 is to cover 33
-                raise ValueError(
-                    f"levels[{depth}].size: regions of size * downsample = {side:g} level-0 pixels do not cover the "
-                    f"cells of {self.levels[depth - 1].extent_l0:g} above them"
-                )
-        super().__post_init__()
-        self._check_cover(f"levels[{len(self.levels) - 1}].stride", self.levels[-1].extent_l0)
-        if self.levels[-1].group != 1:
-            raise ValueError("levels: the last level draws the patches, cells of its map: its group must be 1")
-        if self.attention not in ("residual", "independent"):
-            raise ValueError(f"attention: must be residual or independent, not {self.attention!r}")
-        if self.prior not in PRIORS:
-            raise ValueError(f"prior: must be one of {', '.join(PRIORS)}, not {self.prior!r}")
-        if self.method not in METHODS:
-            raise ValueError(f"method: must be one of {', '.join(METHODS)}, not {self.method!r}")
-
-    @property
-    def downsamples(self) -> tuple[float, ...]:
-        """Of all levels that the model reads, coarse to fine."""
-        return (*(level.downsample for level in self.levels), self.patch_downsample)
-
-
-def levels_for(shape_yx: tuple[int, int], *, patch_size: int = 64, samples: int = 8) -> tuple[LevelConfig, ...]:
-    """Levels of attention for images of a size, so that a training step costs nearly the same whatever the size.
-
-    The coarse view has at most 512 pixels a side, and each further level is four times finer, until what is drawn is
-    no larger than a patch at the finest level. The maps of the coarser levels are finer than what is drawn from them.
-
-    Parameters
-    ----------
-    shape_yx
-        Height and width of the largest image in pixels, whose downsamples are powers of two.
-    patch_size
-        Side of a patch in pixels.
-    samples
-        Budget of every level.
-    """
-    downsample = 2 ** max(0, math.ceil(math.log2(max(shape_yx) / _COARSE_VIEW)))
-    downsamples = [downsample]
-    while downsamples[-1] * _STRIDE * _GROUP > patch_size and downsamples[-1] > 1:
-        downsamples.append(max(downsamples[-1] // _FINER, 1))
-    return tuple(
-        LevelConfig(
-            downsample=each,
-            samples=samples,
-            size=_REGION if depth else None,
-            stride=_STRIDE if depth + 1 < len(downsamples) else _STRIDE * _GROUP,
-            group=_GROUP if depth + 1 < len(downsamples) else 1,
-        )
-        for depth, each in enumerate(downsamples)
-    )
 
 
 class NestedATS(SamplingModel):

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click import get_current_context
 
 from pipeline.interrupt import interruptible
 
@@ -290,10 +291,9 @@ def _check_machines(values: dict[str, Any], count: int, cpus: int, gpus: int) ->
 
 def _parse(command: Sequence[str]) -> dict[str, Any]:
     """Read a command with our own parser, which raises its own usage errors; its parameters by name."""
-    from pipeline.cli.app import app
     from pipeline.errors import UsageError
 
-    found: Any = typer.main.get_command(app)
+    found: Any = get_current_context().find_root().command
     context, words = None, list(command)
     while words and hasattr(found, "commands") and words[0] in found.commands and words[0] != "job":
         context = typer.Context(found, info_name="nested-ats", parent=context)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nested_ats import ImageModel
-from nested_ats.models.base import PatchModel
+from nested_ats.models.patches import PatchModel
 from pipeline.config import FeaturesConfig
 from storage import StorageError
 from storage.format.shard import checksum_holds, crc32c

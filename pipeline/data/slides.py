@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nested_ats.config import EncoderConfig
 from nested_ats.images import find_level
-from nested_ats.models.base import EncoderConfig
 from pipeline.config import CacheConfig
 from pipeline.errors import DataError
 from storage import Slide

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nested_ats import Prediction
-from nested_ats.geometry import box_starts
+from nested_ats.cells import box_starts
+from nested_ats.config import PatchConfig
 from nested_ats.maps import attention_map
-from nested_ats.models.base import PatchConfig, PatchModel
+from nested_ats.models.patches import PatchModel
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError

@@ -35,7 +35,7 @@ from nested_ats import (
     load_model,
 )
 from nested_ats import predict as estimate
-from nested_ats.models.base import EncoderConfig
+from nested_ats.config import EncoderConfig
 from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
 from pipeline.data.features import use_features
 from pipeline.data.manifest import Entry

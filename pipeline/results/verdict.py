@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nested_ats import ImageModel, Output
 from nested_ats.expectation import uniform_entropy
-from nested_ats.models.base import SamplingModel
-from nested_ats.models.baselines import UniformSampling
+from nested_ats.models.patches import SamplingModel
+from nested_ats.models.uniform import UniformSampling
 
 _BETTER = 0.98  # of the cross-entropy of guessing: what is above has not become better than that
 _EVEN = 0.9  # share of the cells that the attention is as good as spread over, from where on it is called uniform
@@ -138,5 +138,5 @@ class Observer:
 
 
 def is_background(spreads: Tensor) -> Tensor:
-    """Whether there is nothing to see in patches of such `nested_ats.models.base.spread`: (P,) -> (P,) bool."""
+    """Whether there is nothing to see in patches of such `nested_ats.models.patches.spread`: (P,) -> (P,) bool."""
     return spreads < _FLAT**2

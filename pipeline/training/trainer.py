@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cluster import Context
 from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
-from nested_ats.models.base import PatchModel, SamplingModel
+from nested_ats.models.patches import PatchModel, SamplingModel
 from nested_ats.networks.trainable import batch_statistics
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, parse_config

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from storage.conversion.output import Output
     from storage.conversion.receipts import ShardKey
-    from storage.conversion.target import Output
     from storage.format.ome_zarr import LevelInfo
 
 PAIRED_SHARDS = 64  # of level 0, from which on there are tasks enough for tasks of five shards

@@ -22,8 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from storage.conversion.output import OWN_KEYS
 from storage.conversion.receipts import Receipt, check_index, parse_journal
-from storage.conversion.target import OWN_KEYS
 from storage.errors import ConversionError, CorruptImageError, StorageError
 from storage.limits import LIMITS
 from storage.place.lease import Lease

@@ -1,7 +1,6 @@
 """A pyramid being written: locked, journalled, resumable, and whole before it has its name.
 
-Two protocols say what any place to write to must do (``Output`` for the workers, ``Partial`` for the one driver);
-here is the local folder, and ``storage.conversion.object_target`` has object stores.
+Here is the local folder, and ``storage.conversion.object_target`` has object stores.
 
 Locally, everything goes to ``NAME.partial``. Each shard is written under a temporary name, flushed to disk, renamed,
 and only then entered in the journal; a rerun trusts a journalled shard only if its file still has that length and
@@ -19,8 +18,9 @@ import shutil
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from storage.conversion.output import OWN_KEYS
 from storage.conversion.receipts import Receipt, by_place, check_index, parse_journal
 from storage.errors import ConversionError, CorruptImageError
 from storage.place.local_store import read_below
@@ -29,75 +29,15 @@ from storage.place.locks import locked
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from storage.conversion.output import Partial
+
 JOURNAL = "journal.jsonl"
 SCRATCH = "scratch"
-# What a pyramid of ours consists of, and what else lies in one that is being written.
-OWN_KEYS = re.compile(r"zarr\.json|\d+/zarr\.json|\d+/c/0/\d+/\d+")
+# What else lies in a pyramid that is being written.
 _OWN_PARTS = re.compile(rf"({OWN_KEYS.pattern}|{re.escape(JOURNAL)})(\.[\d-]+\.tmp)?|{SCRATCH}/band-\d+")
 JOURNAL_BYTES = 512 * 2**20  # at most, four times what as many shards take as a pyramid may have
 MAX_PIECES = 512  # in one call; Linux takes 1024
 _numbers = itertools.count()
-
-
-class Output(Protocol):
-    """Where workers write shards; picklable and thread safe."""
-
-    def write(self, key: str, pieces: Sequence[bytes], *, read_again: bool = True) -> str:
-        """Store one file durably, whole or not at all, and return the store's tag of it (local folders: none).
-
-        ``read_again`` tells whether the conversion itself will read it soon.
-        """
-        ...
-
-    def read(self, key: str, limit: int) -> bytes:
-        """Return a file written before, of at most ``limit`` bytes."""
-        ...
-
-
-class Partial(Protocol):
-    """A pyramid being written, in the hands of the one driver that holds its lock."""
-
-    @property
-    def output(self) -> Output:
-        """Where workers write."""
-        ...
-
-    @property
-    def scratch(self) -> Path:
-        """Local folder, to be made if needed, for files that need not survive."""
-        ...
-
-    def resume(self, job: dict[str, Any]) -> list[Receipt]:
-        """Receipts of an earlier run of the same ``job``; what another job left behind is swept.
-
-        Parameters
-        ----------
-        job
-            JSON values that tell the source and the options; shards of another job are not reused.
-        """
-        ...
-
-    def record(self, receipts: Sequence[Receipt]) -> None:
-        """Enter finished shards in the journal."""
-        ...
-
-    def verify(self, receipts: Sequence[Receipt], index_bytes: int) -> None:
-        """Check that every shard is there with its length and an index whose checksum holds.
-
-        Raises
-        ------
-        CorruptImageError
-            A shard is missing or damaged: the disk did not keep what was written.
-        """
-        ...
-
-    def commit(self, files: dict[str, bytes], *, overwrite: bool) -> None:
-        """Write the metadata, the root's last, and give the pyramid its name."""
-        ...
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        ...
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import NoReturn
 
-    from storage.place.stores import Range
+    from storage.place.ranges import Range
 
 SLOW_READ_S = 100e-6  # longer than a short range takes from the page cache
 ANNOUNCED_RANGES = 64  # told to the kernel at once, before the first is read

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
     from obstore.store import ObjectStore
 
+    from storage.place.ranges import Range, Stat
+
 T = TypeVar("T")
-Range = tuple[str, int, int]  # key, start, length in bytes; a start of -length means the end of the file
-Stat = tuple[int, dict[str, str]]  # bytes of a file, and what tells its version
 
 SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "abfss", "adl")  # of URLs
 WEB_SCHEMES = ("http", "https")

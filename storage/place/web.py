@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from storage.place.stores import Stat
+    from storage.place.ranges import Stat
 
 T = TypeVar("T")
 PIECE_BYTES = 2**20  # of a body, read at once

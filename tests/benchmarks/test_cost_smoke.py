@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nested_ats import DeepMILConfig, build_model
-from nested_ats.models.base import image_cells
+from nested_ats.cells import image_cells
 from pipeline.config import Config
 from storage import Slide, validate
 

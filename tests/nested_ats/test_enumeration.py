@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nested_ats import ArrayImage, Draw, LevelConfig, ModelConfig, NestedATS, draw
-from nested_ats.geometry import curve_order
+from nested_ats.cells import curve_order
 from nested_ats.sampling import METHODS, fold_in
 from nested_ats.testing import outcomes
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nested_ats import LevelConfig, ModelConfig, NestedATS, predict
-from nested_ats.geometry import box_starts, curve_order
+from nested_ats.cells import box_starts, curve_order
 from nested_ats.maps import attention_map
 
 PATCH = 25

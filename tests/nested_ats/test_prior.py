@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nested_ats import ArrayImage, EncoderError, LevelConfig, ModelConfig, NestedATS
-from nested_ats.models.prior import occupied, signal, thresholds
+from nested_ats.prior import occupied, signal, thresholds
 
 LEVELS = (
     LevelConfig(downsample=4, stride=2, group=4, samples=6, channels=(4,)),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_ats import ImpossibleWeightsError
-from nested_ats.geometry import curve_order
+from nested_ats.cells import curve_order
 from nested_ats.sampling import METHODS, draw, fold_in, noise_size, uniform
 from nested_ats.testing import inclusion, outcomes
 

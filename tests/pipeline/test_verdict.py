@@ -18,7 +18,7 @@ from nested_ats import (
     build_model,
 )
 from nested_ats.expectation import uniform_entropy
-from nested_ats.models.base import spread
+from nested_ats.models.patches import spread
 from pipeline.results.verdict import Observer, class_shares, guess_cross_entropy, is_background, run_shares, verdict
 
 GOOD = {"cross_entropy": 0.3, "guess": 0.69, "auc": 0.9, "interval": (0.7, 0.97), "entropy": 4.0, "uniform": 8.3}

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS, predict
-from nested_ats.geometry import box_starts, cell_centers, curve_order
+from nested_ats.cells import box_starts, boxes_at, cell_centers, curve_order
 from nested_ats.maps import attention_map
-from nested_ats.models.base import boxes_at
 
 
 @pytest.mark.parametrize(

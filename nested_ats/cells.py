@@ -10,10 +10,15 @@ Coordinates are y, x; ``_l0`` marks pixels of the finest level, others are in pi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from nested_ats.images import Image
 
 _CURVE_BITS = 16  # cells of a map are numbered on a 65,536 x 65,536 curve
 
@@ -88,3 +93,37 @@ def curve_order(height: int, width: int) -> Tensor:
         x, y = torch.where(flip, side - 1 - x, x), torch.where(flip, side - 1 - y, y)
         x, y = torch.where(down, x, y), torch.where(down, y, x)
     return distance.argsort()
+
+
+def image_cells(images: Sequence[Image], extent_l0: float) -> tuple[Tensor, Tensor]:
+    """Cells of `extent_l0` level-0 pixels that tile each image, along the curve.
+
+    Returns
+    -------
+    centers_l0, there
+        (B, K, 2) float64 with K of the largest image, and (B, K): whether an image has this cell.
+    """
+    lists = []
+    for image in images:
+        rows, columns = (math.ceil(side / extent_l0) for side in image.shapes[0])
+        lists.append(grid_centers(rows, columns, extent_l0))
+    most = max(map(len, lists))
+    centers = torch.stack([functional.pad(each, (0, 0, 0, most - len(each))) for each in lists])
+    return centers, torch.arange(most) < torch.tensor([len(each) for each in lists])[:, None]
+
+
+def grid_centers(rows: int, columns: int, side: float) -> Tensor:
+    """Centres (rows columns, 2) of the cells of a map, of `side` pixels each, along the curve."""
+    y, x = cell_centers(rows, rows * side), cell_centers(columns, columns * side)
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)[curve_order(rows, columns)]
+
+
+def boxes_at(centers_l0: Tensor, downsample: float, size: int) -> Tensor:
+    """Boxes (..., 4) of `size` pixels of a level, centred on (..., 2) points of the finest."""
+    starts = box_starts(centers_l0, downsample, size)
+    return torch.cat([starts, torch.full_like(starts, size)], -1)
+
+
+def image_sizes(images: Sequence[Image]) -> Tensor:
+    """Height and width of each image in level-0 pixels, (B, 2) float64."""
+    return torch.tensor([image.shapes[0] for image in images], dtype=torch.float64)

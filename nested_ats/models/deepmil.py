@@ -1,0 +1,108 @@
+"""Deep multiple-instance learning over all patches of a grid (Ilse et al. 2018), behind the same interface.
+
+Shape letters: B batch, K patches of a grid, C channels, H W pixels, D features, L attention features, Q classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from nested_ats.cells import image_cells
+from nested_ats.config import DeepMILConfig
+from nested_ats.expectation import entropy
+from nested_ats.images import Image, Map
+from nested_ats.models.patches import PatchModel
+from nested_ats.phases import Output, Phase, Population, draw_phase, take_all
+
+
+class _AttentionPooling(nn.Module):
+    """Logits of the attention to each feature: equation 8 of Ilse et al. (2018), or 9 where gated."""
+
+    def __init__(self, features: int, width: int, *, gated: bool) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(features, width)
+        self.gate = nn.Linear(features, width) if gated else None
+        self.logit = nn.Linear(width, 1, bias=False)  # softmax does not see a bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(K, D) -> (K,)."""
+        hidden = self.hidden(features).tanh()
+        if self.gate is not None:
+            hidden = hidden * self.gate(features).sigmoid()
+        logits: Tensor = self.logit(hidden)
+        return logits.squeeze(-1)
+
+
+class DeepMIL(PatchModel):
+    """Attention over the features of **all** patches of a grid; every draw is the same.
+
+    Patches are centred on the cells of a grid that tiles the image. Nothing is left out as background.
+
+    Memory of a training step grows with the image: the activations of every patch are kept, as in the paper, or with
+    ``recompute`` those of one chunk at a time, for one more forward pass; the pixels of all patches are kept either
+    way, as the image gives them, (K, C, patch_size, patch_size). Without gradients one chunk is held at a time.
+
+    Parameters
+    ----------
+    config
+        Grid, patches and networks.
+    in_channels
+        C of the images.
+    classes
+        Q.
+    pretrained
+        Read the weights that ``encoder`` names.
+
+    Raises
+    ------
+    EncoderError
+        The encoder cannot be built.
+    """
+
+    config: DeepMILConfig
+
+    def __init__(self, config: DeepMILConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
+        super().__init__(config, in_channels=in_channels, classes=classes, pretrained=pretrained)
+        gated = config.attention == "gated"
+        self.pooling = _AttentionPooling(self.features, config.attention_features, gated=gated)
+
+    def forward(
+        self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None, map_: Map = map
+    ) -> Output:
+        """Classify a batch of images; see `ImageModel.forward`. The one phase holds every patch, with z = 1."""
+        del keys, views
+        extent = self.config.patch_downsample * self.config.stride
+        centers, there = image_cells(images, extent)
+        bags = [self._bag(image, c[t], map_) for image, c, t in zip(images, centers, there, strict=True)]
+        logits = [
+            functional.pad(self.pooling(bag), (0, centers.shape[1] - len(bag)), value=-torch.inf) for bag in bags
+        ]
+        stacked = torch.stack(logits)
+        log_attention = stacked.log_softmax(-1, dtype=torch.promote_types(stacked.dtype, torch.float32))
+        attention = log_attention.exp()
+        # Not a matrix product: autocast would make it one of bf16.
+        pooled = torch.stack([(a[: len(f), None] * f).sum(0) for a, f in zip(attention, bags, strict=True)])
+        phase = _all_of(Population(log_attention[:, None], centers[:, None], extent))
+        return Output(self.head(pooled), entropy(log_attention), pooled, (phase,))
+
+    def _bag(self, image: Image, centers_l0: Tensor, map_: Map) -> Tensor:
+        """Features of all patches of an image: (K, 2) level-0 pixels -> (K, D)."""
+        features = []
+        for chunk in torch.split(centers_l0, self.config.chunk):
+            if self.config.recompute and torch.is_grad_enabled() and not self._keeps:
+                pixels, location = self._read(image, chunk, map_)
+                features.append(checkpoint(self._embed, pixels, location, use_reentrant=False))
+            else:
+                features.append(self.encode_one(image, chunk, map_))
+        return torch.cat(features)
+
+
+def _all_of(population: Population) -> Phase:
+    """A phase that has drawn everything."""
+    ones = torch.ones_like(population.log_attention[:, :, 0])
+    return draw_phase(population, ones, ones, take_all, 0, torch.empty(0))

@@ -1,0 +1,272 @@
+"""Models that see patches, and those whose answer depends on which patches are drawn.
+
+Shape letters: B batch, n drawn units, K units in all, P patches, C channels, H W pixels, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nested_ats.cells import boxes_at, image_sizes
+from nested_ats.config import PatchConfig
+from nested_ats.feature_store import EncoderName, FeatureStore
+from nested_ats.images import Image, Map, find_level, read_batch
+from nested_ats.models.base import ImageModel
+from nested_ats.networks.encoders import read_choice
+from nested_ats.phases import Output, Phase, Population, Sampler
+
+_LEAST_SPREAD = 0.01  # of a feature that is standardised, of the mean of all
+_READS = 8  # parts in which one image's patches are read, so that `map_` can read them at the same time
+# Keys that decide nothing of what a frozen encoder makes of a patch.
+_AFTER_FEATURES = ("trainable", "scale", "standardise", "location", "allow_gaps")
+
+
+class PatchModel(ImageModel):
+    """An `ImageModel` whose encoder sees patches; the parameters are those of `ImageModel`.
+
+    Attributes
+    ----------
+    store
+        Where features are kept of a frozen encoder (``trainable: none``), of images that tell an ``identity``: a
+        patch found there is neither read nor encoded. Results change by rounding alone. None: nowhere.
+    observe
+        Told the `spread` (P,) of all patches that are encoded or found; twice of one that comes twice. None: nobody.
+    """
+
+    config: PatchConfig
+
+    def __init__(
+        self,
+        config: PatchConfig,
+        *,
+        in_channels: int,
+        classes: int,
+        pretrained: bool = True,
+        attention: nn.ModuleList | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            in_channels=in_channels,
+            classes=classes,
+            patch_size=config.patch_size,
+            location=config.location,
+            pretrained=pretrained,
+            attention=attention,
+        )
+        self.store: FeatureStore | None = None
+        self.observe: Callable[[Tensor], None] | None = None
+        self._moments: Tensor | None = None
+        self._feature_mean: Tensor
+        self._feature_std: Tensor
+        for name, value in (("_feature_mean", 0.0), ("_feature_std", 1.0)) if config.standardise else ():
+            self.register_buffer(name, torch.full((self.features,), value))
+        before = {f.name: getattr(self.config, f.name) for f in fields(PatchConfig) if f.name not in _AFTER_FEATURES}
+        before["encoder"] = read_choice(self.config.encoder)._replace(weights=None).plain  # their bits count, no path
+        self._encoder_name = EncoderName({**before, "in_channels": in_channels})
+
+    def encode(self, images: Sequence[Image], centers_l0: Tensor, map_: Map = map) -> Tensor:
+        """Features of the patches centred on points: (B, n, 2) level-0 pixels -> (B, n, D) of unit length."""
+        boxes = self._patch_boxes(centers_l0)
+        location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
+        if self._keeps:
+            features = self._recall(images, boxes, map_)
+            return self._point(features, location)
+        patches = read_batch(images, self.config.patch_downsample, boxes, map_)
+        return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*boxes.shape[:2], -1)
+
+    def encode_one(self, image: Image, centers_l0: Tensor, map_: Map = map) -> Tensor:
+        """Features of patches of one image, read in parts by `map_`: (P, 2) level-0 pixels -> (P, D)."""
+        if self._keeps:
+            location = centers_l0 / image_sizes([image]) * 2 - 1
+            return self._point(self._recall([image], self._patch_boxes(centers_l0)[None], map_)[0], location)
+        return self._embed(*self._read(image, centers_l0, map_))
+
+    def _read(self, image: Image, centers_l0: Tensor, map_: Map) -> tuple[Tensor, Tensor]:
+        """Pixels (P, C, H, W) of patches of one image, and their (P, 2) places in [-1, 1]."""
+        [pixels] = self._read_parts([image], [self._patch_boxes(centers_l0)], map_)
+        return pixels, centers_l0 / image_sizes([image]) * 2 - 1
+
+    def _read_parts(self, images: Sequence[Image], boxes: Sequence[Tensor], map_: Map) -> list[Tensor]:
+        """Pixels (P, C, H, W) of (P, 4) boxes of each image, P > 0 of any number, read in parts by `map_`."""
+        parts = [torch.split(each, -(-len(each) * len(images) // _READS)) for each in boxes]
+        tasks = [(image, part) for image, own in zip(images, parts, strict=True) for part in own]
+        levels = {id(image): find_level(image, self.config.patch_downsample) for image in images}
+        read = iter(map_(lambda image, part: image.read(levels[id(image)], part), *zip(*tasks, strict=True)))
+        return [torch.cat([next(read) for _ in own]) for own in parts]
+
+    def _patch_boxes(self, centers_l0: Tensor) -> Tensor:
+        return boxes_at(centers_l0, self.config.patch_downsample, self.config.patch_size)
+
+    def _embed(self, pixels: Tensor, location: Tensor) -> Tensor:
+        """Patches (P, C, H, W) and their (P, 2) places in [-1, 1] -> (P, D) of unit length (section 3.2.1)."""
+        seen = self._see(pixels)
+        if self.observe is not None:
+            self.observe(spread(seen))
+        return self._point(self._encode_seen(seen), location)
+
+    def _point(self, features: Tensor, location: Tensor) -> Tensor:
+        """Features (..., D) as encoded and the (..., 2) places of their patches -> (..., D) of unit length."""
+        if self._moments is not None:
+            rows = features.detach().flatten(0, -2).to(self._moments.dtype)
+            self._moments += torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+        if self.config.standardise:
+            features = (features - self._feature_mean) / self._feature_std
+        if self.locate is not None:
+            features = self.locate(torch.cat([features, location.to(features)], -1))
+        return functional.normalize(features, dim=-1)
+
+    @contextmanager
+    def gather_moments(self) -> Iterator[Tensor]:
+        """Add up the features of all patches that are encoded within the block, for `standardise_by`.
+
+        Yields
+        ------
+        (3, D) float64, filled as patches are encoded: their number, the sum of features and that of squares.
+        """
+        self._moments = torch.zeros(3, self.features, dtype=torch.float64, device=self.head.weight.device)
+        try:
+            yield self._moments
+        finally:
+            self._moments = None
+
+    def standardise_by(self, moments: Tensor) -> None:
+        """Bring every feature to mean 0 and spread 1 from now on, by (3, D) moments (`standardise` is set).
+
+        Features of a pretrained network have a common mean, beside which they hardly differ once they have unit
+        length, and a few of them have most of the spread; a model would learn slowly, and from those few.
+        """
+        mean, square = moments[1:] / moments[0].clamp_min(1)
+        spreads = (square - mean.square()).clamp_min(0).sqrt()
+        # One that was never anything else says nothing yet; it must not drown the others once it does.
+        spreads = spreads.clamp_min(_LEAST_SPREAD * spreads.mean())
+        self._feature_mean.copy_(mean)
+        self._feature_std.copy_(torch.where(spreads > 0, spreads, 1.0))
+
+    @property
+    def _keeps(self) -> bool:
+        return self.store is not None and self.config.trainable == "none" and self.head.weight.dtype == torch.float32
+
+    def _recall(self, images: Sequence[Image], boxes: Tensor, map_: Map) -> Tensor:
+        """Features (B, n, D) as encoded of (B, n, 4) boxes: out of the store, or put there.
+
+        A row of the store, and of a table here, holds the D numbers and the `spread` of a patch.
+        """
+        store, device, width = self.store, self.head.weight.device, self.features + 1
+        assert store is not None  # noqa: S101 - seen by the caller
+        names = self._names(images)
+        each = [rows.unique(dim=0, return_inverse=True) for rows in boxes.cpu()]
+        wanted = [own for own, _ in each]
+
+        def look(name: str | None, own: Tensor) -> tuple[Tensor, Tensor]:
+            if name is None:
+                return torch.empty(len(own), width), torch.zeros(len(own), dtype=torch.bool)
+            return store.get(name, own[:, :2], width)
+
+        looked = list(map_(look, names, wanted))
+        tables = [rows.to(device, copy=True) for rows, _ in looked]
+        missing = {row: wanted[row][~found] for row, (_, found) in enumerate(looked) if not found.all()}
+        if missing:
+            encoded = self._encode_boxes([images[row] for row in missing], list(missing.values()), map_)
+            fresh = dict(zip(missing, encoded, strict=True))
+            for row, rows in fresh.items():
+                tables[row][~looked[row][1].to(device)] = rows
+            puts = [(names[row], missing[row][:, :2], fresh[row].cpu()) for row in fresh if names[row] is not None]
+            if puts:
+                list(map_(store.put, *zip(*puts, strict=True)))
+        drawn = torch.stack([table[places.to(device)] for table, (_, places) in zip(tables, each, strict=True)])
+        if self.observe is not None:
+            self.observe(drawn[..., -1].flatten())
+        return drawn[..., :-1]
+
+    def _names(self, images: Sequence[Image]) -> list[str | None]:
+        """Under what the store has the patches of each image; None where it cannot have them."""
+        encoder = self._encoder_name(self.encoder, self.head.weight.device)
+        identities = [getattr(image, "identity", None) for image in images]
+        return [f"{encoder}/{identity}" if encoder and identity else None for identity in identities]
+
+    def _encode_boxes(self, images: Sequence[Image], boxes: Sequence[Tensor], map_: Map) -> list[Tensor]:
+        """Rows (P, D + 1) of the patches in (P, 4) boxes of each image, all encoded at once."""
+        seen = self._see(torch.cat(self._read_parts(images, boxes, map_)))
+        rows = torch.cat([self._encode_seen(seen), spread(seen)[:, None]], -1)
+        return list(torch.split(rows, [len(own) for own in boxes]))
+
+
+class SamplingModel(PatchModel):
+    """A `PatchModel` that draws the patches it sees, from an attention that does not depend on the draw."""
+
+    def forward(
+        self,
+        images: Sequence[Image],
+        keys: Tensor,
+        *,
+        views: Sequence[Tensor] | None = None,
+        map_: Map = map,
+        sampler: Sampler | None = None,
+        more: int = 1,
+    ) -> Output:
+        """Classify a batch of images; see `ImageModel.forward`, and `sample` for `sampler` and `more`."""
+        if views is None:
+            views = list(map_(self.coarse_view, images))
+        first = self.attend(images, views)
+        return self.sample(images, first, keys, map_=map_, sampler=sampler, more=more)
+
+    def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
+        """Attention over the whole images, the population of the first phase: (B, 1, K) with K of the largest."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        images: Sequence[Image],
+        population: Population,
+        keys: Tensor,
+        *,
+        map_: Map = map,
+        sampler: Sampler | None = None,
+        exact: int = 0,
+        more: int = 1,
+    ) -> Output:
+        """Draw from a first population, encode the patches drawn, and classify.
+
+        Parameters
+        ----------
+        images, keys, map_
+            As of `forward`.
+        population
+            From `attend`.
+        sampler
+            Draws from (weights, n, keys) in place of the configured sampler.
+        exact
+            Patches to encode at once, where the last level is not to be drawn from but summed over: F_hat is then
+            the sum over **all** leaves of the opened regions, exact where there is one level. 0 to draw.
+        more
+            Factor on the samples of every level.
+        """
+        raise NotImplementedError
+
+    def _pool_all(self, images: Sequence[Image], phase: Phase, map_: Map, chunk: int) -> Tensor:
+        """Sum of z a f over the units of a phase, (B, D), `chunk` patches of one image in memory at a time."""
+        pooled = []
+        for row, image in enumerate(images):
+            weights = (phase.z * phase.attention)[row].detach()
+            held = weights.nonzero().flatten()
+            total = weights.new_zeros(self.features)
+            for units in torch.split(held, chunk):
+                features = self.encode_one(image, phase.centers_l0[row, units.to(phase.centers_l0.device)], map_)
+                # Not a matrix product: autocast would make it one of bf16.
+                total = total + (weights[units, None] * features).sum(0)
+            pooled.append(total)
+        return torch.stack(pooled)
+
+
+def spread(seen: Tensor) -> Tensor:
+    """How much patches vary: the largest variance of a channel, (P, C, H, W) as the encoder sees them -> (P,)."""
+    seen = seen.detach().float()
+    # Two means of what is at most a few units large: a tenth of the time of `var`, and exact enough for a threshold.
+    variance: Tensor = seen.square().mean((-2, -1)) - seen.mean((-2, -1)).square()
+    return variance.amax(-1)
