@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click import get_current_context
 
 from pipeline.interrupt import interruptible
 
@@ -49,6 +48,7 @@ _LOCAL = "http://127.0.0.1:8265"
 
 @job.command(context_settings=_WORDS)
 def submit(
+    context: typer.Context,
     command: Command,
     address: Address = _LOCAL,
     job_id: Annotated[
@@ -65,7 +65,7 @@ def submit(
     insecure: Insecure = False,
 ) -> None:
     """Run a command on a running cluster; by default follow it to its end."""
-    _check_command(command, working_dir=working_dir)
+    _check_command(context, command, working_dir=working_dir)
     jobs = _connect(address, insecure)
     words = ["nested-ats", *command]
     job_id = jobs.submit(words, job_id=job_id, working_dir=working_dir, secrets=send_secrets, say=_say)
@@ -125,6 +125,7 @@ def nodes(
 
 @manifest.command(context_settings=_WORDS)
 def kuberay(
+    context: typer.Context,
     command: Command,
     image: Annotated[str, typer.Option(help="Image with nested-ats, as the Dockerfile makes it.")],
     storage: Annotated[str, typer.Option(help="PersistentVolumeClaim (ReadWriteMany) with data and results.")],
@@ -143,7 +144,7 @@ def kuberay(
     from cluster.jobs.manifests import RAY_VERSION, RayJob
     from cluster.jobs.manifests import kuberay as render
 
-    _check_command(command, shared=mount, machines=(workers, cpus, gpus))
+    _check_command(context, command, shared=mount, machines=(workers, cpus, gpus))
     made = RayJob(
         command=["nested-ats", *command],
         name=name,
@@ -164,6 +165,7 @@ def kuberay(
 
 @manifest.command(context_settings=_WORDS)
 def slurm(
+    context: typer.Context,
     command: Command,
     storage: Annotated[str, typer.Option(help="Folder that all nodes share, with data and results.")],
     name: Name = "nested-ats",
@@ -180,7 +182,7 @@ def slurm(
     from cluster.jobs.slurm import SlurmJob
     from cluster.jobs.slurm import slurm as render
 
-    _check_command(command, shared=storage, machines=(workers, cpus, gpus))
+    _check_command(context, command, shared=storage, machines=(workers, cpus, gpus))
     made = SlurmJob(
         command=["nested-ats", *command],
         name=name,
@@ -223,6 +225,7 @@ def _line(one: Job) -> str:
 
 
 def _check_command(
+    context: typer.Context,
     command: Sequence[str],
     *,
     working_dir: Path | None = None,
@@ -247,7 +250,7 @@ def _check_command(
     """
     from pipeline.errors import UsageError
 
-    values = _parse(command)
+    values = _parse(context.find_root().command, command)
     if values.get("cluster", "auto") != "auto":
         raise UsageError(f"{command[0]}: add --cluster auto, or all the work is done by the head of the cluster")
     for option, place in _written(command[0], values).items():
@@ -289,11 +292,10 @@ def _check_machines(values: dict[str, Any], count: int, cpus: int, gpus: int) ->
             )
 
 
-def _parse(command: Sequence[str]) -> dict[str, Any]:
-    """Read a command with our own parser, which raises its own usage errors; its parameters by name."""
+def _parse(found: Any, command: Sequence[str]) -> dict[str, Any]:
+    """Read a command with our own parser, ``found`` at its root, which raises its own usage errors: its parameters."""
     from pipeline.errors import UsageError
 
-    found: Any = get_current_context().find_root().command
     context, words = None, list(command)
     while words and hasattr(found, "commands") and words[0] in found.commands and words[0] != "job":
         context = typer.Context(found, info_name="nested-ats", parent=context)

@@ -196,7 +196,8 @@ class TestGuide:
 
     def test_errors_of_the_table_are_ours(self):
         """Every message that the guide explains stands in the code."""
-        sources = [*Path(GUIDE.parents[1], "cluster").glob("*.py"), *Path(GUIDE.parents[1], "pipeline").glob("*.py")]
+        folders = [Path(GUIDE.parents[1], name) for name in ("cluster", "pipeline")]
+        sources = [path for folder in folders for path in folder.rglob("*.py")]
         code = re.sub(r'"\n\s*f?"', "", "\n".join(source.read_text() for source in sources))
         rows = re.findall(r"(?m)^\| `([^`]+)` \|", GUIDE.read_text())
         assert len(rows) > 8
