@@ -293,7 +293,7 @@ def _check_machines(values: dict[str, Any], count: int, cpus: int, gpus: int) ->
 
 
 def _parse(found: Any, command: Sequence[str]) -> dict[str, Any]:
-    """Read a command with our own parser, ``found`` at its root, which raises its own usage errors: its parameters."""
+    """Read a command with our own parser (`found`, at its root), which raises its own usage errors: its values."""
     from pipeline.errors import UsageError
 
     context, words = None, list(command)
