@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from authors_gradient import AuthorsATS
+from estimators import ControlledATS, RememberingATS
 from learning_data import Data, Places, Task, make_data
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -126,6 +127,16 @@ TASKS = {
 }
 TRAINED, FROZEN = ("mnist", "signs", "needles"), ("colon", "slides")  # encoders
 UNIFORM, AUTHORS = "uniform", "desraj, authors' gradient"
+CONTROLLED, REMEMBERING, ONE_REMEMBERING = "control variate", "memory of features", "one level, memory of features"
+_ONE_LEVEL = (LevelConfig(downsample=8, stride=8, samples=32, channels=(16, 16)),)
+
+
+ESTIMATORS: dict[str, type[NestedATS]] = {
+    AUTHORS: AuthorsATS,
+    CONTROLLED: ControlledATS,
+    REMEMBERING: RememberingATS,
+    ONE_REMEMBERING: RememberingATS,
+}
 
 
 class Place(NamedTuple):
@@ -152,6 +163,10 @@ ARMS = {
     "features not scaled": Arm({"scale": 1.0}),
     "features standardised": Arm({"standardise": True}, tasks=TRAINED),
     "features as they are": Arm({"standardise": False}, tasks=FROZEN),
+    "one level": Arm({"levels": _ONE_LEVEL}, tasks=("slides",)),
+    CONTROLLED: Arm(),
+    REMEMBERING: Arm(tasks=("colon",)),
+    ONE_REMEMBERING: Arm({"levels": _ONE_LEVEL}, tasks=("slides",)),
     "tissue prior": Arm({"prior": "tissue"}, tasks=("slides",)),
     "encoder trained": Arm({"trainable": "all", "standardise": False}, {"learning_rate": 1e-4}, tasks=("colon",)),
     "encoder from nothing": Arm(
@@ -191,7 +206,7 @@ def make_model(arm: str, task: Task, weights: Path | None) -> SamplingModel:
         last = config.levels[-1]
         common = {each.name: getattr(config, each.name) for each in fields(PatchConfig) if each.name != "kind"}
         return UniformSampling(UniformConfig(samples=last.samples, cell=last.extent_l0, **common), **shapes)
-    return (AuthorsATS if arm == AUTHORS else NestedATS)(config, **shapes)
+    return ESTIMATORS.get(arm, NestedATS)(config, **shapes)
 
 
 def run(arm: str, task: Task, data: Data, seed: int, place: Place, title: str) -> dict[str, Any]:
@@ -235,7 +250,8 @@ def train(
     kept = Kept(model, course.average)
     curve = []
     for epoch in range(task.epochs):
-        curve.append(train_epoch(model, optimizer, kept, course, data, rows, seed, epoch))
+        told = train_epoch(model, optimizer, kept, course, data, rows, seed, epoch)
+        curve.append(told | getattr(model, "told", {}))  # what an estimator knows of itself
         print(f"{title}, fold {fold + 1}, epoch {epoch + 1}: {curve[-1]}", flush=True)
     kept.use_best()
     return curve, {draws: test(model, task, data, held, seed, draws) for draws in DRAWS}
