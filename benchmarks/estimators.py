@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from nested_ats import Draw, NestedATS
-from nested_ats.base import Output, Phase, Population, Sampler, draw_phase
+from nested_ats.cells import curve_order
 from nested_ats.expectation import entropy, expectation
-from nested_ats.geometry import curve_order
 from nested_ats.images import Image, Map
+from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase
 from nested_ats.sampling import fold_in
 
 DECAY = 0.99  # of what earlier steps say of the prediction, a step
@@ -47,11 +47,11 @@ class ControlledATS(NestedATS):
         self.register_buffer("_squares", torch.zeros(width, width))
         self.register_buffer("_products", torch.zeros(width, self.features))
         self._seen = torch.empty(0)
-        last.register_forward_pre_hook(self._look_on)
+        last.register_forward_pre_hook(lambda _, given: self._look_on(given[0]))
         self.told: dict[str, float] = {}
 
-    def _look_on(self, layer: nn.Module, given: tuple[Tensor]) -> None:
-        self._seen = given[0].detach().float()
+    def _look_on(self, activations: Tensor) -> None:
+        self._seen = activations.detach().float()
 
     def _pool(self, phases: Sequence[Phase], features: Tensor) -> Tensor:
         last = phases[-1]
@@ -122,9 +122,7 @@ class RememberingATS(NestedATS):
     ) -> Output:
         """Draw from what is not remembered; see `NestedATS.sample`."""
         if not self.training:
-            return super().sample(
-                images, population, keys, map_=map_, sampler=sampler, exact=exact, more=more
-            )
+            return super().sample(images, population, keys, map_=map_, sampler=sampler, exact=exact, more=more)
         attention = population.log_attention[:, 0].exp()  # (B, K)
         remembered = [self._of(image, attention.shape[-1]) for image in images]
         known = torch.stack([each for each, _ in remembered])

@@ -3,8 +3,9 @@
 Tasks. *mnist*: Megapixel MNIST at 384 x 384 with 8 noise patches; one level, 10 patches of 50 pixels out of 2304
 cells. *signs*: the scenes of ``make demo``, 1024 x 1024; 8 regions, then 8 patches of 64 pixels out of 4096 leaves.
 *needles*: one digit of a class among 15 scraps of digits, 256 x 256, two levels. *colon*: the 100 published images of
-500 x 500 pixels in ten folds, by a frozen MobileNetV2; 25 of 256 tiles of 64 pixels. *slides*: sixty slides with
-planted nests (`examples/sixty_slides.py`) in three folds, by the same network, as examples/histology.yaml has it.
+500 x 500 pixels, enlarged twice, in ten folds, by a frozen MobileNetV2; 25 of 64 tiles of 128 pixels. *slides*: sixty
+slides with planted nests (`examples/sixty_slides.py`) in three folds, by the same network, as examples/histology.yaml
+has it.
 Arms differ from ``default`` in what their name says and in nothing else: within a seed they start from the same
 weights (but ``uniform``, which has no attention) and see the same images in the same order, by the course of training
 of `pipeline.training.course`. Images are the same for all seeds, and held in memory.
@@ -85,7 +86,9 @@ _NEEDLES = ModelConfig(
 _SIGNS = ModelConfig(levels=DEFAULT_LEVELS)
 # The encoder of these is named when a model is made: where its weights lie is not a setting.
 _FROZEN: dict[str, Any] = {"trainable": "none", "standardise": True}
-_COLON = ModelConfig(levels=(LevelConfig(downsample=4, stride=8, samples=25, channels=(16, 16)),), **_FROZEN)
+_COLON = ModelConfig(
+    levels=(LevelConfig(downsample=8, stride=16, samples=25, channels=(16, 16)),), patch_size=128, **_FROZEN
+)
 _SLIDES = ModelConfig(  # of examples/histology.yaml
     levels=(
         LevelConfig(downsample=16, stride=4, group=4, samples=16),
@@ -102,7 +105,7 @@ TASKS = {
         _COLON,
         channels=3,
         classes=2,
-        size=500,
+        size=1000,
         train=100,
         test=0,
         batch=4,
@@ -170,7 +173,7 @@ ARMS = {
     "tissue prior": Arm({"prior": "tissue"}, tasks=("slides",)),
     "encoder trained": Arm({"trainable": "all", "standardise": False}, {"learning_rate": 1e-4}, tasks=("colon",)),
     "encoder from nothing": Arm(
-        {"encoder": "resnet16", "trainable": "all", "standardise": False, "patch_size": 32},
+        {"encoder": "resnet16", "trainable": "all", "standardise": False},
         {"learning_rate": 1e-3},
         tasks=("colon",),
     ),
@@ -182,6 +185,9 @@ ARMS = {
     "weight decay 0.05": Arm(train={"weight_decay": 0.05}),
     "moved": Arm(train={"augment": {"translation": 0.1}}, tasks=TRAINED),
     "turned": Arm(train={"augment": {"flip": True}}, tasks=FROZEN),
+    "turned, scale 24, entropy weight .1": Arm(
+        {"scale": 24.0}, {"augment": {"flip": True}, "entropy_weight": 0.1, "entropy_fade": 0.0}, tasks=("colon",)
+    ),
     "resnet8": Arm({"encoder": "resnet8"}, tasks=TRAINED),
     "as many samples early": Arm(train={"early_samples": 1}),
     "constant learning rate": Arm(train={"schedule": "constant", "warmup": 0.0}),

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
+from torch.nn import functional
 
 from nested_ats import ArrayImage, ModelConfig
 from pipeline.data.signs import LABELS, sign_scene
@@ -196,14 +197,20 @@ def needle_scenes(task: Task, places: Places) -> Render:
 
 
 def colon_images(task: Task, places: Places) -> Render:
-    """The published images of colon tissue; positive are those with an epithelial cell."""
+    """The published images of colon tissue, enlarged twice; positive are those with an epithelial cell.
+
+    The network was made for larger inputs than the 64 pixels that show a few cells here: enlarged, tiles of the same
+    place give better features (mean of all tiles and logistic regression: 5 % error instead of 8.5 %).
+    """
     del task
     if places.colon is None:
         raise SystemExit("colon: give the published Classification folder by --colon")
     entries = colon_cancer(places.colon)
 
     def render(index: int, pixels: NDArray[np.uint8]) -> int:
-        pixels[:] = imagecodecs.imread(entries[index].path).transpose(2, 0, 1)
+        small = torch.from_numpy(imagecodecs.imread(entries[index].path).transpose(2, 0, 1).astype(np.float32))
+        large = functional.interpolate(small[None], scale_factor=2, mode="bilinear", align_corners=False)[0]
+        pixels[:] = large.round().clamp(0, 255).numpy()
         return int(entries[index].label == EPITHELIAL)
 
     return render

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nested_ats import ArrayImage, LevelConfig, ModelConfig
-from nested_ats.base import take_all
+from nested_ats.phases import take_all
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, which import what lies beside them
 
