@@ -35,7 +35,7 @@ def bad(monkeypatch):
 
             monkeypatch.setattr(name, opening)
 
-        for name in ("slides.Slide", "info.Slide", "validate.validate", "convert.convert", "convert.open_image"):
+        for name in ("data.slides.Slide", "info.Slide", "validate.validate", "convert.convert", "convert.open_image"):
             spoil(f"pipeline.{name}")
 
     return install
