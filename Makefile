@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two processes, which two cores keep busy; `make test TESTS='-n 0 tests/storage'` runs some in one.
 TESTS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-random lint clean
+.PHONY: demo test test-random lint docs clean
 
 # The stamp is newer than the files that decide what is installed, or the install runs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -23,7 +23,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# The site, into site/, to be read offline; a warning is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+test: lint docs
 	$(BIN)/pytest $(TESTS)
 
 # Other examples and another order each time; the seeds are printed, to be given again.
@@ -31,4 +35,4 @@ test-random: $(VENV)/.installed
 	$(BIN)/pytest $(TESTS) --random-order --hypothesis-profile=random
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

@@ -36,7 +36,7 @@ class EncoderConfig:
     # the encoder's weights were trained with, where that is known, else 0.5 and 0.25; a model's own configuration has
     # the numbers.
     mean: float | tuple[float, ...] | None = None
-    std: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None  # likewise
 
     def __post_init__(self) -> None:
         """Raise ValueError where a value is out of range."""

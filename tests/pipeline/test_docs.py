@@ -1,0 +1,58 @@
+"""The site's reference has every key of a configuration and every command, with what each is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer
+
+from nested_ats.config import AnyConfig, LevelConfig
+from pipeline.cli.app import app
+from pipeline.config import Config
+
+sys.path.append(str(Path(__file__).parents[2] / "docs"))
+
+import hooks
+
+
+def keys(section):
+    """Names of a section's keys and of those below it."""
+    for name, field in section.model_fields.items():
+        yield name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if hasattr(kind, "model_fields"):
+                yield from keys(kind)
+
+
+def test_every_key_is_explained():
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", "\n".join(hooks._keys()), re.MULTILINE))
+    models = {field.name for model in (*get_args(AnyConfig), LevelConfig) for field in fields(model)}
+    assert rows.keys() == {*keys(Config), *models}
+    sections = {"model", "train", "data", "predict", "kind"}
+    assert [name for name, row in rows.items() if not row.split("|")[-1].strip() and name not in sections] == []
+
+
+def test_every_command_has_its_place():
+    text = "\n".join(hooks._commands())
+    root = typer.main.get_command(app)
+    for name, command in root.commands.items():
+        assert f"## `nested-ats {name}`" in text
+        assert all(f"`{option}`" in text for each in command.params for option in each.opts if option[:2] == "--")
+
+
+@pytest.mark.parametrize(
+    ("link", "there"),
+    [
+        ("[a](../docs/cluster.md)", "[a](cluster.md)"),
+        ("[a](README.md)", "[a](workers.md)"),
+        ("[a](context.py)", "a"),
+        ("[a](https://b.org/c)", "[a](https://b.org/c)"),
+    ],
+)
+def test_links_lead_to_pages(link, there):
+    assert hooks._relink(link, Path("cluster")) == there
