@@ -18,6 +18,8 @@ import typer
 ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": "index.md",
+    "docs/guide.md": "guide.md",
+    "docs/measurements.md": "measurements.md",
     "docs/cluster.md": "cluster.md",
     "nested_ats/README.md": "models.md",
     "storage/README.md": "pyramids.md",
@@ -47,11 +49,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(r"<!-- readme: (\S+) -->", lambda match: _readme(match[1]), markdown)
     markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
     markdown = markdown.replace("<!-- keys -->", "\n".join(_keys()))
-    return _relink(markdown, Path("docs") if page.file.src_uri == "cluster.md" else Path())
+    return _relink(markdown, Path("docs"))
 
 
 def _readme(name: str) -> str:
-    return _relink((ROOT / name).read_text(), Path(name).parent)
+    return _relink((ROOT / name).read_text().replace("](docs/", "]("), Path(name).parent)
 
 
 def _relink(text: str, folder: Path) -> str:
