@@ -36,8 +36,15 @@ class StreamHeader:
     orientation: int = 1  # EXIF: 1 is upright
 
 
-def jpeg_header(data: bytes) -> StreamHeader:
-    """Read a JPEG's frame header and EXIF orientation, if there is one."""
+def whole_jpeg_header(data: bytes) -> StreamHeader:
+    """Read a JPEG's frame header and EXIF orientation, if there is one; it must run to its end marker."""
+    header = _jpeg_header(data)
+    if not _jpeg_is_whole(data):
+        raise ValueError("a JPEG that is cut short")
+    return header
+
+
+def _jpeg_header(data: bytes) -> StreamHeader:
     orientation = 1
     for marker, body in _jpeg_segments(data):
         if marker == 0xE1 and body[:6] == b"Exif\0\0":
@@ -64,7 +71,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         position += 2 + length
 
 
-def jpeg_is_whole(data: bytes) -> bool:
+def _jpeg_is_whole(data: bytes) -> bool:
     """Tell whether a JPEG runs to its end marker; a decoder fills what is missing with grey."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:

@@ -17,28 +17,26 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import imagecodecs
 
-from storage.errors import CorruptImageError, UnsupportedImageError
+from storage.errors import UnsupportedImageError
 from storage.images.codestreams import (
     JPEG_FRAMES,
     JPEG_MAGIC,
     PNG_MAGIC,
     StreamHeader,
-    jpeg_header,
-    jpeg_is_whole,
     png_header,
+    whole_jpeg_header,
 )
+from storage.images.image import Image
 from storage.images.tiff import TiffImage
-from storage.images.tiff_kinds import AGAIN, REWRITE
+from storage.images.tiff_kinds import REWRITE
 from storage.limits import LIMITS, Limits
 from storage.place.files import RandomFile, open_file
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from numpy.typing import NDArray
 
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -88,31 +86,17 @@ def raster_kind(first: bytes) -> str:
     return "bmp" if first[:2] == b"BM" and int.from_bytes(first[14:18], "little") in BMP_HEADERS else ""
 
 
-class RasterImage:
-    """A PNG, JPEG or BMP, decoded whole; with the attributes of a ``TiffImage``.
-
-    Attributes
-    ----------
-    shape : (C, H, W)
-    dtype : uint8 or uint16
-    mpp_yx : None; such files hold no microscope's pixel size
-    nbytes : bytes of the decoded image
-    channels : channel names
-    segment_yx : height and width of the image
-    direct : True, a box costs only its copy
+class RasterImage(Image):
+    """A PNG, JPEG or BMP, decoded whole: its segment is the image; see ``Image``.
 
     Raises
     ------
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
     """
 
-    direct = True
-    mpp_yx = None
-
     def __init__(self, path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> None:
-        self._limits = limits
         file = open_file(path)
-        self.location = file.location
+        super().__init__(file.location, limits)
         try:
             pixels = self._decode(self._read(file))  # (H, W, C)
         finally:
@@ -120,13 +104,9 @@ class RasterImage:
         height, width, channels = pixels.shape
         self.shape = (channels, height, width)
         self.dtype = pixels.dtype
-        self.nbytes = pixels.nbytes
         self._pixels: NDArray[Any] | None = pixels
         self.segment_yx = (height, width)
         self.channels = CHANNELS[channels]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.location, self._limits)
 
     def _read(self, file: RandomFile) -> bytes:
         """Return the file's bytes; none of a kind that is accepted is larger than its pixels may be."""
@@ -144,7 +124,7 @@ class RasterImage:
         kind = raster_kind(data)
         if not kind:  # behind a URL named as one
             raise self._unsupported(f"not a PNG, JPEG or BMP; give {ACCEPTED}")
-        read_header = {"png": png_header, "jpeg": _whole_jpeg_header, "bmp": _bmp_header}[kind]
+        read_header = {"png": png_header, "jpeg": whole_jpeg_header, "bmp": _bmp_header}[kind]
         try:
             header = read_header(data)
         except ValueError as error:
@@ -184,14 +164,7 @@ class RasterImage:
         most = self._limits.raster_bytes
         if raw > most:
             raise self._unsupported(f"{height} x {width} pixels decode to {raw} bytes, over {most}; {REWRITE}")
-        if raw > self._limits.ratio_free_bytes and raw > file_bytes * self._limits.raster_ratio:
-            raise self._unsupported(f"claims {raw} bytes of pixels in a file of {file_bytes}; {AGAIN}")
-
-    def _corrupt(self, reason: str) -> CorruptImageError:
-        return CorruptImageError(f"{self.location}: {reason}; {AGAIN}")
-
-    def _unsupported(self, reason: str) -> UnsupportedImageError:
-        return UnsupportedImageError(f"{self.location}: {reason}")
+        self._check_ratio(raw, file_bytes, self._limits.raster_ratio)
 
     def read(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
         """Return a view of one box inside the image.
@@ -207,28 +180,12 @@ class RasterImage:
         """
         if self._pixels is None:
             raise ValueError(f"{self.location}: closed")
-        if not (0 <= y <= y + h <= self.shape[1] and 0 <= x <= x + w <= self.shape[2]):
-            raise ValueError(f"the box y={y} x={x} h={h} w={w} leaves the image of shape {self.shape}")
+        self._check_box(y, x, h, w)
         return self._pixels[y : y + h, x : x + w].transpose(2, 0, 1)
 
     def close(self) -> None:
         """Forget the pixels."""
         self._pixels = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _whole_jpeg_header(data: bytes) -> StreamHeader:
-    header = jpeg_header(data)
-    if not jpeg_is_whole(data):
-        raise ValueError("a JPEG that is cut short")
-    return header
 
 
 def _bmp_header(data: bytes) -> StreamHeader:
@@ -247,10 +204,6 @@ def _bmp_header(data: bytes) -> StreamHeader:
     plain = compression == 0 and (bits != 8 or grey)
     samples = 3 if bits == 24 else 1
     return StreamHeader(abs(height), width, samples, bits // samples, kind=0 if plain else 1)
-
-
-def _reopen(location: str, limits: Limits) -> RasterImage:
-    return RasterImage(location, limits=limits)
 
 
 def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:

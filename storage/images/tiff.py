@@ -15,18 +15,19 @@ Shape letters: C channels, H height, W width, S samples of a pixel stored togeth
 from __future__ import annotations
 
 import logging
+import math
 import re
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from itertools import product
-from typing import IO, TYPE_CHECKING, Any, Self, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import tifffile
 
-from storage.errors import CorruptImageError, StorageError, UnsupportedImageError
-from storage.images.codestreams import StreamHeader, j2k_header, jpeg_header, jpeg_is_whole, webp_header
+from storage.errors import StorageError
+from storage.images.codestreams import j2k_header, webp_header, whole_jpeg_header
+from storage.images.image import Image
 from storage.images.tiff_header import check_directories
 from storage.images.tiff_kinds import (
     AGAIN,
@@ -42,19 +43,19 @@ from storage.images.tiff_kinds import (
     why_refused,
 )
 from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx
+from storage.images.tiff_segments import Cut, Part, Plane, why_misplaced
 from storage.limits import LIMITS, Limits
 from storage.place.files import BlockReader, open_file
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
     from storage.place.files import Range
 
-STREAM_HEADERS = {"JPEG": jpeg_header, "JPEG 2000": j2k_header, "WebP": webp_header}
+STREAM_HEADERS = {"JPEG": whole_jpeg_header, "JPEG 2000": j2k_header, "WebP": webp_header}
 # What decides how a page's segments are decoded.
 STORED_AS = (
     "compression",
@@ -95,32 +96,8 @@ def _named(location: str) -> Iterator[None]:
         _reading.reset(token)
 
 
-@dataclass(frozen=True)
-class _Plane:
-    """Segments of the channels ``first .. first + S``, which are stored together, in row-major order."""
-
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    first_channel: int
-    first_index: int  # of these segments in the page's own numbering
-    jpegtables: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What a box takes of one segment: rows ``y0 .. y1`` and columns ``x0 .. x1`` of the segment."""
-
-    plane: _Plane
-    index: int
-    y0: int
-    y1: int
-    x0: int
-    x1: int
-    place: tuple[slice, slice, slice]  # in the box's array
-
-
-class TiffImage:
-    """Random access to the baseline image of a TIFF file; thread safe, picklable, and a context manager.
+class TiffImage(Image):
+    """Random access to the baseline image of a TIFF file; thread safe; see ``Image``.
 
     Parameters
     ----------
@@ -131,34 +108,20 @@ class TiffImage:
     limits
         Caps on what the file may claim.
 
-    Attributes
-    ----------
-    shape : (C, H, W)
-    dtype : one of ``DTYPES``, that of the file or the next that holds its values
-    mpp_yx : micrometres per pixel (y, x), or None where the file does not tell
-    channels : channel names
-    segment_yx : height and width of a tile or strip, in pixels
-    direct : whether pixels are stored plainly, so that a box is read without decoding whole segments
-
     Raises
     ------
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
     """
 
     def __init__(self, path: str | os.PathLike[str], *, allow_sparse: bool = False, limits: Limits = LIMITS) -> None:
-        self._options = (allow_sparse, limits)
-        self._limits = limits
         self._file = open_file(path)
-        self.location = self._file.location
+        super().__init__(self._file.location, limits, allow_sparse=allow_sparse)
         try:
             self._open()
             self._check_segments(allow_sparse=allow_sparse)
         except BaseException:
             self.close()
             raise
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.location, *self._options)
 
     def _open(self) -> None:
         with BlockReader(self._file) as reader:
@@ -182,9 +145,9 @@ class TiffImage:
     def _describe(self, tif: tifffile.TiffFile) -> None:
         self._check_format(tif)
         series = _baseline(tif)
-        self._axes = self._checked_axes(series)
+        axes = self._checked_axes(series)
         self._key = key = series.keyframe
-        samples = key.samplesperpixel if self._axes != "CYX" else len(series.pages)
+        samples = key.samplesperpixel if axes != "CYX" else len(series.pages)
         if reason := why_refused(key, samples):
             raise self._unsupported(reason)
         self._colours = palette(key) if key.photometric == PALETTE else None
@@ -196,6 +159,7 @@ class TiffImage:
         tile = (key.tilelength, key.tilewidth)
         strip = (min(key.rowsperstrip, key.imagelength), key.imagewidth)
         self.segment_yx = tile if key.is_tiled else strip
+        self._cut = Cut("tile" if key.is_tiled else "strip", self.shape[1:], self.segment_yx)
         self._codec = COMPRESSIONS[key.compression]
         self._check_sizes(key)
         whole = key.bitspersample == self._file_dtype.itemsize * 8
@@ -246,9 +210,8 @@ class TiffImage:
             most = self._limits.segment_bytes
             raise self._unsupported(f"one tile or strip decodes to {segment} bytes, over {most}; {REWRITE}")
 
-    def _collect_planes(self, series: tifffile.TiffPageSeries) -> Iterator[_Plane]:
-        rows, columns = self.segment_grid
-        area = rows * columns
+    def _collect_planes(self, series: tifffile.TiffPageSeries) -> Iterator[Plane]:
+        area = math.prod(self._cut.grid)
         for number, page in enumerate(series.pages):
             assert page is not None  # noqa: S101  checked in _checked_axes
             self._check_alike(page)
@@ -257,11 +220,11 @@ class TiffImage:
             if len(offsets) != planes * area or len(counts) != planes * area:
                 raise self._corrupt(
                     f"it tells the places of {len(offsets)} and the lengths of {len(counts)} of its {planes * area} "
-                    f"{self._segment_name}s"
+                    f"{self._cut.name}s"
                 )
             for plane in range(planes):
                 part = slice(plane * area, (plane + 1) * area)
-                yield _Plane(
+                yield Plane(
                     offsets[part],
                     counts[part],
                     first_channel=(number * planes + plane) * self._made,
@@ -277,52 +240,24 @@ class TiffImage:
             raise self._unsupported(DIFFERENT_PLANES)
 
     def _check_segments(self, *, allow_sparse: bool) -> None:
-        """Every segment must lie inside the file, be stored, and not overlap another; ratios must be sane."""
-        size = self._file.size
+        """Every segment must be stored, rightly placed and long enough for its pixels; ratios must be sane."""
         offsets = np.concatenate([plane.offsets for plane in self._planes])
         counts = np.concatenate([plane.counts for plane in self._planes])
         stored = (offsets != 0) | (counts != 0)
         if not allow_sparse and not stored.all():
             missing = int(np.count_nonzero(~stored))
             raise self._unsupported(
-                f"a sparse TIFF: {missing} of its {len(stored)} {self._segment_name}s are not stored; "
+                f"a sparse TIFF: {missing} of its {len(stored)} {self._cut.name}s are not stored; "
                 "if they are meant to be blank, read them as zeros with --allow-sparse (allow_sparse=True)"
             )
-        plain_bytes = self._plain_bytes()[stored]
+        plain_bytes = self._cut.plain_bytes(self._stored * self._key.bitspersample)
+        plain_bytes = np.tile(plain_bytes, len(self._planes))[stored]
         offsets, counts = offsets[stored], counts[stored]
-        if (offsets <= 0).any() or (counts <= 0).any():
-            raise self._corrupt("tiles or strips with an offset but no length, or a length but no offset")
-        if (offsets > size).any() or (counts > size - offsets).any():
-            raise self._corrupt("truncated, tiles or strips lie past the end of the file")
-        order = np.lexsort((-counts, offsets))  # of segments that share their bytes the longest comes first
-        starts, first = np.unique(offsets[order], return_index=True)
-        ends = starts + counts[order][first]
-        if (ends[:-1] > starts[1:]).any():
-            raise self._corrupt("tiles or strips overlap in the file")
+        if reason := why_misplaced(offsets, counts, self._file.size):
+            raise self._corrupt(reason)
         if self._key.compression == 1 and (counts < plain_bytes).any():
             raise self._corrupt("uncompressed tiles or strips are shorter than their pixels")
-        raw = int(plain_bytes.sum())
-        if raw > self._limits.ratio_free_bytes and raw > size * self._limits.ratio:
-            raise self._unsupported(f"claims {raw} bytes of pixels in a file of {size}; {AGAIN}")
-
-    def _plain_bytes(self) -> NDArray[np.int64]:
-        """Bytes that each segment has uncompressed, in the order of all planes; rows begin at whole bytes."""
-        rows, columns = self.segment_grid
-        heights = np.full(rows, self.segment_yx[0], np.int64)
-        if not self._key.is_tiled:
-            heights[-1] = self.shape[1] - (rows - 1) * self.segment_yx[0]
-        row_bytes = -(-self.segment_yx[1] * self._stored * self._key.bitspersample // 8)
-        return np.tile(np.repeat(heights * row_bytes, columns), len(self._planes))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the decoded image."""
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
-
-    @property
-    def segment_grid(self) -> tuple[int, int]:
-        """Rows and columns of segments."""
-        return (-(-self.shape[1] // self.segment_yx[0]), -(-self.shape[2] // self.segment_yx[1]))
+        self._check_ratio(int(plain_bytes.sum()), self._file.size, self._limits.ratio)
 
     def read(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
         """Decode one box inside the image.
@@ -340,15 +275,16 @@ class TiffImage:
         ValueError
             The box leaves the image.
         """
-        if not (0 <= y <= y + h <= self.shape[1] and 0 <= x <= x + w <= self.shape[2]):
-            raise ValueError(f"the box y={y} x={x} h={h} w={w} leaves the image of shape {self.shape}")
+        self._check_box(y, x, h, w)
         out = np.empty((self.shape[0], h, w), self.dtype)
         if h == 0 or w == 0:
             return out
-        parts = [part for plane in self._planes for part in self._parts(plane, y, x, h, w)]
-        data = self._file.read_ranges([wanted for part in parts for wanted in self._ranges(part)])
-        for part in parts:
-            out[part.place] = self._held(self._segment(part.plane, part.index, part, data)).transpose(2, 0, 1)
+        parts = list(product(self._planes, self._cut.parts(y, x, h, w)))
+        data = self._file.read_ranges([wanted for plane, part in parts for wanted in self._ranges(plane, part)])
+        for plane, part in parts:
+            channels = slice(plane.first_channel, plane.first_channel + self._made)
+            pixels = self._held(self._segment(plane, part.index, part, data))
+            out[channels, *part.place] = pixels.transpose(2, 0, 1)
         return out
 
     def _held(self, pixels: NDArray[Any]) -> NDArray[Any]:
@@ -357,22 +293,9 @@ class TiffImage:
             return self._colours[pixels[..., 0].astype(np.uint16, copy=False)]
         return pixels * np.uint8(255) if pixels.dtype == bool else pixels
 
-    def _parts(self, plane: _Plane, y: int, x: int, h: int, w: int) -> Iterator[_Part]:
-        """Cut a box at the borders of segments, row by row."""
-        height, width = self.segment_yx
-        columns = self.segment_grid[1]
-        channels = slice(plane.first_channel, plane.first_channel + self._made)
-        rows_touched = range(y // height, (y + h - 1) // height + 1)
-        for row, column in product(rows_touched, range(x // width, (x + w - 1) // width + 1)):
-            top, left = row * height, column * width
-            y0, y1 = max(y, top), min(y + h, top + height)
-            x0, x1 = max(x, left), min(x + w, left + width)
-            place = (channels, slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
-            yield _Part(plane, row * columns + column, y0 - top, y1 - top, x0 - left, x1 - left, place)
-
-    def _ranges(self, part: _Part) -> list[Range]:
+    def _ranges(self, plane: Plane, part: Part) -> list[Range]:
         """Bytes of the file that a part needs; of plain pixels only the rows, and their columns if few."""
-        offset, count = int(part.plane.offsets[part.index]), int(part.plane.counts[part.index])
+        offset, count = int(plane.offsets[part.index]), int(plane.counts[part.index])
         if not self.direct or not count:
             return [(offset, count)] if count else []
         pixel = self._stored * self._file_dtype.itemsize
@@ -382,38 +305,40 @@ class TiffImage:
         length = (part.x1 - part.x0) * pixel
         return [(offset + y * stride + part.x0 * pixel, length) for y in range(part.y0, part.y1)]
 
-    def _whole_rows(self, part: _Part) -> bool:
+    def _whole_rows(self, part: Part) -> bool:
         return (part.x1 - part.x0) * 4 >= self.segment_yx[1]
 
-    def _segment(self, plane: _Plane, i: int, part: _Part, data: Iterator[bytes]) -> NDArray[Any]:
+    def _segment(self, plane: Plane, i: int, part: Part, data: Iterator[bytes]) -> NDArray[Any]:
         """(y1 - y0, x1 - x0, S) pixels of segment ``i`` of a plane, whose bytes come next in ``data``."""
         shape = (part.y1 - part.y0, part.x1 - part.x0, self._stored)
-        wanted = self._ranges(part)
+        wanted = self._ranges(plane, part)
         if not wanted:
             return np.full(shape, self._nodata, self._file_dtype)
         pieces = [next(data) for _ in wanted]
         if any(len(piece) != length for piece, (_, length) in zip(pieces, wanted, strict=True)):
-            raise self._corrupt(f"{self._where(i)} is truncated")
+            raise self._corrupt(f"{self._cut.where(i)} is truncated")
         if self.direct:
             rows = np.frombuffer(b"".join(pieces), self._file_dtype).reshape(shape[0], -1, self._stored)
             return rows[:, part.x0 : part.x1] if self._whole_rows(part) else rows
         return self._decoded(plane, i, pieces[0])[part.y0 : part.y1, part.x0 : part.x1]
 
-    def _decoded(self, plane: _Plane, i: int, data: bytes) -> NDArray[Any]:
+    def _decoded(self, plane: Plane, i: int, data: bytes) -> NDArray[Any]:
         """(h, w, S) pixels of a compressed segment."""
         self._check_stream(i, data)
         try:
             with _named(self.location):
                 pixels, _, _ = self._decode(data, plane.first_index + i, jpegtables=plane.jpegtables)
         except MemoryError as error:
-            raise self._unsupported(f"{self._where(i)} needs more memory than there is; use fewer workers") from error
+            raise self._unsupported(
+                f"{self._cut.where(i)} needs more memory than there is; use fewer workers"
+            ) from error
         except Exception as error:  # each codec has its own errors
-            raise self._corrupt(f"{self._where(i)} does not decode as {self._codec}") from error
+            raise self._corrupt(f"{self._cut.where(i)} does not decode as {self._codec}") from error
         if pixels is not None and self._codec == "CCITT":
             pixels = pixels.astype(bool)  # bits as bytes
-        height, width = self._inside(i)
+        height, width = self._cut.inside(i)
         if pixels is None or pixels.shape[1] < height or pixels.shape[2] < width or pixels.dtype != self._key.dtype:
-            raise self._corrupt(f"{self._where(i)} decodes to other pixels than its header says")
+            raise self._corrupt(f"{self._cut.where(i)} decodes to other pixels than its header says")
         return np.asarray(pixels[0])
 
     def _check_stream(self, i: int, data: bytes) -> None:
@@ -422,52 +347,16 @@ class TiffImage:
             return
         try:
             header = STREAM_HEADERS[self._codec](data)
-            if self._codec == "JPEG" and not jpeg_is_whole(data):
-                raise ValueError("a JPEG that is cut short")
         except ValueError as error:
-            raise self._corrupt(f"{self._where(i)} is damaged ({error})") from error
-        if header.height > self.segment_yx[0] or header.width > self.segment_yx[1] or self._too_many_samples(header):
+            raise self._corrupt(f"{self._cut.where(i)} is damaged ({error})") from error
+        too_many = self._codec != "WebP" and header.samples > self._stored
+        if header.height > self.segment_yx[0] or header.width > self.segment_yx[1] or too_many:
             claim = f"{header.height} x {header.width} pixels of {header.samples} samples"
-            raise self._corrupt(f"{self._where(i)} is damaged ({self._codec} of {claim})")
-
-    def _too_many_samples(self, header: StreamHeader) -> bool:
-        return self._codec != "WebP" and header.samples > self._stored
-
-    def _inside(self, i: int) -> tuple[int, int]:
-        """Height and width of what of a segment lies inside the image."""
-        row, column = divmod(i, self.segment_grid[1])
-        height, width = self.segment_yx
-        return min(height, self.shape[1] - row * height), min(width, self.shape[2] - column * width)
-
-    def _where(self, i: int) -> str:
-        row, column = divmod(i, self.segment_grid[1])
-        return f"{self._segment_name} ({row}, {column})"
-
-    @property
-    def _segment_name(self) -> str:
-        return "tile" if self._key.is_tiled else "strip"
-
-    def _corrupt(self, reason: str) -> CorruptImageError:
-        return CorruptImageError(f"{self.location}: {reason}; {AGAIN}")
-
-    def _unsupported(self, reason: str) -> UnsupportedImageError:
-        return UnsupportedImageError(f"{self.location}: {reason}")
+            raise self._corrupt(f"{self._cut.where(i)} is damaged ({self._codec} of {claim})")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _reopen(location: str, allow_sparse: bool, limits: Limits) -> TiffImage:
-    return TiffImage(location, allow_sparse=allow_sparse, limits=limits)
 
 
 def _baseline(tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
