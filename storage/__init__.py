@@ -6,7 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storage.conversion.converter import ConvertOptions, ConvertReport, convert, made_from, write_pyramid
+    from storage.conversion.converter import ConvertReport, convert, write_pyramid
+    from storage.conversion.existing import made_from
+    from storage.conversion.plan import ConvertOptions
     from storage.errors import (
         ConversionError,
         CorruptImageError,
@@ -57,7 +59,9 @@ __all__ = [
 # Names are fetched from their modules at first use (PEP 562): a plain import costs nothing.
 _MODULES = {
     "read.cache": ("ChunkCache",),
-    "conversion.converter": ("ConvertOptions", "ConvertReport", "convert", "made_from", "write_pyramid"),
+    "conversion.converter": ("ConvertReport", "convert", "write_pyramid"),
+    "conversion.existing": ("made_from",),
+    "conversion.plan": ("ConvertOptions",),
     "format.levels": ("Level",),
     "read.slide": ("Slide",),
     "read.source": ("ReadStatistics",),

@@ -9,26 +9,22 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from storage.conversion.build import ArraySource, Bands, Job, PixelSource, build
 from storage.conversion.executors import Executor, check_executor, open_executor
+from storage.conversion.existing import already_there
+from storage.conversion.plan import ConvertOptions, plan
 from storage.conversion.receipts import Receipt, by_place
-from storage.conversion.target import check_replaceable, open_partial, sweep_leftovers
-from storage.errors import ConversionError, CorruptImageError, StorageError, TransferError
-from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, parse_pyramid, with_shards
-from storage.format.shard import BloscCodec, ShardLayout
-from storage.limits import LIMITS
+from storage.conversion.target import open_partial, sweep_leftovers
+from storage.errors import ConversionError, CorruptImageError, StorageError
+from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, with_shards
 from storage.place.files import fingerprint
-from storage.place.stores import open_store
 from storage.threads import processors
 
 if TYPE_CHECKING:
@@ -36,33 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from storage.images.raster import RasterImage
-    from storage.images.tiff import TiffImage
-
-CLEVELS = {"lz4": 1, "zstd": 1}  # lz4 at 5 takes twice as long to save 1 %
-MAX_SHARD_BYTES = 64 * 2**20  # decoded; the shard side is halved until it holds
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """What decides the bytes of a pyramid, besides the source."""
-
-    codec: str = "lz4"  # "lz4" reads fastest; "zstd" is smaller
-    chunk: int = 128  # pixels, side of what is fetched and decoded at once
-    shard: int = 2048  # pixels, side of a file; a multiple of chunk
-    min_level_size: int = 64  # pixels; levels go on until the longer side is no more than this
-    mpp: float | None = None  # micrometres per pixel of level 0; None takes the source's
-    allow_sparse: bool = False  # take TIFF tiles that are not stored as zeros, instead of refusing the file
-
-    def __post_init__(self) -> None:
-        if self.codec not in CLEVELS:
-            raise ValueError(f"codec must be one of {', '.join(CLEVELS)}, not {self.codec!r}")
-        if self.chunk < 2 or self.chunk % 2 or self.shard < self.chunk or self.shard % self.chunk:
-            raise ValueError(f"chunk must be even and shard a multiple of it, not {self.chunk} and {self.shard}")
-        if self.min_level_size < 1:
-            raise ValueError("min_level_size must be at least 1")
-        if self.mpp is not None and not 0 < self.mpp < float("inf"):
-            raise ValueError("mpp must be positive")
+    from storage.images.image import Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +98,13 @@ def convert(
     options = options or ConvertOptions()
     check_executor(executor)
     place = os.fspath(target)
-    identity = fingerprint(source)
+    provenance = {"source": fingerprint(source), "options": asdict(options), "format": FORMAT}
     with open_image(source, allow_sparse=options.allow_sparse) as image:
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
-        info = _plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit="micrometer" if mpp_yx else None)
         info = replace(
-            info,
+            plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit="micrometer" if mpp_yx else None),
             channels=image.channels,
-            provenance={"source": identity, "options": asdict(options), "format": FORMAT},
+            provenance=provenance,
         )
         return _write(
             image,
@@ -147,23 +116,8 @@ def convert(
             workers=workers or processors() + (executor == "threads"),
             progress=progress,
             overwrite=overwrite,
-            check_source=partial(_check_unchanged, source, identity),
+            file=source,
         )
-
-
-def _check_unchanged(source: str | os.PathLike[str], identity: dict[str, Any]) -> None:
-    if fingerprint(source) != identity:
-        raise ConversionError(f"{os.fspath(source)}: was changed while it was converted; convert it again")
-
-
-def made_from(target: str | os.PathLike[str], source: str | os.PathLike[str]) -> bool:
-    """Tell whether a pyramid was made from this very file, as far as its fingerprint says."""
-    try:
-        with contextlib.closing(open_store(os.fspath(target))) as store:
-            present = parse_pyramid(store.get, store.name)
-        return present.provenance.get("source") == fingerprint(source)
-    except (StorageError, OSError):
-        return False
 
 
 def write_pyramid(
@@ -216,7 +170,7 @@ def write_pyramid(
     place = os.fspath(target)
     source = ArraySource(array.astype(array.dtype.newbyteorder("="), copy=False))
     pixel = mpp or 1.0
-    info = _plan(
+    info = plan(
         source,
         options or ConvertOptions(),
         place,
@@ -233,58 +187,6 @@ def write_pyramid(
     return _write(source, info, place, overwrite=overwrite)
 
 
-def _plan(
-    source: PixelSource,
-    options: ConvertOptions,
-    target: str,
-    *,
-    scale_yx: tuple[float, float],
-    unit: str | None,
-    first_yx: tuple[float, ...] = (0.0, 0.0),
-) -> PyramidInfo:
-    """Describe the pyramid of a source: its levels, halved until small, at least two."""
-    channels, height, width = source.shape
-    layout = _layout(source, options, target)
-    levels: list[LevelInfo] = []
-    while len(levels) < 2 or max(levels[-1].shape[1:]) > options.min_level_size:
-        factor = 2 ** len(levels)
-        levels.append(
-            LevelInfo(
-                path=str(len(levels)),
-                shape=(channels, -(-height // factor), -(-width // factor)),
-                layout=layout,
-                scale_yx=(scale_yx[0] * factor, scale_yx[1] * factor),
-                translation_yx=(
-                    first_yx[0] + scale_yx[0] * (factor - 1) / 2,
-                    first_yx[1] + scale_yx[1] * (factor - 1) / 2,
-                ),
-            )
-        )
-    if (shards := sum(math.prod(level.shard_grid) for level in levels)) > LIMITS.shards:
-        raise ConversionError(f"{target}: would have {shards} shards, more than readers take; choose a larger shard")
-    bounds = np.iinfo(source.dtype) if source.dtype.kind in "iu" else None
-    window = (float(bounds.min), float(bounds.max)) if bounds else (0.0, 1.0)
-    names = tuple(str(i) for i in range(channels))
-    name = Path(target).name.removesuffix(".zarr").removesuffix(".ome")
-    return PyramidInfo(name, unit, names, window, tuple(levels))
-
-
-def _layout(source: PixelSource, options: ConvertOptions, target: str) -> ShardLayout:
-    channels, dtype = source.shape[0], source.dtype
-    shard = options.shard
-    while shard > options.chunk and channels * shard * shard * dtype.itemsize > MAX_SHARD_BYTES:
-        shard = max(shard // 2 // options.chunk, 1) * options.chunk
-    shuffle = "noshuffle" if dtype.itemsize == 1 else "shuffle"
-    codec = BloscCodec(options.codec, CLEVELS[options.codec], shuffle, dtype.itemsize)
-    layout = ShardLayout(channels, options.chunk, shard, dtype, codec)
-    if max(layout.grid**2 * layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
-        raise ConversionError(
-            f"{target}: chunks of {layout.chunk_bytes} bytes, {layout.grid**2} in a shard, which readers refuse; "
-            "choose another chunk"
-        )
-    return layout
-
-
 def _write(
     source: PixelSource,
     info: PyramidInfo,
@@ -295,18 +197,19 @@ def _write(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     strip_rows: int | None = None,
-    check_source: Callable[[], None] = lambda: None,
+    file: str | os.PathLike[str] | None = None,
 ) -> ConvertReport:
     """Build, verify and name a pyramid, or find that it is there.
 
-    With ``strip_rows`` the source is decoded in bands first, because one of its strips spans several shards.
+    With ``strip_rows`` the source is decoded in bands first, because one of its strips spans several shards. The
+    ``file`` behind the source, if there is one, must not change meanwhile.
     """
     started = time.perf_counter()
-    if (present := _already_there(target, info, overwrite=overwrite)) is not None:
+    if (present := already_there(target, info, overwrite=overwrite)) is not None:
         sweep_leftovers(target)
         return _report(present, target, started, reused=None)
     with open_partial(target) as output:
-        if (present := _already_there(target, info, overwrite=overwrite)) is not None:
+        if (present := already_there(target, info, overwrite=overwrite)) is not None:
             output.discard()  # another process finished it before this one had the lock
             return _report(present, target, started, reused=None)
         done = by_place(output.resume(_job(info)))
@@ -332,7 +235,8 @@ def _write(
             with contextlib.suppress(OSError, StorageError):  # a worker elsewhere may be writing still
                 output.discard()
             raise
-        check_source()
+        if file is not None and fingerprint(file) != info.provenance["source"]:
+            raise ConversionError(f"{os.fspath(file)}: was changed while it was converted; convert it again")
         output.verify(receipts, info.levels[0].layout.index_bytes)
         info = _with_receipts(info, receipts)
         output.commit(metadata_files(info), overwrite=overwrite)
@@ -342,86 +246,26 @@ def _write(
 def _counter(
     info: PyramidInfo, progress: Callable[[int, int], None] | None, reused: list[Receipt]
 ) -> Callable[[list[Receipt]], None]:
-    """Return a function that counts the decoded bytes of finished shards and tells ``progress`` of each.
+    """Return a function that counts the decoded bytes of finished shards, and tells ``progress`` of each.
 
     ``progress`` is first told how much was there before, be it nothing: speed is measured from there.
     """
 
     def nbytes(receipt: Receipt) -> int:
-        level = info.levels[receipt.level]
-        pixel_bytes = level.shape[0] * level.layout.dtype.itemsize
-        return pixel_bytes * math.prod(level.shard_shape(receipt.y, receipt.x))
+        return info.levels[receipt.level].shard_bytes(receipt.y, receipt.x)
 
+    progress = progress or (lambda *_: None)
     total = sum(level.nbytes for level in info.levels)
     done = sum(map(nbytes, reused))
-    if progress is not None:
-        progress(done, total)
+    progress(done, total)
 
     def count(receipts: list[Receipt]) -> None:
         nonlocal done
         for receipt in receipts:
             done += nbytes(receipt)
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
 
     return count
-
-
-def _already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> PyramidInfo | None:
-    """Return the target's description if it is the pyramid asked for; None if it is to be made."""
-    if not _occupied(target):
-        return None
-    if overwrite:
-        check_replaceable(target)
-        return None
-    try:
-        store = open_store(target)
-        present = parse_pyramid(store.get, store.name)
-    except TransferError:
-        raise
-    except (StorageError, OSError):
-        raise ConversionError(
-            f"{target}: exists and is not a sound pyramid; remove it or ask to overwrite it"
-        ) from None
-    if not info.provenance or present.provenance != info.provenance:
-        differing = " and ".join(
-            sorted(key for key in info.provenance if present.provenance.get(key) != info.provenance[key])
-        )
-        raise ConversionError(
-            f"{target}: holds a pyramid of another source or other options (its {differing or 'origin'} differs); "
-            "remove it or ask to overwrite it"
-        )
-    if "://" not in target:
-        _check_lengths(target, present)
-    return present
-
-
-def _check_lengths(target: str, present: PyramidInfo) -> None:
-    """See that the shards of a local pyramid are there, with their lengths."""
-    for level in present.levels:
-        for place in np.ndindex(level.shard_grid):
-            path = os.path.join(target, level.shard_key(*place))
-            try:
-                length = os.path.getsize(path)
-            except FileNotFoundError:
-                length = 0
-            except OSError as error:
-                raise ConversionError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-            if length != level.table.length[place]:
-                raise ConversionError(f"{target}: is damaged, {level.shard_key(*place)}; ask to overwrite it")
-
-
-def _occupied(target: str) -> bool:
-    """Whether something has this name; in an object store, whether it has a root that could mark it as whole."""
-    if "://" not in target:
-        return os.path.lexists(target)
-    if target.startswith(("http://", "https://")):
-        raise ConversionError(f"{target}: http and https are for reading; write to a folder, s3://, gs:// or az://")
-    try:
-        open_store(target).get("zarr.json")
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _job(info: PyramidInfo) -> dict[str, Any]:
@@ -429,7 +273,7 @@ def _job(info: PyramidInfo) -> dict[str, Any]:
     return info.provenance or {"array": f"{os.getpid()}-{time.time_ns()}"}
 
 
-def _strip_rows(image: TiffImage | RasterImage, level: LevelInfo) -> int | None:
+def _strip_rows(image: Image, level: LevelInfo) -> int | None:
     """Rows of a strip or tile that spans several shards and must be decoded whole; None if none does."""
     if image.direct or level.shard_grid == (1, 1) or max(image.segment_yx) <= level.layout.shard:
         return None

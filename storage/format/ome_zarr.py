@@ -93,6 +93,10 @@ class LevelInfo:
         shard = self.layout.shard
         return (min(shard, self.shape[1] - row * shard), min(shard, self.shape[2] - column * shard))
 
+    def shard_bytes(self, row: int, column: int) -> int:
+        """Bytes of the decoded part of a shard inside the image."""
+        return self.shape[0] * math.prod(self.shard_shape(row, column)) * self.layout.dtype.itemsize
+
     def shard_key(self, row: int, column: int) -> str:
         """Key of a shard's file below the pyramid's root."""
         return f"{self.path}/c/0/{row}/{column}"
@@ -172,6 +176,12 @@ def pyramid_info(root: dict[str, Any], read: Callable[[str], bytes], where: str)
     except (ValueError, RecursionError) as error:
         raise CorruptImageError(f"{where}: damaged metadata ({error})") from error
     return info
+
+
+def is_own(root: dict[str, Any]) -> bool:
+    """Whether a root document is that of a pyramid of this package."""
+    attributes = root.get("attributes")
+    return isinstance(attributes, dict) and "nested_ats" in attributes
 
 
 def seal(root: dict[str, Any]) -> None:

@@ -1,0 +1,89 @@
+"""What a target holds before it is written: nothing, the very pyramid that is to be made, or what is in the way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import numpy as np
+
+from storage.conversion.target import check_replaceable
+from storage.errors import ConversionError, StorageError, TransferError
+from storage.format.ome_zarr import PyramidInfo, parse_pyramid
+from storage.place.files import fingerprint
+from storage.place.stores import open_store
+
+
+def made_from(target: str | os.PathLike[str], source: str | os.PathLike[str]) -> bool:
+    """Tell whether a pyramid was made from this very file, as far as its fingerprint says."""
+    try:
+        return _read(os.fspath(target)).provenance.get("source") == fingerprint(source)
+    except (StorageError, OSError):
+        return False
+
+
+def already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> PyramidInfo | None:
+    """Return the target's description if it is the pyramid asked for; None if it is to be made.
+
+    Raises
+    ------
+    ConversionError
+        It holds something else, or is damaged, and is not to be overwritten.
+    """
+    if not _occupied(target):
+        return None
+    if overwrite:
+        check_replaceable(target)
+        return None
+    try:
+        present = _read(target)
+    except TransferError:
+        raise
+    except (StorageError, OSError):
+        raise ConversionError(
+            f"{target}: exists and is not a sound pyramid; remove it or ask to overwrite it"
+        ) from None
+    if not info.provenance or present.provenance != info.provenance:
+        differing = " and ".join(
+            sorted(key for key in info.provenance if present.provenance.get(key) != info.provenance[key])
+        )
+        raise ConversionError(
+            f"{target}: holds a pyramid of another source or other options (its {differing or 'origin'} differs); "
+            "remove it or ask to overwrite it"
+        )
+    if "://" not in target:
+        _check_lengths(target, present)
+    return present
+
+
+def _read(target: str) -> PyramidInfo:
+    with contextlib.closing(open_store(target)) as store:
+        return parse_pyramid(store.get, store.name)
+
+
+def _check_lengths(target: str, present: PyramidInfo) -> None:
+    """See that the shards of a local pyramid are there, with their lengths."""
+    for level in present.levels:
+        for place in np.ndindex(level.shard_grid):
+            path = os.path.join(target, level.shard_key(*place))
+            try:
+                length = os.path.getsize(path)
+            except FileNotFoundError:
+                length = 0
+            except OSError as error:
+                raise ConversionError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+            if length != level.table.length[place]:
+                raise ConversionError(f"{target}: is damaged, {level.shard_key(*place)}; ask to overwrite it")
+
+
+def _occupied(target: str) -> bool:
+    """Whether something has this name; in an object store, whether it has a root that could mark it as whole."""
+    if "://" not in target:
+        return os.path.lexists(target)
+    if target.startswith(("http://", "https://")):
+        raise ConversionError(f"{target}: http and https are for reading; write to a folder, s3://, gs:// or az://")
+    try:
+        open_store(target).get("zarr.json")
+    except FileNotFoundError:
+        return False
+    return True
