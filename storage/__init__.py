@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from storage.read.slide import Slide
     from storage.read.source import ReadStatistics
     from storage.threads import processors
-    from storage.validation import Problem, validate
+    from storage.validation.problems import Problem
+    from storage.validation.validator import validate
 
 __all__ = [
     "ChunkCache",
@@ -70,7 +71,8 @@ _MODULES = {
     "images.raster": ("RasterImage", "open_image"),
     "images.tiff": ("TiffImage",),
     "images.tiff_write": ("write_tiff",),
-    "validation": ("Problem", "validate"),
+    "validation.problems": ("Problem",),
+    "validation.validator": ("validate",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
 }
 _HOMES = {name: f"storage.{module}" for module, names in _MODULES.items() for name in names}

@@ -273,6 +273,21 @@ def list_below(url: str, wanted: Callable[[str], bool]) -> list[str]:
     return sorted(f"{root}/{key}" for key in found)
 
 
+def list_files(root: str) -> Iterator[str]:
+    """Keys of all files below a folder or URL; raises ``TransferError`` for web servers, which do not list."""
+    if "://" not in root:
+        for folder, _, names in os.walk(root):
+            yield from (Path(folder, name).relative_to(root).as_posix() for name in names)
+        return
+    if urlsplit(root).scheme in WEB_SCHEMES:
+        raise TransferError("web servers do not tell")
+    try:
+        for batch in connect(root).list():
+            yield from (entry["path"] for entry in batch)
+    except Exception as error:  # obstore has one for each reason
+        raise TransferError(first_line(error)) from error
+
+
 def attempt(location: str, request: Callable[[], T]) -> T:
     """Ask for something, a bounded number of times where asking again may help.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from storage.errors import NotAPyramidError
 from storage.format.levels import Level
-from storage.format.ome_zarr import load_json, pyramid_info
+from storage.format.ome_zarr import is_own, load_json, pyramid_info
 from storage.place.stores import open_store
 from storage.read.boxes import check_boxes
 from storage.read.sharded import ShardedSource
@@ -26,7 +26,6 @@ from storage.read.source import Counters, ReadStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -159,9 +158,7 @@ class Slide:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -219,8 +216,7 @@ def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -
         root = load_json(lambda _: data, "zarr.json", location)
     except FileNotFoundError:
         root = {}
-    attributes = root.get("attributes")
-    if isinstance(attributes, dict) and "nested_ats" in attributes:
+    if is_own(root):
         info = pyramid_info(root, read, location)
         return ShardedSource(location, store, counters, data, info, cache)
     from storage.format.ngff import find_image

@@ -1,0 +1,119 @@
+"""``validate``: whether a pyramid is what the converter wrote, and if not, what is wrong and where.
+
+Quick reads every file and checks it against the pyramid's own table of shards (length and CRC-32). Full decodes every
+chunk besides, averages each level and compares it with the next coarser one, and level 0 with its source where that
+is given. Memory is a few shards per thread whatever the image's size: the shards of a level are read by the shard of
+the next level that they are averaged into.
+
+Pyramids of other writers have no such table: their metadata is checked, in full also that every chunk decodes, and
+the result says what could not be checked.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storage.errors import CorruptImageError, NotAPyramidError, TransferError
+from storage.format.ome_zarr import is_own, load_json
+from storage.place.stores import list_files, open_store
+from storage.read.slide import Slide
+from storage.threads import processors
+from storage.validation.foreign import check_foreign
+from storage.validation.problems import Check, Place, Problem
+from storage.validation.sharded import check_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+UNFINISHED = "its conversion was interrupted or is running; convert again to go on with it, or delete it"
+
+
+def validate(
+    location: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    full: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
+) -> list[Problem]:
+    """Find everything that is wrong with a pyramid.
+
+    Parameters
+    ----------
+    location
+        A pyramid's folder or URL.
+    source
+        Path or URL of the image it was made from, to compare level 0 with; implies ``full``.
+    full
+        Decode and compare all levels, instead of only checking the stored bytes against the table of shards.
+    progress
+        Called with (bytes done, bytes in all), counted as decoded pixels, from one thread at a time.
+    workers
+        Threads; the processors of this process if None.
+
+    Returns
+    -------
+    list of Problem
+        By level and place; empty for a sound pyramid.
+
+    Raises
+    ------
+    MissingImageError, NotAPyramidError, TransferError
+        The pyramid cannot be looked at.
+    StorageError
+        The source cannot be opened.
+    """
+    text = os.fspath(location).rstrip("/")
+    check = Check(progress, workers or processors(), full=full or source is not None)
+    if _is_unfinished(text):
+        check.add(None, None, "unfinished", UNFINISHED)
+        return check.problems
+    with closing(open_store(text)) as store:
+        slide = _open_slide(check, text)
+        if slide is not None:
+            with slide:
+                try:
+                    root = load_json(store.get, "zarr.json", text)
+                except NotAPyramidError:  # of zarr v2
+                    root = {}
+                if is_own(root):
+                    check_sharded(check, store, root, source)
+                else:
+                    check_foreign(check, slide, source)
+    return sorted(check.problems, key=_order)
+
+
+def _order(problem: Problem) -> tuple[int, Place, str]:
+    level = -1 if problem.level is None else problem.level
+    return (level, problem.place or (-1, -1), problem.message)
+
+
+def _is_unfinished(location: str) -> bool:
+    if "://" in location:
+        return location.endswith(".partial") and _has_objects(location)
+    if location.endswith(".partial"):
+        return Path(location).is_dir()
+    return not Path(location).exists() and Path(f"{location}.partial").is_dir()
+
+
+def _open_slide(check: Check, location: str) -> Slide | None:
+    """Open a pyramid, or note why it cannot be opened."""
+    try:
+        return Slide(location)
+    except CorruptImageError as error:
+        check.add(None, None, "metadata", str(error).removeprefix(f"{location}: "))
+    except NotAPyramidError:
+        if "://" not in location or not _has_objects(f"{location}.partial"):
+            raise
+        check.add(None, None, "unfinished", UNFINISHED)  # the root's metadata is written last
+    return None
+
+
+def _has_objects(url: str) -> bool:
+    try:
+        return any(True for _ in list_files(url))
+    except TransferError:
+        return False
