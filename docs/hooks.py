@@ -44,7 +44,7 @@ SECTIONS = [
 ]
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in what a page wants."""
     markdown = re.sub(r"<!-- readme: (\S+) -->", lambda match: _readme(match[1]), markdown)
     markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
