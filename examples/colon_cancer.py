@@ -16,7 +16,7 @@ the paper, or is not in it:
 - Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
   features are scaled before the head.
 - Networks have group normalisation where the paper's have batch normalisation, and the network of Ilse et al. drops
-  nothing (`nested_ats.networks.encoders`).
+  nothing (`nested_ats.networks.builtin`).
 """
 
 from __future__ import annotations

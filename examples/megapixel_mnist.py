@@ -7,7 +7,7 @@ Without --quick it is the paper's experiment, for a GPU: 1500 x 1500 pixels, 50 
 test images, 500 epochs, 5 runs. --digits is a folder with MNIST's IDX files; where it has the test set alone, the
 first 8,000 of its digits make the training images and the other 2,000 the test images. Without --digits they are
 scikit-learn's. What the paper leaves open (batch size, strides of the CNN, noise) is as in the configuration, in
-`nested_ats.networks.encoders` and in `example_data.mnist`. What differs from the paper:
+`nested_ats.networks.builtin` and in `example_data.mnist`. What differs from the paper:
 
 - Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
   features are scaled before the head.

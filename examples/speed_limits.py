@@ -16,7 +16,7 @@ paper's experiment, for a GPU: 3 runs. What differs from the paper, or is not in
   change, and one in five is not moved.
 - Patches are drawn by `pivotal`, not by the paper's sampling without replacement (``desraj`` in `nested_ats`);
   features are scaled before the head.
-- Networks have group normalisation where the paper's have batch normalisation (`nested_ats.networks.encoders`).
+- Networks have group normalisation where the paper's have batch normalisation (`nested_ats.networks.builtin`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from nested_ats.networks.encoders import ENCODERS, check_encoder, read_choice
+from nested_ats.networks.builtin import ENCODERS
+from nested_ats.networks.encoders import check_encoder, read_choice
 from nested_ats.networks.trainable import Trainable, check_trainable
 from nested_ats.prior import PRIORS, Prior
 from nested_ats.sampling import METHODS, Method

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from nested_ats.networks.encoders import ENCODERS, read_choice
+from nested_ats.networks.builtin import ENCODERS
+from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from pipeline.config import Config
 from pipeline.data.manifest import Entry, remarks

@@ -16,7 +16,8 @@ from nested_ats import (
     load_model,
     save_model,
 )
-from nested_ats.networks.encoders import ENCODERS, build_encoder
+from nested_ats.networks.builtin import ENCODERS
+from nested_ats.networks.encoders import build_encoder
 
 
 def _with_features(module, features):
