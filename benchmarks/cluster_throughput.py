@@ -40,7 +40,8 @@ from pipeline.config import Config, parse_config, plain
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.interrupt import run_main
-from pipeline.results.predict import Classifier, Settings, prediction_settings
+from pipeline.results.classifier import Classifier
+from pipeline.results.settings import Settings, prediction_settings
 from pipeline.runs import read_metrics
 from pipeline.training.train import train
 from pipeline.training.trainer import plain_entries, train_worker

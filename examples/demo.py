@@ -16,7 +16,7 @@ from pathlib import Path
 from commands import run
 
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.results.predict import read_predictions
+from pipeline.results.predictions import read_predictions
 from pipeline.training.train import versions
 
 GIGAPIXEL_SIDE = 32768

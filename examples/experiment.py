@@ -38,8 +38,10 @@ from pipeline.data.manifest import Entry, read_manifest, write_manifest
 from pipeline.data.slides import SlideImage, open_slide
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic, write_json
+from pipeline.results.classifier import Classifier
 from pipeline.results.evaluate import evaluate
-from pipeline.results.predict import Classifier, predict, prediction_settings
+from pipeline.results.predict import predict
+from pipeline.results.settings import prediction_settings
 from pipeline.runs import MODEL, choose_device, read_metrics, read_run
 from pipeline.training.course import PAPERS_COURSE
 from pipeline.training.train import train, versions

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import cluster
-from pipeline.data.manifest import (
-    IMAGE_SUFFIXES,
-    Entry,
-    has_image_suffix,
-    is_manifest,
-    read_manifest,
-    slide_name,
-    write_manifest,
-)
-from pipeline.data.naming import NAME_BY, check_alone, keep_names, path_name, paths_by_id
+from pipeline.data.manifest import Entry, read_manifest, write_manifest
+from pipeline.data.naming import check_alone, paths_by_id
 from pipeline.errors import UsageError
 from pipeline.files import file_name, make_folder
 from pipeline.net import Net
@@ -32,7 +23,6 @@ from storage import (
     ConvertOptions,
     ConvertReport,
     convert,
-    list_below,
     open_image,
     processors,
 )
@@ -68,136 +58,6 @@ class Plan:
         """One line."""
         channels, height, width = self.shape or (0, 0, 0)
         return f"{self.target}: {height} x {width} pixels, {channels} channels"
-
-
-def find_images(
-    sources: Sequence[str], *, name_by: str = "name", known: Mapping[str, Entry] | None = None
-) -> list[Entry]:
-    """Entries of files, folders of images (with their subfolders), URLs of either, patterns, or one manifest.
-
-    Parameters
-    ----------
-    sources
-        What the command line names; a place given twice is one slide.
-    name_by
-        "name": slides go by the names of their files, of which several may be alike, see `convert_all`; "path": by
-        `path_name`. A manifest names its slides itself.
-    known
-        Slides that were converted before, see `known_slides`: they keep their names.
-
-    Raises
-    ------
-    UsageError
-        Nothing is there, a folder cannot be read, or a manifest is wrong or not alone.
-    """
-    if name_by not in NAME_BY:
-        raise UsageError(f"--name-by {name_by}: choose {' or '.join(NAME_BY)}")
-    if len(sources) == 1 and is_manifest(sources[0]):
-        if name_by == "path":
-            raise UsageError(f"--name-by path: {sources[0]} names its slides itself; give it a column slide_id")
-        return read_manifest(Path(sources[0]))
-    entries: dict[str, Entry] = {}
-    for source in sources:
-        if is_manifest(source):
-            raise UsageError(f"{source}: give a manifest alone, without other images")
-        found = expand(source, _is_image, has_image_suffix)
-        if not found:
-            raise UsageError(f"{source}: no image here ({', '.join(IMAGE_SUFFIXES)})")
-        for place in found:
-            path = place if "://" in place else os.path.abspath(place)
-            name = slide_name(path) if name_by == "name" else path_name(place, source)
-            entries.setdefault(path, Entry(slide_id=name, path=path))
-    return keep_names(list(entries.values()), known or {})
-
-
-def expand(source: str, wanted: Callable[[Path], bool], named: Callable[[str], bool]) -> list[str]:
-    """Return what an argument stands for, sorted: what is wanted below a folder or a pattern; else just itself.
-
-    Parameters
-    ----------
-    source
-        A path, a pattern with ``*``, ``?``, ``[...]`` or ``**``, or a URL.
-    wanted
-        Whether to take a file or folder.
-    named
-        Whether to take what has this name at a URL.
-
-    Raises
-    ------
-    UsageError
-        A folder cannot be read.
-    storage.TransferError
-        A URL cannot be listed.
-    """
-    if "://" in source:
-        return [source] if named(source.rstrip("/")) else list_below(source, named) or [source]
-    path = Path(source)
-    if path.exists() and (not path.is_dir() or wanted(path)):
-        return [source]
-    if path.is_dir():
-        return _search(path, wanted)
-    if not glob.has_magic(source):
-        return [source]
-    found: set[str] = set()
-    for place in glob.glob(source, recursive=True):
-        if wanted(Path(place)):
-            found.add(place)
-        elif Path(place).is_dir():
-            found |= set(_search(Path(place), wanted))
-    return sorted(place for place in found if found.isdisjoint(map(str, Path(place).parents)))
-
-
-def _search(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
-    """Files and folders wanted below a folder; those, pyramids and hidden folders are not looked into.
-
-    Links to folders are followed, but a folder that several lead to, or that holds a link to itself, is looked into
-    once: by the path that comes first in the alphabet.
-    """
-    found: set[Path] = set()
-    seen: set[tuple[int, int]] = set()
-    try:
-        for place, folders, files in os.walk(folder, followlinks=True, onerror=_fail):
-            about = os.stat(place)
-            if (about.st_dev, about.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((about.st_dev, about.st_ino))
-            here = Path(place)
-            found |= {here / name for name in [*files, *folders] if wanted(here / name)}
-            folders[:] = sorted(
-                name
-                for name in folders
-                if not name.startswith(".") and ".zarr" not in name and here / name not in found
-            )
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename or folder}: cannot be read: {error.strerror}; mend that, or name what is to be read"
-        ) from error
-    return sorted(map(str, found))
-
-
-def _fail(error: OSError) -> NoReturn:
-    raise error
-
-
-def name_slides(places: Sequence[str]) -> list[Entry]:
-    """Entries of paths or URLs, named after their files; a place given twice is one slide.
-
-    Raises
-    ------
-    UsageError
-        Two of them would be one slide.
-    """
-    slides: dict[str, Entry] = {}
-    for place in places:
-        path = place if "://" in place else os.path.abspath(place)
-        entry = Entry(slide_id=slide_name(path), path=path)
-        other = slides.setdefault(entry.slide_id, entry).path
-        if other != path:
-            raise UsageError(
-                f"{path} and {other} would both be slide {entry.slide_id}; name them apart in a manifest"
-            )
-    return list(slides.values())
 
 
 def plan_all(entries: Sequence[Entry], out: str | Path, *, options: ConvertOptions) -> list[Plan]:
@@ -344,12 +204,6 @@ def manifest_path(out: str | Path) -> Path:
 
 def _is_url(out: str | Path) -> bool:
     return "://" in str(out)
-
-
-def _is_image(path: Path) -> bool:
-    """Whether to take what lies in a folder; a link that leads nowhere too, so that it is reported and not missed."""
-    named = has_image_suffix(path.name) and not path.name.startswith(".")
-    return named and (os.path.isfile(path) or not os.path.exists(path))  # not a pipe, which would be waited for
 
 
 def _root(out: str | Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.convert import expand, find_images
+from pipeline.data.discovery import expand, find_images
 from pipeline.data.manifest import Entry, has_image_suffix, is_manifest, read_manifest, slide_name
 from pipeline.data.naming import NAME_BY
 from pipeline.errors import UsageError

@@ -111,7 +111,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn images into OME-Zarr pyramids and write a manifest of them; run again, it goes on where it was."""
-    from pipeline.convert import convert_all, find_images, known_slides, manifest_path, plan_all, summary
+    from pipeline.convert import convert_all, known_slides, manifest_path, plan_all, summary
+    from pipeline.data.discovery import find_images
     from pipeline.errors import UsageError
     from storage import ConvertOptions
 
@@ -285,8 +286,8 @@ def predict(
 ) -> None:
     """Classify slides; run again, it classifies only what is missing."""
     from pipeline.data.splits import count_seen, seen_words
-    from pipeline.results.predict import TABLE
     from pipeline.results.predict import predict as classify
+    from pipeline.results.predictions import TABLE
 
     _check_cluster(cluster, workers, device)
     rows = classify(
@@ -348,7 +349,7 @@ def heatmap(
 ) -> None:
     """Show where the model looks: OME-Zarr attention map, picture, and patches as GeoJSON."""
     from pipeline.results.heatmap import PICTURE, heatmaps
-    from pipeline.results.predict import prediction_settings
+    from pipeline.results.settings import prediction_settings
 
     _check_cluster("none", 1, device)
     settings = prediction_settings(
@@ -409,14 +410,12 @@ def _end(failures: Sequence[tuple[str, str]], total: int) -> None:
 
 def _entries(slides: Sequence[str], split: str | None, run: Path) -> list[Entry]:
     """Slides of a split, which is the run's where they have none of their own."""
-    from pipeline.convert import name_slides
-    from pipeline.data.manifest import is_manifest, read_manifest
+    from pipeline.data.discovery import name_slides
     from pipeline.data.splits import RunSplits
     from pipeline.errors import UsageError
     from pipeline.runs import read_run
 
-    alone = len(slides) == 1 and is_manifest(slides[0])
-    entries = read_manifest(Path(slides[0])) if alone else name_slides(slides)
+    entries = name_slides(slides)
     if split is None:
         return entries
     filled = RunSplits(read_run(run)["entries"]).fill(entries)

@@ -28,7 +28,7 @@ from pipeline.results.intervals import (
     balanced_interval,
     case_numbers,
 )
-from pipeline.results.predict import SIGNS, read_about, read_predictions, table_digest
+from pipeline.results.predictions import SIGNS, read_about, read_predictions, table_digest
 from pipeline.results.verdict import class_shares, guess_cross_entropy, verdict
 
 METRICS = "metrics.json"

@@ -28,7 +28,8 @@ from pipeline.errors import UsageError
 from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
 from pipeline.progress import progress
-from pipeline.results.predict import Classifier, Settings
+from pipeline.results.classifier import Classifier
+from pipeline.results.settings import Settings
 from storage import Slide, write_pyramid
 
 MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"

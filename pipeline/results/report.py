@@ -15,7 +15,7 @@ from pipeline.errors import UsageError
 from pipeline.files import make_folder, read_inside, write_atomic
 from pipeline.results.evaluate import METRICS
 from pipeline.results.heatmap import PICTURE
-from pipeline.results.predict import read_predictions, table_digest
+from pipeline.results.predictions import read_predictions, table_digest
 from pipeline.runs import MODEL, model_fingerprint, read_metrics, read_run
 
 _SHOWN_SLIDES = 50

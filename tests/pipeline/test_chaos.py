@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import parse_config, plain
-from pipeline.convert import convert_all, name_slides
+from pipeline.convert import convert_all
+from pipeline.data.discovery import name_slides
 from pipeline.data.manifest import read_manifest
 from pipeline.results.predict import predict
 from pipeline.runs import read_metrics

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pipeline.cli.app import app
 from pipeline.config import load_config, plain
 from pipeline.data.manifest import read_manifest, write_manifest
-from pipeline.results.predict import Classifier
+from pipeline.results.classifier import Classifier
 from storage import open_image, write_pyramid
 
 COMMANDS = ["convert", "validate", "info", "train", "predict", "evaluate", "heatmap", "report"]

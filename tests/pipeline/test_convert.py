@@ -13,7 +13,8 @@ import obstore
 import pytest
 from moto.server import ThreadedMotoServer
 
-from pipeline.convert import MANIFEST, _locked, convert_all, find_images, known_slides, name_slides, plan_all
+from pipeline.convert import MANIFEST, _locked, convert_all, known_slides, plan_all
+from pipeline.data.discovery import find_images, name_slides
 from pipeline.data.manifest import Entry, read_manifest, write_manifest
 from pipeline.errors import DataError, UsageError
 from pipeline.validate import find_pyramids, find_sources, validate_all

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import cluster
-from pipeline.convert import convert_all, name_slides, ray_executor
+from pipeline.convert import convert_all, ray_executor
+from pipeline.data.discovery import name_slides
 from storage import ConversionError, ConvertOptions, write_tiff
 
 

@@ -23,7 +23,8 @@ from pipeline.data.manifest import read_manifest
 from pipeline.data.selection import select
 from pipeline.data.slides import SlideImage
 from pipeline.results.heatmap import heatmaps
-from pipeline.results.predict import predict, prediction_settings
+from pipeline.results.predict import predict
+from pipeline.results.settings import prediction_settings
 from pipeline.runs import read_metrics, read_run
 from pipeline.training.dry_run import measure_step
 from pipeline.training.train import train, worker_arguments

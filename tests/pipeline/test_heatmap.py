@@ -22,8 +22,9 @@ from pipeline.config import parse_config, plain
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
+from pipeline.results.classifier import Classifier
 from pipeline.results.heatmap import MAP, OBJECTS, PICTURE, Patch, draw_picture, heatmaps, to_geojson
-from pipeline.results.predict import Classifier, Settings
+from pipeline.results.settings import Settings
 from storage import ConvertOptions, Slide, write_pyramid
 
 CELL = 8  # level-0 pixels of a cell of the finest attention: downsample 2 times stride 4

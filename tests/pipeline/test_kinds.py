@@ -6,7 +6,8 @@ from pipeline.config import load_config, parse_config, plain
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import UsageError
 from pipeline.results.heatmap import OBJECTS, heatmaps
-from pipeline.results.predict import predict, prediction_settings
+from pipeline.results.predict import predict
+from pipeline.results.settings import prediction_settings
 from pipeline.training.train import train
 
 KINDS = {

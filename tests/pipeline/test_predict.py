@@ -24,10 +24,13 @@ from pipeline.data.manifest import Entry, read_manifest, write_manifest
 from pipeline.data.splits import RunSplits
 from pipeline.errors import UsageError
 from pipeline.files import file_name
-from pipeline.results import predict as module
+from pipeline.results import classifier as module
+from pipeline.results.classifier import Classifier
 from pipeline.results.evaluate import evaluate
-from pipeline.results.predict import LOCK, Classifier, predict, prediction_settings, read_predictions, write_table
+from pipeline.results.predict import predict
+from pipeline.results.predictions import LOCK, read_predictions, write_table
 from pipeline.results.report import report
+from pipeline.results.settings import prediction_settings
 from pipeline.runs import read_run
 from pipeline.training.train import train
 from storage import write_pyramid

@@ -13,8 +13,10 @@ from pipeline.data.manifest import read_manifest
 from pipeline.errors import UsageError
 from pipeline.results.evaluate import evaluate
 from pipeline.results.heatmap import PICTURE, heatmaps
-from pipeline.results.predict import predict, prediction_settings, write_table
+from pipeline.results.predict import predict
+from pipeline.results.predictions import write_table
 from pipeline.results.report import describe_metrics, report
+from pipeline.results.settings import prediction_settings
 from pipeline.runs import model_fingerprint
 
 VOID = {"meta", "img", "br", "hr"}

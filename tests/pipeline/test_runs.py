@@ -14,7 +14,7 @@ from nested_ats import checkpoint
 from pipeline.config import plain
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
-from pipeline.results.predict import prediction_settings
+from pipeline.results.settings import prediction_settings
 from pipeline.runs import METRICS, MODEL, RUN, STATE, Position, load_state, read_metrics, read_run, save_state
 from pipeline.training.mirror import Mirror
 

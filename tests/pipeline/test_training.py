@@ -26,7 +26,9 @@ from pipeline.config import parse_config, plain
 from pipeline.data.manifest import Entry, read_manifest
 from pipeline.data.slides import SlideImage
 from pipeline.errors import DataError, UsageError
-from pipeline.results.predict import Classifier, predict, prediction_settings
+from pipeline.results.classifier import Classifier
+from pipeline.results.predict import predict
+from pipeline.results.settings import prediction_settings
 from pipeline.runs import LOCK, METRICS, STATE, load_state, read_metrics
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer, make_trainer, plain_entries, train_worker

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.convert import convert_all, find_images
+from pipeline.convert import convert_all
+from pipeline.data.discovery import find_images
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.validate import Validation, find_pyramids, find_sources, validate_all

@@ -1,0 +1,135 @@
+"""The folder of predictions: its table, and a file for the result of each slide, which `predict` makes it of.
+
+slides/*.json           the result of each slide, written whole as it finishes
+predictions.csv         one row a slide, in the order of the manifest
+predictions.parquet     the same
+predict.json            the settings that all of it is of
+predict.lock            held by the process that predicts
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import digest
+from pipeline.data.manifest import Entry
+from pipeline.errors import UsageError
+from pipeline.files import file_name, read_inside, write_atomic, write_json
+
+RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
+SIGNS = ("entropy", "uniform_entropy", "background")
+OF_CLASS = ("prob_", "se_", "low_", "high_")  # of each class: probability, standard error, limits of its interval
+_LAST = ("model", "status", "error")
+_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and of OF_CLASS
+
+
+def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write predictions.csv and predictions.parquet."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    # The identity comes first and the status last, whatever the first row has.
+    names.sort(key=lambda name: _LAST.index(name) if name in _LAST else -1)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / f"{TABLE}.csv", text.getvalue())
+    buffer = pa.BufferOutputStream()
+    parquet.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), buffer)
+    write_atomic(folder / f"{TABLE}.parquet", buffer.getvalue().to_pybytes())
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the table that `predict` wrote.
+
+    Raises
+    ------
+    UsageError
+        There is none, or it is damaged.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = folder / f"{TABLE}.parquet"
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(pa.BufferReader(read_inside(folder, path.name))).to_pylist()
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: no {path.name} here; give the --out of nested-ats predict") from None
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: not a Parquet file ({reason}); run nested-ats predict again") from error
+    return rows
+
+
+def table_digest(folder: Path) -> str:
+    """Short hash of the table that `read_predictions` reads: tells whether it is the one that was evaluated."""
+    return digest(read_inside(folder, f"{TABLE}.parquet").hex())
+
+
+def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
+    """See that a folder holds no predictions of other settings, or remove them.
+
+    Raises
+    ------
+    UsageError
+        It does, and `overwrite` is not given.
+    """
+    about = read_about(folder)
+    same = about.get("fingerprint") == fingerprint
+    there = list((folder / RESULTS).glob("*.json"))
+    if there and not same and not overwrite:
+        raise UsageError(
+            f"{folder}: holds predictions of another model or other settings; give another --out, or --overwrite"
+        )
+    if overwrite:
+        # The table too: stopped from here on, a run must not leave one that is not of these settings.
+        for path in (*there, folder / f"{TABLE}.csv", folder / f"{TABLE}.parquet"):
+            path.unlink(missing_ok=True)
+
+
+def write_result(results: Path, entry: Entry, row: dict[str, Any]) -> None:
+    """Commit the result of a slide."""
+    write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **row})
+
+
+def read_result(results: Path, entry: Entry) -> dict[str, Any] | None:
+    """Return an earlier result of this slide; none where there is none, a damaged one, or one of another file."""
+    result = _read_object(results, f"{file_name(entry.slide_id)}.json")
+    return result if result is not None and result.pop("path", None) == entry.path else None
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(read_inside(folder, name))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What `predict` says of the predictions in a folder; empty where there is nothing."""
+    return _read_object(folder, ABOUT) or {}
+
+
+def identity(entry: Entry) -> dict[str, str]:
+    """Columns of a slide that say which it is, with those that its manifest brought along."""
+    own = {"slide_id": entry.slide_id, "case_id": entry.case_id, "label": entry.label, "split": entry.split}
+    return own | dict(entry.extra)
+
+
+def check_columns(entries: Sequence[Entry], classes: Sequence[str]) -> None:
+    """See that no column that a manifest brings along has the name of one of the table's own.
+
+    What begins with prob_ would be taken for a class, too; columns such as low_grade are the user's own.
+    """
+    own = {*_COLUMNS, *(prefix + name for prefix in OF_CLASS for name in classes)}
+    for name in dict.fromkeys(name for entry in entries for name in entry.extra):
+        if name in own or name.startswith("prob_"):
+            raise UsageError(f"manifest: column {name} would be lost, as predictions have one too; rename it")

@@ -1,0 +1,111 @@
+"""What decides a prediction besides the slide: as the run was configured, but for what the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from nested_ats import ModelConfig, UniformConfig, UntrustedEncoderError, inspect_model
+from nested_ats.config import EncoderConfig
+from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
+from pipeline.errors import UsageError
+from pipeline.runs import model_folder, read_run
+
+_FORMAT = 2  # of a result: rows of before have no intervals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What, besides the slide, decides a prediction."""
+
+    model: str  # folder of the model
+    device: str = "auto"  # auto, cpu or cuda; with Ray, cuda are the cluster's GPUs, shared evenly by the workers
+    draws: int  # independent draws, averaged
+    samples: tuple[int, ...] = ()  # units drawn at each level; empty: as trained
+    background: float  # of pixels off the slide
+    seed: int
+    target_error: float | None = None  # error to be expected at which drawing stops before that many draws
+    exact: bool = False  # encode every patch of the opened regions instead of drawing among them
+    precision: Precision = "float32"  # of the networks
+    trust_encoder: bool = False  # import the model's encoder where it is code of the user's
+    cache: CacheConfig | None = None  # of chunks fetched from URLs
+    features: FeaturesConfig | None = None  # of patches, where the encoder is frozen
+    model_sha256: str = ""  # which model that folder holds (`nested_ats.ModelInfo`)
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """JSON values, but for what is kept where, which decides nothing but time."""
+        values = asdict(replace(self, cache=None, features=None))
+        del values["features"]  # which predictions of before do not have
+        return values
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether earlier results can be kept: equal settings classify a slide alike on any machine."""
+        return digest({**self.plain, "model": "", "device": "", "format": _FORMAT})
+
+
+class Options(TypedDict, total=False):
+    """The `Settings` that a user may give; those left out, or empty, are as configured."""
+
+    draws: int | None
+    samples: Sequence[int]
+    target_error: float | None
+    exact: bool
+    trust_encoder: bool
+    device: str
+
+
+def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
+    """Settings for a finished run.
+
+    Raises
+    ------
+    nested_ats.ModelFileError
+        The model is damaged.
+    UsageError
+        `run` is no finished run, `samples` does not fit its model, or its encoder is code and not to be trusted.
+    """
+    config, folder = read_run(run)["config"], model_folder(run)
+    try:
+        model = inspect_model(folder, trust_encoder=options.get("trust_encoder", False))
+    except UntrustedEncoderError as error:
+        raise UsageError(
+            f"{error.path}: its encoder is code to import, {error.encoder}; if you trust it, give --trust-encoder"
+        ) from error
+    samples = tuple(options.get("samples", ()))
+    with_samples(model.config, samples)
+    cache, features = (config["data"][name] for name in ("cache", "features"))
+    given = {name: value for name, value in options.items() if value}
+    return Settings(
+        model=str(folder.absolute()),
+        model_sha256=model.sha256,
+        background=config["data"]["background"],
+        seed=config["seed"],
+        cache=cache and CacheConfig(**cache),
+        features=features and FeaturesConfig(**features),
+        **{**config["predict"], **given, "samples": samples},
+    )
+
+
+def with_samples(config: EncoderConfig, samples: Sequence[int]) -> EncoderConfig:
+    """Return the configuration of a model with another budget.
+
+    Raises
+    ------
+    UsageError
+        There is not one positive number for each level.
+    """
+    if not samples:
+        return config
+    match config:
+        case ModelConfig() as old if len(samples) == len(old.levels) and min(samples) > 0:
+            drawn = zip(old.levels, samples, strict=True)
+            return replace(old, levels=tuple(replace(level, samples=n) for level, n in drawn))
+        case UniformConfig() as old if len(samples) == 1 and samples[0] > 0:
+            return replace(old, samples=samples[0])
+        case old:
+            levels = len(old.levels) if isinstance(old, ModelConfig) else int(isinstance(old, UniformConfig))
+            raise UsageError(f"--samples: the model draws at {levels} levels; give that many positive numbers")
