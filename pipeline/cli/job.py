@@ -6,13 +6,13 @@ what the cluster keeps, so that a misspelt option or a result in a folder that v
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli.output import say
 from pipeline.interrupt import interruptible
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def submit(
     _check_command(context, command, working_dir=working_dir)
     jobs = _connect(address, insecure)
     words = ["nested-ats", *command]
-    job_id = jobs.submit(words, job_id=job_id, working_dir=working_dir, secrets=send_secrets, say=_say)
+    job_id = jobs.submit(words, job_id=job_id, working_dir=working_dir, secrets=send_secrets, say=say)
     print(job_id)
-    _say(f"submitted; {jobs.hint(job_id)}")
+    say(f"submitted; {jobs.hint(job_id)}")
     if follow:
         _follow(jobs, job_id, pending_timeout)
 
@@ -203,7 +203,7 @@ def _connect(address: str, insecure: bool) -> Jobs:
 
     jobs = connect(address, insecure=insecure)
     if jobs.warning:
-        _say(f"warning: {jobs.warning}")
+        say(f"warning: {jobs.warning}")
     return jobs
 
 
@@ -215,7 +215,7 @@ def _follow(jobs: Jobs, job_id: str, pending_timeout: float) -> None:
 
     with interruptible(f"\nno longer following; the job goes on: {jobs.hint(job_id)}"):
         end = jobs.follow(job_id, write, pending_s=pending_timeout)
-    _say(_line(end))
+    say(_line(end))
     raise typer.Exit(end.exit_status)
 
 
@@ -320,7 +320,3 @@ def _relative(values: dict[str, Any]) -> list[str]:
     given = [values[name] for name in _READ if values.get(name)]
     paths = [str(path) for value in given for path in (value if isinstance(value, (list, tuple)) else [value])]
     return [path for path in paths if "://" not in path and "*" not in path and not path.startswith("/")]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

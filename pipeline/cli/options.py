@@ -1,11 +1,18 @@
-"""Options that several commands take."""
+"""Options that several commands take, and what is made of their values."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pipeline.cli.output import say
+
+if TYPE_CHECKING:
+    from pipeline.data.manifest import Entry
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -33,3 +40,49 @@ TrustEncoder = Annotated[
     typer.Option("--trust-encoder", help="Import the model's encoder where it is code of yours (model.encoder)."),
 ]
 Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 16,32; default: as trained.")]
+
+
+def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[Entry]:
+    """Slides of a split, which is the run's where they have none of their own."""
+    from pipeline.data.discovery import name_slides
+    from pipeline.data.splits import RunSplits
+    from pipeline.errors import UsageError
+    from pipeline.runs import read_run
+
+    entries = name_slides(slides)
+    if split is None:
+        return entries
+    filled = RunSplits(read_run(run)["entries"]).fill(entries)
+    chosen = [entry for entry in filled if entry.split == split]
+    counts = Counter(entry.split or "none" for entry in filled)
+    if not chosen:
+        there = ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
+        raise UsageError(f"{slides[0]}: no slide in split {split!r} ({there})")
+    if counts["none"]:
+        say(f"{counts['none']} of {len(filled)} slides are in no split of {run}: left out")
+    return chosen
+
+
+def numbers(text: str) -> list[int]:
+    """Value of `Samples`."""
+    from pipeline.errors import UsageError
+
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise UsageError(f"--samples {text}: give whole numbers with commas between, as in 16,32") from None
+
+
+def check_cluster(address: str, workers: int, device: str) -> None:
+    """Refuse values of `Cluster`, `Workers` and `Device` that do not fit each other or this machine."""
+    from pipeline.errors import UsageError
+
+    if address == "none" and workers > 1:
+        raise UsageError(f"--workers {workers}: several workers need --cluster local or the address of a cluster")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {device}: choose auto, cpu or cuda")
+    if device == "cuda" and address in ("none", "local"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("--device cuda: this machine has no GPU that PyTorch sees; choose auto or cpu")

@@ -1,0 +1,33 @@
+"""``nested-ats evaluate``: its options, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import AsJson, Split
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder that predict wrote.")],
+    split: Split = None,
+    include_seen: Annotated[
+        bool, typer.Option("--include-seen", help="Count slides too that the model was trained or validated on.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare predictions with the labels of the manifest, on slides that the training has not seen."""
+    from pipeline.results.evaluate import evaluate as measure
+    from pipeline.results.report import describe_metrics
+
+    metrics = measure(predictions, split=split, include_seen=include_seen)
+    if as_json:
+        print(json.dumps(metrics, indent=2))
+        return
+    for name, value in describe_metrics(metrics):
+        print(f"{name:18} {value}")
+    if metrics["verdict"]:
+        print(metrics["verdict"])

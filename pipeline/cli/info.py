@@ -1,0 +1,49 @@
+"""``nested-ats info``: its options, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.options import AsJson
+from pipeline.cli.output import end
+
+
+def info(
+    sources: Annotated[list[str], typer.Argument(help="Images or pyramids, by path or URL; encoders by name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show the size, levels, channels and pixel size of images; what an encoder such as uni wants."""
+    from pipeline.info import describe
+    from pipeline.net import Net
+
+    found, failures = [], []
+    for source in sources:
+        with Net() as net:
+            found.append(describe(source))
+        if net.error:
+            failures.append((source, net.error))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for about in found:
+            _print_info(about)
+    end(failures, len(sources))
+
+
+def _print_info(about: dict[str, Any]) -> None:
+    if about["kind"] == "encoder":
+        mpp = ", ".join(f"{each:g}" for each in about["mpp"])
+        print(f"{about['path']}: encoder, {about['features']} features ({about['pooling']}), needs {about['needs']}")
+        print(f"  patches of {about['patch_size']} pixels at {mpp} micrometres per pixel")
+        print(f"  mean {about['mean']}, std {about['std']}; licence and weights: {about['page']}")
+        return
+    height, width = about["size"]
+    size = f"{height} x {width} pixels, {len(about['channels'])} channels of {about['dtype']}"
+    mpp = f"{about['mpp']:g} micrometres per pixel" if about["mpp"] else "pixel size unknown"
+    print(f"{about['path']}: {about['kind']}, {size}, {mpp}")
+    for number, level in enumerate(about.get("levels", [])):
+        height, width = level["size"]
+        print(f"  level {number}: {height} x {width}, downsample {level['downsample']:g}")

@@ -1,0 +1,40 @@
+"""What commands print, and the exit codes that say how it went (see `pipeline.cli.app`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+USAGE, SOME_FAILED, NOTHING_USABLE = 2, 3, 4
+
+
+def end(failures: Sequence[tuple[str, str]], total: int) -> None:
+    """Name the slides that failed and exit with the code that says so."""
+    if not failures:
+        return
+    if total == 1:
+        say(f"error: {failures[0][1]}")
+        raise typer.Exit(NOTHING_USABLE)
+    say(f"{len(failures)} of {total} failed:")
+    width = max(len(name) for name, _ in failures)
+    for name, error in failures:
+        say(f"  {name:{width}}  {error}")
+    raise typer.Exit(SOME_FAILED if len(failures) < total else NOTHING_USABLE)
+
+
+def print_all(values: Sequence[Any]) -> None:
+    """Print lines; or objects as one JSON array."""
+    if values and isinstance(values[0], dict):
+        print(json.dumps(values, indent=2))
+    else:
+        for line in values:
+            print(line)
+
+
+def say(text: str) -> None:
+    """Print on standard error, where nothing is read by programs."""
+    print(text, file=sys.stderr)

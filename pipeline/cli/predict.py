@@ -1,0 +1,73 @@
+"""``nested-ats predict``: its options, and what it prints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import (
+    Cluster,
+    Device,
+    Draws,
+    Exact,
+    Out,
+    Overwrite,
+    Run,
+    Samples,
+    Slides,
+    Split,
+    TargetError,
+    TrustEncoder,
+    Workers,
+    check_cluster,
+    chosen_slides,
+    numbers,
+)
+from pipeline.cli.output import end, say
+
+
+def predict(
+    run: Run,
+    slides: Slides,
+    out: Out,
+    split: Split = None,
+    draws: Draws = None,
+    samples: Samples = "",
+    target_error: TargetError = None,
+    exact: Exact = False,
+    trust_encoder: TrustEncoder = False,
+    cluster: Cluster = "none",
+    workers: Workers = 1,
+    device: Device = "auto",
+    slide_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a slide; a Ray worker that takes longer is replaced.")
+    ] = 3600.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Classify slides; run again, it classifies only what is missing."""
+    from pipeline.data.splits import count_seen, seen_words
+    from pipeline.results.predict import predict as classify
+    from pipeline.results.predictions import TABLE
+
+    check_cluster(cluster, workers, device)
+    rows = classify(
+        chosen_slides(slides, split, run),
+        run,
+        out,
+        draws=draws,
+        samples=numbers(samples),
+        target_error=target_error,
+        exact=exact,
+        trust_encoder=trust_encoder,
+        address=cluster,
+        workers=workers,
+        device=device,
+        timeout_s=slide_timeout,
+        overwrite=overwrite,
+    )
+    print(out / f"{TABLE}.csv")
+    seen = seen_words(count_seen(rows), len(rows))
+    if seen:
+        say(f"{seen}: so it says in the column seen, and evaluate leaves them out")
+    end([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))

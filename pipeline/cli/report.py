@@ -1,0 +1,22 @@
+"""``nested-ats report``: its options, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import Run
+
+
+def report(
+    run: Run,
+    predictions: Annotated[Path, typer.Argument(help="Folder of predictions that were evaluated.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
+    heatmaps: Annotated[Path | None, typer.Option(help="Folder that heatmap wrote.")] = None,
+) -> None:
+    """Write one self-contained HTML page: training, results, slides and heatmaps."""
+    from pipeline.results.report import report as write
+
+    print(write(run, predictions, out, heatmaps=heatmaps))
