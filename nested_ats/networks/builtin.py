@@ -4,7 +4,7 @@ None of them has batch statistics: a patch's feature must not depend on the patc
 would not train the model that one does. Where the paper's networks have batch normalisation, ours have group
 normalisation. `mobilenet_v2` and encoders from elsewhere (`nested_ats.networks.backbones`) may have it. Frozen or
 trained in part (`nested_ats.networks.trainable`) they normalise by the statistics of their weights and are safe;
-trained whole they are refused on several workers (`pipeline.training.trainer`).
+trained whole they are refused on several workers (`pipeline.training.step`).
 
 Shape letters: P patches, C channels, H W pixels, D features.
 """

@@ -6,57 +6,40 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    Cluster,
-    Device,
-    Draws,
-    Exact,
-    Out,
-    Overwrite,
-    Run,
-    Samples,
-    Slides,
-    Split,
-    TargetError,
-    TrustEncoder,
-    Workers,
-    check_cluster,
-    chosen_slides,
-    numbers,
-)
+from pipeline.cli import options
 from pipeline.cli.output import end, say
 
 
 def predict(
-    run: Run,
-    slides: Slides,
-    out: Out,
-    split: Split = None,
-    draws: Draws = None,
-    samples: Samples = "",
-    target_error: TargetError = None,
-    exact: Exact = False,
-    trust_encoder: TrustEncoder = False,
-    cluster: Cluster = "none",
-    workers: Workers = 1,
-    device: Device = "auto",
+    run: options.Run,
+    slides: options.Slides,
+    out: options.Out,
+    split: options.Split = None,
+    draws: options.Draws = None,
+    samples: options.Samples = "",
+    target_error: options.TargetError = None,
+    exact: options.Exact = False,
+    trust_encoder: options.TrustEncoder = False,
+    cluster: options.Cluster = "none",
+    workers: options.Workers = 1,
+    device: options.Device = "auto",
     slide_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds for a slide; a Ray worker that takes longer is replaced.")
     ] = 3600.0,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Classify slides; run again, it classifies only what is missing."""
     from pipeline.data.splits import count_seen, seen_words
     from pipeline.results.predict import predict as classify
     from pipeline.results.predictions import TABLE
 
-    check_cluster(cluster, workers, device)
+    options.check_cluster(cluster, workers, device)
     rows = classify(
-        chosen_slides(slides, split, run),
+        options.chosen_slides(slides, split, run),
         run,
         out,
         draws=draws,
-        samples=numbers(samples),
+        samples=options.numbers(samples),
         target_error=target_error,
         exact=exact,
         trust_encoder=trust_encoder,

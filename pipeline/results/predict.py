@@ -19,18 +19,8 @@ from pipeline.data.splits import RunSplits
 from pipeline.files import alone, make_folder, write_json
 from pipeline.net import Net
 from pipeline.progress import progress
+from pipeline.results import predictions
 from pipeline.results.classifier import Classifier, failed
-from pipeline.results.predictions import (
-    ABOUT,
-    LOCK,
-    RESULTS,
-    check_columns,
-    check_folder,
-    identity,
-    read_result,
-    write_result,
-    write_table,
-)
 from pipeline.results.settings import Options, prediction_settings
 from pipeline.results.verdict import run_shares
 from pipeline.runs import read_run, short
@@ -81,15 +71,15 @@ def predict(
     """
     settings = prediction_settings(run, **options)
     about = read_run(run)
-    check_columns(entries, about["classes"])
+    predictions.check_columns(entries, about["classes"])
     splits, model = RunSplits(about["entries"]), short(settings.model_sha256)
     entries, fingerprint = splits.fill(entries), settings.fingerprint
-    results = make_folder(folder / RESULTS)
-    with alone(folder / LOCK, "another prediction is being written there"):
-        check_folder(folder, fingerprint, overwrite=overwrite)
+    results = make_folder(folder / predictions.RESULTS)
+    with alone(folder / predictions.LOCK, "another prediction is being written there"):
+        predictions.check_folder(folder, fingerprint, overwrite=overwrite)
         facts = {"model": model, "class_shares": run_shares(about)}  # what `evaluate` wants to know of the training
-        write_json(folder / ABOUT, {"settings": settings.plain, "fingerprint": fingerprint, **facts})
-        rows = {entry.slide_id: read_result(results, entry) for entry in entries}
+        write_json(folder / predictions.ABOUT, {"settings": settings.plain, "fingerprint": fingerprint, **facts})
+        rows = {entry.slide_id: predictions.read_result(results, entry) for entry in entries}
         tasks = cluster.run_tasks(
             partial(Classifier, settings),
             [entry for entry in entries if rows[entry.slide_id] is None],
@@ -103,10 +93,13 @@ def predict(
         with closing(tasks):
             _collect(tasks, rows, results)
         table = [
-            {**identity(entry), "seen": splits.seen(entry), **(rows[entry.slide_id] or {}), "model": model}
+            predictions.identity(entry)
+            | {"seen": splits.seen(entry)}
+            | (rows[entry.slide_id] or {})
+            | {"model": model}
             for entry in entries
         ]
-        write_table(folder, table)
+        predictions.write_table(folder, table)
         return table
 
 
@@ -119,7 +112,7 @@ def _collect(
             entry = outcome.item
             row = outcome.result or failed(outcome.error)  # the latter where its worker was lost
             if row["status"] == "ok":
-                write_result(results, entry, row)
+                predictions.write_result(results, entry, row)
             rows[entry.slide_id] = row
             update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
 

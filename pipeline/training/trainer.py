@@ -1,12 +1,8 @@
 """The training loop: the same lines on one process and on N workers.
 
-It talks to a small context (rank, world size, sums over workers) and knows nothing of Ray. Three things make a run
-independent of the number of workers and of interruptions: a step's slides are a function of (seed, epoch, step) and
-are dealt out to the workers in turn; each slide's draws are keyed by (seed, epoch, slide); and the loss of each
-slide is divided by the number of slides of the whole step, so the sum of the workers' gradients is the gradient that
-one worker would have computed.
-
-Shape letters: B slides of one worker in one step, Q classes.
+It talks to a small context (rank, world size, sums over workers) and knows nothing of Ray. Neither the number of
+workers nor interruptions change a run: a step's slides are a function of (seed, epoch, step) and are dealt out to the
+workers in turn, and what they make of them is one step (`pipeline.training.step`).
 """
 
 from __future__ import annotations
@@ -14,22 +10,19 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster import Context
-from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model, save_model
-from nested_ats.models.patches import PatchModel, SamplingModel
-from nested_ats.networks.trainable import batch_statistics
+from nested_ats import Image, attention_sampling_loss, save_model
+from nested_ats.models.patches import PatchModel
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, parse_config
 from pipeline.data.augment import AugmentedImage
@@ -40,19 +33,16 @@ from pipeline.data.unreadable import SlideError, Unreadable, WatchedImage
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic
 from pipeline.net import Net
-from pipeline.results.verdict import Observer, class_shares
-from pipeline.runs import METRICS, MODEL, STATE, Position, autocast, load_state, read_metrics, save_state
-from pipeline.training.course import Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.results.verdict import class_shares
+from pipeline.runs import METRICS, MODEL, STATE, Position, load_state, read_metrics, save_state
+from pipeline.training.course import Kept
 from pipeline.training.epochs import TOTALS, Curves, describe, epoch_verdict, means, stored_share, validation_auc
 from pipeline.training.mirror import Mirror
+from pipeline.training.step import Learner, Row
 
-# Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy, and at most
-# half of them, since what a part computed for its backward pass is held until then.
-_PARTS_AHEAD = 8
 _FIRST_SLIDES = 16  # from which the spread of features is taken
 _READERS = 16  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
 
-T = TypeVar("T")
 OnStep = Callable[[int, int, str], None]  # steps done, steps in all, a few words
 
 
@@ -103,7 +93,7 @@ def make_trainer(context: Context, arguments: Mapping[str, Any]) -> Trainer:
     )
 
 
-class Trainer:
+class Trainer(Learner):
     """One worker's part of a training run; the parameters are those of `train_worker`."""
 
     def __init__(
@@ -119,37 +109,16 @@ class Trainer:
         *,
         fail_fast: bool = False,
     ) -> None:
-        self.context, self.config, self.classes, self.folder = context, config, list(classes), folder
         self.mirror, self.fingerprint = Mirror(mirror, folder) if mirror else None, fingerprint
-        self.training = [entry for entry in entries if entry.split == "train"]
         self.validation = [entry for entry in entries if entry.split == "val"]
         self.slides = SlideCache(background=config.data.background, cache=config.data.cache)
         self.unreadable = Unreadable(fail_fast=fail_fast)
-        torch.manual_seed(config.seed)
-        self.model = build_model(config.model, in_channels=channels, classes=len(classes)).to(context.device)
-        _check_statistics(self.model, context)
-        self.optimizer = torch.optim.AdamW(
-            self._trained(),
-            lr=config.train.learning_rate,
-            weight_decay=config.train.weight_decay,
-            # Gradients that are rounding noise alone (softmax does not see a shift of its logits) must not become
-            # steps of the size of lr, or the number of threads and workers would show in the weights.
-            eps=1e-6,
-        )
+        training = [entry for entry in entries if entry.split == "train"]
+        super().__init__(context, config, training, classes, channels, folder)
         self.features: DiskFeatures | None = None
-        self.observer = Observer(self.model)
-        self.kept = Kept(self.model, config.train.average)
-        self.class_weights = self._class_weights().to(context.device)
         balanced = config.train.class_weights == "balanced"
         self.shares = class_shares([entry.label for entry in self.training], self.classes, balanced=balanced)
-        self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)
         self.saved_at = time.monotonic()
-        self._turn = Lock()  # held by the part of a batch that computes, given up while it waits for pixels
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return math.ceil(len(self.training) / self.config.train.batch_size)
 
     def trial(self) -> Iterator[list[Entry]]:
         """Take a first step and then one that costs what most do, writing nothing; gives the slides of each."""
@@ -166,10 +135,7 @@ class Trainer:
         position = self._resume()
         self.features = use_features(self.model, self.config.data.features)
         metrics: dict[str, Any] = {}
-        with (
-            ThreadPoolExecutor(_READERS) as readers,
-            Curves(self.folder, position, self.context) as curves,
-        ):
+        with ThreadPoolExecutor(_READERS) as readers, Curves(self.folder, position, self.context) as curves:
             if position == Position():
                 self._look_first(readers)
             for epoch in range(position.epoch, self.config.train.epochs):
@@ -212,10 +178,8 @@ class Trainer:
             return
         with torch.no_grad(), model.gather_moments() as moments:
             for row in self._order(0)[:_FIRST_SLIDES][self.context.rank :: self.context.world_size]:
-                entry = self.training[row]
-                key = torch.tensor([draw_key(self.config.seed, "first look", entry.slide_id)])
-                with suppress(SlideError), self._turn:
-                    self._forward([self._open(entry)], key, readers, more=self.config.train.early_samples)
+                first = self._opened([self.training[row]])
+                self._forward(first, ("first look",), readers, self.config.train.early_samples)
         self.context.all_reduce(moments)
         model.standardise_by(moments)
         self.observer.take()  # its patches are of no epoch
@@ -238,12 +202,9 @@ class Trainer:
         self.model.train()
         for step, batch, images, views in self._batches(epoch, start):
             self._step(epoch, step, batch, images, views, readers)
-            done = Position(epoch, step + 1)
-            if (
-                done.step < self.steps
-                and time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes
-            ):
-                self._save(done)
+            due = time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes
+            if due and step + 1 < self.steps:
+                self._save(Position(epoch, step + 1))
             so_far = means(self.totals) | stored_share(self._looked_up() - looked_up)
             words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(so_far)}"
             on_step(epoch * self.steps + step + 1, self.config.train.epochs * self.steps, words)
@@ -291,12 +252,7 @@ class Trainer:
             for step in range(start, self.steps):
                 current, following = following, submit(step + 1)
                 loaded = [found for future in current if (found := future.result()) is not None]
-                yield (
-                    step,
-                    [entry for entry, _, _ in loaded],
-                    [i for _, i, _ in loaded],
-                    [view for _, _, view in loaded],
-                )
+                yield step, [e for e, _, _ in loaded], [i for _, i, _ in loaded], [v for _, _, v in loaded]
 
     def _order(self, epoch: int) -> list[int]:
         """Training slides of an epoch in order: each once, or, where balanced, as many of each class.
@@ -325,104 +281,13 @@ class Trainer:
             return WatchedImage(self.slides.open(entry.path), entry.slide_id, self.unreadable)
         raise self.unreadable.error(entry.slide_id, net)
 
-    def _step(
-        self,
-        epoch: int,
-        step: int,
-        batch: list[Entry],
-        images: list[Image],
-        views: list[Tensor],
-        readers: ThreadPoolExecutor,
-    ) -> None:
-        """One step of the whole group; a worker without slides takes part with a gradient of zero.
-
-        A slide that cannot be read is left out, as if the step had been made of the others.
-        """
-        self.optimizer.zero_grad()
-        sums = torch.zeros(len(TOTALS), device=self.context.device)
-        course = self.config.train
-        progress = (epoch + (step + 0.5) / self.steps) / course.epochs
-        more = more_samples(course, progress)
-        size = max(1, math.ceil(len(batch) / self.config.train.parts))
-
-        def forward(start: int) -> tuple[Output, Tensor] | None:
-            rows = list(zip(batch, images, views, strict=True))[start : start + size]
-            while rows:
-                part, seen, coarse = zip(*rows, strict=True)
-                keys = torch.tensor([draw_key(self.config.seed, epoch, entry.slide_id) for entry in part])
-                try:
-                    with self._turn:
-                        return self._forward(seen, keys, readers, coarse, more), self._labels(part)
-                except SlideError as error:
-                    rows = [row for row in rows if row[0].slide_id != error.slide_id]
-            return None
-
-        for done in _in_order(forward, range(0, len(batch), size)):
-            if done is None:
-                continue
-            output, labels = done
-            with self._turn:
-                loss, cross_entropy = attention_sampling_loss(
-                    output.logits,
-                    labels,
-                    output.entropy,
-                    entropy_weight=entropy_weight(course, progress),
-                    class_weights=self.class_weights,
-                )
-                torch.autograd.backward(loss.sum())
-                sums += self._sums(loss, cross_entropy, output, labels)
-        self.totals += self._reduce(sums).cpu()
-        clip(self._trained(), course.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(course, progress)
-        self.optimizer.step()
-        self.kept.update()
-
-    def _forward(
-        self,
-        images: Sequence[Image],
-        keys: Tensor,
-        readers: ThreadPoolExecutor,
-        views: Sequence[Tensor] | None = None,
-        more: int = 1,
-    ) -> Output:
-        """Run the model, letting another part of the batch compute while this one waits for its reads."""
-
-        def read(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
-            self._turn.release()
-            try:
-                return list(readers.map(function, *columns))
-            finally:
-                self._turn.acquire()
-
-        try:
-            with autocast(self.context.device, self.config.train.precision):
-                options = {"more": more} if isinstance(self.model, SamplingModel) else {}
-                return self.model(images, keys, views=views, map_=read, **options)  # type: ignore[no-any-return]
-        except ImpossibleWeightsError:
-            raise self._diverged() from None
-
-    def _reduce(self, sums: Tensor) -> Tensor:
-        """Sum gradients and `sums` over the workers, in one message, and average the gradients over the slides."""
-        parameters = self._trained()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients] + [sums.to(gradients[0].dtype)])
-        self.context.all_reduce(flat)
-        if not bool(flat.isfinite().all()):
-            raise self._diverged()
-        *parts, sums = torch.split(flat, [p.numel() for p in parameters] + [len(sums)])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = (part / sums[-1].clamp_min(1)).view_as(parameter)
-        return sums
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def _diverged(self) -> DataError:
-        return DataError(
-            f"{self.folder}: the loss or its gradient is no longer finite; the last state stands: lower "
-            "train.learning_rate, or look for NaN in floating-point slides, and start again with --overwrite"
-        )
+    def _opened(self, entries: Sequence[Entry]) -> list[Row]:
+        """Those of some slides that can be opened, as they are."""
+        rows: list[Row] = []
+        for entry in entries:
+            with suppress(SlideError):
+                rows.append((entry, self._open(entry), None))
+        return rows
 
     @torch.no_grad()
     def _validate(self, epoch: int, readers: ThreadPoolExecutor) -> dict[str, float]:
@@ -433,20 +298,14 @@ class Trainer:
         places = {entry.slide_id: place for place, entry in enumerate(self.validation)}
         size = max(1, self.config.train.batch_size // self.context.world_size)
         for begin in range(0, len(mine), size):
-            batch = mine[begin : begin + size]
-            while batch:
-                keys = [draw_key(self.config.seed, "validation", epoch, entry.slide_id) for entry in batch]
-                try:
-                    with self._turn:
-                        output = self._forward([self._open(entry) for entry in batch], torch.tensor(keys), readers)
-                except SlideError as error:
-                    batch = [entry for entry in batch if entry.slide_id != error.slide_id]
-                    continue
-                labels = self._labels(batch)
-                loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
-                totals += self._sums(loss, cross_entropy, output, labels)
-                answers[[places[entry.slide_id] for entry in batch]] = output.logits.softmax(-1)
-                break
+            done = self._forward(self._opened(mine[begin : begin + size]), ("validation", epoch), readers)
+            if done is None:
+                continue
+            batch, output = done
+            labels = self._labels(batch)
+            loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
+            totals += self._sums(loss, cross_entropy, output, labels)
+            answers[[places[entry.slide_id] for entry in batch]] = output.logits.softmax(-1)
         self.context.all_reduce(totals)
         self.context.all_reduce(answers)
         if not bool(totals.isfinite().all()):
@@ -456,13 +315,6 @@ class Trainer:
         found = means(totals)
         validated = {f"val_{name}": found[name] for name in ("cross_entropy", "accuracy")}
         return validated | validation_auc(self.validation, self.classes, answers)
-
-    def _sums(self, loss: Tensor, cross_entropy: Tensor, output: Output, labels: Tensor) -> Tensor:
-        """What `TOTALS` names, summed over the slides, and patches, of a batch."""
-        correct = output.logits.argmax(-1) == labels
-        parts = (loss, cross_entropy, correct, output.entropy, self.observer.uniform_entropy(output))
-        of_slides = torch.stack([part.detach().sum() for part in parts])
-        return torch.cat([of_slides, self.observer.take().to(of_slides), of_slides.new_tensor([len(labels)])])
 
     def _looked_up(self) -> Tensor:
         """Patches whose features were in the store and those that were looked for, (2,) float64, of this worker."""
@@ -476,44 +328,6 @@ class Trainer:
             )
             if self.mirror:
                 self.mirror.put()
-
-    def _labels(self, batch: Sequence[Entry]) -> Tensor:
-        return torch.tensor([self.classes.index(entry.label) for entry in batch], device=self.context.device)
-
-    def _class_weights(self) -> Tensor:
-        """Weight of each class, with mean one over the training slides."""
-        counts = torch.tensor([sum(e.label == name for e in self.training) for name in self.classes]).float()
-        if self.config.train.class_weights == "none":
-            return torch.ones_like(counts)
-        return len(self.training) / (len(self.classes) * counts.clamp_min(1))
-
-
-def _check_statistics(model: nn.Module, context: Context) -> None:
-    """Raise UsageError where workers would each normalise by the patches that they happen to have."""
-    layers = batch_statistics(model) if context.world_size > 1 else []
-    if layers:
-        raise UsageError(
-            f"model.trainable: the encoder has {len(layers)} layers of batch normalisation, such as {layers[0]}; "
-            f"trained whole, each of the {context.world_size} workers would normalise by its own patches. Set it to "
-            "none or to the number of the last stages to train (the statistics then stay as they are), or train with "
-            "one worker"
-        )
-
-
-def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]:
-    """Results of a function in the order of its items, those of the next few items being worked at meanwhile."""
-    if len(items) == 1:
-        yield function(items[0])
-        return
-    ahead = max(1, min(_PARTS_AHEAD, len(items) // 2))
-    with ThreadPoolExecutor(ahead + 1) as pool:
-        waiting: deque[Future[T]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def plain_entries(entries: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -1,0 +1,219 @@
+"""The training step, the same on one process and on N workers.
+
+Each slide's draws are keyed by (seed, epoch, slide), and the loss of each slide is divided by the number of slides of
+the whole step, so the sum of the workers' gradients is the gradient that one worker would have computed.
+
+Shape letters: B slides of one worker in one step, Q classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cluster import Context
+from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model
+from nested_ats.models.patches import SamplingModel
+from nested_ats.networks.trainable import batch_statistics
+from pipeline.config import Config
+from pipeline.data.manifest import Entry
+from pipeline.data.slides import draw_key
+from pipeline.data.unreadable import SlideError
+from pipeline.errors import DataError, UsageError
+from pipeline.results.verdict import Observer
+from pipeline.runs import autocast
+from pipeline.training.course import Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.training.epochs import TOTALS
+
+# Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy, and at most
+# half of them, since what a part computed for its backward pass is held until then.
+_PARTS_AHEAD = 8
+
+T = TypeVar("T")
+Row = tuple[Entry, Image, Tensor | None]  # a slide, opened, and its coarse view where that has been read
+
+
+class Learner:
+    """A model that learns from one worker's slides of each step; `training` are those of all workers."""
+
+    def __init__(
+        self,
+        context: Context,
+        config: Config,
+        training: Sequence[Entry],
+        classes: Sequence[str],
+        channels: int,
+        folder: Path,
+    ) -> None:
+        self.context, self.config, self.training, self.folder = context, config, training, folder
+        self.classes = list(classes)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model, in_channels=channels, classes=len(classes)).to(context.device)
+        _check_statistics(self.model, context)
+        self.optimizer = torch.optim.AdamW(
+            self._trained(),
+            lr=config.train.learning_rate,
+            weight_decay=config.train.weight_decay,
+            # Gradients that are rounding noise alone (softmax does not see a shift of its logits) must not become
+            # steps of the size of lr, or the number of threads and workers would show in the weights.
+            eps=1e-6,
+        )
+        self.observer = Observer(self.model)
+        self.kept = Kept(self.model, config.train.average)
+        self.class_weights = self._class_weights().to(context.device)
+        self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)  # of the epoch under way, as `TOTALS` names them
+        self._turn = Lock()  # held by the part of a batch that computes, given up while it waits for pixels
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return math.ceil(len(self.training) / self.config.train.batch_size)
+
+    def _step(
+        self,
+        epoch: int,
+        step: int,
+        batch: list[Entry],
+        images: list[Image],
+        views: list[Tensor],
+        readers: ThreadPoolExecutor,
+    ) -> None:
+        """One step of the whole group; a worker without slides takes part with a gradient of zero.
+
+        A slide that cannot be read is left out, as if the step had been made of the others.
+        """
+        rows: list[Row] = list(zip(batch, images, views, strict=True))
+        self.optimizer.zero_grad()
+        sums = torch.zeros(len(TOTALS), device=self.context.device)
+        course = self.config.train
+        progress = (epoch + (step + 0.5) / self.steps) / course.epochs
+        size = max(1, math.ceil(len(rows) / course.parts))
+
+        def forward(start: int) -> tuple[Sequence[Entry], Output] | None:
+            return self._forward(rows[start : start + size], (epoch,), readers, more_samples(course, progress))
+
+        for done in _in_order(forward, range(0, len(rows), size)):
+            if done is None:
+                continue
+            output, labels = done[1], self._labels(done[0])
+            with self._turn:
+                loss, cross_entropy = attention_sampling_loss(
+                    output.logits,
+                    labels,
+                    output.entropy,
+                    entropy_weight=entropy_weight(course, progress),
+                    class_weights=self.class_weights,
+                )
+                torch.autograd.backward(loss.sum())
+                sums += self._sums(loss, cross_entropy, output, labels)
+        self.totals += self._reduce(sums).cpu()
+        clip(self._trained(), course.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(course, progress)
+        self.optimizer.step()
+        self.kept.update()
+
+    def _forward(
+        self, rows: Sequence[Row], of: tuple[str | int, ...], readers: ThreadPoolExecutor, more: int = 1
+    ) -> tuple[Sequence[Entry], Output] | None:
+        """Run the model on those slides of a batch that can be read, if there are any.
+
+        Another part of the batch computes while this one waits for its reads. The draws have the names of `of` and
+        of the slide; `more` is a factor on the samples.
+        """
+
+        def read(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
+            self._turn.release()
+            try:
+                return list(readers.map(function, *columns))
+            finally:
+                self._turn.acquire()
+
+        options = {"more": more} if isinstance(self.model, SamplingModel) else {}
+        while rows:
+            entries, images, views = zip(*rows, strict=True)
+            keys = torch.tensor([draw_key(self.config.seed, *of, entry.slide_id) for entry in entries])
+            known = None if views[0] is None else views
+            try:
+                with self._turn, autocast(self.context.device, self.config.train.precision):
+                    return entries, self.model(images, keys, views=known, map_=read, **options)
+            except ImpossibleWeightsError:
+                raise self._diverged() from None
+            except SlideError as error:
+                rows = [row for row in rows if row[0].slide_id != error.slide_id]
+        return None
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        """Sum gradients and `sums` over the workers, in one message, and average the gradients over the slides."""
+        parameters = self._trained()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients] + [sums.to(gradients[0].dtype)])
+        self.context.all_reduce(flat)
+        if not bool(flat.isfinite().all()):
+            raise self._diverged()
+        *parts, sums = torch.split(flat, [p.numel() for p in parameters] + [len(sums)])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = (part / sums[-1].clamp_min(1)).view_as(parameter)
+        return sums
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _diverged(self) -> DataError:
+        return DataError(
+            f"{self.folder}: the loss or its gradient is no longer finite; the last state stands: lower "
+            "train.learning_rate, or look for NaN in floating-point slides, and start again with --overwrite"
+        )
+
+    def _sums(self, loss: Tensor, cross_entropy: Tensor, output: Output, labels: Tensor) -> Tensor:
+        """What `TOTALS` names, summed over the slides, and patches, of a batch."""
+        correct = output.logits.argmax(-1) == labels
+        parts = (loss, cross_entropy, correct, output.entropy, self.observer.uniform_entropy(output))
+        of_slides = torch.stack([part.detach().sum() for part in parts])
+        return torch.cat([of_slides, self.observer.take().to(of_slides), of_slides.new_tensor([len(labels)])])
+
+    def _labels(self, batch: Sequence[Entry]) -> Tensor:
+        return torch.tensor([self.classes.index(entry.label) for entry in batch], device=self.context.device)
+
+    def _class_weights(self) -> Tensor:
+        """Weight of each class, with mean one over the training slides."""
+        counts = torch.tensor([sum(e.label == name for e in self.training) for name in self.classes]).float()
+        if self.config.train.class_weights == "none":
+            return torch.ones_like(counts)
+        return len(self.training) / (len(self.classes) * counts.clamp_min(1))
+
+
+def _check_statistics(model: nn.Module, context: Context) -> None:
+    """Raise UsageError where workers would each normalise by the patches that they happen to have."""
+    layers = batch_statistics(model) if context.world_size > 1 else []
+    if layers:
+        raise UsageError(
+            f"model.trainable: the encoder has {len(layers)} layers of batch normalisation, such as {layers[0]}; "
+            f"trained whole, each of the {context.world_size} workers would normalise by its own patches. Set it to "
+            "none or to the number of the last stages to train (the statistics then stay as they are), or train with "
+            "one worker"
+        )
+
+
+def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]:
+    """Results of a function in the order of its items, those of the next few items being worked at meanwhile."""
+    if len(items) == 1:
+        yield function(items[0])
+        return
+    ahead = max(1, min(_PARTS_AHEAD, len(items) // 2))
+    with ThreadPoolExecutor(ahead + 1) as pool:
+        waiting: deque[Future[T]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
