@@ -23,18 +23,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Cluster = Annotated[
     str, typer.Option("--cluster", help="none: this process; local: Ray workers on this machine; or a Ray address.")
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Ray workers.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a training run.")]
 Slides = Annotated[list[str], typer.Argument(help="A manifest, or pyramids by path or URL.")]
 Split = Annotated[str | None, typer.Option(help="Slides of this split only: train, val or test.")]
 Draws = Annotated[int | None, typer.Option(min=1, help="Independent draws to average; default: as configured.")]
-TargetError = Annotated[
-    float | None,
-    typer.Option(min=0, help="Stop drawing at this expected error of the probabilities; --draws is the most."),
-]
-Exact = Annotated[
-    bool, typer.Option("--exact", help="Encode every patch of the opened regions; slower, no draws there.")
-]
 TrustEncoder = Annotated[
     bool,
     typer.Option("--trust-encoder", help="Import the model's encoder where it is code of yours (model.encoder)."),
@@ -74,7 +66,7 @@ def numbers(text: str) -> list[int]:
 
 
 def check_cluster(address: str, workers: int, device: str) -> None:
-    """Refuse values of `Cluster`, `Workers` and `Device` that do not fit each other or this machine."""
+    """Refuse a cluster, a number of workers and a device that do not fit each other or this machine."""
     from pipeline.errors import UsageError
 
     if address == "none" and workers > 1:

@@ -17,11 +17,16 @@ def predict(
     split: options.Split = None,
     draws: options.Draws = None,
     samples: options.Samples = "",
-    target_error: options.TargetError = None,
-    exact: options.Exact = False,
+    target_error: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop drawing at this expected error of the probabilities; --draws is the most."),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Encode every patch of the opened regions; slower, no draws there.")
+    ] = False,
     trust_encoder: options.TrustEncoder = False,
     cluster: options.Cluster = "none",
-    workers: options.Workers = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
     device: options.Device = "auto",
     slide_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds for a slide; a Ray worker that takes longer is replaced.")
