@@ -1,0 +1,50 @@
+"""What README and guides show is what there is: their Python runs, and their commands are parsed as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from pipeline.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "docs/guide.md", "docs/cluster.md", "nested_ats/README.md", "storage/README.md"]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def commands():
+    for page in PAGES:
+        for _, text in blocks(page):
+            for line in text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.partition("  #")[0].partition(" # ")[0])
+                if words[:1] == ["nested-ats"]:
+                    yield pytest.param(words[1:], id=f"{page}: {' '.join(words[1:4])}")
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_a_command_is_parsed(words):
+    found, context = typer.main.get_command(app), None
+    while hasattr(found, "commands"):
+        context = typer.Context(found, info_name="nested-ats", parent=context)
+        found = found.commands[words[0]]
+        words = words[1:]
+    found.make_context(found.name, list(words), parent=context)
+
+
+def test_there_are_commands_to_parse():
+    assert sum(1 for _ in commands()) > 10
+
+
+@pytest.mark.parametrize(
+    "text", [text for language, text in blocks("README.md") if language == "python"], ids=lambda text: text[:20]
+)
+def test_its_python_runs(text):
+    exec(compile(text, "README.md", "exec"), {})
