@@ -207,7 +207,7 @@ def show(results: dict[str, Any]) -> None:
                 aucs.append(roc_auc_score([labels[name] == "nests" for name in scores], list(scores.values())))
         if aucs:
             middle = f"{statistics.median(aucs):.3f} [{min(aucs):.3f}, {max(aucs):.3f}]"
-            seconds = statistics.median(each["seconds"] for each in runs)
+            seconds = statistics.median(each["seconds"] for each in runs if each["seconds"])  # none: it was paused
             losses = [each["cross_entropy"] for each in runs]
             print(f"{arm:36}{len(aucs):6}{middle:>24}{seconds:18.0f}{f'{min(losses):.3f} to {max(losses):.3f}':>26}")
     print("\nmedian [range] over seeds")
