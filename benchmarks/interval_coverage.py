@@ -121,7 +121,7 @@ def stops(head: Head, features: Tensor, truth: Tensor) -> dict[str, tuple[float,
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=METHODS, default="systematic")
+    parser.add_argument("--method", choices=METHODS, default="pivotal")
     parser.add_argument("--repeats", type=int, default=24, help="predictions of each of the trees")
     parser.add_argument("--budget", type=int, nargs=2, default=(REGIONS, PATCHES), help="regions and patches")
     args = parser.parse_args()

@@ -153,7 +153,7 @@ class Reads:
         return self.pixels[level, boxes.numpy().tobytes()]
 
     def note(
-        self, forward: Callable[..., Output], images: Any, keys: torch.Tensor, *, views: Any, map_: Any
+        self, forward: Callable[..., Output], images: Any, keys: torch.Tensor, *, views: Any, map_: Any, more: int
     ) -> Output:
         """Run the model, and keep what it asks for."""
         asked = self.boxes[tuple(keys.tolist())] = []
@@ -162,11 +162,13 @@ class Reads:
             asked.append((levels, boxes))
             return map_(function, images, levels, boxes)
 
-        return forward(images, keys, views=views, map_=map_and_note)
+        return forward(images, keys, views=views, map_=map_and_note, more=more)
 
-    def fetch(self, bias: torch.Tensor, images: Any, keys: torch.Tensor, *, views: Any, map_: Any) -> Output:
+    def fetch(
+        self, bias: torch.Tensor, images: Any, keys: torch.Tensor, *, views: Any, map_: Any, more: int
+    ) -> Output:
         """In place of the model: read what it asked for, one phase after the other, and compute nothing."""
-        del views
+        del views, more
         for levels, boxes in self.boxes[tuple(keys.tolist())]:
             list(map_(lambda image, level, rows: image.read(level, rows), images, levels, boxes))
         logits = bias.expand(len(images), -1)
@@ -181,7 +183,7 @@ def make_trainer(slides: Sequence[str], parts: int, folder: Path) -> Trainer:
     )
     config = Config(
         model=ModelConfig(levels=levels, patch_size=64),
-        train=TrainConfig(epochs=2, batch_size=len(slides), parts=parts),
+        train=TrainConfig(epochs=2, batch_size=len(slides), parts=parts, early_samples=1),  # as most steps are
     )
     entries = [
         Entry(slide_id=f"{i} {j}", path=path, label="ab"[i % 2], split="train")
@@ -210,7 +212,7 @@ def split(trainer: Trainer, watch: Stopwatch, stack: ExitStack) -> None:
     """Keep time of the parts of a step that compute; they take turns, so that no time is counted twice."""
     model: Any = trainer.model
     for owner, names, part in (
-        (model, ("_look", "_mask"), "attention"),
+        (model, ("_look",), "attention"),
         (nested_ats.models.nested, ("draw_phase",), "draw"),
         (model, ("_embed", "_pool"), "encode"),
         (torch.autograd, ("backward",), "backward"),
