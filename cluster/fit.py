@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import socket
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -183,7 +184,7 @@ def _attempt(launch: _Launch) -> _End:
         # A worker's own methods do not raise: something did not get to it, or back from it.
         return _End(error=ClusterError(f"the function or its value does not pickle: {one_line(error.cause)}"))
     except ray.exceptions.RayError as error:
-        return _End(lost=type(error).__name__)
+        return _End(lost=textwrap.shorten(one_line(error), 300, placeholder=" ..."))
     finally:
         for each in workers:
             ray.kill(each)
