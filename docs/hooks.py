@@ -60,11 +60,11 @@ def _relink(text: str, folder: Path) -> str:
     """Links to files of the repository lead to their pages; of those that have none the text stays."""
 
     def lead(match: re.Match[str]) -> str:
-        words, target = match[1], match[2]
-        if "://" in target or target.startswith("#") or target in PAGES.values():
+        words, (target, mark, place) = match[1], match[2].partition("#")
+        if "://" in target or not target or target in PAGES.values():
             return match[0]
         path = (ROOT / folder / target).resolve().relative_to(ROOT).as_posix()
-        return f"[{words}]({PAGES[path]})" if path in PAGES else words
+        return f"[{words}]({PAGES[path]}{mark}{place})" if path in PAGES else words
 
     return re.sub(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)", lead, text)
 

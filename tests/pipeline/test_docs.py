@@ -50,6 +50,7 @@ def test_every_command_has_its_place():
     [
         ("[a](../docs/cluster.md)", "[a](cluster.md)"),
         ("[a](README.md)", "[a](workers.md)"),
+        ("[a](../docs/guide.md#limits-today)", "[a](guide.md#limits-today)"),
         ("[a](context.py)", "a"),
         ("[a](https://b.org/c)", "[a](https://b.org/c)"),
     ],
