@@ -165,7 +165,7 @@ def count_requests(pyramid: Path, size: int, batches: int) -> None:
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication
     from zarr.storage import ObjectStore
 
-    from storage.place.stores import connect
+    from storage.place.objects import connect
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     seen = [0]

@@ -18,12 +18,14 @@ from pipeline.errors import UsageError
 from pipeline.files import read_inside, write_atomic
 from pipeline.runs import CONFIG, CURVES, METRICS, MODEL, RUN, STATE, read_run, state_metadata
 from storage import StorageError
-from storage.place.objects import Objects, Occupied, mark_of
+from storage.place import retry
+from storage.place.objects import mark_of
+from storage.place.ranges import Occupied
+from storage.place.remote_store import RemoteStore
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
-
     from storage.place.objects import PutMode
+    from storage.place.ranges import Entry
 
 _TIMEOUT_S = 300.0  # of a request: a state of some hundred megabytes must get through
 
@@ -48,7 +50,7 @@ class Mirror:
         if not re.match(r"(?!https?:)[a-z][a-z0-9]*://[^/]", url):
             raise UsageError(f"--mirror {url}: not the URL of an object store; give one like s3://bucket/runs/first")
         self.url, self._folder = url.rstrip("/"), folder
-        self._objects = Objects(self.url, _TIMEOUT_S)
+        self._store = RemoteStore(self.url, _TIMEOUT_S, retry.WRITING)
         self._run: PutMode = "create"  # what run.json and
         self._state: PutMode = "create"  # the state may be put in place of
         self._done: dict[str, tuple[int, int]] = {}  # time of change and length of what was put
@@ -62,7 +64,7 @@ class Mirror:
             It is of another run and not to be overwritten, something else lies there, or it cannot be read.
         """
         try:
-            run, about = self._objects.get(RUN)
+            run, about = self._store.get_with_meta(RUN)
         except FileNotFoundError:
             if self._list():
                 raise UsageError(f"{self.url}: not empty and not a training run; give another --mirror") from None
@@ -76,9 +78,9 @@ class Mirror:
                 "or --overwrite to start again"
             )
 
-    def _list(self) -> dict[str, ObjectMeta]:
+    def _list(self) -> dict[str, Entry]:
         try:
-            return self._objects.list()
+            return self._store.entries()
         except StorageError as error:
             raise self._out_of_reach(error) from error
 
@@ -110,7 +112,7 @@ class Mirror:
         UsageError
             The copy or the folder is of another run.
         """
-        run, state = self._objects.get(RUN)[0], self._fetch_state()
+        run, state = self._store.get(RUN), self._fetch_state()
         if _fingerprint(run) != fingerprint:
             raise self._taken()
         if not (self._folder / RUN).exists():
@@ -137,17 +139,17 @@ class Mirror:
 
     def remove(self, *names: str) -> None:
         """Remove files and folders from the copy."""
-        self._objects.delete(key for key in self._objects.list() if key.partition("/")[0] in names)
+        self._store.delete(key for key in self._store.entries() if key.partition("/")[0] in names)
 
     def version(self) -> str | None:
         """Tell one state of the copy from the next; None where that cannot be told."""
         with suppress(StorageError, KeyError):
-            return self._objects.list()[STATE]["e_tag"]
+            return self._store.entries()[STATE].tag
         return None
 
     def _fetch_state(self) -> bytes | None:
         try:
-            state, about = self._objects.get(STATE)
+            state, about = self._store.get_with_meta(STATE)
         except FileNotFoundError:
             self._state = "create"
             return None
@@ -156,7 +158,7 @@ class Mirror:
 
     def _replace(self, name: str, mode: PutMode) -> PutMode:
         try:
-            return self._objects.put(name, read_inside(self._folder, name), mode)
+            return self._store.put_if(mode, name, [read_inside(self._folder, name)])
         except Occupied:
             raise self._taken() from None
 
@@ -169,7 +171,7 @@ class Mirror:
         name, status = path.relative_to(self._folder).as_posix(), path.stat()
         version = status.st_mtime_ns, status.st_size
         if self._done.get(name) != version:
-            self._objects.put(name, read_inside(self._folder, name), "overwrite")
+            self._store.put(name, [read_inside(self._folder, name)])
             self._done[name] = version
 
     def _below(self, name: str) -> list[Path]:

@@ -26,14 +26,15 @@ from storage.conversion.output import OWN_KEYS
 from storage.conversion.receipts import Receipt, check_index, parse_journal
 from storage.errors import ConversionError, CorruptImageError, StorageError
 from storage.limits import LIMITS
+from storage.place import retry
 from storage.place.lease import Lease
-from storage.place.objects import Objects, Occupied, tag_of
-from storage.place.stores import first_line
+from storage.place.objects import first_line
+from storage.place.remote_store import RemoteStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from obstore import ObjectMeta
+    from storage.place.ranges import Entry
 
 ROOT = "zarr.json"
 JOURNAL = "journal-"  # and a number
@@ -50,7 +51,7 @@ class ObjectOutput:
     """Objects below a URL, written once each; picklable and thread safe."""
 
     def __init__(self, url: str, timeout_s: float | None = None) -> None:
-        self.objects = Objects(url, timeout_s or SHARD_TIMEOUT_S)
+        self.objects = RemoteStore(url, timeout_s or SHARD_TIMEOUT_S, retry.WRITING)
 
     def write(self, key: str, pieces: Iterable[bytes], *, read_again: bool = True) -> str:  # noqa: ARG002
         """Store one object whole and return its e_tag; one that is already there must be the same.
@@ -62,16 +63,11 @@ class ObjectOutput:
         TransferError
             The store did not answer, though asked several times.
         """
-        try:
-            return tag_of(self.objects.put(key, b"".join(pieces), "create"))
-        except Occupied:
-            raise ConversionError(
-                f"{self.objects.url}/{key}: another conversion has written this; run again"
-            ) from None
+        return self.objects.put(key, pieces, if_absent=True)
 
     def read(self, key: str, limit: int) -> bytes:
         """Return an object written before, of at most ``limit`` bytes."""
-        return self.objects.get(key, limit)[0]
+        return self.objects.get(key, limit)
 
 
 class ObjectPartial:
@@ -98,7 +94,7 @@ class ObjectPartial:
         ConversionError
             There are objects below the URL that no converter has left there.
         """
-        present = self._objects.list()
+        present = self._objects.entries()
         journals = [key for key in _own_state(self._state) if key.startswith(JOURNAL)]
         self._refuse_foreign(present, known=ROOT in present or bool(journals))
         found = {receipt.key: receipt for key in journals for receipt in self._read_journal(key, job)}
@@ -134,12 +130,12 @@ class ObjectPartial:
         The e_tags tell that the bytes are those that the store has acknowledged. Reading the index costs a request
         for each shard, a twelfth of the price of its put, and shows that the store also serves what it lists.
         """
-        present = self._objects.list()
+        present = self._objects.entries()
         stored = {receipt.key: receipt for receipt in receipts if not receipt.empty}
         for key in present.keys() | stored.keys():
             if key not in stored or not _is_there(stored[key], present.get(key)):
                 what = "is missing or not what was written" if key in stored else "was written by another conversion"
-                raise CorruptImageError(f"{self._objects.url}/{key}: {what}; convert again")
+                raise CorruptImageError(f"{self._objects.name}/{key}: {what}; convert again")
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             for _ in pool.map(lambda receipt: self._verify_index(receipt, index_bytes), stored.values()):
                 self._lease.check()
@@ -156,7 +152,7 @@ class ObjectPartial:
 
     def discard(self) -> None:
         """Remove what was written; a pyramid that is whole stays."""
-        present = self._objects.list()
+        present = self._objects.entries()
         self._pending = []
         if ROOT not in present and self._job:  # only ``resume`` has made sure that all of it is ours
             self._delete(list(present))
@@ -173,7 +169,7 @@ class ObjectPartial:
     def _refuse_foreign(self, present: Iterable[str], *, known: bool) -> None:
         for key in present:
             if not (known and OWN_KEYS.fullmatch(key)):
-                url = self._objects.url
+                url = self._objects.name
                 raise ConversionError(
                     f"{url}: holds {key}, which is of no pyramid made here; remove it, or write elsewhere"
                 )
@@ -183,10 +179,10 @@ class ObjectPartial:
 
     def _verify_index(self, receipt: Receipt, index_bytes: int) -> None:
         try:
-            tail = self._objects.get_range(receipt.key, receipt.length - index_bytes, index_bytes)
+            tail = next(self._objects.get_ranges([(receipt.key, receipt.length - index_bytes, index_bytes)]))
         except FileNotFoundError:
             tail = b""
-        check_index(tail, receipt, f"{self._objects.url}/{receipt.key}")
+        check_index(tail, receipt, f"{self._objects.name}/{receipt.key}")
 
     def _delete(self, keys: list[str]) -> None:
         self._lease.check()  # what another has written must stay
@@ -235,11 +231,11 @@ def sweep_object_leftovers(url: str) -> None:
 
 
 def _own_state(state: ObjectOutput) -> list[str]:
-    return sorted(key for key in state.objects.list() if OWN_STATE.fullmatch(key))
+    return sorted(key for key in state.objects.entries() if OWN_STATE.fullmatch(key))
 
 
-def _is_there(receipt: Receipt, meta: ObjectMeta | None) -> bool:
+def _is_there(receipt: Receipt, entry: Entry | None) -> bool:
     """Whether the store has what the receipt says: these bytes, or nothing where all pixels are zero."""
-    if receipt.empty or meta is None:
-        return receipt.empty and meta is None
-    return meta["size"] == receipt.length and tag_of(meta) == receipt.tag
+    if receipt.empty or entry is None:
+        return receipt.empty and entry is None
+    return entry == (receipt.length, receipt.tag)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from storage.conversion.output import OWN_KEYS
 from storage.conversion.receipts import Receipt, by_place, check_index, parse_journal
 from storage.errors import ConversionError, CorruptImageError
-from storage.place.local_store import read_below
+from storage.place.local_store import LocalStore
 from storage.place.locks import locked
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class LocalOutput:
 
     def read(self, key: str, limit: int) -> bytes:
         """Return a file written before, of at most ``limit`` bytes."""
-        return read_below(str(self.root), key, limit)
+        return LocalStore(self.root).get(key, limit)
 
 
 class LocalPartial:

@@ -34,7 +34,7 @@ from storage.images.image import Image
 from storage.images.tiff import TiffImage
 from storage.images.tiff_kinds import REWRITE
 from storage.limits import LIMITS, Limits
-from storage.place.files import RandomFile, open_file
+from storage.place.files import RandomFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +64,7 @@ def open_image(location: str | os.PathLike[str], *, allow_sparse: bool = False) 
     ------
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
     """
-    file = open_file(location)
+    file = RandomFile(location)
     try:
         first = file.read_at(0, MAGIC_BYTES)
     finally:
@@ -95,7 +95,7 @@ class RasterImage(Image):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> None:
-        file = open_file(path)
+        file = RandomFile(path)
         super().__init__(file.location, limits)
         try:
             pixels = self._decode(self._read(file))  # (H, W, C)

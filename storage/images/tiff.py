@@ -45,7 +45,7 @@ from storage.images.tiff_kinds import (
 from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx
 from storage.images.tiff_segments import Cut, Part, Plane, why_misplaced
 from storage.limits import LIMITS, Limits
-from storage.place.files import BlockReader, open_file
+from storage.place.files import BlockReader, RandomFile
 
 if TYPE_CHECKING:
     import os
@@ -114,7 +114,7 @@ class TiffImage(Image):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, allow_sparse: bool = False, limits: Limits = LIMITS) -> None:
-        self._file = open_file(path)
+        self._file = RandomFile(path)
         super().__init__(self._file.location, limits, allow_sparse=allow_sparse)
         try:
             self._open()

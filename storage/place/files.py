@@ -1,7 +1,7 @@
-"""One file, wherever it lies, read at any place: a local path by ``pread``, a URL by range requests.
+"""One file, wherever it lies, read at any place: a key of a store with a size.
 
 Notable: a reader of headers (``BlockReader``) fetches blocks and keeps them, because headers are read in many small
-steps; pixels are read past it, and ranges that lie near each other come in one request.
+steps; pixels are read past it, and ranges that lie near each other come in one request where a request is dear.
 """
 
 from __future__ import annotations
@@ -10,56 +10,39 @@ import hashlib
 import io
 import os
 from collections import OrderedDict
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Any
 
-from storage.errors import MissingImageError, StorageError, UnsupportedImageError
-from storage.place.local_store import NotAFile, open_regular
-from storage.place.stores import attempt, check_url, connect_requests
+from storage.errors import CorruptImageError, MissingImageError, StorageError, UnsupportedImageError
+from storage.place.local_store import NotAFile
+from storage.place.stores import open_above
+from storage.place.urls import is_remote
 from storage.threads import spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-T = TypeVar("T")
 Range = tuple[int, int]  # offset and length in bytes
 
 BLOCK_BYTES = 256 * 1024
 KEPT_BLOCKS = 64
-MERGE_GAP = 64 * 1024  # bytes worth reading in vain to save a request; tiles of one row lie closer than this
 BATCH_BYTES = 64 * 2**20  # asked for at once,
-RUN_BYTES = 8 * 2**20  # of it by one request,
-CONCURRENCY = 10  # of which as many are in flight
+RUN_BYTES = 8 * 2**20  # of it by one request
 SAMPLED_BYTES = 64 * 1024  # at each end of a file, for its fingerprint
 
 
-class RandomFile(Protocol):
-    """A file of fixed size that threads may read at the same time."""
+class RandomFile:
+    """A file of fixed size that threads may read at the same time.
 
-    location: str  # path or URL, as messages name it
-    name: str  # its last part
-    size: int  # bytes
+    Parameters
+    ----------
+    location
+        A path or a URL (http, https, s3, gs, az).
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``offset``, fewer where the file ends."""
-        ...
-
-    def read_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
-        """Yield the bytes of each range in turn, each as ``read_at`` would give it."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """Name, length and version: what changes when the file is replaced."""
-        ...
-
-    def close(self) -> None:
-        """Give the descriptor or connection back."""
-        ...
-
-
-def open_file(location: str | os.PathLike[str]) -> RandomFile:
-    """Open a path or a URL (http, https, s3, gs, az).
+    Attributes
+    ----------
+    location : path or URL, as messages name it
+    name : its last part
+    size : bytes
 
     Raises
     ------
@@ -70,8 +53,61 @@ def open_file(location: str | os.PathLike[str]) -> RandomFile:
     TransferError
         The URL is not one that can be opened, or the server does not answer, or refuses to.
     """
-    text = os.fspath(location)
-    return RemoteFile(text) if "://" in text else LocalFile(text)
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self.location = os.fspath(location)
+        self._store, self.name = open_above(self.location)
+        try:
+            self.size, self._version = self._store.stat(self.name)
+        except (FileNotFoundError, CorruptImageError) as error:
+            if isinstance(error.__cause__, NotAFile):
+                raise UnsupportedImageError(f"{self.location}: {error.__cause__}, not an image file") from None
+            what = "URL" if is_remote(self.location) else "path"
+            raise MissingImageError(f"{self.location}: does not exist; check the {what}") from error
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``offset``, fewer where the file ends."""
+        return next(self.read_ranges([(offset, length)]))
+
+    def read_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+        """Yield the bytes of each range in turn, each as ``read_at`` would give it.
+
+        Of a server, near ranges are fetched together, a bounded number of bytes ahead.
+        """
+        inside = [(offset, min(length, max(0, self.size - offset))) for offset, length in ranges]
+        if self._store.concurrency == 1:
+            yield from self._get(inside)
+            return
+        for batch in _batches(inside):
+            wanted = [pair for pair in batch if pair[1]]  # a server has no answer to an empty range
+            found = iter(self._fetch(wanted))
+            yield from (next(found) if length else b"" for _, length in batch)
+
+    def _fetch(self, ranges: Sequence[Range]) -> list[bytes]:
+        """Fetch ranges, those near each other by one request."""
+        found: dict[Range, bytes] = {}
+
+        def work(share: list[list[Range]]) -> None:
+            whole = [(run[0][0], max(map(sum, run)) - run[0][0]) for run in share]
+            for run, (start, _), data in zip(share, whole, self._get(whole), strict=True):
+                found.update({pair: data[pair[0] - start : sum(pair) - start] for pair in run})
+
+        spread(work, list(_runs(sorted(set(ranges)), self._store.merge_gap)), self._store.concurrency)
+        return [found[pair] for pair in ranges]
+
+    def _get(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+        try:
+            yield from self._store.get_ranges([(self.name, *pair) for pair in ranges])
+        except FileNotFoundError as error:
+            raise MissingImageError(f"{self.location}: does not exist any more") from error
+
+    def identity(self) -> dict[str, Any]:
+        """Name, length and version: what changes when the file is replaced."""
+        return {"name": self.name, "bytes": self.size} | self._version
+
+    def close(self) -> None:
+        """Give the descriptor or connection back."""
+        self._store.close()
 
 
 def fingerprint(location: str | os.PathLike[str]) -> dict[str, Any]:
@@ -82,7 +118,7 @@ def fingerprint(location: str | os.PathLike[str]) -> dict[str, Any]:
     dict
         ``name``, ``bytes``, ``mtime_ns`` (of a URL ``e_tag`` instead, or ``last_modified``) and ``ends_sha256``.
     """
-    file = open_file(location)
+    file = RandomFile(location)
     try:
         digest = hashlib.sha256(file.read_at(0, SAMPLED_BYTES))
         digest.update(file.read_at(max(0, file.size - SAMPLED_BYTES), SAMPLED_BYTES))
@@ -91,100 +127,12 @@ def fingerprint(location: str | os.PathLike[str]) -> dict[str, Any]:
         file.close()
 
 
-class LocalFile:
-    """A file by its descriptor."""
-
-    def __init__(self, path: str) -> None:
-        self.location = path
-        self.name = os.path.basename(path)
-        try:
-            self._fd = open_regular(path)
-        except NotAFile as error:
-            raise UnsupportedImageError(f"{path}: {error}, not an image file") from None
-        except FileNotFoundError:
-            raise MissingImageError(f"{path}: does not exist; check the path") from None
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be opened ({error.strerror})") from error
-        self.size = os.fstat(self._fd).st_size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``offset``, fewer where the file ends."""
-        try:
-            return os.pread(self._fd, min(length, max(0, self.size - offset)), offset)
-        except OSError as error:
-            raise StorageError(f"{self.location}: cannot be read ({error.strerror})") from error
-
-    def read_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
-        """Read each range when it is asked for."""
-        return (self.read_at(offset, length) for offset, length in ranges)
-
-    def identity(self) -> dict[str, Any]:
-        """Name, length and time of the last change."""
-        return {"name": self.name, "bytes": self.size, "mtime_ns": os.fstat(self._fd).st_mtime_ns}
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-
-class RemoteFile:
-    """An object of a store or a web server that answers range requests."""
-
-    def __init__(self, url: str) -> None:
-        self.location = url
-        check_url(url)
-        parent, _, name = url.rpartition("/")
-        self.name = unquote(name) if url.startswith("http") else name
-        self._requests = connect_requests(parent)
-        self.size, self._version = self._attempt(lambda: self._requests.stat(self.name))
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes from ``offset``, fewer where the file ends."""
-        return next(self.read_ranges([(offset, length)]))
-
-    def read_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
-        """Fetch near ranges together, a bounded number of bytes ahead."""
-        inside = [(offset, min(length, max(0, self.size - offset))) for offset, length in ranges]
-        for batch in _batches(inside):
-            wanted = [pair for pair in batch if pair[1]]  # a server has no answer to an empty range
-            found = iter(self._fetch(wanted) if wanted else [])
-            yield from (next(found) if length else b"" for _, length in batch)
-
-    def _fetch(self, ranges: Sequence[Range]) -> list[bytes]:
-        """Fetch ranges, those near each other by one request."""
-        found: dict[Range, bytes] = {}
-
-        def work(share: list[list[Range]]) -> None:
-            for run in share:
-                start, length = run[0][0], max(map(sum, run)) - run[0][0]
-                data = self._attempt(partial(self._requests.get_range, self.name, start, length))
-                found.update({pair: data[pair[0] - start : sum(pair) - start] for pair in run})
-
-        spread(work, list(_runs(sorted(set(ranges)))), CONCURRENCY)
-        return [found[pair] for pair in ranges]
-
-    def _attempt(self, request: Callable[[], T]) -> T:
-        try:
-            return attempt(self.location, request)
-        except FileNotFoundError as error:
-            raise MissingImageError(f"{self.location}: does not exist; check the URL") from error
-
-    def identity(self) -> dict[str, Any]:
-        """Name, length and the server's tag of the version, or the time of the last change where it has none."""
-        return {"name": self.name, "bytes": self.size} | self._version
-
-    def close(self) -> None:
-        """Nothing to give back: connections close with the object."""
-
-
-def _runs(ranges: Iterable[Range]) -> Iterator[list[Range]]:
-    """Cut a sorted list of ranges where they lie too far apart, or are too much for one request."""
+def _runs(ranges: Iterable[Range], gap: int) -> Iterator[list[Range]]:
+    """Cut a sorted list of ranges where they lie more than ``gap`` apart, or are too much for one request."""
     run: list[Range] = []
     end = 0
     for offset, length in ranges:
-        if run and (offset > end + MERGE_GAP or max(end, offset + length) - run[0][0] > RUN_BYTES):
+        if run and (offset > end + gap or max(end, offset + length) - run[0][0] > RUN_BYTES):
             yield run
             run, end = [], 0
         run.append((offset, length))

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from storage import typed
 from storage.errors import ConversionError, StorageError
-from storage.place.objects import Objects, Occupied, mark_of
+from storage.place.objects import mark_of
+from storage.place.ranges import Occupied
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
 
     from storage.place.objects import PutMode
+    from storage.place.remote_store import RemoteStore
 
 LOCK = "lock"
 LEASE_S = 60.0  # without renewal, after which another converter may take over
@@ -35,10 +37,10 @@ CLOCK_STEP_S = 1.0  # of the times that stores give
 
 
 class Lease:
-    """The lock below ``objects``, for one converter; ``output`` is the name of what it protects."""
+    """The lock in ``store``, for one converter; ``output`` is the name of what it protects."""
 
-    def __init__(self, objects: Objects, output: str) -> None:
-        self._objects = objects
+    def __init__(self, store: RemoteStore, output: str) -> None:
+        self._store = store
         self._output = output
         self._seconds = LEASE_S
         self._entry: dict[str, Any] = {
@@ -115,7 +117,7 @@ class Lease:
     def _put(self, mode: PutMode) -> None:
         self._entry["renewals"] += 1  # so that no two states of the lock have the same mark
         started = time.monotonic()
-        self._mark = self._objects.put(LOCK, json.dumps(self._entry).encode(), mode)
+        self._mark = self._store.put_if(mode, LOCK, [json.dumps(self._entry).encode()])
         self._renewed = started
 
     def _put_again(self) -> None:
@@ -152,7 +154,7 @@ class Lease:
     def _read(self) -> tuple[dict[str, Any], ObjectMeta | None]:
         """Return the lock's entry and what the store knows of it; None if it is gone."""
         try:
-            data, meta = self._objects.get(LOCK)
+            data, meta = self._store.get_with_meta(LOCK)
         except FileNotFoundError:
             return {}, None
         try:
@@ -163,11 +165,11 @@ class Lease:
     def _store_time(self) -> datetime:
         """What time it is for the store: that of an object just made."""
         key = f"clock-{self._entry['token']}"
-        self._objects.put(key, b"", "create")
+        self._store.put_if("create", key, [])
         try:
-            return self._objects.get(key)[1]["last_modified"]
+            return self._store.get_with_meta(key)[1]["last_modified"]
         finally:
-            self._objects.delete([key])
+            self._store.delete([key])
 
     def _refuse_blind_stores(self) -> None:
         """Try conditions that do not hold: a store that ignores them would let two converters in."""

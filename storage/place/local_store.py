@@ -18,14 +18,16 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from storage.errors import CorruptImageError, MissingImageError, StorageError
+from storage.errors import CorruptImageError, StorageError
 from storage.limits import LIMITS
+from storage.place.atomic import write_file
+from storage.place.ranges import Entry, Occupied
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import NoReturn
 
-    from storage.place.ranges import Range
+    from storage.place.ranges import Range, Stat
 
 SLOW_READ_S = 100e-6  # longer than a short range takes from the page cache
 ANNOUNCED_RANGES = 64  # told to the kernel at once, before the first is read
@@ -57,53 +59,11 @@ class _Descriptor:
 
     __slots__ = ("fd",)
 
-    def __init__(self, root: str, key: str) -> None:
-        self.fd = -1
-        self.fd = open_below(root, key)
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
 
     def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-def open_below(root: str, key: str) -> int:
-    """Open the file ``key`` of a pyramid; one to which a link leads out of the pyramid is refused.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is none.
-    CorruptImageError
-        It is no file, or lies outside.
-    StorageError
-        It cannot be read.
-    """
-    path = f"{root}/{key}"
-    try:
-        fd = open_regular(path)
-    except NotAFile as error:
-        if str(error) == "a folder":
-            raise FileNotFoundError(key) from error
-        raise CorruptImageError(f"{path}: {error}, not a file; remove it and convert again") from None
-    except OSError as error:
-        fail(root, key, error)
-    # Read after the file was opened: a link put there later does not change what is read.
-    if _has_link(root, key) and not os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/"):
-        os.close(fd)
-        raise CorruptImageError(f"{path}: a link that leads out of the pyramid, which is not followed; copy the file")
-    return fd
-
-
-def read_below(root: str, key: str, limit: int) -> bytes:
-    """Return a file of at most ``limit`` bytes; raises as ``open_below``, also if it holds more."""
-    with os.fdopen(open_below(root, key), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise CorruptImageError(f"{root}/{key}: holds {size} bytes, more than the {limit} it may")
-        try:
-            return file.read(size)
-        except OSError as error:
-            fail(root, key, error)
+        os.close(self.fd)
 
 
 def _has_link(root: str, key: str) -> bool:
@@ -114,13 +74,6 @@ def _has_link(root: str, key: str) -> bool:
         if os.path.islink(path):
             return True
     return False
-
-
-def fail(root: str, key: str, error: OSError) -> NoReturn:
-    """Raise the error that a failure to open or read a file is to a reader."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        raise FileNotFoundError(key) from error
-    raise StorageError(f"{root}/{key}: cannot be read ({error.strerror}); check its disk and permissions") from error
 
 
 class _Descriptors:
@@ -134,15 +87,15 @@ class _Descriptors:
         self._lock = threading.Lock()
         self.limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
-    def get(self, store: int, root: str, key: str) -> _Descriptor:
-        """Open the file ``key`` below ``root``, or return it open."""
-        name = (store, key)
+    def get(self, store: LocalStore, key: str) -> _Descriptor:
+        """Open the file ``key`` of a store, or return it open."""
+        name = (store.number, key)
         with self._lock:
             found = self._open.get(name)
             if found is not None:
                 self._open.move_to_end(name)
                 return found
-        opened = _Descriptor(root, key)
+        opened = _Descriptor(store.open(key))
         with self._lock:
             self._open[name] = opened
             while len(self._open) > self.limit:
@@ -166,21 +119,40 @@ _numbers = itertools.count()
 
 
 class LocalStore:
-    """A folder; see ``storage.place.stores.Store``."""
+    """A folder; see ``storage.place.stores.Store``.
 
-    def __init__(self, root: Path) -> None:
-        if not os.path.isdir(root):
-            what = "is a file, not a folder" if os.path.exists(root) else "does not exist; check the path"
-            raise MissingImageError(f"{root}: {what}")
-        self.name = str(root)
-        self.concurrency = 1
-        self.merge_gap = 0
-        self._number = next(_numbers)
+    Workers on other machines must see it under the same name.
+
+    Parameters
+    ----------
+    root
+        The folder.
+    follow_links
+        Whether to read what a link leads to out of it, where a user has named the file; a pyramid may be anybody's.
+    """
+
+    concurrency = 1
+    merge_gap = 0
+
+    def __init__(self, root: str | os.PathLike[str], follow_links: bool = False) -> None:
+        self.name = str(Path(root))
+        self._follow_links = follow_links
+        self.number = next(_numbers)
         self._slow = True  # whether a short range since the last announcement was
+
+    def __reduce__(self) -> tuple[type[LocalStore], tuple[str, bool]]:
+        return type(self), (self.name, self._follow_links)
 
     def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> bytes:
         """Return the whole file."""
-        return read_below(self.name, key, limit)
+        with os.fdopen(self.open(key), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise CorruptImageError(f"{self.name}/{key}: holds {size} bytes, more than the {limit} it may")
+            try:
+                return file.read(size)
+            except OSError as error:
+                self._fail(key, error)
 
     def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         """Yield the bytes of each range, fewer where its file ends."""
@@ -192,12 +164,12 @@ class LocalStore:
             for key, start, length in window:
                 started = time.perf_counter()
                 try:
-                    descriptor = _descriptors.get(self._number, self.name, key)  # held, or a thread could end it
+                    descriptor = _descriptors.get(self, key)  # held, or a thread could end it
                     if start < 0:
                         start = max(0, start + os.fstat(descriptor.fd).st_size)
                     data = os.pread(descriptor.fd, length, start)
                 except OSError as error:
-                    fail(self.name, key, error)
+                    self._fail(key, error)
                 if time.perf_counter() - started > SLOW_READ_S and length <= ANNOUNCED_BYTES:
                     self._slow = True
                 yield data
@@ -212,9 +184,81 @@ class LocalStore:
             return
         with contextlib.suppress(OSError):
             for key, start, length in short:
-                descriptor = _descriptors.get(self._number, self.name, key)
+                descriptor = _descriptors.get(self, key)
                 os.posix_fadvise(descriptor.fd, start, length, os.POSIX_FADV_WILLNEED)
+
+    def stat(self, key: str) -> Stat:
+        """Return the size of a file and the time of its last change."""
+        status = os.fstat(_descriptors.get(self, key).fd)
+        return status.st_size, {"mtime_ns": status.st_mtime_ns}
+
+    def entries(self) -> dict[str, Entry]:
+        """Return all files; what links lead to is not looked at."""
+        found = {}
+        for folder, _, names in os.walk(self.name):
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
+                    found[path.relative_to(self.name).as_posix()] = Entry(path.lstat().st_size)
+        return found
+
+    def put(self, key: str, pieces: Iterable[bytes], *, if_absent: bool = False, read_again: bool = True) -> str:
+        """Write one file; a lock on the folder must see to it that nobody else writes it meanwhile."""
+        path, pieces = Path(self.name, key), list(pieces)
+        if if_absent and os.path.lexists(path) and not self._holds(key, b"".join(pieces)):
+            raise Occupied(f"{path}: another conversion has written this; run again")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, pieces, read_again=read_again)
+        return ""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete files, if they are there."""
+        for key in keys:
+            Path(self.name, key).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the files that no thread is reading."""
-        _descriptors.close(self._number)
+        _descriptors.close(self.number)
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.get(key, len(data)) == data
+        except (FileNotFoundError, CorruptImageError):
+            return False
+
+    def open(self, key: str) -> int:
+        """Open a file; one to which a link leads out of the folder is refused, unless they are followed.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        CorruptImageError
+            It is no file, or lies outside.
+        StorageError
+            It cannot be read.
+        """
+        path = f"{self.name}/{key}"
+        try:
+            fd = open_regular(path)
+        except NotAFile as error:
+            if str(error) == "a folder":
+                raise FileNotFoundError(key) from error
+            raise CorruptImageError(f"{path}: {error}, not a file; remove it and convert again") from error
+        except OSError as error:
+            self._fail(key, error)
+        # Read after the file was opened: a link put there later does not change what is read.
+        if not self._follow_links and _has_link(self.name, key):
+            root = os.path.realpath(self.name).rstrip("/") + "/"
+            if not os.path.realpath(path).startswith(root):
+                os.close(fd)
+                raise CorruptImageError(
+                    f"{path}: a link that leads out of the pyramid, which is not followed; copy the file"
+                )
+        return fd
+
+    def _fail(self, key: str, error: OSError) -> NoReturn:
+        """Raise the error that a failure to open or read a file is to a reader."""
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise FileNotFoundError(key) from error
+        where = f"{self.name}/{key}"
+        raise StorageError(f"{where}: cannot be read ({error.strerror}); check its disk and permissions") from error

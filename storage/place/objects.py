@@ -1,124 +1,124 @@
-"""Requests that write to an object store: repeated a bounded number of times, and under conditions.
-
-obstore repeats most requests that fail, but not a conditional put or a delete that timed out, nor a listing that
-broke off. All requests here can be repeated safely, so they are, a few times, with pauses.
-"""
+"""Single requests to object stores (s3, gs, az) through obstore, each of which ends within its time."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-from storage.errors import ConversionError, CorruptImageError, TransferError
-from storage.limits import LIMITS
-from storage.place.stores import ObjectRequests, connect, first_line
+from storage.errors import CorruptImageError, TransferError
+from storage.place import retry
+from storage.place.credentials import check_credentials
+from storage.place.ranges import Entry, Occupied
+from storage.place.urls import begin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Sequence
 
-    from obstore import ObjectMeta, PutResult, UpdateVersion
+    from obstore import GetOptions, ObjectMeta, PutResult, UpdateVersion
+    from obstore.store import ObjectStore
+
+    from storage.place.ranges import Stat
 
     PutMode = Literal["create", "overwrite"] | UpdateVersion
 
-T = TypeVar("T")
-PAUSES_S = (0.5, 2.0, 8.0)  # before each repeat of a request, besides obstore's own
-PATIENCE_S = 600.0  # after which no request is repeated
+PIECE_BYTES = 2**20  # of an object's body, read at once
 
 
-class Occupied(Exception):  # noqa: N818  not an error: the answer to a condition
-    """A put was not done: its place was to be free and is not, or what was to be there is no more."""
+def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
+    """Open a URL (http, https, s3, gs, az) with obstore, which repeats nothing: that is ``storage.place.retry``'s.
 
+    Credentials, regions and endpoints come from the environment, as obstore documents (``AWS_ENDPOINT_URL``, ...).
+    A request is given up after ``timeout_s``, by default ``retry.TIMEOUT_S``.
 
-class Objects:
-    """Objects below one URL, each request to which ends within ``timeout_s``; picklable, thread safe.
-
-    Its methods raise ``TransferError`` when the store does not answer, ``ConversionError`` when it refuses.
+    Raises
+    ------
+    TransferError
+        The URL is not of a kind that can be opened, S3 has no credentials, or this process was forked from one that
+        had opened a URL.
     """
+    from datetime import timedelta
+
+    from obstore.store import from_url
+
+    begin(url)
+    try:
+        store = from_url(
+            url,
+            client_options={"allow_http": True, "timeout": timedelta(seconds=timeout_s or retry.TIMEOUT_S)},
+            retry_config={"max_retries": 0},
+        )
+    except Exception as error:
+        raise TransferError(f"{url}: not a location that can be opened ({first_line(error)})") from error
+    check_credentials(url, store)
+    return store
+
+
+class ObjectRequests:
+    """Requests below one URL; see ``storage.place.remote_store.RemoteStore``."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.url = url.rstrip("/")
-        self._timeout_s = timeout_s
-        self._store = connect(self.url, timeout_s)
-        self._reads = ObjectRequests(self.url, self._store)
+        from obstore.exceptions import GenericError
 
-    def __reduce__(self) -> tuple[type[Objects], tuple[str, float]]:
-        return type(self), (self.url, self._timeout_s)
+        self.url = url
+        self.passing: tuple[type[Exception], ...] = (GenericError,)
+        self._store = connect(url, timeout_s)
+
+    def get(self, key: str, limit: int) -> bytes:
+        """Return a whole object of at most ``limit`` bytes."""
+        return self.get_with_meta(key, limit)[0]
+
+    def get_with_meta(self, key: str, limit: int) -> tuple[bytes, ObjectMeta]:
+        """Return a whole object of at most ``limit`` bytes, and what the store knows of it."""
+        return self._read(key, limit, None)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``start``, or the last where that is negative; fewer where the object ends."""
+        wanted: GetOptions = {"range": (start, start + length) if start >= 0 else {"suffix": length}}
+        return self._read(key, length, wanted)[0]
+
+    def stat(self, key: str) -> Stat:
+        """Return the size of an object, and its tag or the time of its last change."""
+        meta = self._store.head(key)
+        tag = meta["e_tag"]
+        return int(meta["size"]), {"e_tag": tag} if tag else {"last_modified": meta["last_modified"].isoformat()}
+
+    def entries(self) -> dict[str, Entry]:
+        """Return every object."""
+        return {meta["path"]: Entry(meta["size"], tag_of(meta)) for batch in self._store.list() for meta in batch}
+
+    def list_folder(self, key: str) -> tuple[list[str], list[str]]:
+        """Return the folders and the objects right below a key."""
+        answer = self._store.list_with_delimiter(key or None)
+        return list(answer["common_prefixes"]), [meta["path"] for meta in answer["objects"]]
 
     def put(self, key: str, data: bytes, mode: PutMode) -> UpdateVersion:
-        """Store one object, whole or not at all, if the condition holds.
-
-        Parameters
-        ----------
-        key
-            Where.
-        data
-            What.
-        mode
-            "create" if there must be none yet, the mark of the one that is to be replaced, or "overwrite" for any.
-
-        Returns
-        -------
-        UpdateVersion
-            The mark of the new object.
-
-        Raises
-        ------
-        Occupied
-            The condition does not hold, and the object that is there is another.
-        """
+        """Store one object if the condition holds, or raise ``Occupied``."""
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         try:  # several parts would need several requests, and leave some behind when one fails
-            return mark_of(self._request(key, lambda: self._store.put(key, data, mode=mode, use_multipart=False)))
+            return mark_of(self._store.put(key, data, mode=mode, use_multipart=False))
         except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
-            if isinstance(mode, str) and isinstance(error, FileNotFoundError):
-                raise self._refusal(key, error) from error  # there is no such bucket
-        with contextlib.suppress(FileNotFoundError, CorruptImageError):
-            present, meta = self.get(key, max(len(data), LIMITS.metadata_bytes))
-            if present == data:  # stored by an earlier try, whose answer was lost
-                return mark_of(meta)
-        raise Occupied
+            if isinstance(mode, str) and isinstance(error, FileNotFoundError):  # there is no such bucket
+                raise TransferError(first_line(error)) from error
+        raise Occupied(f"{self.url}/{key}: another conversion has written this; run again")
 
-    def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> tuple[bytes, ObjectMeta]:
-        """Return an object of at most ``limit`` bytes and what the store knows of it.
-
-        Raises ``FileNotFoundError``, and ``CorruptImageError`` if it holds more.
-        """
-        return self._request(key, lambda: self._reads.get_with_meta(key, limit))
-
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Return a part of an object; raises ``FileNotFoundError``."""
-        return self._request(key, lambda: self._reads.get_range(key, start, length))
-
-    def list(self) -> dict[str, ObjectMeta]:
-        """Return what the store knows of every object, by key."""
-        return self._request("", lambda: {meta["path"]: meta for batch in self._store.list() for meta in batch})
-
-    def delete(self, keys: Iterable[str]) -> None:
+    def delete(self, keys: Sequence[str]) -> None:
         """Delete objects, if they are there."""
-        if doomed := list(keys):
-            self._request(doomed[0], lambda: self._store.delete(doomed))
+        self._store.delete(keys)
 
-    def _request(self, key: str, action: Callable[[], T]) -> T:
-        from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
-
-        started = time.monotonic()
-        for pause in (*PAUSES_S, None):
-            try:
-                return action()
-            except (AlreadyExistsError, PreconditionError, FileNotFoundError, CorruptImageError):
-                raise
-            except GenericError as error:
-                if pause is None or time.monotonic() - started > PATIENCE_S:
-                    raise TransferError(f"{self.url}/{key}: the request failed ({_cause(error)})") from error
-                time.sleep(pause)
-            except Exception as error:
-                raise self._refusal(key, error) from error
-        raise AssertionError
-
-    def _refusal(self, key: str, error: Exception) -> ConversionError:
-        return ConversionError(f"{self.url}/{key}: the store refuses the request ({_cause(error)})")
+    def _read(self, key: str, limit: int, options: GetOptions | None) -> tuple[bytes, ObjectMeta]:
+        """Read an answer piece by piece; ``GetResult.bytes`` would first set aside what the server says it holds."""
+        answer = self._store.get(key, options=options)
+        start, stop = answer.range
+        body = bytearray()
+        if stop - start <= limit:
+            for piece in answer.stream(min_chunk_size=min(limit + 1, PIECE_BYTES)):
+                body += piece
+                if len(body) > limit:
+                    break
+        if max(stop - start, len(body)) > limit:
+            held = max(stop - start, len(body))
+            raise CorruptImageError(f"{self.url}/{key}: holds {held} bytes, more than the {limit} it may")
+        return bytes(body), answer.meta
 
 
 def mark_of(answer: PutResult | ObjectMeta) -> UpdateVersion:
@@ -136,5 +136,6 @@ def tag_of(answer: UpdateVersion | ObjectMeta) -> str:
     return (answer.get("e_tag") or "").strip('"')
 
 
-def _cause(error: Exception) -> str:
-    return first_line(error).strip(" :")
+def first_line(error: Exception) -> str:
+    """The part of an error that is worth showing: those of object stores go on for pages."""
+    return (str(error).splitlines() or [type(error).__name__])[0].strip(" :")

@@ -17,10 +17,11 @@ import threading
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeVar
 from urllib.parse import quote
 
 from storage.errors import CorruptImageError, TransferError
+from storage.place.retry import Retryable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -37,14 +38,11 @@ CONNECTIONS = 128  # as many as threads that read
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
-class Retryable(Exception):  # noqa: N818  what fails too often becomes a ``TransferError`` that names its place
-    """A request that failed in a way that another one may not."""
-
-
 @dataclass(frozen=True)
 class WebRequests:
-    """Requests below one URL; see ``storage.place.stores.Requests``."""
+    """Single requests below one URL; see ``storage.place.remote_store.RemoteStore``."""
 
+    passing: ClassVar[tuple[type[Exception], ...]] = (Retryable,)
     url: str
     timeout_s: float
 
@@ -94,6 +92,11 @@ class WebRequests:
             return int(size), {"e_tag": tag} if tag else {"last_modified": changed or ""}
 
         return self._request("HEAD", key, {}, read)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TransferError("web servers are for reading, and do not tell what they hold")
+
+    get_with_meta = entries = list_folder = put = delete = _refuse
 
     def _request(
         self, method: str, key: str, headers: dict[str, str], read: Callable[[aiohttp.ClientResponse], Awaitable[T]]

@@ -18,7 +18,7 @@ from storage.errors import CorruptImageError, NotAPyramidError, TransferError
 from storage.format.levels import Level, check_levels, name_channels
 from storage.format.zarr_array import ZarrArray, read_array
 from storage.limits import LIMITS
-from storage.place.stores import first_line
+from storage.place.objects import first_line
 from storage.read.boxes import cut
 from storage.threads import spread
 

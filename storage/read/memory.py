@@ -12,7 +12,7 @@ import numpy as np
 from storage.format.levels import Level
 from storage.images.halving import downsample
 from storage.images.raster import RasterImage
-from storage.place.files import open_file
+from storage.place.files import RandomFile
 from storage.read.boxes import cut
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class MemorySource:
     """
 
     def __init__(self, location: str, counters: Counters) -> None:
-        with closing(open_file(location)) as file:
+        with closing(RandomFile(location)) as file:
             self.name, size = file.name, file.size
         with RasterImage(location) as image:
             _, height, width = image.shape

@@ -192,9 +192,9 @@ def _kind_of_file(location: str) -> str | None:
     if not os.path.isfile(location):
         return None
     from storage.images.raster import MAGIC_BYTES, TIFF_MAGICS, raster_kind
-    from storage.place.files import open_file
+    from storage.place.files import RandomFile
 
-    with closing(open_file(location)) as file:
+    with closing(RandomFile(location)) as file:
         first = file.read_at(0, MAGIC_BYTES)
     if raster_kind(first):
         return "raster"

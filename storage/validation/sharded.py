@@ -19,7 +19,6 @@ from storage.errors import CorruptImageError, NotAPyramidError, StorageError, Tr
 from storage.format.ome_zarr import LevelInfo, PyramidInfo, load_json, pyramid_info
 from storage.format.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
 from storage.images.halving import downsample
-from storage.place.stores import list_files
 from storage.validation.pixels import compare_source, differences, open_source
 from storage.validation.problems import Problem
 
@@ -82,7 +81,7 @@ def _check_strays(check: Check, store: Store, info: PyramidInfo) -> None:
     known = {"zarr.json", *(f"{level.path}/zarr.json" for level in info.levels)}
     known |= {level.shard_key(*place) for level in info.levels for place in np.ndindex(level.shard_grid)}
     try:
-        strays = sorted(key for key in list_files(store.name) if key not in known)
+        strays = sorted(key for key in store.entries() if key not in known)
     except TransferError as error:
         check.add(None, None, "unchecked", f"its files cannot be listed, so that strays are not noticed ({error})")
         return

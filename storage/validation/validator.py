@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from storage.errors import CorruptImageError, NotAPyramidError, TransferError
 from storage.format.ome_zarr import is_own, load_json
-from storage.place.stores import list_files, open_store
+from storage.place.stores import open_store
 from storage.read.slide import Slide
 from storage.threads import processors
 from storage.validation.foreign import check_foreign
@@ -114,6 +114,6 @@ def _open_slide(check: Check, location: str) -> Slide | None:
 
 def _has_objects(url: str) -> bool:
     try:
-        return any(True for _ in list_files(url))
+        return bool(open_store(url).entries())
     except TransferError:
         return False

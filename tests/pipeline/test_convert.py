@@ -19,7 +19,7 @@ from pipeline.data.manifest import Entry, read_manifest, write_manifest
 from pipeline.errors import DataError, UsageError
 from pipeline.validate import find_pyramids, find_sources, validate_all
 from storage import ConvertOptions, MissingImageError, Slide, StorageError, convert, write_tiff
-from storage.place.stores import connect
+from storage.place.objects import connect
 
 OPTIONS = ConvertOptions(min_level_size=16)
 

@@ -15,6 +15,8 @@ from itertools import count
 import obstore
 import pytest
 
+from storage.place.retry import Patience
+
 TIMEOUT_S = 1.0  # of the client, in tests
 ATTEMPTS = 6  # of a put before it is given up
 FAULTS = ("500", "503", "delay", "close", "lost", "cut", "unconditional")
@@ -178,14 +180,14 @@ def s3(moto_port, monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
     for name in (
-        "place.stores.TIMEOUT_S",
+        "place.retry.TIMEOUT_S",
         "conversion.object_target.SHARD_TIMEOUT_S",
         "conversion.object_target.STATE_TIMEOUT_S",
     ):
         monkeypatch.setattr(f"storage.{name}", TIMEOUT_S)
-    monkeypatch.setattr("storage.place.stores.RETRIES", 1)
-    monkeypatch.setattr("storage.place.stores.BACKOFF_S", 0.01)
-    monkeypatch.setattr("storage.place.objects.PAUSES_S", (0.01, 0.01))
+    monkeypatch.setattr("storage.place.retry.READING", Patience(ATTEMPTS - 1, 60.0))
+    monkeypatch.setattr("storage.place.retry.WRITING", Patience(ATTEMPTS - 1, 600.0))
+    monkeypatch.setattr("storage.place.retry.FIRST_PAUSE_S", 0.01)
     bucket = f"bucket-{next(_numbers)}"
     connection = HTTPConnection("127.0.0.1", moto_port)
     connection.request("PUT", f"/{bucket}")

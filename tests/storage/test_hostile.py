@@ -31,7 +31,8 @@ from storage import (
     write_pyramid,
 )
 from storage.format.ome_zarr import seal
-from storage.place.stores import UrlStore
+from storage.place.remote_store import RemoteStore
+from storage.place.retry import Patience
 
 from .test_foreign import edit, texture, write_foreign
 
@@ -86,9 +87,8 @@ def hostile():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("storage.place.stores.TIMEOUT_S", 0.3)
-    monkeypatch.setattr("storage.place.stores.PATIENCE_S", 0.0)
-    monkeypatch.setattr("storage.place.stores.BACKOFF_S", 0.001)
+    monkeypatch.setattr("storage.place.retry.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("storage.place.retry.READING", Patience(4, 0.0))
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ class TestServers:
         """In a process of its own, which it would end."""
         hostile.head = f"HTTP/1.1 {status}\r\nContent-Length: {HUGE}\r\n\r\n".encode()
         code = f"""if True:
-            import storage, storage.place.stores
-            storage.place.stores.RETRIES = 0
+            import storage, storage.place.retry
+            storage.place.retry.READING = storage.place.retry.Patience(0, 60.0)
             for open_, name in (("Slide", "p.zarr"), ("open_image", "p.tif"), ("validate", "p.zarr")):
                 try:
                     print("ours", getattr(storage, open_)(f"{hostile.url}/{{name}}"))
@@ -141,7 +141,7 @@ class TestServers:
         hostile.head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         hostile.piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
         with pytest.raises(CorruptImageError, match="holds more than the 100000 it may"):
-            UrlStore(hostile.url).get("zarr.json", 100_000)
+            RemoteStore(hostile.url).get("zarr.json", 100_000)
 
     @pytest.mark.parametrize("content_range", ["bytes 0-99/1000", "bytes 0-999/1000", "bytes 7-106/1000", "no", ""])
     def test_a_range_is_bounded_by_what_was_asked(self, hostile, content_range):
@@ -149,7 +149,7 @@ class TestServers:
             f"HTTP/1.1 206 Partial\r\nContent-Length: {HUGE}\r\nContent-Range: {content_range}\r\n\r\n".encode()
         )
         with pytest.raises(TransferError, match="0/c/0/0/0: the request failed"):
-            next(UrlStore(hostile.url).get_ranges([("0/c/0/0/0", 0, 100)]))
+            next(RemoteStore(hostile.url).get_ranges([("0/c/0/0/0", 0, 100)]))
 
     @pytest.mark.parametrize(
         "head", [b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "]
@@ -177,7 +177,7 @@ class TestServers:
         target = f"{web.url}/p.ome.zarr/zarr.json"
         hostile.head = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
         hostile.piece = b""
-        assert UrlStore(hostile.url).get("zarr.json") == (pyramid / "zarr.json").read_bytes()
+        assert RemoteStore(hostile.url).get("zarr.json") == (pyramid / "zarr.json").read_bytes()
 
     def test_object_stores_are_bounded_too(self, hostile, monkeypatch):
         for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "c"}.items():
@@ -190,7 +190,7 @@ class TestServers:
         part = "Content-Range: bytes 0-99/100"
         hostile.head = f"HTTP/1.1 206 Partial\r\n{date}\r\nContent-Length: {HUGE}\r\n{part}\r\n\r\n".encode()
         with pytest.raises(CorruptImageError, match="more than the 100 it may"):
-            next(UrlStore("s3://bucket/p.zarr").get_ranges([("0/c/0/0/0", 0, 100)]))
+            next(RemoteStore("s3://bucket/p.zarr").get_ranges([("0/c/0/0/0", 0, 100)]))
 
 
 @pytest.fixture(params=["fifo", "device"])

@@ -32,7 +32,7 @@ from storage import (
 )
 from storage.images.raster import ACCEPTED
 from storage.limits import Limits
-from storage.place.files import BLOCK_BYTES, BlockReader, LocalFile, fingerprint, open_file
+from storage.place.files import BLOCK_BYTES, BlockReader, RandomFile, fingerprint
 
 
 def whole(image):
@@ -611,7 +611,7 @@ def test_no_failure_to_read_a_header_is_swallowed(tmp_path, textured, monkeypatc
     monkeypatch.setattr("storage.place.files.KEPT_BLOCKS", 2)
     path = tmp_path / "x.tif"
     tifffile.imwrite(path, textured((3, 40, 40)), imagej=True, metadata={"axes": "CYX", "Labels": ["a" * 100] * 3})
-    healthy = LocalFile.read_at
+    healthy = RandomFile.read_at
     calls = []
 
     def failing(self, offset, length):
@@ -621,7 +621,7 @@ def test_no_failure_to_read_a_header_is_swallowed(tmp_path, textured, monkeypatc
         return healthy(self, offset, length)
 
     TiffImage(path).close()
-    monkeypatch.setattr(LocalFile, "read_at", failing)
+    monkeypatch.setattr(RandomFile, "read_at", failing)
     fails_at = 0
     with TiffImage(path):
         needed = len(calls)
@@ -641,7 +641,7 @@ def test_no_failure_to_read_a_header_is_swallowed(tmp_path, textured, monkeypatc
 def test_a_block_reader_reads_as_a_file_does(tmp_path_factory, size, steps):
     path = tmp_path_factory.getbasetemp() / "blocks.bin"
     path.write_bytes(np.random.default_rng(size).bytes(size))
-    file = open_file(path)
+    file = RandomFile(path)
     with BlockReader(file) as reader, io.BytesIO(path.read_bytes()) as expected:
         for whence, offset, length in steps:
             base = {0: 0, 1: expected.tell(), 2: size}[whence]

@@ -15,14 +15,16 @@ from storage import (
     open_image,
     write_pyramid,
 )
-from storage.place.stores import RETRIES, connect, list_below
+from storage.place.objects import connect
+from storage.place.retry import READING
+from storage.place.stores import list_below
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Clients that give up soon, so that failing servers are tested soon."""
-    monkeypatch.setattr("storage.place.stores.TIMEOUT_S", 0.3)
-    monkeypatch.setattr("storage.place.stores.BACKOFF_S", 0.001)
+    monkeypatch.setattr("storage.place.retry.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("storage.place.retry.FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_a_server_that_goes_on_failing_is_an_error_after_a_few_requests(web, pix
         web.failures[:] = [failure] * 50
         with pytest.raises(TransferError, match=r"p\.ome\.zarr/0/c/0/0/0: the request failed"):
             slide.read(0, (100, 100, 9, 9))
-        assert len(web.log) <= (1 + RETRIES) ** 2
+        assert len(web.log) <= (1 + READING.retries) ** 2
         web.failures.clear()
         np.testing.assert_array_equal(slide.read(0, (100, 100, 9, 9)), pixels[:, 100:109, 100:109])
 
