@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from nested_ats.files import open_regular
 from pipeline.errors import UsageError
+from storage.place.atomic import write_file
 from storage.place.locks import locked
 
 _LONGEST_NAME = 200  # characters: file systems allow 255 bytes, of which suffixes and temporary names need some
@@ -27,21 +27,12 @@ def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
     UsageError
         It cannot be written; what was there before still is.
     """
-    # Machines that share a disk may have processes of one number.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, [part.encode() if isinstance(part, str) else part for part in parts])
     except OSError as error:
         raise UsageError(
             f"{path}: cannot be written: {error.strerror}; mend that, or choose another place"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def read_inside(folder: Path, name: str) -> bytes:

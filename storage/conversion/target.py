@@ -10,7 +10,6 @@ checksum. ``NAME.partial.lock`` is locked by the system for a process, so that o
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from storage.conversion.output import OWN_KEYS
 from storage.conversion.receipts import Receipt, by_place, check_index, parse_journal
 from storage.errors import ConversionError, CorruptImageError
+from storage.place.atomic import flush_folder
 from storage.place.local_store import LocalStore
 from storage.place.locks import locked
 
@@ -36,8 +36,6 @@ SCRATCH = "scratch"
 # What else lies in a pyramid that is being written.
 _OWN_PARTS = re.compile(rf"({OWN_KEYS.pattern}|{re.escape(JOURNAL)})(\.[\d-]+\.tmp)?|{SCRATCH}/band-\d+")
 JOURNAL_BYTES = 512 * 2**20  # at most, four times what as many shards take as a pyramid may have
-MAX_PIECES = 512  # in one call; Linux takes 1024
-_numbers = itertools.count()
 
 
 @contextlib.contextmanager
@@ -135,21 +133,7 @@ class LocalOutput:
 
         One that is not read again leaves the page cache, which a stream of gigabytes would only fill for nothing.
         """
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
-        try:
-            with open(temporary, "wb", buffering=0) as file:
-                _write_all(file.fileno(), pieces)
-                os.fsync(file.fileno())
-                if not read_again and hasattr(os, "posix_fadvise"):
-                    with contextlib.suppress(OSError):  # a hint
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return ""
+        return LocalStore(self.root).put(key, pieces, read_again=read_again)
 
     def read(self, key: str, limit: int) -> bytes:
         """Return a file written before, of at most ``limit`` bytes."""
@@ -193,7 +177,7 @@ class LocalPartial:
         (self.root / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
         for folder, _, _ in os.walk(self.root):
-            _flush_folder(Path(folder))
+            flush_folder(Path(folder))
         old = _replaced(self.target)
         _remove_replaced(self.target)
         if overwrite and self.target.exists():
@@ -204,7 +188,7 @@ class LocalPartial:
             if old.exists():
                 os.rename(old, self.target)
             raise
-        _flush_folder(self.target.parent)
+        flush_folder(self.target.parent)
         with contextlib.suppress(ConversionError):  # the new one is whole; what came to lie in the old one stays
             _remove_replaced(self.target)
 
@@ -271,26 +255,6 @@ def _locked(target: Path) -> Iterator[None]:
         except OSError as error:
             raise ConversionError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from error
         yield
-
-
-def _write_all(fd: int, pieces: Sequence[bytes]) -> None:
-    """Write many pieces with few calls, however much each call takes."""
-    waiting = [memoryview(piece) for piece in reversed(pieces)]
-    while waiting:
-        written = os.writev(fd, waiting[: -MAX_PIECES - 1 : -1])
-        while waiting and written >= len(waiting[-1]):
-            written -= len(waiting.pop())
-        if written:
-            waiting[-1] = waiting[-1][written:]
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _verify(path: Path, receipt: Receipt, index_bytes: int) -> None:

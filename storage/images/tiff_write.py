@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,10 @@ import numpy as np
 import tifffile
 
 from storage.errors import ConversionError
+from storage.place.atomic import replacing
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
@@ -57,17 +58,13 @@ def write_tiff(
         settings["compressionargs"] = {"level": 80}  # tifffile turns RGB to YCbCr 4:2:0
     if mpp is not None:
         settings |= {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     big = math.prod(shape) * dtype.itemsize > 2**32 - 2**25
     try:
-        with tifffile.TiffWriter(temporary, bigtiff=big) as writer:
+        with replacing(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=big) as writer:
             padded = (_pad_tile(part, tile, dtype) for part in tiles)
             writer.write(padded, shape=shape, dtype=dtype, tile=(tile, tile), metadata=None, maxworkers=1, **settings)
-        os.replace(temporary, path)
     except OSError as error:
         raise ConversionError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _pad_tile(part: NDArray[Any], tile: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import re
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from storage.errors import StorageError
 from storage.format.shard import checksum_holds
+from storage.place.atomic import write_file
 from storage.place.local_store import NotAFile, open_regular
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ class ChunkCache(BoundedFolder):
     """Byte strings by name, each a file; see `BoundedFolder`.
 
     A disk that fails or fills does not fail the reading: the cache then keeps less.
-    Besides ``max_bytes`` there may be one unfinished file per writing thread and, until files are next counted anew,
-    one per process that was killed as it kept a file.
+    Besides ``max_bytes`` there may be, until files are next counted anew, one unfinished file per process that was
+    killed as it kept one.
     """
 
     def get(self, name: str) -> bytes | None:
@@ -164,17 +164,10 @@ class ChunkCache(BoundedFolder):
             return
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)
-            handle, temporary = tempfile.mkstemp(TEMPORARY, dir=path.parent)
-            try:
-                with open(handle, "wb") as file:
-                    file.write(data)
-                with self.counted() as total:
-                    self.make_room(total, len(data))
-                    total.bytes += len(data)
-                    os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+            with self.counted() as total:
+                self.make_room(total, len(data))
+                write_file(path, [data], durable=False)  # what a crash damages is fetched again
+                total.bytes += len(data)
 
 
 @dataclass

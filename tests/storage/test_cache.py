@@ -141,7 +141,7 @@ def test_a_disk_that_fills_does_not_fail_the_reading(web, pixels, cache, monkeyp
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("storage.read.cache.tempfile.mkstemp", fail)
+    monkeypatch.setattr("storage.read.cache.write_file", fail)
     with Slide(f"{web.url}/p.ome.zarr", cache=cache) as slide:
         np.testing.assert_array_equal(slide.read(0, (0, 0, 300, 300)), pixels)
         assert slide.statistics.cached_chunks == 0
