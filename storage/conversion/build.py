@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from storage.conversion.output import Output
     from storage.conversion.receipts import ShardKey
     from storage.format.ome_zarr import LevelInfo
+    from storage.place.stores import Store
 
 PAIRED_SHARDS = 64  # of level 0, from which on there are tasks enough for tasks of five shards
 BAND_READ_BYTES = 32 * 2**20  # decoded at once when a band is filled
@@ -221,7 +221,7 @@ class Job:
 
     source: PixelSource
     levels: tuple[LevelInfo, ...]
-    output: Output
+    output: Store
     bands: Bands | None = None
     target: str = ""  # as messages name it
 
@@ -244,7 +244,7 @@ class Job:
             return None
         level = self.levels[receipt.level]
         try:
-            data = self.output.read(receipt.key, receipt.length)
+            data = self.output.get(receipt.key, receipt.length)
             return decode_shard(data, level.layout, level.shard_shape(receipt.y, receipt.x))
         except CorruptImageError as error:
             where = f"{self.target}: {receipt.key}"
@@ -257,7 +257,7 @@ class Job:
             return Receipt(*key, length=0, crc32=0, index_crc32c=0)
         index_crc32c = int.from_bytes(encoded.pieces[-1], "little")  # ends the file
         path = self.levels[key[0]].shard_key(*key[1:])
-        tag = self.output.write(path, encoded.pieces, read_again=read_again)
+        tag = self.output.put(path, encoded.pieces, if_absent=True, read_again=read_again)
         return Receipt(*key, encoded.length, encoded.crc32, index_crc32c, tag)
 
 

@@ -1,6 +1,6 @@
 """Images to OME-Zarr pyramids: ``convert`` for image files, ``write_pyramid`` for arrays in memory.
 
-Both are resumable and atomic (see ``storage.conversion.target``) and write exactly the same layout (see
+Both are resumable and atomic (see ``storage.conversion.partial``) and write exactly the same layout (see
 ``storage.format.ome_zarr``): all channels in chunks of 128 x 128, sharded, levels of half the size by 2x2 means.
 
 Shape letters: C channels, H height, W width.
@@ -21,10 +21,11 @@ from storage.conversion.executors import Executor, check_executor, open_executor
 from storage.conversion.existing import already_there
 from storage.conversion.plan import ConvertOptions, plan
 from storage.conversion.receipts import Receipt, by_place
-from storage.conversion.target import open_partial, sweep_leftovers
+from storage.conversion.target import partial_of
 from storage.errors import ConversionError, CorruptImageError, StorageError
 from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, with_shards
 from storage.place.files import fingerprint
+from storage.place.urls import is_remote
 from storage.threads import processors
 
 if TYPE_CHECKING:
@@ -206,9 +207,9 @@ def _write(
     """
     started = time.perf_counter()
     if (present := already_there(target, info, overwrite=overwrite)) is not None:
-        sweep_leftovers(target)
+        partial_of(target).sweep(target)
         return _report(present, target, started, reused=None)
-    with open_partial(target) as output:
+    with partial_of(target).open(target) as output:
         if (present := already_there(target, info, overwrite=overwrite)) is not None:
             output.discard()  # another process finished it before this one had the lock
             return _report(present, target, started, reused=None)
@@ -220,7 +221,7 @@ def _write(
             output.record(receipts)
             count(receipts)
 
-        if strip_rows and "://" in target and executor not in ("threads", "processes"):
+        if strip_rows and is_remote(target) and executor not in ("threads", "processes"):
             raise ConversionError(
                 f"{target}: the source's long strips are decoded to scratch files, which workers elsewhere would not "
                 "see; use threads or processes, or write to a folder that all share"

@@ -7,11 +7,12 @@ import os
 
 import numpy as np
 
-from storage.conversion.target import check_replaceable
+from storage.conversion.target import partial_of
 from storage.errors import ConversionError, StorageError, TransferError
 from storage.format.ome_zarr import PyramidInfo, parse_pyramid
 from storage.place.files import fingerprint
 from storage.place.stores import open_store
+from storage.place.urls import is_remote
 
 
 def made_from(target: str | os.PathLike[str], source: str | os.PathLike[str]) -> bool:
@@ -30,10 +31,10 @@ def already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> Pyramid
     ConversionError
         It holds something else, or is damaged, and is not to be overwritten.
     """
-    if not _occupied(target):
+    if not partial_of(target).is_occupied(target):
         return None
     if overwrite:
-        check_replaceable(target)
+        partial_of(target).check_replaceable(target)
         return None
     try:
         present = _read(target)
@@ -51,7 +52,7 @@ def already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> Pyramid
             f"{target}: holds a pyramid of another source or other options (its {differing or 'origin'} differs); "
             "remove it or ask to overwrite it"
         )
-    if "://" not in target:
+    if not is_remote(target):
         _check_lengths(target, present)
     return present
 
@@ -74,16 +75,3 @@ def _check_lengths(target: str, present: PyramidInfo) -> None:
                 raise ConversionError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
             if length != level.table.length[place]:
                 raise ConversionError(f"{target}: is damaged, {level.shard_key(*place)}; ask to overwrite it")
-
-
-def _occupied(target: str) -> bool:
-    """Whether something has this name; in an object store, whether it has a root that could mark it as whole."""
-    if "://" not in target:
-        return os.path.lexists(target)
-    if target.startswith(("http://", "https://")):
-        raise ConversionError(f"{target}: http and https are for reading; write to a folder, s3://, gs:// or az://")
-    try:
-        open_store(target).get("zarr.json")
-    except FileNotFoundError:
-        return False
-    return True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -48,6 +49,11 @@ class Receipt:
 def by_place(receipts: Iterable[Receipt]) -> dict[ShardKey, Receipt]:
     """Receipts by level, row and column; of several for one shard the last."""
     return {receipt.place: receipt for receipt in receipts}
+
+
+def journal_lines(head: dict[str, Any] | None, receipts: Iterable[Receipt]) -> bytes:
+    """Lines of a journal, of which the first tells the job."""
+    return b"".join(json.dumps(line).encode() + b"\n" for line in (*filter(None, [head]), *map(asdict, receipts)))
 
 
 def parse_journal(data: bytes, job: dict[str, Any]) -> list[Receipt]:

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from storage import ConversionError, CorruptImageError, Slide, StorageError, TransferError, convert, write_pyramid
-from storage.conversion.object_target import ObjectOutput, open_object_partial, sweep_object_leftovers
+from storage.conversion.object_target import ObjectPartial
 from storage.conversion.receipts import Receipt
+from storage.place import retry
+from storage.place.remote_store import RemoteStore
 
 from .s3 import ATTEMPTS, Fault
 
@@ -39,13 +41,13 @@ def make(partial, job, place):
         return Receipt(*place, 0, 0, 0)
     data = shard(job, place)
     key = Receipt(*place, 1, 0, 0).key
-    tag = partial.output.write(key, [data[:7], data[7:]])
+    tag = partial.output.put(key, [data[:7], data[7:]], if_absent=True)
     return Receipt(*place, len(data), zlib.crc32(data), google_crc32c.value(data[-20:-4]), tag)
 
 
 def drive(url, job=JOB, stop_after=None):
     """Write a pyramid of ``job`` as the converter does, and return how many shards an earlier run has spared it."""
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         receipts = partial.resume(job)
         done = {(r.level, r.y, r.x) for r in receipts}
         for number, place in enumerate(place for place in PLACES if place not in done):
@@ -102,26 +104,26 @@ def test_a_pyramid_is_whole_and_nothing_else_is_left(url, objects):
 
 
 def test_output_reads_back_what_it_wrote_also_when_pickled(s3, url):
-    output = ObjectOutput(url)
-    tag = output.write("0/c/0/0/0", [b"ab", b"c"])
+    output = RemoteStore(url)
+    tag = output.put("0/c/0/0/0", [b"ab", b"c"], if_absent=True)
     again = pickle.loads(pickle.dumps(output))
-    assert again.read("0/c/0/0/0", 3) == b"abc"
-    assert again.write("0/c/0/0/0", [b"abc"]) == tag  # a task that is run twice
+    assert again.get("0/c/0/0/0", 3) == b"abc"
+    assert again.put("0/c/0/0/0", [b"abc"], if_absent=True) == tag  # a task that is run twice
     with pytest.raises(ConversionError, match=f"{url}/0/c/0/0/0: another conversion"):
-        again.write("0/c/0/0/0", [b"abd"])
-    assert output.read("0/c/0/0/0", 3) == b"abc"
+        again.put("0/c/0/0/0", [b"abd"], if_absent=True)
+    assert output.get("0/c/0/0/0", 3) == b"abc"
 
 
 def test_large_objects_are_one_put(s3, url):
     data = bytes(20 * 2**20)
-    ObjectOutput(url, timeout_s=60).write("0/c/0/0/0", [data])
+    RemoteStore(url, 60.0, retry.WRITING).put("0/c/0/0/0", [data], if_absent=True)
     assert len(s3.puts()) == 1
     assert s3.objects("folder/p.zarr") == {"0/c/0/0/0": data}
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "close", "lost", "cut"])
 def test_passing_faults_of_every_kind_are_absorbed(s3, url, objects, kind, monkeypatch):
-    monkeypatch.setattr("storage.conversion.object_target.CONCURRENCY", 1)  # so that no request has all the bad luck
+    monkeypatch.setattr("storage.place.remote_store.CONCURRENCY", 1)  # so that no request has all the bad luck
     target, state = objects
     for method in ("PUT", "GET", "POST"):
         s3.proxy.faults += [Fault(kind, method, skip=skip) for skip in range(0, 90, 2)]
@@ -186,12 +188,12 @@ def test_an_interrupted_run_is_gone_on_with_at_once(s3, url, objects, after):
 
 
 def test_many_receipts_take_few_puts(s3, url, monkeypatch):
-    monkeypatch.setattr("storage.conversion.object_target.BATCH_S", 1e9)
-    with open_object_partial(url) as partial:
+    monkeypatch.setattr("storage.conversion.partial.BATCH_S", 1e9)
+    with ObjectPartial.open(url) as partial:
         partial.resume(JOB)
         for number in range(40):
             partial.record([Receipt(0, number, 0, 0, 0, 0)])
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         assert len(partial.resume(JOB)) == 40
         partial.discard()
     assert sum("journal" in path for path in s3.puts()) == 5  # begun, 16, 16, 8; one for the second run
@@ -253,7 +255,7 @@ def test_neighbours_are_not_touched(s3, url, objects):
 
 
 def test_a_second_converter_is_refused(url, objects):
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         partial.resume(JOB)
         with pytest.raises(
             ConversionError, match=r"is running \(process \d+ on .*\); if it was killed, run again in 6"
@@ -270,7 +272,7 @@ def test_of_many_at_once_one_gets_the_lock(s3, url, objects):
     def attempt():
         barrier.wait()
         try:
-            with open_object_partial(url) as partial:
+            with ObjectPartial.open(url) as partial:
                 outcomes.append("won")
                 barrier.wait()
                 partial.discard()
@@ -288,7 +290,7 @@ def test_of_many_at_once_one_gets_the_lock(s3, url, objects):
 
 
 def test_a_lock_is_kept_as_long_as_its_holder_lives(s3, url, objects, brief):
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         partial.resume(JOB)
         deadline = time.monotonic() + 2.5  # of the store's clock more than a step and a lease
         while time.monotonic() < deadline:
@@ -300,7 +302,7 @@ def test_a_lock_is_kept_as_long_as_its_holder_lives(s3, url, objects, brief):
 
 def test_the_lock_of_a_dead_converter_is_taken_over(s3, url, objects, brief):
     target, state = objects
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         partial.resume(JOB)
         partial.record([make(partial, JOB, place) for place in PLACES[:4]])
         partial.flush()
@@ -315,7 +317,7 @@ def test_the_lock_of_a_dead_converter_is_taken_over(s3, url, objects, brief):
 @pytest.mark.parametrize("job", [JOB, OTHER])
 def test_a_converter_that_slept_through_its_lease_does_no_harm(s3, url, objects, brief, job):
     target, state = objects
-    with open_object_partial(url) as sleeper:
+    with ObjectPartial.open(url) as sleeper:
         sleeper.resume(job)
         receipts = [make(sleeper, job, PLACES[0])]
         sleeper.record(receipts)
@@ -334,7 +336,7 @@ def test_a_converter_that_slept_through_its_lease_does_no_harm(s3, url, objects,
 
 
 def test_a_converter_that_slept_alone_goes_on(url, objects, brief):
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         receipts = partial.resume(JOB)
         die(partial)
         time.sleep(0.6)  # longer than its lease
@@ -349,7 +351,7 @@ def test_a_converter_that_slept_alone_goes_on(url, objects, brief):
 def test_a_converter_stops_when_its_lock_was_taken(s3, url, objects, monkeypatch):
     monkeypatch.setattr("storage.place.lease.RENEWALS", 600)
     thief = json.dumps({"holder": "thief", "token": "t"}).encode()
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         partial.resume(JOB)
         s3.put("folder/p.zarr.partial/lock", thief)
         partial._lease._thread.join(10)  # it has ended, as it has found out
@@ -362,7 +364,7 @@ def test_a_converter_stops_when_its_lock_was_taken(s3, url, objects, monkeypatch
 
 
 def test_a_renewal_whose_answer_is_lost_does_not_lose_the_lock(s3, url, monkeypatch):
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         partial.resume(JOB)
         for times in (1, ATTEMPTS):
             s3.fail("lost", path="lock", times=times)
@@ -382,7 +384,7 @@ def test_leftovers_of_a_kill_after_the_root_was_written(s3, url, objects, brief)
     s3.heal()
     deadline = time.monotonic() + 20
     while state() and time.monotonic() < deadline:
-        sweep_object_leftovers(url)
+        ObjectPartial.sweep(url)
         time.sleep(0.1)
     assert state() == {}
     assert target() == whole()
@@ -390,13 +392,13 @@ def test_leftovers_of_a_kill_after_the_root_was_written(s3, url, objects, brief)
 
 def test_discard_leaves_nothing_but_what_is_whole(s3, url, objects):
     target, state = objects
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         partial.resume(JOB)
         partial.record([make(partial, JOB, PLACES[0])])
         partial.discard()
     assert target() == state() == {}
     drive(url)
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         partial.discard()
     assert target() == whole()
     assert state() == {}
@@ -404,7 +406,7 @@ def test_discard_leaves_nothing_but_what_is_whole(s3, url, objects):
 
 @pytest.mark.parametrize("damage", ["missing", "other", "extra", "index"])
 def test_verification_finds(s3, url, objects, damage):
-    with open_object_partial(url) as partial:
+    with ObjectPartial.open(url) as partial:
         partial.resume(JOB)
         receipts = [make(partial, JOB, place) for place in PLACES]
         partial.verify(receipts, INDEX_BYTES)
@@ -499,7 +501,7 @@ KILLED = """
 import os, signal, sys
 import storage.place.lease, storage.conversion.object_target
 from storage import ConvertOptions, convert
-storage.place.lease.LEASE_S, storage.conversion.object_target.BATCH = 0.5, 1
+storage.place.lease.LEASE_S, storage.conversion.object_target.ObjectPartial.batch = 0.5, 1
 options = ConvertOptions(chunk=16, shard=64, min_level_size=8)
 calls = []
 def progress(*_):
