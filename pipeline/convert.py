@@ -26,6 +26,7 @@ from storage import (
     open_image,
     processors,
 )
+from storage.place.urls import is_remote
 
 if TYPE_CHECKING:
     from storage.conversion.executors import CustomExecutor, Executor
@@ -130,7 +131,7 @@ def convert_all(
         There is no such cluster.
     """
     root = _root(out)
-    if not _is_url(root):
+    if not is_remote(root):
         make_folder(Path(root))
     manifest = manifest or manifest_path(out)
     make_folder(manifest.parent)
@@ -199,18 +200,14 @@ def ray_executor(address: str, workers: int) -> CustomExecutor:
 
 def manifest_path(out: str | Path) -> Path:
     """Where the manifest of a folder of pyramids is; for a URL, in the working directory."""
-    return Path(MANIFEST) if _is_url(out) else Path(out) / MANIFEST
-
-
-def _is_url(out: str | Path) -> bool:
-    return "://" in str(out)
+    return Path(MANIFEST) if is_remote(out) else Path(out) / MANIFEST
 
 
 def _root(out: str | Path) -> str:
     """Absolute path or URL below which pyramids go; what was meant as a URL makes no folder named ``s3:``."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//[^/])(/|$)", text := str(out)):
         raise UsageError(f"--out {text}: not a whole URL; give scheme://bucket[/folder], as in s3://bucket/pyramids")
-    return text.rstrip("/") if _is_url(text) else os.path.abspath(text)
+    return text.rstrip("/") if is_remote(text) else os.path.abspath(text)
 
 
 def _target(out: str | Path, entry: Entry) -> str:
@@ -264,7 +261,7 @@ def _merge(known: dict[str, Entry], done: Sequence[Entry]) -> list[Entry]:
 
     Rows of folders that are gone are dropped; those of URLs are not looked up.
     """
-    rows = {name: entry for name, entry in known.items() if "://" in entry.path or Path(entry.path).exists()}
+    rows = {name: entry for name, entry in known.items() if is_remote(entry.path) or Path(entry.path).exists()}
     for entry in done:
         old = rows.get(entry.slide_id, entry)
         rows[entry.slide_id] = replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.manifest import has_image_suffix
+from pipeline.data.manifest import is_image_file
 from storage import Slide, open_image
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def describe(location: str) -> dict[str, Any]:
 
         if location in PRESETS:
             return _describe_encoder(location, PRESETS[location])
-    if has_image_suffix(location) if "://" in location else os.path.isfile(location):
+    if is_image_file(location):
         with open_image(location) as image:
             channels, height, width = image.shape
             return {

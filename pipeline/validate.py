@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.discovery import expand, find_images
-from pipeline.data.manifest import Entry, has_image_suffix, is_manifest, read_manifest, slide_name
+from pipeline.data.manifest import Entry, is_image_file, is_manifest, read_manifest, slide_name
 from pipeline.data.naming import NAME_BY
 from pipeline.errors import UsageError
 from pipeline.files import file_name
@@ -120,7 +119,7 @@ def validate_all(
             source = None if sources is None else sources.get(entry.slide_id)
             lacking = [] if sources is None or source else [Problem(0, None, "unchecked", _NO_SOURCE)]
             with Net() as net:
-                if _is_file(entry.path):
+                if is_image_file(entry.path):
                     Slide(entry.path).close()  # a TIFF is refused
                     found = [Problem(0, None, "unchecked", _NO_PYRAMID)] if source else []
                 else:
@@ -136,11 +135,6 @@ def validate_all(
                 results.append(Validation(entry, (), net.error))
             shown.end()
     return results
-
-
-def _is_file(place: str) -> bool:
-    """Whether a path or URL is an image file rather than a pyramid."""
-    return has_image_suffix(place) if "://" in place else os.path.isfile(place)
 
 
 def _is_pyramid_name(place: str) -> bool:

@@ -99,11 +99,14 @@ def convert(
 
 def _check_executor(executor: str, cluster: str) -> None:
     from pipeline.errors import UsageError
+    from storage.conversion.executors import check_executor
 
     if cluster != "none" and executor != "threads":
         raise UsageError(f"--cluster {cluster} and --executor {executor}: give one of them")
-    if executor not in ("threads", "processes") and "://" not in executor:
-        raise UsageError(f"--executor {executor}: choose threads, processes or tcp://HOST:PORT")
+    try:
+        check_executor(executor)
+    except ValueError:
+        raise UsageError(f"--executor {executor}: choose threads, processes or tcp://HOST:PORT") from None
 
 
 def _plan(entries: Sequence[Entry], out: str, options: ConvertOptions, *, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from pipeline.data.manifest import IMAGE_SUFFIXES, Entry, has_image_suffix, is_m
 from pipeline.data.naming import NAME_BY, keep_names, path_name
 from pipeline.errors import UsageError
 from storage import list_below
+from storage.place.urls import is_remote
 
 
 def find_images(
@@ -48,7 +49,7 @@ def find_images(
         if not found:
             raise UsageError(f"{source}: no image here ({', '.join(IMAGE_SUFFIXES)})")
         for place in found:
-            path = place if "://" in place else os.path.abspath(place)
+            path = place if is_remote(place) else os.path.abspath(place)
             name = slide_name(path) if name_by == "name" else path_name(place, source)
             entries.setdefault(path, Entry(slide_id=name, path=path))
     return keep_names(list(entries.values()), known or {})
@@ -73,7 +74,7 @@ def expand(source: str, wanted: Callable[[Path], bool], named: Callable[[str], b
     storage.TransferError
         A URL cannot be listed.
     """
-    if "://" in source:
+    if is_remote(source):
         return [source] if named(source.rstrip("/")) else list_below(source, named) or [source]
     path = Path(source)
     if path.exists() and (not path.is_dir() or wanted(path)):
@@ -136,7 +137,7 @@ def name_slides(places: Sequence[str]) -> list[Entry]:
         return read_manifest(Path(places[0]))
     slides: dict[str, Entry] = {}
     for place in places:
-        path = place if "://" in place else os.path.abspath(place)
+        path = place if is_remote(place) else os.path.abspath(place)
         entry = Entry(slide_id=slide_name(path), path=path)
         other = slides.setdefault(entry.slide_id, entry).path
         if other != path:

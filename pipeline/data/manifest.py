@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.data.tables import read_table
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
+from storage.place.urls import is_remote
 
 SPLITS = ("train", "val", "test")
 _ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
@@ -99,7 +100,7 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
     rows = [asdict(entry) for entry in entries]
     extra = dict.fromkeys(name for row in rows for name in row["extra"])
     for row in rows:
-        if "://" not in row["path"]:
+        if not is_remote(row["path"]):
             row["path"] = _relative(Path(row["path"]), path.parent)
         row |= row.pop("extra")
     columns = [name for name in COLUMNS if name in ("slide_id", "path") or any(row[name] for row in rows)]
@@ -144,8 +145,13 @@ def printable(name: str) -> str:
 
 def has_image_suffix(place: str) -> bool:
     """Whether a path or URL is named like an image file; what a URL asks for (``?...``) is no part of its name."""
-    name = place.partition("?")[0] if "://" in place else place
+    name = place.partition("?")[0] if is_remote(place) else place
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_image_file(place: str) -> bool:
+    """Whether a path or URL is an image file rather than a pyramid; a URL is told by its name."""
+    return has_image_suffix(place) if is_remote(place) else os.path.isfile(place)
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -236,7 +242,7 @@ def _entries(table: _Table, folder: Path) -> list[Entry]:
     return [
         Entry(
             slide_id=slide_id,
-            path=path if "://" in path else os.path.normpath(path if path[0] == "/" else f"{here}/{path}"),
+            path=path if is_remote(path) else os.path.normpath(path if path[0] == "/" else f"{here}/{path}"),
             label=label,
             case_id=case_id,
             split=split,

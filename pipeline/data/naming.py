@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.data.manifest import Entry, printable, slide_name
 from pipeline.errors import UsageError
 from storage import made_from
+from storage.place.urls import is_remote
 
 NAME_BY = ("name", "path")
 
@@ -27,7 +28,7 @@ def path_name(place: str, source: str) -> str:
     source
         The folder, pattern or URL that it was found by; given itself, it goes by the name of its file.
     """
-    if "://" in source:
+    if is_remote(source):
         below = place.removeprefix(source.rstrip("/") + "/")
         return printable(place.rstrip("/").rsplit("/", 1)[-1] if below == place else below)
     if os.path.isdir(source):

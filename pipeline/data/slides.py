@@ -16,6 +16,7 @@ from nested_ats.images import find_level
 from pipeline.config import CacheConfig
 from pipeline.errors import DataError
 from storage import Slide
+from storage.place.urls import is_remote
 from storage.read.cache import ChunkCache
 
 _OPEN_SLIDES = 128  # each holds a few file descriptors
@@ -110,7 +111,7 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     storage.StorageError
         It cannot be opened, or the cache's folder cannot be used.
     """
-    if cache is None or "://" not in path:
+    if cache is None or not is_remote(path):
         return Slide(path)
     return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
 

@@ -20,6 +20,7 @@ from storage.errors import NotAPyramidError
 from storage.format.levels import Level
 from storage.format.ome_zarr import is_own, load_json, pyramid_info
 from storage.place.stores import open_store
+from storage.place.urls import is_remote
 from storage.read.boxes import check_boxes
 from storage.read.sharded import ShardedSource
 from storage.read.source import Counters, ReadStatistics
@@ -186,7 +187,7 @@ def _open_source(location: str, counters: Counters, cache: ChunkCache | None) ->
 
 def _kind_of_file(location: str) -> str | None:
     """Tell a file: "raster" (PNG, JPEG, BMP), words for one that is not read, or None for what may be a pyramid."""
-    if "://" in location:
+    if is_remote(location):
         suffix = PurePosixPath(location.partition("?")[0]).suffix.lower()
         return "raster" if suffix in RASTER_SUFFIXES else "a TIFF" if suffix in TIFF_SUFFIXES else None
     if not os.path.isfile(location):

@@ -19,6 +19,7 @@ from storage.errors import CorruptImageError, NotAPyramidError, StorageError, Tr
 from storage.format.ome_zarr import LevelInfo, PyramidInfo, load_json, pyramid_info
 from storage.format.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
 from storage.images.halving import downsample
+from storage.place.urls import is_remote
 from storage.validation.pixels import compare_source, differences, open_source
 from storage.validation.problems import Problem
 
@@ -87,7 +88,7 @@ def _check_strays(check: Check, store: Store, info: PyramidInfo) -> None:
         return
     for key in strays:
         check.add(None, None, "stray", f"{key} does not belong here")
-    if "://" not in store.name and Path(f"{store.name}.partial").exists():
+    if not is_remote(store.name) and Path(f"{store.name}.partial").exists():
         message = f"{store.name}.partial lies beside it: its replacement was interrupted or is running"
         check.add(None, None, "stray", message)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from storage.errors import CorruptImageError, NotAPyramidError, TransferError
 from storage.format.ome_zarr import is_own, load_json
 from storage.place.stores import open_store
+from storage.place.urls import is_remote
 from storage.read.slide import Slide
 from storage.threads import processors
 from storage.validation.foreign import check_foreign
@@ -92,7 +93,7 @@ def _order(problem: Problem) -> tuple[int, Place, str]:
 
 
 def _is_unfinished(location: str) -> bool:
-    if "://" in location:
+    if is_remote(location):
         return location.endswith(".partial") and _has_objects(location)
     if location.endswith(".partial"):
         return Path(location).is_dir()
@@ -106,7 +107,7 @@ def _open_slide(check: Check, location: str) -> Slide | None:
     except CorruptImageError as error:
         check.add(None, None, "metadata", str(error).removeprefix(f"{location}: "))
     except NotAPyramidError:
-        if "://" not in location or not _has_objects(f"{location}.partial"):
+        if not is_remote(location) or not _has_objects(f"{location}.partial"):
             raise
         check.add(None, None, "unfinished", UNFINISHED)  # the root's metadata is written last
     return None
