@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from nested_ats import Draw, NestedATS
 from nested_ats.cells import curve_order
 from nested_ats.expectation import entropy, expectation
-from nested_ats.images import Image, Map
+from nested_ats.images import Image
 from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase
+from nested_ats.reading import Reading
 from nested_ats.sampling import fold_in
 
 DECAY = 0.99  # of what earlier steps say of the prediction, a step
@@ -115,14 +116,14 @@ class RememberingATS(NestedATS):
         population: Population,
         keys: Tensor,
         *,
-        map_: Map = map,
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
-    ) -> Output:
+    ) -> Reading[Output]:
         """Draw from what is not remembered; see `NestedATS.sample`."""
         if not self.training:
-            return super().sample(images, population, keys, map_=map_, sampler=sampler, exact=exact, more=more)
+            draw = super().sample(images, population, keys, sampler=sampler, exact=exact, more=more)
+            return (yield from draw)
         attention = population.log_attention[:, 0].exp()  # (B, K)
         remembered = [self._of(image, attention.shape[-1]) for image in images]
         known = torch.stack([each for each, _ in remembered])
@@ -135,7 +136,7 @@ class RememberingATS(NestedATS):
 
         one = torch.ones_like(attention[:, :1])
         phase = draw_phase(population, one, one, rest, self.config.levels[0].samples * more, fold_in(keys, 0))
-        features = self.encode(images, phase.centers_l0, map_)
+        features = yield from self.encoding(images, phase.centers_l0)
         places = [mask.nonzero().flatten() for mask, _ in remembered]  # of what is known now
         summed = [a[own] @ table[own] for a, own, (_, table) in zip(attention, places, remembered, strict=True)]
         pooled = expectation(phase.attention, features, phase.z) + torch.stack(summed)

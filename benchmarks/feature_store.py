@@ -85,7 +85,7 @@ def extract(entries: list[Entry], config: Config) -> tuple[float, list[torch.Ten
             with Slide(entry.path) as slide:
                 image = SlideImage(slide)
                 centers, _ = image_cells([image], float(PATCH))
-                bags.append(model.encode_one(image, centers[0]))
+                bags.append(model.encode([image], centers)[0])
     return time.perf_counter() - began, bags
 
 

@@ -109,7 +109,7 @@ def step(
     started = time.perf_counter()
     views = list(threads.map(model.coarse_view, [image] * BATCH))
     keys = torch.arange(BATCH) + BATCH * number
-    output = model([image] * BATCH, keys, views=views, map_=threads.map)
+    output = model([image] * BATCH, keys, views=views, readers=threads)
     labels = torch.arange(BATCH) % 3
     loss, _ = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0.01)
     optimizer.zero_grad()

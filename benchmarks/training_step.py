@@ -44,6 +44,7 @@ from storage_convert import make_slide
 import nested_ats.models.nested
 from cluster import LocalContext
 from nested_ats import LevelConfig, ModelConfig, Output
+from nested_ats.reading import Reading
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, TrainConfig
 from pipeline.data.manifest import Entry
@@ -142,7 +143,7 @@ class Reads:
 
     def __init__(self) -> None:
         self.pixels: dict[tuple[int, bytes], torch.Tensor] = {}
-        self.boxes: dict[tuple[int, ...], list[tuple[Any, Any]]] = {}
+        self.boxes: dict[tuple[int, ...], list[list[tuple[Any, ...]]]] = {}
 
     def remember(self, read: Callable[..., torch.Tensor], image: SlideImage, level: int, boxes: torch.Tensor) -> Any:
         """Read, and keep the pixels."""
@@ -152,25 +153,22 @@ class Reads:
         """Pixels that were read before; KeyError where the runs did not draw the same."""
         return self.pixels[level, boxes.numpy().tobytes()]
 
-    def note(
-        self, forward: Callable[..., Output], images: Any, keys: torch.Tensor, *, views: Any, map_: Any, more: int
-    ) -> Output:
+    def note(self, classify: Callable[..., Reading[Output]], images: Any, keys: torch.Tensor, **options: Any) -> Any:
         """Run the model, and keep what it asks for."""
         asked = self.boxes[tuple(keys.tolist())] = []
+        reading = classify(images, keys, **options)
+        wanted = next(reading)
+        try:
+            while True:
+                asked.append([read.args for read in wanted])
+                wanted = reading.send((yield wanted))
+        except StopIteration as end:
+            return end.value
 
-        def map_and_note(function: Any, images: Any, levels: Any, boxes: Any) -> Any:
-            asked.append((levels, boxes))
-            return map_(function, images, levels, boxes)
-
-        return forward(images, keys, views=views, map_=map_and_note, more=more)
-
-    def fetch(
-        self, bias: torch.Tensor, images: Any, keys: torch.Tensor, *, views: Any, map_: Any, more: int
-    ) -> Output:
+    def fetch(self, bias: torch.Tensor, images: Any, keys: torch.Tensor, **_: Any) -> Reading[Output]:
         """In place of the model: read what it asked for, one phase after the other, and compute nothing."""
-        del views, more
-        for levels, boxes in self.boxes[tuple(keys.tolist())]:
-            list(map_(lambda image, level, rows: image.read(level, rows), images, levels, boxes))
+        for asked in self.boxes[tuple(keys.tolist())]:
+            yield [partial(image.read, *rest) for image, rest in zip(images, asked, strict=True)]
         logits = bias.expand(len(images), -1)
         return Output(logits, logits.new_zeros(len(images)), logits, ())
 
@@ -231,7 +229,7 @@ def measure(slides: Sequence[str], parts: int, rounds: int, folder: Path) -> dic
     first = make(folder / "first")
     with (
         patch.object(SlideImage, "read", lambda *args: reads.remember(read, *args)),
-        patch.object(first.model, "forward", partial(reads.note, first.model.forward)),
+        patch.object(first.model, "classify", partial(reads.note, first.model.classify)),
     ):
         run(first)
     found: dict[str, list[tuple[float, float]]] = {"step": [], "compute": [], "fetch": []}
@@ -243,7 +241,7 @@ def measure(slides: Sequence[str], parts: int, rounds: int, folder: Path) -> dic
             split(trainer, watch, stack)
             found["compute"] += run(trainer)
         trainer = make(folder / f"fetch {number}")
-        with patch.object(trainer.model, "forward", partial(reads.fetch, trainer.model.head.bias)):
+        with patch.object(trainer.model, "classify", partial(reads.fetch, trainer.model.head.bias)):
             found["fetch"] += run(trainer)
     medians = {name: statistics.median(seconds for seconds, _ in each) for name, each in found.items()}
     wall, used = (sum(column) for column in zip(*found["step"], strict=True))

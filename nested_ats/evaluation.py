@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nested_ats.images import Image, Map
+from nested_ats.images import Image
 from nested_ats.models.base import ImageModel
 from nested_ats.models.nested import NestedATS
 from nested_ats.models.patches import SamplingModel
 from nested_ats.phases import Output, take_rows
+from nested_ats.reading import Reading, interleave, run
 
 CONFIDENCE = 0.95  # of intervals
+_AHEAD = 4  # draws under way at a time
 _CELLS, _FINE_CELLS = 512, 4096  # of the integrals over Student's t: of errors, and of its quantile
 
 Head = Callable[[Tensor], Tensor]  # (..., D) features -> (..., Q) logits
@@ -91,7 +94,7 @@ def predict(
     images: Sequence[Image],
     keys: Tensor,
     *,
-    map_: Map = map,
+    readers: Executor | None = None,
     target_error: float | None = None,
     least: int = 4,
     exact: int = 0,
@@ -106,8 +109,8 @@ def predict(
         B of them. Each coarse view is read and attended to once, whatever M.
     keys
         (B, M) int64: a random key for each draw. M is the number of draws, or their budget.
-    map_
-        How reads run over the images.
+    readers
+        Threads that read, for several draws at a time; by default this one does.
     target_error
         An image stops drawing when the largest error to be expected of its probabilities (`expected_error`) is at
         most this; the others go on.
@@ -125,19 +128,18 @@ def predict(
     """
     if least < 2 or keys.ndim != 2 or not keys.shape[1] or len(keys) != len(images):
         raise ValueError("keys must be (B, M) with M > 0, and least at least 2")
-    views = list(map_(model.coarse_view, images))
     if not isinstance(model, SamplingModel):
-        return _certain(model, model(images, keys[:, 0], views=views, map_=map_))
-    first = model.attend(images, views)
+        return _certain(model, run(model.classify(images, keys[:, 0]), readers))
+    first = model.attend(images, run(model.coarse_views(images), readers))
     if exact and _levels(model) == 1:
-        return _certain(model, model.sample(images, first, keys[:, 0], map_=map_, exact=exact))
+        return _certain(model, run(model.sample(images, first, keys[:, 0], exact=exact), readers))
 
-    def draw(rows: Tensor, key: Tensor) -> Output:
+    def draw(number: int, rows: Tensor) -> Reading[Output]:
         batch = [images[row] for row in rows.tolist()]
         population = first if len(batch) == len(images) else take_rows(first, rows)
-        return model.sample(batch, population, key, map_=map_, exact=exact)
+        return model.sample(batch, population, keys[rows.to(keys.device), number], exact=exact)
 
-    return _draw_until(model, draw, keys, target_error, least)
+    return _draw_until(model, draw, keys.shape, target_error, least, readers)
 
 
 def estimate(head: Head, features: Tensor) -> Estimate:
@@ -238,34 +240,36 @@ def _levels(model: SamplingModel) -> int:
 
 
 def _draw_until(
-    model: ImageModel, draw: Callable[[Tensor, Tensor], Output], keys: Tensor, target: float | None, least: int
+    model: ImageModel,
+    draw: Callable[[int, Tensor], Reading[Output]],
+    shape: tuple[int, ...],
+    target: float | None,
+    least: int,
+    readers: Executor | None,
 ) -> Prediction:
-    """Draw for the images that go on, until none does or the budget is spent."""
-    going = torch.arange(len(keys))  # images that still draw
-    features: list[Tensor] = []  # of those, (going, D) a draw
-    outputs: list[Output] = []
-    draws = torch.zeros(len(keys), dtype=torch.int64)
+    """Draw for the images that go on, until none does or the budget is spent; ``shape`` is (images, budget)."""
+    size, budget = shape
+    going = torch.arange(size)  # images that still draw
+    number = budget if target is None else min(least, budget)  # of draws, which are made in any case
+    outputs = list(interleave((draw(each, going) for each in range(number)), readers, ahead=_AHEAD))
+    features = [output.features for output in outputs]  # of those images, (going, D) a draw
+    draws = torch.zeros(size, dtype=torch.int64)
     estimates: dict[int, Estimate] = {}
-    for number, key in enumerate(keys.T, start=1):
-        outputs.append(draw(going, key[going.to(key.device)]))
-        features.append(outputs[-1].features)
-        last = number == keys.shape[1]
-        if not last and (target is None or number < least):
-            continue
+    while True:
         drawn = torch.stack(features)
         done = torch.ones(len(going), dtype=torch.bool)
-        if not last:
+        if number < budget:
             done = expected_error(model.head, drawn).amax(-1).cpu() <= (target or 0.0)
-        if not done.any():
-            continue
         found = estimate(model.head, drawn)
         for place in done.nonzero().flatten().tolist():
             estimates[int(going[place])] = Estimate(*(part[place] for part in found))
         draws[going[done]] = number
         going = going[~done]
-        features = [each[~done.to(each.device)] for each in features]
         if not len(going):
             break
-    in_order = (estimates[row] for row in range(len(keys)))
+        outputs.append(run(draw(number, going), readers))
+        features = [*(each[~done.to(each.device)] for each in features), outputs[-1].features]
+        number += 1
+    in_order = (estimates[row] for row in range(size))
     probabilities, error, low, high = (torch.stack(parts) for parts in zip(*in_order, strict=True))
     return Prediction(probabilities, error, low, high, tuple(outputs), draws)

@@ -8,14 +8,15 @@ Shape letters: B batch, N boxes, C channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Map = Callable[..., Iterable[Any]]
+from nested_ats.reading import Read
 
 
 class Image(Protocol):
@@ -134,7 +135,13 @@ def find_level(image: Image, downsample: float) -> int:
     raise ValueError(f"the image has no level at downsample {downsample:g} (it has {there})")
 
 
-def read_batch(images: Sequence[Image], downsample: float, boxes: Tensor, map_: Map = map) -> Tensor:
+def batch_reads(images: Sequence[Image], downsample: float, boxes: Tensor) -> list[Read]:
+    """What `read_batch` reads, one read an image; the parameters and errors are its own."""
+    levels = [find_level(image, downsample) for image in images]
+    return [partial(image.read, *rest) for image, *rest in zip(images, levels, boxes.cpu(), strict=True)]
+
+
+def read_batch(images: Sequence[Image], downsample: float, boxes: Tensor) -> Tensor:
     """Read the same number of equal boxes from every image.
 
     Parameters
@@ -145,8 +152,6 @@ def read_batch(images: Sequence[Image], downsample: float, boxes: Tensor, map_: 
         Of the level to read.
     boxes
         (B, N, 4) int64: y, x, height, width.
-    map_
-        How to run over the images: `map`, or an executor's `map` to read them concurrently.
 
     Returns
     -------
@@ -157,6 +162,4 @@ def read_batch(images: Sequence[Image], downsample: float, boxes: Tensor, map_: 
     ValueError
         An image has no level at the downsample.
     """
-    levels = [find_level(image, downsample) for image in images]
-    reads = map_(lambda image, level, rows: image.read(level, rows), images, levels, boxes.cpu())
-    return torch.stack(list(reads))
+    return torch.stack([read() for read in batch_reads(images, downsample, boxes)])

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nested_ats.images import Image, Map
+from nested_ats.images import Image
 from nested_ats.losses import attention_sampling_loss
 from nested_ats.models.base import ImageModel
 
@@ -42,7 +43,9 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
-def step_cost(model: ImageModel, images: Sequence[Image], *, repeats: int = 10, map_: Map = map) -> Cost:
+def step_cost(
+    model: ImageModel, images: Sequence[Image], *, repeats: int = 10, readers: Executor | None = None
+) -> Cost:
     """Measure one training step: forward, loss, backward; no optimizer (section 4.1.2 of the paper).
 
     Divide by ``len(images)`` for the paper's time per sample, or give one image, as for its memory.
@@ -55,17 +58,17 @@ def step_cost(model: ImageModel, images: Sequence[Image], *, repeats: int = 10, 
         The batch; each repeat draws anew from it.
     repeats
         Steps timed, at least 1, after one that is not.
-    map_
-        How reads run over the images while time is measured (`nested_ats.images.read_batch`).
+    readers
+        Threads that read while time is measured; by default this one does.
     """
     device = next(model.parameters()).device
-    training_step(model, images, 0, map_=map_)
+    training_step(model, images, 0, readers=readers)
     seconds = []
     for repeat in range(1, repeats + 1):
         model.zero_grad()
         _synchronize(device)
         start = perf_counter()
-        training_step(model, images, repeat, map_=map_)
+        training_step(model, images, repeat, readers=readers)
         _synchronize(device)
         seconds.append(perf_counter() - start)
     model.zero_grad()
@@ -74,7 +77,9 @@ def step_cost(model: ImageModel, images: Sequence[Image], *, repeats: int = 10, 
     return Cost(median(seconds), peak)
 
 
-def training_step(model: ImageModel, images: Sequence[Image], number: int, *, map_: Map = map) -> None:
+def training_step(
+    model: ImageModel, images: Sequence[Image], number: int, *, readers: Executor | None = None
+) -> None:
     """Read, forward, loss of made-up labels (equation 21), backward; gradients are added to what there is.
 
     Parameters
@@ -85,12 +90,12 @@ def training_step(model: ImageModel, images: Sequence[Image], number: int, *, ma
         The batch.
     number
         Of the step, at least 0: every step draws by other keys.
-    map_
+    readers
         As of `step_cost`.
     """
     model.train()
     keys = torch.arange(len(images)) + number * len(images)
-    output = model(images, keys, map_=map_)
+    output = model(images, keys, readers=readers)
     labels = torch.zeros(len(images), dtype=torch.int64, device=output.logits.device)
     loss, _ = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=_ENTROPY_WEIGHT)
     torch.autograd.backward(loss.mean())

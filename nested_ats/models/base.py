@@ -10,17 +10,20 @@ D features, Q classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from nested_ats.config import EncoderConfig, PatchConfig
 from nested_ats.errors import EncoderError
-from nested_ats.images import Image, Map, scale_pixels
+from nested_ats.images import Image, scale_pixels
 from nested_ats.networks.encoders import build_encoder
 from nested_ats.networks.trainable import freeze
 from nested_ats.phases import Output
+from nested_ats.reading import Reading, run
 
 
 class ImageModel(nn.Module):
@@ -112,7 +115,12 @@ class ImageModel(nn.Module):
         return torch.empty(self.in_channels, 0, 0)
 
     def forward(
-        self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None, map_: Map = map
+        self,
+        images: Sequence[Image],
+        keys: Tensor,
+        *,
+        views: Sequence[Tensor] | None = None,
+        readers: Executor | None = None,
     ) -> Output:
         """Classify a batch of images.
 
@@ -124,8 +132,8 @@ class ImageModel(nn.Module):
             (B,) int64, the random key of each image: it decides what is drawn, whatever the batch.
         views
             `coarse_view` of each image, where it was read ahead.
-        map_
-            How reads run over the images (`nested_ats.images.read_batch`).
+        readers
+            Threads that read what is read at once; by default this one does.
 
         Raises
         ------
@@ -134,7 +142,17 @@ class ImageModel(nn.Module):
         ImpossibleWeightsError
             The attention is not finite: the model has diverged.
         """
+        return run(self.classify(images, keys, views=views), readers)
+
+    def classify(
+        self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None
+    ) -> Reading[Output]:
+        """`forward` as a computation that others read for (`nested_ats.reading`); the errors are its own."""
         raise NotImplementedError
+
+    def coarse_views(self, images: Sequence[Image]) -> Reading[Sequence[Tensor]]:
+        """`coarse_view` of each image."""
+        return (yield [partial(self.coarse_view, image) for image in images])
 
     def train(self, mode: bool = True) -> ImageModel:
         """Set the mode of all but the frozen parts, which stay in evaluation mode."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from nested_ats.config import CNNConfig
-from nested_ats.images import Image, Map, find_level
+from nested_ats.images import Image, find_level
 from nested_ats.models.base import ImageModel
 from nested_ats.phases import Output
+from nested_ats.reading import Reading
 
 
 class CNN(ImageModel):
@@ -48,13 +49,13 @@ class CNN(ImageModel):
         level = find_level(image, self.config.downsample)
         return image.read(level, torch.tensor([[0, 0, *image.shapes[level]]]))[0]
 
-    def forward(
-        self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None, map_: Map = map
-    ) -> Output:
+    def classify(
+        self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None
+    ) -> Reading[Output]:
         """Classify a batch of images; see `ImageModel.forward`. Images of one size run as one batch."""
         del keys
         if views is None:
-            views = list(map_(self.coarse_view, images))
+            views = yield from self.coarse_views(images)
         features: dict[int, Tensor] = {}
         for shape in dict.fromkeys(view.shape for view in views):
             rows = [i for i, view in enumerate(views) if view.shape == shape]

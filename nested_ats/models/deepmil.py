@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from nested_ats.cells import image_cells
 from nested_ats.config import DeepMILConfig
 from nested_ats.expectation import entropy
-from nested_ats.images import Image, Map
+from nested_ats.images import Image
 from nested_ats.models.patches import PatchModel
 from nested_ats.phases import Output, Phase, Population, draw_phase, take_all
+from nested_ats.reading import Reading
 
 
 class _AttentionPooling(nn.Module):
@@ -71,14 +72,16 @@ class DeepMIL(PatchModel):
         gated = config.attention == "gated"
         self.pooling = _AttentionPooling(self.features, config.attention_features, gated=gated)
 
-    def forward(
-        self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None, map_: Map = map
-    ) -> Output:
+    def classify(
+        self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None
+    ) -> Reading[Output]:
         """Classify a batch of images; see `ImageModel.forward`. The one phase holds every patch, with z = 1."""
         del keys, views
         extent = self.config.patch_downsample * self.config.stride
         centers, there = image_cells(images, extent)
-        bags = [self._bag(image, c[t], map_) for image, c, t in zip(images, centers, there, strict=True)]
+        bags = []
+        for image, own, inside in zip(images, centers, there, strict=True):
+            bags.append((yield from self._bag(image, own[inside])))
         logits = [
             functional.pad(self.pooling(bag), (0, centers.shape[1] - len(bag)), value=-torch.inf) for bag in bags
         ]
@@ -90,15 +93,15 @@ class DeepMIL(PatchModel):
         phase = _all_of(Population(log_attention[:, None], centers[:, None], extent))
         return Output(self.head(pooled), entropy(log_attention), pooled, (phase,))
 
-    def _bag(self, image: Image, centers_l0: Tensor, map_: Map) -> Tensor:
+    def _bag(self, image: Image, centers_l0: Tensor) -> Reading[Tensor]:
         """Features of all patches of an image: (K, 2) level-0 pixels -> (K, D)."""
         features = []
         for chunk in torch.split(centers_l0, self.config.chunk):
             if self.config.recompute and torch.is_grad_enabled() and not self._keeps:
-                pixels, location = self._read(image, chunk, map_)
+                pixels, location = yield from self._read(image, chunk)
                 features.append(checkpoint(self._embed, pixels, location, use_reentrant=False))
             else:
-                features.append(self.encode_one(image, chunk, map_))
+                features.append((yield from self._encoding_of_many(image, chunk)))
         return torch.cat(features)
 
 

@@ -21,12 +21,13 @@ from nested_ats.cells import boxes_at, cell_centers, curve_order, grid_centers, 
 from nested_ats.config import ModelConfig
 from nested_ats.errors import EncoderError
 from nested_ats.expectation import entropy, expectation
-from nested_ats.images import Image, Map, find_level, read_batch
+from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.residual import group_logits, inherited
 from nested_ats.networks.attention import AttentionNetwork
 from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase, take_all
 from nested_ats.prior import occupied, signal, thresholds
+from nested_ats.reading import Reading
 from nested_ats.sampling import Draw, draw, fold_in
 
 _RGB = 3
@@ -118,21 +119,21 @@ class NestedATS(SamplingModel):
         population: Population,
         keys: Tensor,
         *,
-        map_: Map = map,
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
-    ) -> Output:
+    ) -> Reading[Output]:
         """Draw down the levels from a first population, encode the patches drawn, and classify.
 
         The parameters are those of `SamplingModel.sample`.
         """
-        phases = self._descend(images, population, keys, map_, sampler or self._draw, exact=exact > 0, more=more)
+        draws = sampler or self._draw
+        phases = yield from self._descend(images, population, keys, draws, exact=exact > 0, more=more)
         last = phases[-1]
         if exact:
-            pooled = self._pool_all(images, last, map_, exact)
+            pooled = yield from self._pool_all(images, last, exact)
         else:
-            pooled = self._pool(phases, self.encode(images, last.centers_l0, map_))
+            pooled = self._pool(phases, (yield from self.encoding(images, last.centers_l0)))
         total = torch.stack([_entropy(phases, depth) for depth in range(len(phases))]).sum(0)
         return Output(self.head(pooled), total, pooled, tuple(phases))
 
@@ -141,19 +142,18 @@ class NestedATS(SamplingModel):
         images: Sequence[Image],
         population: Population,
         keys: Tensor,
-        map_: Map,
         sampler: Sampler,
         *,
         exact: bool,
         more: int,
-    ) -> list[Phase]:
+    ) -> Reading[list[Phase]]:
         """Draw from every level; where `exact`, all is taken from the last."""
         attention = z = torch.ones_like(population.log_attention[:, :, 0])  # (B, 1): the root's
         phases: list[Phase] = []
         for depth, level in enumerate(self.config.levels):
             if phases:
                 attention, z = phases[-1].attention, phases[-1].z
-                population = self._open(depth, images, phases[-1], map_)
+                population = yield from self._open(depth, images, phases[-1])
             draws = take_all if exact and depth == len(self.config.levels) - 1 else sampler
             phases.append(draw_phase(population, attention, z, draws, level.samples * more, fold_in(keys, depth)))
         return phases
@@ -161,12 +161,12 @@ class NestedATS(SamplingModel):
     def _pool(self, phases: Sequence[Phase], features: Tensor) -> Tensor:
         return expectation(phases[-1].attention, features, phases[-1].z)
 
-    def _open(self, depth: int, images: Sequence[Image], parents: Phase, map_: Map) -> Population:
+    def _open(self, depth: int, images: Sequence[Image], parents: Phase) -> Reading[Population]:
         """Read the regions drawn by the level above and attend to each."""
         level, margin = self.config.levels[depth], self._network(depth).margin
         assert level.size is not None  # noqa: S101 - an invariant of ModelConfig
         boxes = boxes_at(parents.centers_l0, level.downsample, level.size + 2 * margin)
-        views = read_batch(images, level.downsample, boxes, map_)
+        views = torch.stack((yield batch_reads(images, level.downsample, boxes)))
         origins = boxes[..., :2] + margin
         above = None
         if self.config.attention == "residual":

@@ -6,8 +6,10 @@ Shape letters: B batch, n drawn units, K units in all, P patches, C channels, H 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,14 @@ from torch.nn import functional
 from nested_ats.cells import boxes_at, image_sizes
 from nested_ats.config import PatchConfig
 from nested_ats.feature_store import EncoderName, FeatureStore
-from nested_ats.images import Image, Map, find_level, read_batch
+from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.models.base import ImageModel
 from nested_ats.networks.encoders import read_choice
 from nested_ats.phases import Output, Phase, Population, Sampler
+from nested_ats.reading import Reading, run
 
 _LEAST_SPREAD = 0.01  # of a feature that is standardised, of the mean of all
-_READS = 8  # parts in which one image's patches are read, so that `map_` can read them at the same time
+_READS = 8  # parts in which one image's patches are read, so that several threads can read them
 # Keys that decide nothing of what a frozen encoder makes of a patch.
 _AFTER_FEATURES = ("trainable", "scale", "standardise", "location", "allow_gaps")
 
@@ -70,35 +73,38 @@ class PatchModel(ImageModel):
         before["encoder"] = read_choice(self.config.encoder)._replace(weights=None).plain  # their bits count, no path
         self._encoder_name = EncoderName({**before, "in_channels": in_channels})
 
-    def encode(self, images: Sequence[Image], centers_l0: Tensor, map_: Map = map) -> Tensor:
+    def encode(self, images: Sequence[Image], centers_l0: Tensor) -> Tensor:
         """Features of the patches centred on points: (B, n, 2) level-0 pixels -> (B, n, D) of unit length."""
+        return run(self.encoding(images, centers_l0))
+
+    def encoding(self, images: Sequence[Image], centers_l0: Tensor) -> Reading[Tensor]:
+        """`encode` as a computation that others read for."""
         boxes = self._patch_boxes(centers_l0)
         location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
         if self._keeps:
-            features = self._recall(images, boxes, map_)
-            return self._point(features, location)
-        patches = read_batch(images, self.config.patch_downsample, boxes, map_)
+            return self._point((yield from self._recall(images, boxes)), location)
+        patches = torch.stack((yield batch_reads(images, self.config.patch_downsample, boxes)))
         return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*boxes.shape[:2], -1)
 
-    def encode_one(self, image: Image, centers_l0: Tensor, map_: Map = map) -> Tensor:
-        """Features of patches of one image, read in parts by `map_`: (P, 2) level-0 pixels -> (P, D)."""
+    def _encoding_of_many(self, image: Image, centers_l0: Tensor) -> Reading[Tensor]:
+        """Features of many patches of one image, read in parts: (P, 2) level-0 pixels -> (P, D)."""
         if self._keeps:
-            location = centers_l0 / image_sizes([image]) * 2 - 1
-            return self._point(self._recall([image], self._patch_boxes(centers_l0)[None], map_)[0], location)
-        return self._embed(*self._read(image, centers_l0, map_))
+            [features] = yield from self._recall([image], self._patch_boxes(centers_l0)[None])
+            return self._point(features, centers_l0 / image_sizes([image]) * 2 - 1)
+        return self._embed(*(yield from self._read(image, centers_l0)))
 
-    def _read(self, image: Image, centers_l0: Tensor, map_: Map) -> tuple[Tensor, Tensor]:
+    def _read(self, image: Image, centers_l0: Tensor) -> Reading[tuple[Tensor, Tensor]]:
         """Pixels (P, C, H, W) of patches of one image, and their (P, 2) places in [-1, 1]."""
-        [pixels] = self._read_parts([image], [self._patch_boxes(centers_l0)], map_)
+        [pixels] = yield from self._read_parts([image], [self._patch_boxes(centers_l0)])
         return pixels, centers_l0 / image_sizes([image]) * 2 - 1
 
-    def _read_parts(self, images: Sequence[Image], boxes: Sequence[Tensor], map_: Map) -> list[Tensor]:
-        """Pixels (P, C, H, W) of (P, 4) boxes of each image, P > 0 of any number, read in parts by `map_`."""
+    def _read_parts(self, images: Sequence[Image], boxes: Sequence[Tensor]) -> Reading[list[Tensor]]:
+        """Pixels (P, C, H, W) of (P, 4) boxes of each image, P > 0 of any number, read in parts."""
+        levels = [find_level(image, self.config.patch_downsample) for image in images]
         parts = [torch.split(each, -(-len(each) * len(images) // _READS)) for each in boxes]
-        tasks = [(image, part) for image, own in zip(images, parts, strict=True) for part in own]
-        levels = {id(image): find_level(image, self.config.patch_downsample) for image in images}
-        read = iter(map_(lambda image, part: image.read(levels[id(image)], part), *zip(*tasks, strict=True)))
-        return [torch.cat([next(read) for _ in own]) for own in parts]
+        wanted = zip(images, levels, parts, strict=True)
+        pixels = iter((yield [partial(image.read, level, part) for image, level, own in wanted for part in own]))
+        return [torch.cat([next(pixels) for _ in own]) for own in parts]
 
     def _patch_boxes(self, centers_l0: Tensor) -> Tensor:
         return boxes_at(centers_l0, self.config.patch_downsample, self.config.patch_size)
@@ -152,7 +158,7 @@ class PatchModel(ImageModel):
     def _keeps(self) -> bool:
         return self.store is not None and self.config.trainable == "none" and self.head.weight.dtype == torch.float32
 
-    def _recall(self, images: Sequence[Image], boxes: Tensor, map_: Map) -> Tensor:
+    def _recall(self, images: Sequence[Image], boxes: Tensor) -> Reading[Tensor]:
         """Features (B, n, D) as encoded of (B, n, 4) boxes: out of the store, or put there.
 
         A row of the store, and of a table here, holds the D numbers and the `spread` of a patch.
@@ -168,17 +174,17 @@ class PatchModel(ImageModel):
                 return torch.empty(len(own), width), torch.zeros(len(own), dtype=torch.bool)
             return store.get(name, own[:, :2], width)
 
-        looked = list(map_(look, names, wanted))
+        looked = yield [partial(look, name, own) for name, own in zip(names, wanted, strict=True)]
         tables = [rows.to(device, copy=True) for rows, _ in looked]
         missing = {row: wanted[row][~found] for row, (_, found) in enumerate(looked) if not found.all()}
         if missing:
-            encoded = self._encode_boxes([images[row] for row in missing], list(missing.values()), map_)
-            fresh = dict(zip(missing, encoded, strict=True))
-            for row, rows in fresh.items():
+            encoded = yield from self._encode_boxes([images[row] for row in missing], list(missing.values()))
+            puts = []
+            for row, rows in zip(missing, encoded, strict=True):
                 tables[row][~looked[row][1].to(device)] = rows
-            puts = [(names[row], missing[row][:, :2], fresh[row].cpu()) for row in fresh if names[row] is not None]
-            if puts:
-                list(map_(store.put, *zip(*puts, strict=True)))
+                if (name := names[row]) is not None:
+                    puts.append(partial(store.put, name, missing[row][:, :2], rows.cpu()))
+            yield puts
         drawn = torch.stack([table[places.to(device)] for table, (_, places) in zip(tables, each, strict=True)])
         if self.observe is not None:
             self.observe(drawn[..., -1].flatten())
@@ -190,9 +196,9 @@ class PatchModel(ImageModel):
         identities = [getattr(image, "identity", None) for image in images]
         return [f"{encoder}/{identity}" if encoder and identity else None for identity in identities]
 
-    def _encode_boxes(self, images: Sequence[Image], boxes: Sequence[Tensor], map_: Map) -> list[Tensor]:
+    def _encode_boxes(self, images: Sequence[Image], boxes: Sequence[Tensor]) -> Reading[list[Tensor]]:
         """Rows (P, D + 1) of the patches in (P, 4) boxes of each image, all encoded at once."""
-        seen = self._see(torch.cat(self._read_parts(images, boxes, map_)))
+        seen = self._see(torch.cat((yield from self._read_parts(images, boxes))))
         rows = torch.cat([self._encode_seen(seen), spread(seen)[:, None]], -1)
         return list(torch.split(rows, [len(own) for own in boxes]))
 
@@ -206,15 +212,26 @@ class SamplingModel(PatchModel):
         keys: Tensor,
         *,
         views: Sequence[Tensor] | None = None,
-        map_: Map = map,
+        readers: Executor | None = None,
         sampler: Sampler | None = None,
         more: int = 1,
     ) -> Output:
         """Classify a batch of images; see `ImageModel.forward`, and `sample` for `sampler` and `more`."""
+        return run(self.classify(images, keys, views=views, sampler=sampler, more=more), readers)
+
+    def classify(
+        self,
+        images: Sequence[Image],
+        keys: Tensor,
+        *,
+        views: Sequence[Tensor] | None = None,
+        sampler: Sampler | None = None,
+        more: int = 1,
+    ) -> Reading[Output]:
+        """`forward` as a computation that others read for; see `ImageModel.classify`."""
         if views is None:
-            views = list(map_(self.coarse_view, images))
-        first = self.attend(images, views)
-        return self.sample(images, first, keys, map_=map_, sampler=sampler, more=more)
+            views = yield from self.coarse_views(images)
+        return (yield from self.sample(images, self.attend(images, views), keys, sampler=sampler, more=more))
 
     def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
         """Attention over the whole images, the population of the first phase: (B, 1, K) with K of the largest."""
@@ -226,16 +243,15 @@ class SamplingModel(PatchModel):
         population: Population,
         keys: Tensor,
         *,
-        map_: Map = map,
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
-    ) -> Output:
+    ) -> Reading[Output]:
         """Draw from a first population, encode the patches drawn, and classify.
 
         Parameters
         ----------
-        images, keys, map_
+        images, keys
             As of `forward`.
         population
             From `attend`.
@@ -249,7 +265,7 @@ class SamplingModel(PatchModel):
         """
         raise NotImplementedError
 
-    def _pool_all(self, images: Sequence[Image], phase: Phase, map_: Map, chunk: int) -> Tensor:
+    def _pool_all(self, images: Sequence[Image], phase: Phase, chunk: int) -> Reading[Tensor]:
         """Sum of z a f over the units of a phase, (B, D), `chunk` patches of one image in memory at a time."""
         pooled = []
         for row, image in enumerate(images):
@@ -257,7 +273,8 @@ class SamplingModel(PatchModel):
             held = weights.nonzero().flatten()
             total = weights.new_zeros(self.features)
             for units in torch.split(held, chunk):
-                features = self.encode_one(image, phase.centers_l0[row, units.to(phase.centers_l0.device)], map_)
+                places = phase.centers_l0[row, units.to(phase.centers_l0.device)]
+                features = yield from self._encoding_of_many(image, places)
                 # Not a matrix product: autocast would make it one of bf16.
                 total = total + (weights[units, None] * features).sum(0)
             pooled.append(total)

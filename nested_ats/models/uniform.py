@@ -13,9 +13,10 @@ from torch import Tensor
 from nested_ats.cells import image_cells
 from nested_ats.config import UniformConfig
 from nested_ats.expectation import entropy, expectation
-from nested_ats.images import Image, Map
+from nested_ats.images import Image
 from nested_ats.models.patches import SamplingModel
 from nested_ats.phases import Output, Population, Sampler, draw_phase, take_all
+from nested_ats.reading import Reading
 from nested_ats.sampling import Draw, draw, fold_in
 
 
@@ -59,19 +60,19 @@ class UniformSampling(SamplingModel):
         population: Population,
         keys: Tensor,
         *,
-        map_: Map = map,
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
-    ) -> Output:
+    ) -> Reading[Output]:
         """Draw patches, encode them, and classify by their mean; see `SamplingModel.sample`."""
         ones = torch.ones_like(population.log_attention[:, :, 0])
         draws = take_all if exact else sampler or _draw_equally
         phase = draw_phase(population, ones, ones, draws, self.config.samples * more, fold_in(keys, 0))
         if exact:
-            pooled = self._pool_all(images, phase, map_, exact)
+            pooled = yield from self._pool_all(images, phase, exact)
         else:
-            pooled = expectation(phase.attention, self.encode(images, phase.centers_l0, map_), phase.z)
+            features = yield from self.encoding(images, phase.centers_l0)
+            pooled = expectation(phase.attention, features, phase.z)
         return Output(self.head(pooled), entropy(population.log_attention[:, 0]), pooled, (phase,))
 
 

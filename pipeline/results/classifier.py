@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.runs import autocast, choose_device
 from storage import Slide
 
 _ENCODED_AT_ONCE = 256  # patches of an exact evaluation
+_READERS = 8  # threads that read a slide: its draws wait for their reads together
 
 
 class Classifier:
@@ -79,11 +81,16 @@ class Classifier:
         """
         settings = self.settings
         keys = [draw_key(settings.seed, "predict", entry.slide_id, i) for i in range(settings.draws)]
-        with suppress(ImpossibleWeightsError), autocast(choose_device(settings.device), settings.precision):
+        with (
+            suppress(ImpossibleWeightsError),
+            autocast(choose_device(settings.device), settings.precision),
+            ThreadPoolExecutor(_READERS) as readers,
+        ):
             prediction = estimate(
                 self.model,
                 [image],
                 torch.tensor([keys]),
+                readers=readers,
                 target_error=settings.target_error,
                 exact=_ENCODED_AT_ONCE if settings.exact else 0,
             )

@@ -9,12 +9,11 @@ Shape letters: B slides of one worker in one step, Q classes.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from cluster import Context
 from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling_loss, build_model
 from nested_ats.models.patches import SamplingModel
 from nested_ats.networks.trainable import batch_statistics
+from nested_ats.reading import Reading, interleave
 from pipeline.config import Config
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import draw_key
@@ -37,7 +37,6 @@ from pipeline.training.epochs import TOTALS
 # half of them, since what a part computed for its backward pass is held until then.
 _PARTS_AHEAD = 8
 
-T = TypeVar("T")
 Row = tuple[Entry, Image, Tensor | None]  # a slide, opened, and its coarse view where that has been read
 
 
@@ -70,7 +69,6 @@ class Learner:
         self.kept = Kept(self.model, config.train.average)
         self.class_weights = self._class_weights().to(context.device)
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)  # of the epoch under way, as `TOTALS` names them
-        self._turn = Lock()  # held by the part of a batch that computes, given up while it waits for pixels
 
     @property
     def steps(self) -> int:
@@ -97,23 +95,22 @@ class Learner:
         progress = (epoch + (step + 0.5) / self.steps) / course.epochs
         size = max(1, math.ceil(len(rows) / course.parts))
 
-        def forward(start: int) -> tuple[Sequence[Entry], Output] | None:
-            return self._forward(rows[start : start + size], (epoch,), readers, more_samples(course, progress))
-
-        for done in _in_order(forward, range(0, len(rows), size)):
+        parts = (rows[start : start + size] for start in range(0, len(rows), size))
+        forward = (self._forward(part, (epoch,), more_samples(course, progress)) for part in parts)
+        ahead = max(1, min(_PARTS_AHEAD, len(rows) // size // 2)) + 1
+        for done in interleave(forward, readers, ahead=ahead, context=self._autocast):
             if done is None:
                 continue
             output, labels = done[1], self._labels(done[0])
-            with self._turn:
-                loss, cross_entropy = attention_sampling_loss(
-                    output.logits,
-                    labels,
-                    output.entropy,
-                    entropy_weight=entropy_weight(course, progress),
-                    class_weights=self.class_weights,
-                )
-                torch.autograd.backward(loss.sum())
-                sums += self._sums(loss, cross_entropy, output, labels)
+            loss, cross_entropy = attention_sampling_loss(
+                output.logits,
+                labels,
+                output.entropy,
+                entropy_weight=entropy_weight(course, progress),
+                class_weights=self.class_weights,
+            )
+            torch.autograd.backward(loss.sum())
+            sums += self._sums(loss, cross_entropy, output, labels)
         self.totals += self._reduce(sums).cpu()
         clip(self._trained(), course.clip)
         for group in self.optimizer.param_groups:
@@ -122,34 +119,27 @@ class Learner:
         self.kept.update()
 
     def _forward(
-        self, rows: Sequence[Row], of: tuple[str | int, ...], readers: ThreadPoolExecutor, more: int = 1
-    ) -> tuple[Sequence[Entry], Output] | None:
+        self, rows: Sequence[Row], of: tuple[str | int, ...], more: int = 1
+    ) -> Reading[tuple[Sequence[Entry], Output] | None]:
         """Run the model on those slides of a batch that can be read, if there are any.
 
-        Another part of the batch computes while this one waits for its reads. The draws have the names of `of` and
-        of the slide; `more` is a factor on the samples.
+        The draws have the names of `of` and of the slide; `more` is a factor on the samples.
         """
-
-        def read(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
-            self._turn.release()
-            try:
-                return list(readers.map(function, *columns))
-            finally:
-                self._turn.acquire()
-
         options = {"more": more} if isinstance(self.model, SamplingModel) else {}
         while rows:
             entries, images, views = zip(*rows, strict=True)
             keys = torch.tensor([draw_key(self.config.seed, *of, entry.slide_id) for entry in entries])
             known = None if views[0] is None else views
             try:
-                with self._turn, autocast(self.context.device, self.config.train.precision):
-                    return entries, self.model(images, keys, views=known, map_=read, **options)
+                return entries, (yield from self.model.classify(images, keys, views=known, **options))
             except ImpossibleWeightsError:
                 raise self._diverged() from None
             except SlideError as error:
                 rows = [row for row in rows if row[0].slide_id != error.slide_id]
         return None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self.context.device, self.config.train.precision)
 
     def _reduce(self, sums: Tensor) -> Tensor:
         """Sum gradients and `sums` over the workers, in one message, and average the gradients over the slides."""
@@ -201,19 +191,3 @@ def _check_statistics(model: nn.Module, context: Context) -> None:
             "none or to the number of the last stages to train (the statistics then stay as they are), or train with "
             "one worker"
         )
-
-
-def _in_order(function: Callable[[int], T], items: Sequence[int]) -> Iterator[T]:
-    """Results of a function in the order of its items, those of the next few items being worked at meanwhile."""
-    if len(items) == 1:
-        yield function(items[0])
-        return
-    ahead = max(1, min(_PARTS_AHEAD, len(items) // 2))
-    with ThreadPoolExecutor(ahead + 1) as pool:
-        waiting: deque[Future[T]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

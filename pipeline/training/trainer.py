@@ -23,6 +23,7 @@ from torch import Tensor
 from cluster import Context
 from nested_ats import Image, attention_sampling_loss, save_model
 from nested_ats.models.patches import PatchModel
+from nested_ats.reading import interleave
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, parse_config
 from pipeline.data.augment import AugmentedImage
@@ -177,9 +178,11 @@ class Trainer(Learner):
         if not (isinstance(model, PatchModel) and model.config.standardise):
             return
         with torch.no_grad(), model.gather_moments() as moments:
-            for row in self._order(0)[:_FIRST_SLIDES][self.context.rank :: self.context.world_size]:
-                first = self._opened([self.training[row]])
-                self._forward(first, ("first look",), readers, self.config.train.early_samples)
+            mine = self._order(0)[:_FIRST_SLIDES][self.context.rank :: self.context.world_size]
+            slides = (self._opened([self.training[row]]) for row in mine)
+            looks = (self._forward(slide, ("first look",), self.config.train.early_samples) for slide in slides)
+            for _ in interleave(looks, readers, context=self._autocast):
+                pass
         self.context.all_reduce(moments)
         model.standardise_by(moments)
         self.observer.take()  # its patches are of no epoch
@@ -297,8 +300,9 @@ class Trainer(Learner):
         mine = self.validation[self.context.rank :: self.context.world_size]
         places = {entry.slide_id: place for place, entry in enumerate(self.validation)}
         size = max(1, self.config.train.batch_size // self.context.world_size)
-        for begin in range(0, len(mine), size):
-            done = self._forward(self._opened(mine[begin : begin + size]), ("validation", epoch), readers)
+        batches = (self._opened(mine[begin : begin + size]) for begin in range(0, len(mine), size))
+        answered = (self._forward(batch, ("validation", epoch)) for batch in batches)
+        for done in interleave(answered, readers, ahead=2, context=self._autocast):
             if done is None:
                 continue
             batch, output = done

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from nested_ats import CNN, CNNConfig, Cost, step_cost
@@ -94,12 +96,14 @@ def test_memory_grows_with_what_a_cnn_sees(tiny_image):
     assert large > 8 * small  # sixteen times the pixels; parameters and their gradients stay
 
 
-def test_reads_run_through_the_map_given(tiny_model, tiny_image):
+def test_reads_run_on_the_threads_given(tiny_model, tiny_image):
     calls = []
 
-    def map_(function, *iterables):
-        calls.append(function)
-        return map(function, *iterables)
+    class Readers(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            calls.append(arguments)
+            return super().submit(*arguments)
 
-    step_cost(tiny_model(1), [tiny_image(1)], repeats=2, map_=map_)
+    with Readers(1) as readers:
+        step_cost(tiny_model(1), [tiny_image(1)], repeats=2, readers=readers)
     assert len(calls) == 2 * 3  # the coarse view and the patches; not in the pass that measures memory

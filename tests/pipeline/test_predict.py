@@ -435,13 +435,13 @@ class TestOtherSettings:
 
     def test_the_budget_decides_what_is_read(self, finished, entries, rows, tmp_path, monkeypatch):
         seen = []
-        encode = NestedATS.encode
+        encoding = NestedATS.encoding
 
-        def spy(self, images, centers, map_=map):
+        def spy(self, images, centers):
             seen.append(centers.shape[1])
-            return encode(self, images, centers, map_)
+            return encoding(self, images, centers)
 
-        monkeypatch.setattr(NestedATS, "encode", spy)
+        monkeypatch.setattr(NestedATS, "encoding", spy)
         predict(entries[:1], finished, tmp_path, samples=[2, 7], draws=2)
         assert seen == [7, 7]
 

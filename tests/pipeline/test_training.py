@@ -416,13 +416,13 @@ def test_balanced_epochs_have_as_many_slides_of_each_class(config, pyramids, tmp
 def gradient(trainer):
     """Gradient of the first step, and what the model put out in it."""
     outputs = []
-    forward = trainer.model.forward
+    classify = trainer.model.classify
 
     def remember(*arguments, **options):
-        outputs.append(forward(*arguments, **options))
+        outputs.append((yield from classify(*arguments, **options)))
         return outputs[-1]
 
-    trainer.model.forward = remember
+    trainer.model.classify = remember
     with ThreadPoolExecutor(2) as readers:
         _, batch, images, views = next(trainer._batches(0, 0))
         trainer._step(0, 0, batch, images, views, readers)
