@@ -21,13 +21,18 @@ from pathlib import Path, PurePosixPath
 from pipeline.data.tables import read_table
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
+from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
 from storage.place.urls import is_remote
 
 SPLITS = ("train", "val", "test")
 _ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
-_TIFFS = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
-IMAGE_SUFFIXES = (*_TIFFS, ".png", ".jpg", ".jpeg", ".bmp")
-_SUFFIXES = (".ome.zarr", ".zarr", *(f".ome{suffix}" for suffix in _TIFFS), *IMAGE_SUFFIXES)  # the longer ones first
+IMAGE_SUFFIXES = (*TIFF_SUFFIXES, *RASTER_SUFFIXES)
+_SUFFIXES = (
+    ".ome.zarr",
+    ".zarr",
+    *(f".ome{suffix}" for suffix in TIFF_SUFFIXES),
+    *IMAGE_SUFFIXES,
+)  # longer ones first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

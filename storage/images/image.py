@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from storage.limits import Limits
 
 
+# By these names, files at URLs are told apart; local ones by their first bytes.
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
+
+
 class Image:
     """An image in a file; a context manager, picklable as its location.
 

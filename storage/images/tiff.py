@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from itertools import product
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 import tifffile
 
-from storage.errors import StorageError
+from storage.errors import StorageError, UnsupportedImageError
 from storage.images.codestreams import j2k_header, webp_header, whole_jpeg_header
 from storage.images.image import Image
 from storage.images.tiff_header import check_directories
@@ -49,12 +49,14 @@ from storage.place.files import BlockReader, RandomFile
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from storage.images.tiff_header import Table, Tables
     from storage.place.files import Range
 
+SAMPLED_BYTES = 2**16  # of a segment
 STREAM_HEADERS = {"JPEG": whole_jpeg_header, "JPEG 2000": j2k_header, "WebP": webp_header}
 # What decides how a page's segments are decoded.
 STORED_AS = (
@@ -102,36 +104,55 @@ class TiffImage(Image):
     Parameters
     ----------
     path
-        A path or a URL (http, https, s3, gs, az).
+        A path or a URL (http, https, s3, gs, az), or the file, opened, which is closed with this.
     allow_sparse
         Read tiles that are not stored as zeros (or the file's own "no data" value) rather than refuse the file.
     limits
         Caps on what the file may claim.
+    coarser
+        Look for the coarser levels of a pyramid too.
+
+    Attributes
+    ----------
+    coarser : the coarser levels, which share the file and are closed with it
+    planes : what the image is made of
 
     Raises
     ------
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, allow_sparse: bool = False, limits: Limits = LIMITS) -> None:
-        self._file = RandomFile(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | RandomFile,
+        *,
+        allow_sparse: bool = False,
+        limits: Limits = LIMITS,
+        coarser: bool = False,
+    ) -> None:
+        self._file = path if isinstance(path, RandomFile) else RandomFile(path)
         super().__init__(self._file.location, limits, allow_sparse=allow_sparse)
+        self._allow_sparse = allow_sparse
+        self.coarser: list[TiffImage] = []
         try:
-            self._open()
-            self._check_segments(allow_sparse=allow_sparse)
+            self._open(coarser=coarser)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, *, coarser: bool) -> None:
         with BlockReader(self._file) as reader:
-            check_directories(reader, self._limits)
+            tables = check_directories(reader, self._limits)
             try:
                 with (
                     _named(self.location),
                     tifffile.TiffFile(cast("IO[bytes]", reader), name=self._file.name) as tif,
                 ):
-                    self._describe(tif)
+                    self._check_format(tif)
+                    series = _baseline(tif)
+                    self._describe(tif, series, tables)
+                    if coarser:
+                        self._describe_coarser(tif, series, tables)
             except StorageError:
                 raise
             except Exception as error:  # tifffile raises whatever a damaged header makes it run into
@@ -142,9 +163,17 @@ class TiffImage(Image):
             if reader.failure is not None:  # tifffile goes on without what it could not read
                 raise reader.failure
 
-    def _describe(self, tif: tifffile.TiffFile) -> None:
-        self._check_format(tif)
-        series = _baseline(tif)
+    def _describe_coarser(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
+        """Describe the levels below the baseline; one of other pixels, or of a kind that is not read, is left out."""
+        for level in series.levels[1:]:
+            other = object.__new__(TiffImage)
+            other.__dict__ |= self.__dict__ | {"coarser": []}
+            with suppress(UnsupportedImageError):
+                other._describe(tif, level, tables)
+                if (other.shape[0], other.dtype) == (self.shape[0], self.dtype):
+                    self.coarser.append(other)
+
+    def _describe(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
         axes = self._checked_axes(series)
         self._key = key = series.keyframe
         samples = key.samplesperpixel if axes != "CYX" else len(series.pages)
@@ -165,7 +194,8 @@ class TiffImage(Image):
         whole = key.bitspersample == self._file_dtype.itemsize * 8
         self.direct = whole and key.compression == 1 and key.predictor == 1 and key.fillorder == 1
         self._nodata = key.nodata
-        self._planes = list(self._collect_planes(series))
+        self.planes = list(self._collect_planes(series, tables))
+        self._check_segments()
         self._decode = key.decode
         self.mpp_yx = mpp_yx(tif, key)
         self.channels = channel_names(tif, key, self.shape[0])
@@ -210,12 +240,14 @@ class TiffImage(Image):
             most = self._limits.segment_bytes
             raise self._unsupported(f"one tile or strip decodes to {segment} bytes, over {most}; {REWRITE}")
 
-    def _collect_planes(self, series: tifffile.TiffPageSeries) -> Iterator[Plane]:
+    def _collect_planes(self, series: tifffile.TiffPageSeries, tables: Tables) -> Iterator[Plane]:
         area = math.prod(self._cut.grid)
         for number, page in enumerate(series.pages):
             assert page is not None  # noqa: S101  checked in _checked_axes
             self._check_alike(page)
-            offsets, counts = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
+            own = tables.get(page.offset, {})
+            offsets = self._numbers(own.get(324, own.get(273)), page.dataoffsets)
+            counts = self._numbers(own.get(325, own.get(279)), page.databytecounts)
             planes = 1 if self._key.planarconfig == 1 else self._key.samplesperpixel
             if len(offsets) != planes * area or len(counts) != planes * area:
                 raise self._corrupt(
@@ -232,6 +264,16 @@ class TiffImage(Image):
                     jpegtables=page.jpegtables,
                 )
 
+    def _numbers(self, table: Table | None, shown: Sequence[int]) -> NDArray[np.int64]:
+        """Numbers of a tag: as tifffile has read them, or, of a long table, as the file has them."""
+        if table is None:
+            return np.array(shown, np.int64)
+        kind = np.dtype(table.kind)
+        data = self._file.read_at(table.offset, table.count * kind.itemsize)
+        if len(data) < table.count * kind.itemsize:
+            raise self._corrupt("truncated inside a table of tiles or strips")
+        return np.frombuffer(data, kind).astype(np.int64)
+
     def _check_alike(self, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
         """Refuse a plane that is stored otherwise than the first, as which tifffile would decode it."""
         key = self._key
@@ -239,19 +281,19 @@ class TiffImage(Image):
         if any(getattr(own, name) != getattr(key, name) for name in STORED_AS):
             raise self._unsupported(DIFFERENT_PLANES)
 
-    def _check_segments(self, *, allow_sparse: bool) -> None:
+    def _check_segments(self) -> None:
         """Every segment must be stored, rightly placed and long enough for its pixels; ratios must be sane."""
-        offsets = np.concatenate([plane.offsets for plane in self._planes])
-        counts = np.concatenate([plane.counts for plane in self._planes])
+        offsets = np.concatenate([plane.offsets for plane in self.planes])
+        counts = np.concatenate([plane.counts for plane in self.planes])
         stored = (offsets != 0) | (counts != 0)
-        if not allow_sparse and not stored.all():
+        if not self._allow_sparse and not stored.all():
             missing = int(np.count_nonzero(~stored))
             raise self._unsupported(
                 f"a sparse TIFF: {missing} of its {len(stored)} {self._cut.name}s are not stored; "
                 "if they are meant to be blank, read them as zeros with --allow-sparse (allow_sparse=True)"
             )
         plain_bytes = self._cut.plain_bytes(self._stored * self._key.bitspersample)
-        plain_bytes = np.tile(plain_bytes, len(self._planes))[stored]
+        plain_bytes = np.tile(plain_bytes, len(self.planes))[stored]
         offsets, counts = offsets[stored], counts[stored]
         if reason := why_misplaced(offsets, counts, self._file.size):
             raise self._corrupt(reason)
@@ -279,13 +321,44 @@ class TiffImage(Image):
         out = np.empty((self.shape[0], h, w), self.dtype)
         if h == 0 or w == 0:
             return out
-        parts = list(product(self._planes, self._cut.parts(y, x, h, w)))
+        parts = list(product(self.planes, self._cut.parts(y, x, h, w)))
         data = self._file.read_ranges([wanted for plane, part in parts for wanted in self._ranges(plane, part)])
         for plane, part in parts:
             channels = slice(plane.first_channel, plane.first_channel + self._made)
             pixels = self._held(self._segment(plane, part.index, part, data))
             out[channels, *part.place] = pixels.transpose(2, 0, 1)
         return out
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the file."""
+        return self._file.size
+
+    @property
+    def columns(self) -> int:
+        """Segments side by side."""
+        return self._cut.grid[1]
+
+    def sample(self, count: int) -> Iterator[bytes]:
+        """What is stored of some segments of the first plane, always the same ones."""
+        plane = self.planes[0]
+        stored = np.flatnonzero(plane.counts)
+        chosen = stored[np.linspace(0, len(stored) - 1, min(count, len(stored))).astype(np.int64)]
+        places = zip(plane.offsets[chosen].tolist(), plane.counts[chosen].tolist(), strict=True)
+        return self._file.read_ranges([(offset, min(length, SAMPLED_BYTES)) for offset, length in places])
+
+    def segments(self, plane: Plane, indexes: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """Decode segments of a plane: (h, w, C) pixels of each, and of its channels, whole.
+
+        Raises
+        ------
+        CorruptImageError, TransferError
+            As `read`.
+        """
+        whole = [self._cut.whole(i) for i in indexes.tolist()]
+        data = self._file.read_ranges([wanted for part in whole for wanted in self._ranges(plane, part)])
+        for part in whole:
+            yield self._held(self._segment(plane, part.index, part, data))
 
     def _held(self, pixels: NDArray[Any]) -> NDArray[Any]:
         """(h, w, C) of (h, w, S): colours for a palette's numbers, 0 and 255 for bits; else as they are."""

@@ -9,6 +9,7 @@ TIFF 6.0, section 2; BigTIFF: https://www.awaresystems.be/imaging/tiff/bigtiff.h
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from storage.errors import CorruptImageError, UnsupportedImageError
@@ -23,12 +24,30 @@ TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4
 
 
 SUB_IFDS = 330
+PLACES = (273, 279, 324, 325)  # offsets and lengths of strips and tiles
+SHOWN = 4096  # numbers of a table of places that tifffile sees
 OFFSET_TYPES = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # SHORT, LONG, IFD, LONG8, IFD8
 NDPI_TAG = (65420).to_bytes(2, "little")  # NDPI is always little-endian
 
 
-def check_directories(reader: BlockReader, limits: Limits) -> None:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Where in the file the numbers of a tag lie."""
+
+    offset: int  # bytes
+    count: int
+    kind: str  # format of a number, with its byte order, as `numpy.dtype` takes it
+
+
+Tables = dict[int, dict[int, Table]]
+"""Long tables of places or lengths, by the offset of their directory and their tag."""
+
+
+def check_directories(reader: BlockReader, limits: Limits) -> Tables:
     """Walk the main chain of image file directories, and the SubIFDs below each.
+
+    tifffile would make an object of each number of a table, and of millions of tiles gigabytes: of the long tables
+    that are returned the reader shows it no more than the beginning from now on.
 
     Raises
     ------
@@ -53,6 +72,7 @@ def check_directories(reader: BlockReader, limits: Limits) -> None:
     if not offset:
         raise CorruptImageError(f"{name}: a TIFF header without an image; {AGAIN}")
     seen: set[int] = set()
+    tables: Tables = {}
     waiting = [(offset, True)]  # and whether its chain goes on
     while waiting:
         offset, chained = waiting.pop()
@@ -63,10 +83,11 @@ def check_directories(reader: BlockReader, limits: Limits) -> None:
                 f"{name}: more than {limits.ifds} images; keep one: vips copy 'IN.tif[page=0]' {OUT}"
             )
         seen.add(offset)
-        below, following = _check_directory(reader, offset, order, big=big, limits=limits)
+        below, following = _check_directory(reader, offset, order, tables, big=big, limits=limits)
         waiting += [(one, False) for one in below]
         if chained and following:
             waiting.append((following, True))
+    return tables
 
 
 def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
@@ -80,7 +101,7 @@ def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
 
 
 def _check_directory(
-    reader: BlockReader, offset: int, order: str, *, big: bool, limits: Limits
+    reader: BlockReader, offset: int, order: str, tables: Tables, *, big: bool, limits: Limits
 ) -> tuple[list[int], int]:
     """Check one directory and return the offsets of its SubIFDs and of the next, 0 at the end."""
     name, size = reader.file.location, reader.file.size
@@ -97,10 +118,16 @@ def _check_directory(
     if len(body) < count * entry_bytes + tail_bytes:
         raise CorruptImageError(f"{name}: truncated inside an image directory; {AGAIN}")
     below: list[int] = []
-    for tag, kind, values, data in struct.iter_unpack(order + entry_format, body[: count * entry_bytes]):
+    entries = struct.iter_unpack(order + entry_format, body[: count * entry_bytes])
+    for number, (tag, kind, values, data) in enumerate(entries):
         value_bytes = values * TYPE_BYTES.get(kind, 1)
         if value_bytes > size:
             raise CorruptImageError(f"{name}: truncated, tag {tag} claims more bytes than the file has; {AGAIN}")
+        if tag in PLACES and values > SHOWN and kind in OFFSET_TYPES:
+            start = struct.unpack(order + next_format, data)[0]
+            tables.setdefault(offset, {})[tag] = Table(start, values, order + OFFSET_TYPES[kind])
+            place = offset + count_bytes + number * entry_bytes + 4
+            reader.show_instead(place, struct.pack(order + next_format, SHOWN))
         if tag != SUB_IFDS:
             continue
         if values > limits.ifds or kind not in OFFSET_TYPES:

@@ -63,6 +63,11 @@ class Cut:
         height, width = self.segment_yx
         return min(height, self.image_yx[0] - row * height), min(width, self.image_yx[1] - column * width)
 
+    def whole(self, i: int) -> Part:
+        """All of a segment that lies inside the image."""
+        height, width = self.inside(i)
+        return Part(i, 0, height, 0, width, (slice(0, height), slice(0, width)))
+
     def plain_bytes(self, pixel_bits: int) -> NDArray[np.int64]:
         """Bytes that each segment of a plane has uncompressed; rows begin at whole bytes."""
         rows, columns = self.grid
@@ -93,6 +98,8 @@ def why_misplaced(offsets: NDArray[np.int64], counts: NDArray[np.int64], file_by
         return "tiles or strips with an offset but no length, or a length but no offset"
     if (offsets > file_bytes).any() or (counts > file_bytes - offsets).any():
         return "truncated, tiles or strips lie past the end of the file"
+    if (offsets[1:] - offsets[:-1] >= counts[:-1]).all():  # one after the other, as most writers store them
+        return ""
     order = np.lexsort((-counts, offsets))  # of segments that share their bytes the longest comes first
     starts, first = np.unique(offsets[order], return_index=True)
     ends = starts + counts[order][first]

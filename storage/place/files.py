@@ -166,9 +166,22 @@ class BlockReader(io.RawIOBase):
         self.failure: StorageError | None = None
         self._position = 0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._instead: list[tuple[int, bytes]] = []
+
+    def show_instead(self, offset: int, data: bytes) -> None:
+        """Read these bytes from now on in the place of those that are there."""
+        self._instead.append((offset, data))
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``, fewer where the file ends."""
+        data = bytearray(self._read_at(offset, length))
+        for place, other in self._instead:
+            first, last = max(place, offset), min(place + len(other), offset + len(data))
+            if first < last:
+                data[first - offset : last - offset] = other[first - place : last - place]
+        return bytes(data)
+
+    def _read_at(self, offset: int, length: int) -> bytes:
         end = min(offset + length, self.file.size)
         try:
             if end - offset > BLOCK_BYTES:  # long arrays in one piece, past the blocks

@@ -1,8 +1,9 @@
 """``Slide``: random boxes of an image at several levels, fetching only the chunks they touch.
 
-Three kinds of source lie behind it, chosen as it is opened: our own pyramids (``sharded``, the fast one), any other
-OME-Zarr 0.4 or 0.5 image (``foreign``), and PNG, JPEG and BMP files (``memory``). Whatever the source, each chunk is
-fetched and decoded once however many boxes of a batch share it.
+Four kinds of source lie behind it, chosen as it is opened: our own pyramids (``sharded``, the fast one), any other
+OME-Zarr 0.4 or 0.5 image (``foreign``), TIFF slides such as SVS where they lie (``tiff``), and PNG, JPEG and BMP
+files (``memory``). Whatever the source, each chunk or tile is fetched and decoded once however many boxes of a batch
+share it.
 
 Shape letters: N boxes, C channels, H height, W width.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from storage.errors import NotAPyramidError
 from storage.format.levels import Level
 from storage.format.ome_zarr import is_own, load_json, pyramid_info
+from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
 from storage.place.stores import open_store
 from storage.place.urls import is_remote
 from storage.read.boxes import check_boxes
@@ -35,21 +37,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Level", "ReadStatistics", "Slide"]
 
-RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")  # of URLs; local files are told apart by their first bytes
-TIFF_SUFFIXES = (".tif", ".tiff", ".svs")
-
 
 class Slide:
-    """An image opened for reading: a pyramid or a PNG, JPEG or BMP file, by path or by URL (http, https, s3, gs, az).
+    """An image opened for reading: a pyramid, a TIFF slide, or a PNG, JPEG or BMP file, by path or URL.
 
     A context manager; thread safe; pickles as its location and opens again where it is unpickled.
 
     Parameters
     ----------
     location
-        Folder, file or URL.
+        Folder, file or URL (http, https, s3, gs, az).
     cache
-        Keeps chunks of our own pyramids for later, also for other processes; meant for URLs.
+        Keeps chunks of our own pyramids and tiles of TIFFs for later, also for other processes; meant for URLs.
 
     Attributes
     ----------
@@ -142,8 +141,9 @@ class Slide:
     def identity(self) -> str | None:
         """Digest of the pixels of all levels, whatever the location; None of pyramids of other writers.
 
-        Of our own pyramids it is that of the table of their shards' checksums, and takes no request; of a PNG, JPEG
-        or BMP that of the decoded pixels.
+        Of our own pyramids it is that of the table of their shards' checksums, and takes no request; of a TIFF that
+        of its table of tiles and of some tiles, which are read for it; of a PNG, JPEG or BMP that of the decoded
+        pixels.
         """
         return self._source.identity
 
@@ -182,14 +182,18 @@ def _open_source(location: str, counters: Counters, cache: ChunkCache | None) ->
         from storage.read.memory import MemorySource
 
         return MemorySource(location, counters)
-    raise NotAPyramidError(f"{location}: {kind}, not a pyramid; run nested-ats convert and open what it writes")
+    if kind == "TIFF":
+        from storage.read.tiff import TiffSource  # tifffile takes a while to import
+
+        return TiffSource(location, counters, cache)
+    raise NotAPyramidError(f"{location}: {kind}, neither an image nor a pyramid")
 
 
 def _kind_of_file(location: str) -> str | None:
-    """Tell a file: "raster" (PNG, JPEG, BMP), words for one that is not read, or None for what may be a pyramid."""
+    """Tell a file: "raster" (PNG, JPEG, BMP), "TIFF", words for one that is not read, or None for a pyramid."""
     if is_remote(location):
         suffix = PurePosixPath(location.partition("?")[0]).suffix.lower()
-        return "raster" if suffix in RASTER_SUFFIXES else "a TIFF" if suffix in TIFF_SUFFIXES else None
+        return "raster" if suffix in RASTER_SUFFIXES else "TIFF" if suffix in TIFF_SUFFIXES else None
     if not os.path.isfile(location):
         return None
     from storage.images.raster import MAGIC_BYTES, TIFF_MAGICS, raster_kind
@@ -199,7 +203,7 @@ def _kind_of_file(location: str) -> str | None:
         first = file.read_at(0, MAGIC_BYTES)
     if raster_kind(first):
         return "raster"
-    return "a TIFF" if first.startswith(TIFF_MAGICS) else "a file of a kind that is not read"
+    return "TIFF" if first.startswith(TIFF_MAGICS) else "a file of a kind that is not read"
 
 
 def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
