@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.manifest import is_image_file
-from storage import Slide, open_image
+from storage import Slide
 
 if TYPE_CHECKING:
     from nested_ats.networks.presets import Preset
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def describe(location: str) -> dict[str, Any]:
     """Describe an image file or a pyramid, by path or URL, or an encoder by its name (`nested_ats.networks.presets`).
 
-    Of pixels, only those of PNG, JPEG and BMP files are read.
+    Of pixels, only those of PNG, JPEG and BMP files are read. A level of an image file says ``made_of`` which
+    downsample it is averaged when it is read, if the file lacks it.
 
     Raises
     ------
@@ -27,24 +28,15 @@ def describe(location: str) -> dict[str, Any]:
 
         if location in PRESETS:
             return _describe_encoder(location, PRESETS[location])
-    if is_image_file(location):
-        with open_image(location) as image:
-            channels, height, width = image.shape
-            return {
-                "path": location,
-                "kind": "image",
-                "size": [height, width],
-                "channels": list(image.channels or range(channels)),
-                "dtype": str(image.dtype),
-                "mpp": image.mpp_yx[0] if image.mpp_yx else None,
-            }
     with Slide(location) as slide:
         levels = [
-            {"size": list(level.shape_yx), "downsample": level.downsample, "mpp": level.mpp} for level in slide.levels
+            {"size": list(level.shape_yx), "downsample": level.downsample, "mpp": level.mpp}
+            | ({"made_of": level.made_of} if level.made_of else {})
+            for level in slide.levels
         ]
         return {
             "path": location,
-            "kind": "pyramid",
+            "kind": "image" if is_image_file(location) else "pyramid",
             "size": list(slide.shape_yx),
             "channels": list(slide.channels),
             "dtype": str(slide.dtype),

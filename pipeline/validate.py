@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from pipeline.data.discovery import expand, find_images
@@ -17,6 +18,7 @@ from storage import Problem, Slide, validate
 
 _SHOWN = 20  # problems of one pyramid
 _NO_SOURCE = "no source image has its name, or several have"
+_DECODED = 4096  # pixels, side of what is decoded of an image file at once
 _NO_PYRAMID = "an image file, which is decoded and not compared with a source"
 _METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of OME-Zarr 0.5, and of 0.4
 
@@ -94,12 +96,12 @@ def find_sources(place: str) -> dict[str, str]:
 def validate_all(
     entries: Sequence[Entry], *, sources: dict[str, str] | None = None, full: bool = False, workers: int | None = None
 ) -> list[Validation]:
-    """Look at pyramids one after another; PNG, JPEG and BMP files, which are read like pyramids, are decoded.
+    """Look at slides one after another; of those that are image files, TIFFs are decoded if `full`, others always.
 
     Parameters
     ----------
     entries
-        Pyramids, PNG, JPEG or BMP files.
+        Pyramids and image files.
     sources
         Images by slide id to compare level 0 with, see `find_sources`; then `full` is meant.
     full
@@ -120,7 +122,9 @@ def validate_all(
             lacking = [] if sources is None or source else [Problem(0, None, "unchecked", _NO_SOURCE)]
             with Net() as net:
                 if is_image_file(entry.path):
-                    Slide(entry.path).close()  # a TIFF is refused
+                    with Slide(entry.path) as slide:
+                        if full:
+                            _decode(slide, shown.on_bytes)
                     found = [Problem(0, None, "unchecked", _NO_PYRAMID)] if source else []
                 else:
                     found = validate(
@@ -135,6 +139,20 @@ def validate_all(
                 results.append(Validation(entry, (), net.error))
             shown.end()
     return results
+
+
+def _decode(slide: Slide, progress: Callable[[int, int], None]) -> None:
+    """Decode all levels that an image file has; raises `storage.StorageError` for what is damaged."""
+    stored = [(number, level) for number, level in enumerate(slide.levels) if level.made_of is None]
+    pixel = len(slide.channels) * slide.dtype.itemsize
+    total, done = sum(level.shape_yx[0] * level.shape_yx[1] for _, level in stored) * pixel, 0
+    progress(done, total)
+    for number, level in stored:
+        height, width = level.shape_yx
+        step = min(level.chunk, _DECODED)
+        for y, x in product(range(0, height, step), range(0, width, step)):
+            done += slide.read(number, (y, x, min(step, height - y), min(step, width - x))).nbytes
+            progress(done, total)
 
 
 def _is_pyramid_name(place: str) -> bool:

@@ -16,7 +16,7 @@ class MissingImageError(StorageError):
 
 
 class UnsupportedImageError(StorageError):
-    """The file is not a TIFF, or a TIFF of a kind that is refused (see ``storage.images.tiff``)."""
+    """The file is not a TIFF, or a TIFF of a kind that is refused (see ``storage.images.tiff_structure``)."""
 
 
 class CorruptImageError(StorageError):

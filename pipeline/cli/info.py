@@ -46,4 +46,5 @@ def _print_info(about: dict[str, Any]) -> None:
     print(f"{about['path']}: {about['kind']}, {size}, {mpp}")
     for number, level in enumerate(about.get("levels", [])):
         height, width = level["size"]
-        print(f"  level {number}: {height} x {width}, downsample {level['downsample']:g}")
+        made = f", made of downsample {level['made_of']:g} as it is read" if "made_of" in level else ""
+        print(f"  level {number}: {height} x {width}, downsample {level['downsample']:g}{made}")

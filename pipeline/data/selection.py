@@ -18,8 +18,11 @@ from pipeline.data.splits import assign_splits
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.progress import progress
+from storage.format.levels import Level
 
 _OPENED_AT_ONCE = 16  # opening waits for the disk or the network
+_FINER = 4  # times, along each axis, are a level's pixels made of at each read without a word
+_LONG_CHUNK = 4096  # pixels
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class _Found:
     entry: Entry
     channels: int = 0
     downsamples: tuple[float, ...] = ()
+    slow: str = ""  # what makes reading it slow, in words
     error: str = ""
 
 
@@ -77,6 +81,11 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
     opened = [one for one in found if not one.error]
     if not opened:
         raise DataError(f"no slide can be used; the first: {found[0].error}")
+    if slow := [one for one in opened if one.slow]:
+        _say(
+            f"warning: {len(slow)} of {len(opened)} slides are slow to read where they lie, such as "
+            f"{slow[0].entry.path}: {slow[0].slow}; nested-ats convert makes pyramids of them, once"
+        )
     channels, count = Counter(one.channels for one in opened).most_common(1)[0]
     why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
     if config.data.channels:
@@ -103,6 +112,16 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
     return Selection(kept, classes, channels, [one.downsamples for one in usable], failures)
 
 
+def _why_slow(level: Level) -> str:
+    """What makes reading a level slow, in words; empty if nothing does."""
+    if level.made_of and level.downsample > _FINER * level.made_of:
+        more = (level.downsample / level.made_of) ** 2
+        return f"it lacks downsample {level.downsample:g}, of which each look averages {more:.0f} times the pixels"
+    if level.chunk > _LONG_CHUNK:
+        return f"pixels are decoded in pieces that are {level.chunk} pixels long"
+    return ""
+
+
 def _encoder_remarks(config: Config) -> list[str]:
     """What is surely not meant: an encoder that is neither trained nor has been."""
     choice, trainable = read_choice(config.model.encoder), config.model.trainable
@@ -118,8 +137,9 @@ def _encoder_remarks(config: Config) -> list[str]:
 def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> list[_Found]:
     def look(entry: Entry) -> _Found:
         with Net(entry.slide_id, fail_fast=fail_fast) as net, open_slide(entry.path, config.data.cache) as slide:
-            levels = [slide.levels[number].downsample for number in check_slide(slide, config.model)]
-            return _Found(entry, len(slide.channels), tuple(levels))
+            levels = [slide.levels[number] for number in check_slide(slide, config.model)]
+            slow = next(filter(None, map(_why_slow, levels)), "")
+            return _Found(entry, len(slide.channels), tuple(level.downsample for level in levels), slow)
         return _Found(entry, error=net.error)
 
     found = []

@@ -25,6 +25,8 @@ from pipeline.results.settings import Options, prediction_settings
 from pipeline.results.verdict import run_shares
 from pipeline.runs import read_run, short
 from storage import Slide
+from storage.images.image import TIFF_SUFFIXES
+from storage.place.urls import is_remote
 
 
 def predict(
@@ -118,9 +120,11 @@ def _collect(
 
 
 def _pixels(entry: Entry) -> int:
-    """Pixels of a slide in a folder, for the largest to start first; 0 of others, whose size takes a request."""
+    """Pixels of a local slide, for the largest to start first; 0 of others, whose size takes a request."""
+    if is_remote(entry.path):
+        return 0
     with Net():
-        if os.path.isdir(entry.path):
+        if os.path.isdir(entry.path) or entry.path.lower().endswith(TIFF_SUFFIXES):  # others are decoded whole
             with Slide(entry.path) as slide:
                 return math.prod(slide.shape_yx)
     return 0

@@ -24,6 +24,7 @@ class Level:
     shard: int  # side of a shard, pixels
     scale_yx: tuple[float, float]  # size of a pixel in the pyramid's unit (micrometres, or pixels if unknown)
     translation_yx: tuple[float, float]  # centre of the first pixel in that unit
+    made_of: float | None = None  # downsample of the level whose pixels are averaged at each read; None: it is stored
 
 
 def name_channels(labels: Sequence[str], count: int) -> tuple[str, ...]:

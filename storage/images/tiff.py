@@ -1,305 +1,37 @@
-"""The baseline image of a TIFF: checked before decoding, then read box by box.
+"""The pixels of a TIFF, read box by box or segment by segment.
 
 Notable: only the tiles or strips that a box touches are read (threads share one descriptor or connection) and
 decoded, by tifffile's own decoder, so level 0 equals ``tifffile.imread``. What tifffile reads silently wrong, a
-segment that is not stored, too few segments or one that is cut short, is refused here first.
-
-Accepted: tiled or striped, planar or not, classic or BigTIFF, OME-TIFF, SVS, SCN, Philips and other whole-slide
-TIFFs; axes YX, YXS, SYX or CYX; grey, RGB, YCbCr (as JPEG), CMYK (kept as four channels) and palettes (as the RGB
-that they stand for); the types of ``DTYPES`` and those that one of them holds exactly. Everything else is refused by
-name: see ``storage.images.tiff_kinds``. What tifffile logs names no file: it goes to this module's log, at debug.
+segment that is not stored, too few segments or one that is cut short, is refused first: what is read at all is told
+in ``storage.images.tiff_structure``.
 
 Shape letters: C channels, H height, W width, S samples of a pixel stored together.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import re
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from itertools import product
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tifffile
 
-from storage.errors import StorageError, UnsupportedImageError
 from storage.images.codestreams import j2k_header, webp_header, whole_jpeg_header
-from storage.images.image import Image
-from storage.images.tiff_header import check_directories
-from storage.images.tiff_kinds import (
-    AGAIN,
-    COMPRESSIONS,
-    DIFFERENT_PLANES,
-    GDAL,
-    PALETTE,
-    REWRITE,
-    REWRITE_SLIDE,
-    held_as,
-    palette,
-    why_a_stack,
-    why_refused,
-)
-from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx
-from storage.images.tiff_segments import Cut, Part, Plane, why_misplaced
-from storage.limits import LIMITS, Limits
-from storage.place.files import BlockReader, RandomFile
+from storage.images.tiff_structure import TiffStructure, named
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from storage.images.tiff_header import Table, Tables
+    from storage.images.tiff_segments import Part, Plane
     from storage.place.files import Range
 
 SAMPLED_BYTES = 2**16  # of a segment
 STREAM_HEADERS = {"JPEG": whole_jpeg_header, "JPEG 2000": j2k_header, "WebP": webp_header}
-# What decides how a page's segments are decoded.
-STORED_AS = (
-    "compression",
-    "predictor",
-    "fillorder",
-    "photometric",
-    "planarconfig",
-    "samplesperpixel",
-    "bitspersample",
-    "dtype",
-    "imagelength",
-    "imagewidth",
-    "tilelength",
-    "tilewidth",
-    "rowsperstrip",
-)
-_reading: ContextVar[str] = ContextVar("reading", default="")
-_logger = logging.getLogger(__name__)
 
 
-def _ours(record: logging.LogRecord) -> bool:
-    """Let pass what tifffile logs of files that others read; of ours it goes, with the file's name, to our log."""
-    if location := _reading.get():
-        _logger.debug("%s: %s", location, record.getMessage())
-    return not location
-
-
-tifffile.logger().addFilter(_ours)
-
-
-@contextmanager
-def _named(location: str) -> Iterator[None]:
-    """Have tifffile's log lines name this file."""
-    token = _reading.set(location)
-    try:
-        yield
-    finally:
-        _reading.reset(token)
-
-
-class TiffImage(Image):
-    """Random access to the baseline image of a TIFF file; thread safe; see ``Image``.
-
-    Parameters
-    ----------
-    path
-        A path or a URL (http, https, s3, gs, az), or the file, opened, which is closed with this.
-    allow_sparse
-        Read tiles that are not stored as zeros (or the file's own "no data" value) rather than refuse the file.
-    limits
-        Caps on what the file may claim.
-    coarser
-        Look for the coarser levels of a pyramid too.
-
-    Attributes
-    ----------
-    coarser : the coarser levels, which share the file and are closed with it
-    planes : what the image is made of
-
-    Raises
-    ------
-    MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | RandomFile,
-        *,
-        allow_sparse: bool = False,
-        limits: Limits = LIMITS,
-        coarser: bool = False,
-    ) -> None:
-        self._file = path if isinstance(path, RandomFile) else RandomFile(path)
-        super().__init__(self._file.location, limits, allow_sparse=allow_sparse)
-        self._allow_sparse = allow_sparse
-        self.coarser: list[TiffImage] = []
-        try:
-            self._open(coarser=coarser)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, *, coarser: bool) -> None:
-        with BlockReader(self._file) as reader:
-            tables = check_directories(reader, self._limits)
-            try:
-                with (
-                    _named(self.location),
-                    tifffile.TiffFile(cast("IO[bytes]", reader), name=self._file.name) as tif,
-                ):
-                    self._check_format(tif)
-                    series = _baseline(tif)
-                    self._describe(tif, series, tables)
-                    if coarser:
-                        self._describe_coarser(tif, series, tables)
-            except StorageError:
-                raise
-            except Exception as error:  # tifffile raises whatever a damaged header makes it run into
-                if isinstance(error, RuntimeError) and "keyframe" in str(error):
-                    raise self._unsupported(DIFFERENT_PLANES) from error
-                if reader.failure is None:
-                    raise self._corrupt("its headers are damaged or contradict each other") from error
-            if reader.failure is not None:  # tifffile goes on without what it could not read
-                raise reader.failure
-
-    def _describe_coarser(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
-        """Describe the levels below the baseline; one of other pixels, or of a kind that is not read, is left out."""
-        for level in series.levels[1:]:
-            other = object.__new__(TiffImage)
-            other.__dict__ |= self.__dict__ | {"coarser": []}
-            with suppress(UnsupportedImageError):
-                other._describe(tif, level, tables)
-                if (other.shape[0], other.dtype) == (self.shape[0], self.dtype):
-                    self.coarser.append(other)
-
-    def _describe(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
-        axes = self._checked_axes(series)
-        self._key = key = series.keyframe
-        samples = key.samplesperpixel if axes != "CYX" else len(series.pages)
-        if reason := why_refused(key, samples):
-            raise self._unsupported(reason)
-        self._colours = palette(key) if key.photometric == PALETTE else None
-        self._stored = key.samplesperpixel if key.planarconfig == 1 else 1  # S
-        self._made = self._stored if self._colours is None else 3  # of S samples
-        self.shape = (samples * self._made // max(self._stored, 1), key.imagelength, key.imagewidth)
-        self.dtype = held_as(key)
-        self._file_dtype = np.dtype(key.dtype).newbyteorder(tif.byteorder)
-        tile = (key.tilelength, key.tilewidth)
-        strip = (min(key.rowsperstrip, key.imagelength), key.imagewidth)
-        self.segment_yx = tile if key.is_tiled else strip
-        self._cut = Cut("tile" if key.is_tiled else "strip", self.shape[1:], self.segment_yx)
-        self._codec = COMPRESSIONS[key.compression]
-        self._check_sizes(key)
-        whole = key.bitspersample == self._file_dtype.itemsize * 8
-        self.direct = whole and key.compression == 1 and key.predictor == 1 and key.fillorder == 1
-        self._nodata = key.nodata
-        self.planes = list(self._collect_planes(series, tables))
-        self._check_segments()
-        self._decode = key.decode
-        self.mpp_yx = mpp_yx(tif, key)
-        self.channels = channel_names(tif, key, self.shape[0])
-
-    def _check_format(self, tif: tifffile.TiffFile) -> None:
-        """Refuse what tifffile's own look at the metadata would choke on, and tiles that must be stitched."""
-        check_claims(tif, self.location, self._limits)
-        if tif.is_bif and any(_bif_overlaps(page) for page in tif.pages):
-            raise self._unsupported(f"a BIF whose tiles overlap, which are not stitched; {REWRITE_SLIDE}")
-
-    def _checked_axes(self, series: tifffile.TiffPageSeries) -> str:
-        """Reduce the axes to YX, YXS, SYX or CYX, or refuse."""
-        pages = list(series.pages)
-        if None in pages:
-            raise self._unsupported("some of its planes are missing or in other files; join them in one file")
-        sizes = list(zip(series.get_axes(squeeze=False), series.get_shape(squeeze=False), strict=True))
-        axes = "".join(axis for axis, size in sizes if size != 1 or axis in "YX")
-        if axes not in ("YX", "YXS", "SYX", "CYX"):
-            found, shape = series.get_axes(squeeze=True), series.get_shape(squeeze=True)
-            raise self._unsupported(why_a_stack(found, shape))
-        if len(pages) != (dict(sizes)["C"] if axes == "CYX" else 1):
-            raise self._corrupt(f"it has {len(pages)} pages where its metadata tells of others")
-        return axes
-
-    def _check_sizes(self, key: tifffile.TiffPage) -> None:
-        """Refuse what could not be held."""
-        channels, height, width = self.shape
-        if channels > self._limits.channels:
-            raise self._unsupported(
-                f"{channels} channels, and at most {self._limits.channels} are read; keep those that you need, here "
-                f"the first three: {GDAL} -b 1 -b 2 -b 3 IN.tif OUT.tif"
-            )
-        if max(height, width) > self._limits.side or channels * height * width > self._limits.samples:
-            raise self._unsupported(
-                f"claims {height} x {width} pixels of {channels} channels, more than any scanner makes; {AGAIN}"
-            )
-        if min(height, width, self._stored, *self.segment_yx) < 1:
-            raise self._corrupt("an image, tile or strip without pixels")
-        pixel = max(self._stored * self._file_dtype.itemsize, self._made * self.dtype.itemsize)
-        segment = self.segment_yx[0] * self.segment_yx[1] * pixel
-        if segment > self._limits.segment_bytes and not (key.compression == 1 and key.predictor == 1):
-            most = self._limits.segment_bytes
-            raise self._unsupported(f"one tile or strip decodes to {segment} bytes, over {most}; {REWRITE}")
-
-    def _collect_planes(self, series: tifffile.TiffPageSeries, tables: Tables) -> Iterator[Plane]:
-        area = math.prod(self._cut.grid)
-        for number, page in enumerate(series.pages):
-            assert page is not None  # noqa: S101  checked in _checked_axes
-            self._check_alike(page)
-            own = tables.get(page.offset, {})
-            offsets = self._numbers(own.get(324, own.get(273)), page.dataoffsets)
-            counts = self._numbers(own.get(325, own.get(279)), page.databytecounts)
-            planes = 1 if self._key.planarconfig == 1 else self._key.samplesperpixel
-            if len(offsets) != planes * area or len(counts) != planes * area:
-                raise self._corrupt(
-                    f"it tells the places of {len(offsets)} and the lengths of {len(counts)} of its {planes * area} "
-                    f"{self._cut.name}s"
-                )
-            for plane in range(planes):
-                part = slice(plane * area, (plane + 1) * area)
-                yield Plane(
-                    offsets[part],
-                    counts[part],
-                    first_channel=(number * planes + plane) * self._made,
-                    first_index=plane * area,
-                    jpegtables=page.jpegtables,
-                )
-
-    def _numbers(self, table: Table | None, shown: Sequence[int]) -> NDArray[np.int64]:
-        """Numbers of a tag: as tifffile has read them, or, of a long table, as the file has them."""
-        if table is None:
-            return np.array(shown, np.int64)
-        kind = np.dtype(table.kind)
-        data = self._file.read_at(table.offset, table.count * kind.itemsize)
-        if len(data) < table.count * kind.itemsize:
-            raise self._corrupt("truncated inside a table of tiles or strips")
-        return np.frombuffer(data, kind).astype(np.int64)
-
-    def _check_alike(self, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
-        """Refuse a plane that is stored otherwise than the first, as which tifffile would decode it."""
-        key = self._key
-        own = page.aspage() if page.offset else key  # ImageJ's later planes may have no directory of their own
-        if any(getattr(own, name) != getattr(key, name) for name in STORED_AS):
-            raise self._unsupported(DIFFERENT_PLANES)
-
-    def _check_segments(self) -> None:
-        """Every segment must be stored, rightly placed and long enough for its pixels; ratios must be sane."""
-        offsets = np.concatenate([plane.offsets for plane in self.planes])
-        counts = np.concatenate([plane.counts for plane in self.planes])
-        stored = (offsets != 0) | (counts != 0)
-        if not self._allow_sparse and not stored.all():
-            missing = int(np.count_nonzero(~stored))
-            raise self._unsupported(
-                f"a sparse TIFF: {missing} of its {len(stored)} {self._cut.name}s are not stored; "
-                "if they are meant to be blank, read them as zeros with --allow-sparse (allow_sparse=True)"
-            )
-        plain_bytes = self._cut.plain_bytes(self._stored * self._key.bitspersample)
-        plain_bytes = np.tile(plain_bytes, len(self.planes))[stored]
-        offsets, counts = offsets[stored], counts[stored]
-        if reason := why_misplaced(offsets, counts, self._file.size):
-            raise self._corrupt(reason)
-        if self._key.compression == 1 and (counts < plain_bytes).any():
-            raise self._corrupt("uncompressed tiles or strips are shorter than their pixels")
-        self._check_ratio(int(plain_bytes.sum()), self._file.size, self._limits.ratio)
+class TiffImage(TiffStructure):
+    """Random access to the baseline image of a TIFF file; thread safe; see ``TiffStructure`` for its parameters."""
 
     def read(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
         """Decode one box inside the image.
@@ -399,7 +131,7 @@ class TiffImage(Image):
         """(h, w, S) pixels of a compressed segment."""
         self._check_stream(i, data)
         try:
-            with _named(self.location):
+            with named(self.location):
                 pixels, _, _ = self._decode(data, plane.first_index + i, jpegtables=plane.jpegtables)
         except MemoryError as error:
             raise self._unsupported(
@@ -426,21 +158,3 @@ class TiffImage(Image):
         if header.height > self.segment_yx[0] or header.width > self.segment_yx[1] or too_many:
             claim = f"{header.height} x {header.width} pixels of {header.samples} samples"
             raise self._corrupt(f"{self._cut.where(i)} is damaged ({self._codec} of {claim})")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _baseline(tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
-    """Return the first series that is no reduced copy; of an SCN, whose first is an overview, the largest."""
-    if not tif.is_scn:
-        return next((series for series in tif.series if not series.keyframe.is_reduced), tif.series[0])
-    return max(tif.series, key=lambda series: series.keyframe.imagelength * series.keyframe.imagewidth)
-
-
-def _bif_overlaps(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
-    """Tell whether a BIF's XMP joins its tiles by more than their edges."""
-    xmp = page.tags.valueof(700) if isinstance(page, tifffile.TiffPage) else None
-    text = xmp.decode(errors="replace") if isinstance(xmp, bytes) else str(xmp or "")
-    return any(int(n) for n in re.findall(r'\bOverlap[XY]="(-?\d+)"', text))

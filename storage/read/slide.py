@@ -186,7 +186,7 @@ def _open_source(location: str, counters: Counters, cache: ChunkCache | None) ->
         from storage.read.tiff import TiffSource  # tifffile takes a while to import
 
         return TiffSource(location, counters, cache)
-    raise NotAPyramidError(f"{location}: {kind}, neither an image nor a pyramid")
+    raise NotAPyramidError(f"{location}: {kind}; give an image, or a pyramid as nested-ats convert writes it")
 
 
 def _kind_of_file(location: str) -> str | None:

@@ -20,6 +20,7 @@ from storage.format.levels import Level
 from storage.format.shard import CHECKSUM_BYTES, crc32c
 from storage.images.halving import downsample
 from storage.images.tiff import TiffImage
+from storage.images.tiff_structure import whole_ratio
 from storage.place.files import RandomFile
 from storage.read.boxes import cut
 
@@ -45,6 +46,7 @@ class _Step(NamedTuple):
     shape_yx: tuple[int, int]
     downsample: float
     image: TiffImage | None
+    stored: float  # downsample of the pixels that are read for it
 
 
 class TiffSource:
@@ -137,6 +139,7 @@ class _File(RandomFile):
             names = [f"{self._cached_prefix}\n{offset}\n{length}" for offset, length in group]
             kept = [self._cache.get(name) for name in names]
             fetched = super().read_ranges([pair for pair, data in zip(group, kept, strict=True) if data is None])
+            self._counters.add(cached=sum(data is not None for data in kept))
             for name, data in zip(names, kept, strict=True):
                 if data is None:
                     data = next(fetched)
@@ -144,7 +147,6 @@ class _File(RandomFile):
                     yield data
                 else:
                     yield data[:-CHECKSUM_BYTES]
-            self._counters.add(cached=sum(data is not None for data in kept))
 
     def _get(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         for data in super()._get(ranges):
@@ -171,7 +173,7 @@ def _steps(first: TiffImage) -> list[_Step]:
         while steps and steps[-1].downsample * 2 < scale * 0.99:
             steps.append(_halved(steps[-1]))
         if not steps or scale > steps[-1].downsample * 1.01:
-            steps.append(_Step((image.shape[1], image.shape[2]), scale, image))
+            steps.append(_Step((image.shape[1], image.shape[2]), scale, image, scale))
     while len(steps) < 2 or max(steps[-1].shape_yx) > MIN_LEVEL_SIZE:
         steps.append(_halved(steps[-1]))
     return steps
@@ -179,17 +181,14 @@ def _steps(first: TiffImage) -> list[_Step]:
 
 def _halved(step: _Step) -> _Step:
     height, width = step.shape_yx
-    return _Step((-(-height // 2), -(-width // 2)), step.downsample * 2, None)
+    return _Step((-(-height // 2), -(-width // 2)), step.downsample * 2, None, step.stored)
 
 
 def _downsample(image: TiffImage, first: TiffImage) -> float:
-    """How much smaller a level is: a whole number where its size is rounded from one, which all writers do."""
-    ratios = [whole / size for whole, size in zip(first.shape[1:], image.shape[1:], strict=True)]
-    nearest = round(ratios[0] if image.shape[1] > image.shape[2] else ratios[1])
-    rounded = all(
-        abs(size * nearest - whole) < nearest for whole, size in zip(first.shape[1:], image.shape[1:], strict=True)
-    )
-    return float(nearest) if rounded else sum(ratios) / 2
+    """How many times smaller a level is; the mean of both sides where that is no whole number."""
+    finest_yx, own_yx = first.shape[1:], image.shape[1:]
+    ratios = [finest / own for finest, own in zip(finest_yx, own_yx, strict=True)]
+    return float(whole_ratio(finest_yx, own_yx) or sum(ratios) / 2)
 
 
 def _level(step: _Step, first: TiffImage) -> Level:
@@ -203,4 +202,5 @@ def _level(step: _Step, first: TiffImage) -> Level:
         shard=tile,
         scale_yx=(mpp_yx[0] * step.downsample, mpp_yx[1] * step.downsample),
         translation_yx=(mpp_yx[0] * (step.downsample - 1) / 2, mpp_yx[1] * (step.downsample - 1) / 2),
+        made_of=None if step.image else step.stored,
     )

@@ -141,7 +141,7 @@ MISTAKES = [
     (2, "--device tpu: choose", "predict {run} {pyramids} --out {new} --device tpu"),
     (2, "no GPU", "predict {run} {pyramids} --out {new} --device cuda"),
     (2, "cannot be made", "predict {run} {pyramids} --out {notes}/below"),
-    (4, "not a pyramid; run nested-ats convert", "predict {run} {notes} --out {new}"),
+    (4, "a file of a kind that is not read", "predict {run} {notes} --out {new}"),
     (4, "gone", "predict {run} gone.ome.zarr --out {new}"),
     (2, "would both be slide x", "predict {run} a/x.ome.zarr b/x.ome.zarr --out {new}"),
     (2, "no predictions.parquet here", "evaluate {empty}"),

@@ -17,7 +17,7 @@ from pipeline.data.slides import SlideCache, SlideImage, check_slide, open_slide
 from pipeline.errors import DataError
 from pipeline.results.predict import predict
 from pipeline.training.train import train
-from storage import NotAPyramidError, Slide, StorageError, write_tiff
+from storage import Slide, StorageError
 
 
 def write_png(path, pixels):
@@ -90,9 +90,6 @@ def test_what_a_model_does_not_take_is_refused(config, tmp_path):
     narrow = write_foreign(tmp_path / "narrow.zarr", np.ones((3, 64, 20), np.uint8), (1,))
     with pytest.raises(DataError, match="64 x 20 pixels where the model looks first, .* no less than 24"):
         check(narrow, CNNConfig(encoder="lenet"))
-    write_tiff(tmp_path / "a.tif", [np.zeros((64, 64, 3), np.uint8)], shape=(64, 64, 3), dtype="uint8", tile=64)
-    with pytest.raises(NotAPyramidError, match="a TIFF, not a pyramid; run nested-ats convert"):
-        open_slide(str(tmp_path / "a.tif"))
 
 
 def test_floats_of_any_precision_are_read(tmp_path):
