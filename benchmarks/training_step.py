@@ -89,6 +89,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def do_HEAD(self) -> None:
+        """Tell the length of a file."""
+        time.sleep(self.latency)
+        self.send_response(200)
+        self.send_header("Content-Length", str((self.root / self.path.lstrip("/")).stat().st_size))
+        self.end_headers()
+
     def log_message(self, *args: object) -> None:
         """Log nothing."""
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         UnsupportedImageError,
     )
     from storage.format.levels import Level
-    from storage.images.raster import RasterImage, open_image
+    from storage.images.opening import open_image
+    from storage.images.raster import RasterImage
     from storage.images.tiff import TiffImage
     from storage.images.tiff_write import write_tiff
     from storage.place.stores import list_below
@@ -68,7 +69,8 @@ _MODULES = {
     "read.source": ("ReadStatistics",),
     "place.stores": ("list_below",),
     "threads": ("processors",),
-    "images.raster": ("RasterImage", "open_image"),
+    "images.opening": ("open_image",),
+    "images.raster": ("RasterImage",),
     "images.tiff": ("TiffImage",),
     "images.tiff_write": ("write_tiff",),
     "validation.problems": ("Problem",),

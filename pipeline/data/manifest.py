@@ -26,7 +26,7 @@ from storage.place.urls import is_remote
 
 SPLITS = ("train", "val", "test")
 _ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
-IMAGE_SUFFIXES = (*TIFF_SUFFIXES, *RASTER_SUFFIXES)
+IMAGE_SUFFIXES = (*TIFF_SUFFIXES, *RASTER_SUFFIXES, ".mrxs", ".vms", ".svslide")
 _SUFFIXES = (
     ".ome.zarr",
     ".zarr",

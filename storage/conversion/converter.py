@@ -94,7 +94,7 @@ def convert(
     ConversionError
         The target exists, is being written by another process, or cannot be written.
     """
-    from storage.images.raster import open_image
+    from storage.images.opening import open_image
 
     options = options or ConvertOptions()
     check_executor(executor)

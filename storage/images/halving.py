@@ -5,6 +5,7 @@ Shape letters: C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,20 @@ def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray
         for y in range(0, height, BLOCK_ROWS):  # in parts that stay in the processor's cache
             _mean_2x2(pixels[c, y : y + BLOCK_ROWS], out[c, y // 2 : (y + BLOCK_ROWS) // 2])
     return out
+
+
+def whole_ratio(finest_yx: tuple[int, int], coarser_yx: tuple[int, int]) -> int | None:
+    """How many times smaller a level is, where both its sides are rounded, up or down, from one whole number.
+
+    Of small levels several numbers fit; then it is a power of two.
+    """
+    longer = coarser_yx.index(max(coarser_yx))
+    ratio = finest_yx[longer] / coarser_yx[longer]
+    for candidate in (2 ** round(math.log2(ratio)), round(ratio)) if ratio >= 1 else ():
+        pairs = zip(finest_yx, coarser_yx, strict=True)
+        if all(abs(own * candidate - finest) < candidate for finest, own in pairs):
+            return candidate
+    return None
 
 
 def _mean_2x2(pixels: NDArray[Any], out: NDArray[Any]) -> None:

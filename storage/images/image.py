@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from storage.limits import Limits
 
 
+ACCEPTED = "TIFF (BigTIFF, OME-TIFF, SVS and other whole-slide TIFFs), PNG, JPEG or BMP"
 # By these names, files at URLs are told apart; local ones by their first bytes.
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
+OPENSLIDE_SUFFIXES = (".ndpi", ".bif", ".mrxs", ".vms", ".vmu", ".svslide", ".dcm")  # read with the extra "slides"
 
 
 class Image:

@@ -1,4 +1,4 @@
-"""A plain PNG, JPEG or BMP file as a source of pixels, and ``open_image``, which tells it from a TIFF by first bytes.
+"""A plain PNG, JPEG or BMP file as a source of pixels.
 
 Notable: such a file is decoded whole, so it is held in memory; what its header claims is checked before.
 
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import imagecodecs
 
-from storage.errors import UnsupportedImageError
 from storage.images.codestreams import (
     JPEG_FRAMES,
     JPEG_MAGIC,
@@ -30,8 +29,7 @@ from storage.images.codestreams import (
     png_header,
     whole_jpeg_header,
 )
-from storage.images.image import Image
-from storage.images.tiff import TiffImage
+from storage.images.image import ACCEPTED, Image
 from storage.images.tiff_kinds import REWRITE
 from storage.limits import LIMITS, Limits
 from storage.place.files import RandomFile
@@ -39,42 +37,13 @@ from storage.place.files import RandomFile
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BMP_HEADERS = (40, 52, 56, 108, 124)  # bytes of the second header: BITMAPINFOHEADER and what extends it
 MAGIC_BYTES = 18  # enough of a file to tell its kind; "BM" alone could begin a text
-ACCEPTED = "TIFF (BigTIFF, OME-TIFF, SVS and other whole-slide TIFFs), PNG, JPEG or BMP"
 BMP_AS_PNG = "python -c \"from PIL import Image; Image.open('IN.bmp').save('OUT.png')\""
 JPEG_AS_TIFF = (
     "store it as TIFF: python -c \"import imagecodecs as i, tifffile as t; t.imwrite('OUT.tif', i.imread('IN.jpg'))\""
 )
 CHANNELS = {1: ("0",), 2: ("0", "A"), 3: ("R", "G", "B"), 4: ("R", "G", "B", "A")}
-
-
-def open_image(location: str | os.PathLike[str], *, allow_sparse: bool = False) -> TiffImage | RasterImage:
-    """Open a TIFF, PNG, JPEG or BMP, told apart by its first bytes and not by its name.
-
-    Parameters
-    ----------
-    location
-        A path or a URL (http, https, s3, gs, az).
-    allow_sparse
-        Read tiles of a TIFF that are not stored as zeros rather than refuse the file.
-
-    Raises
-    ------
-    MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
-    """
-    file = RandomFile(location)
-    try:
-        first = file.read_at(0, MAGIC_BYTES)
-    finally:
-        file.close()
-    if first.startswith(TIFF_MAGICS):
-        return TiffImage(location, allow_sparse=allow_sparse)
-    if raster_kind(first):
-        return RasterImage(location)
-    what = "an empty file" if not first else "not an image of a kind that is read"
-    raise UnsupportedImageError(f"{file.location}: {what}; give {ACCEPTED}")
 
 
 def raster_kind(first: bytes) -> str:

@@ -3,7 +3,8 @@
 Accepted: tiled or striped, planar or not, classic or BigTIFF, OME-TIFF, SVS, SCN, Philips and other whole-slide
 TIFFs; axes YX, YXS, SYX or CYX; grey, RGB, YCbCr (as JPEG), CMYK (kept as four channels) and palettes (as the RGB
 that they stand for); the types of ``DTYPES`` and those that one of them holds exactly. Everything else is refused by
-name: see ``storage.images.tiff_kinds``. What tifffile logs names no file: it goes to the log ``storage.images.tiff``, at debug.
+name: see ``storage.images.tiff_kinds``. What tifffile logs names no file: it goes to the log ``storage.images.tiff``,
+at debug.
 
 Shape letters: C channels, H height, W width, S samples of a pixel stored together.
 """
@@ -21,6 +22,7 @@ import numpy as np
 import tifffile
 
 from storage.errors import StorageError, UnsupportedImageError
+from storage.images.halving import whole_ratio
 from storage.images.image import Image
 from storage.images.tiff_header import check_directories
 from storage.images.tiff_kinds import (
@@ -159,7 +161,7 @@ class TiffStructure(Image):
         reduced = [one for one in tif.series if one.keyframe.is_reduced]  # tifffile wants one and the same step
         whole = [one for one in reduced if whole_ratio(self.shape[1:], _shape_yx(one)) not in (None, 1)]
         for level in [*series.levels[1:], *whole]:
-            other: Self = object.__new__(type(self))
+            other = cast("Self", object.__new__(type(self)))
             other.__dict__ |= self.__dict__ | {"coarser": []}
             with suppress(UnsupportedImageError):
                 other._describe(tif, level, tables)
@@ -297,14 +299,6 @@ class TiffStructure(Image):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def whole_ratio(finest_yx: tuple[int, int], coarser_yx: tuple[int, int]) -> int | None:
-    """How many times smaller a level is, where both its sides are rounded, up or down, from one whole number."""
-    longer = coarser_yx.index(max(coarser_yx))
-    ratio = round(finest_yx[longer] / coarser_yx[longer])
-    fits = all(abs(own * ratio - finest) < ratio for finest, own in zip(finest_yx, coarser_yx, strict=True))
-    return ratio if fits else None
 
 
 def _shape_yx(series: tifffile.TiffPageSeries) -> tuple[int, int]:

@@ -11,13 +11,12 @@ Shape letters: N boxes, C channels, H height, W width.
 from __future__ import annotations
 
 import os
-from contextlib import closing
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from storage.errors import NotAPyramidError
+from storage.errors import NotAPyramidError, UnsupportedImageError
 from storage.format.levels import Level
 from storage.format.ome_zarr import is_own, load_json, pyramid_info
 from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
@@ -175,35 +174,45 @@ def _reopen(location: str, cache: ChunkCache | None) -> Slide:
 
 def _open_source(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
     """Choose the kind of source."""
+    location = _dicom_file(location) or location
     kind = _kind_of_file(location)
     if kind is None:
         return _open_pyramid(location, counters, cache)
-    if kind == "raster":
-        from storage.read.memory import MemorySource
+    from storage.images.openslide_image import instead_of
+    from storage.read.memory import MemorySource
+    from storage.read.openslide_source import OpenSlideSource
+    from storage.read.tiff import TiffSource  # tifffile takes a while to import
 
-        return MemorySource(location, counters)
-    if kind == "TIFF":
-        from storage.read.tiff import TiffSource  # tifffile takes a while to import
-
-        return TiffSource(location, counters, cache)
-    raise NotAPyramidError(f"{location}: {kind}; give an image, or a pyramid as nested-ats convert writes it")
+    try:
+        match kind:
+            case "TIFF":
+                return TiffSource(location, counters, cache)
+            case "raster":
+                return MemorySource(location, counters)
+            case other:
+                raise NotAPyramidError(f"{location}: {other}; give a TIFF, PNG, JPEG or BMP, or a pyramid")
+    except (UnsupportedImageError, NotAPyramidError) as error:
+        return OpenSlideSource(instead_of(error, location), counters)
 
 
 def _kind_of_file(location: str) -> str | None:
-    """Tell a file: "raster" (PNG, JPEG, BMP), "TIFF", words for one that is not read, or None for a pyramid."""
+    """Tell an image file as ``image_kind`` does, at a URL by its name; None for what may be a pyramid."""
     if is_remote(location):
         suffix = PurePosixPath(location.partition("?")[0]).suffix.lower()
         return "raster" if suffix in RASTER_SUFFIXES else "TIFF" if suffix in TIFF_SUFFIXES else None
     if not os.path.isfile(location):
         return None
-    from storage.images.raster import MAGIC_BYTES, TIFF_MAGICS, raster_kind
-    from storage.place.files import RandomFile
+    from storage.images.opening import image_kind
 
-    with closing(RandomFile(location)) as file:
-        first = file.read_at(0, MAGIC_BYTES)
-    if raster_kind(first):
-        return "raster"
-    return "TIFF" if first.startswith(TIFF_MAGICS) else "a file of a kind that is not read"
+    return image_kind(location)
+
+
+def _dicom_file(location: str) -> str:
+    """One file of a folder that holds a slide as a DICOM series, by which OpenSlide finds the others; or none."""
+    if is_remote(location) or not os.path.isdir(location):
+        return ""
+    with os.scandir(location) as files:
+        return min((file.path for file in files if file.name.lower().endswith(".dcm")), default="")
 
 
 def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -> Source:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.errors import StorageError
-from storage.images.raster import open_image
+from storage.images.opening import open_image
 
 if TYPE_CHECKING:
     import os

@@ -18,7 +18,7 @@ from pipeline.cli.app import app
 from pipeline.config import load_config, plain
 from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.results.classifier import Classifier
-from storage import open_image, write_pyramid
+from storage import Slide, write_pyramid
 
 COMMANDS = ["convert", "validate", "info", "train", "predict", "evaluate", "heatmap", "report"]
 COMMANDS += ["synth", "synth signs"]
@@ -141,7 +141,7 @@ MISTAKES = [
     (2, "--device tpu: choose", "predict {run} {pyramids} --out {new} --device tpu"),
     (2, "no GPU", "predict {run} {pyramids} --out {new} --device cuda"),
     (2, "cannot be made", "predict {run} {pyramids} --out {notes}/below"),
-    (4, "a file of a kind that is not read", "predict {run} {notes} --out {new}"),
+    (4, "not an image of a kind that is read", "predict {run} {notes} --out {new}"),
     (4, "gone", "predict {run} gone.ome.zarr --out {new}"),
     (2, "would both be slide x", "predict {run} a/x.ome.zarr b/x.ome.zarr --out {new}"),
     (2, "no predictions.parquet here", "evaluate {empty}"),
@@ -328,9 +328,9 @@ class TestJson:
 
         def open_here(location):
             opened.append(location)
-            return open_image(path)
+            return Slide(path)
 
-        monkeypatch.setattr("pipeline.info.open_image", open_here)
+        monkeypatch.setattr("pipeline.info.Slide", open_here)
         urls = ["http://127.0.0.1:9/a.svs?key=1", "http://127.0.0.1:9/b.PNG"]
         found = json.loads(cli("info", *urls, "--json").stdout)
         assert [(about["path"], about["kind"]) for about in found] == [(url, "image") for url in urls]

@@ -30,7 +30,7 @@ from storage import (
     UnsupportedImageError,
     open_image,
 )
-from storage.images.raster import ACCEPTED
+from storage.images.image import ACCEPTED
 from storage.limits import Limits
 from storage.place.files import BLOCK_BYTES, BlockReader, RandomFile, fingerprint
 

@@ -78,5 +78,5 @@ def test_damaged_and_other_files(tmp_path, png):
     with pytest.raises(CorruptImageError, match="photo.png"):
         Slide(png)
     (tmp_path / "text.png").write_text("text")
-    with pytest.raises(NotAPyramidError, match="a file of a kind that is not read; give an image, or a pyramid"):
+    with pytest.raises(NotAPyramidError, match="not an image of a kind that is read; give a TIFF"):
         Slide(tmp_path / "text.png")

@@ -115,7 +115,7 @@ def test_levels_that_it_lacks_are_those_of_a_conversion(tiff, tmp_path, size):
 
 
 def test_blocks_of_a_level_that_is_made_join(tiff, tmp_path, monkeypatch):
-    monkeypatch.setattr("storage.read.tiff.BLOCK", 16)
+    monkeypatch.setattr("storage.read.halved.BLOCK", 16)
     path, _ = tiff(301, 217)
     convert(path, tmp_path / "a.ome.zarr")
     with Slide(path) as slide, Slide(tmp_path / "a.ome.zarr") as pyramid:

@@ -1,0 +1,197 @@
+"""Random patches of a slide where it lies, against OpenSlide, tiffslide and a pyramid made of it.
+
+The slide is a JPEG SVS of tiles of 256 pixels, as scanners write it: real H&E tissue where --tissue names an SVS,
+else noise on a ramp. It is larger than what the readers keep of it. Patches are drawn anew each round, the same for
+all; readers take turns, each thread has a share of the patches, and all readers are opened once, before. "tiles" is
+what decoding the touched tiles alone allows, with as many threads: it reads and decodes them and does nothing else.
+
+From a loopback server that waits before it answers, only readers that read by ranges take part.
+
+    python benchmarks/slides_in_place.py [--size 32768] [--patches 256] [--rounds 5] [--latency 20] [--tissue FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import imagecodecs
+import numpy as np
+import openslide
+import tifffile
+import tiffslide
+from training_step import serving
+
+from pipeline.interrupt import run_main
+from storage import Slide, TiffImage, convert, processors
+from storage.place.files import RandomFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    Boxes = NDArray[np.int64]
+    Reader = Callable[[Boxes], object]
+
+TILE, PATCH, QUALITY = 256, 256, 80
+DESCRIPTION = (
+    "Aperio Image Library v12\n{side}x{side} [0,0 {side}x{side}] (256x256) JPEG/RGB Q=80|AppMag = 40|MPP = 0.25"
+)
+
+
+def write_svs(path: Path, side: int, tissue: Path | None) -> None:
+    """Write a slide of (side, side) pixels and two coarser levels, of a few hundred different tiles."""
+    rng = np.random.default_rng(0)
+    if tissue:
+        whole = tifffile.imread(tissue)
+        corners = [(y, x) for y in range(0, whole.shape[0] - TILE, 128) for x in range(0, whole.shape[1] - TILE, 128)]
+        tiles = [whole[y : y + TILE, x : x + TILE] for y, x in corners]
+    else:
+        ramp = np.add.outer(np.arange(TILE), np.arange(TILE))[..., None] // 3
+        tiles = [(ramp + rng.integers(0, 80, (TILE, TILE, 3))).clip(0, 255).astype(np.uint8) for _ in range(200)]
+    encoded = [imagecodecs.jpeg_encode(tile, level=QUALITY, subsampling="444") for tile in tiles]
+    with tifffile.TiffWriter(path, bigtiff=True) as tif:
+        for scale in (1, 4, 16):
+            count = (side // scale // TILE) ** 2
+            tif.write(
+                iter([encoded[i] for i in rng.integers(0, len(encoded), count)]),
+                shape=(side // scale, side // scale, 3),
+                dtype=np.uint8,
+                tile=(TILE, TILE),
+                photometric="ycbcr",
+                subsampling=(1, 1),
+                compression="jpeg",
+                description=DESCRIPTION.format(side=side) if scale == 1 else "Aperio Image Library v12",
+                metadata=None,
+            )
+            if scale == 1:  # an SVS has a thumbnail in the second place
+                tif.write(tiles[0], rowsperstrip=16, photometric="rgb", metadata=None, description="Aperio thumbnail")
+
+
+def draw(side: int, count: int, seed: int) -> Boxes:
+    """(count, 4) boxes of random patches."""
+    starts = np.random.default_rng(seed).integers(0, side - PATCH, (count, 2))
+    return np.concatenate([starts, np.full((count, 2), PATCH)], 1)
+
+
+def shared(read: Reader, boxes: Boxes, threads: int) -> float:
+    """Patches a second, each thread with its share."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, np.array_split(boxes, threads)))
+    return len(boxes) / (time.perf_counter() - started)
+
+
+def local_readers(svs: Path, pyramid: Path) -> Iterator[tuple[str, Reader]]:
+    """Name each reader of files, and open it."""
+    slide, image, file = Slide(svs), TiffImage(svs), RandomFile(svs)
+    theirs, other = openslide.OpenSlide(svs), tiffslide.TiffSlide(svs)
+
+    def tiles(boxes: Boxes) -> None:
+        [plane] = image.planes
+        for y, x, h, w in boxes.tolist():
+            rows, columns = range(y // TILE, (y + h - 1) // TILE + 1), range(x // TILE, (x + w - 1) // TILE + 1)
+            touched = [row * image.columns + column for row in rows for column in columns]
+            for data in file.read_ranges([(int(plane.offsets[i]), int(plane.counts[i])) for i in touched]):
+                imagecodecs.jpeg_decode(data)
+
+    yield "tiles", tiles
+    yield "in place", lambda boxes: [slide.read(0, box) for box in boxes.tolist()]
+    yield "in place, a batch", lambda boxes: slide.read_many(0, boxes)
+    yield (
+        "OpenSlide",
+        lambda boxes: [np.asarray(theirs.read_region((x, y), 0, (w, h)))[..., :3] for y, x, h, w in boxes.tolist()],
+    )
+    yield (
+        "tiffslide",
+        lambda boxes: [other.read_region((x, y), 0, (w, h), as_array=True) for y, x, h, w in boxes.tolist()],
+    )
+    made = Slide(pyramid)
+    yield "pyramid", lambda boxes: [made.read(0, box) for box in boxes.tolist()]
+
+
+def compare(readers: dict[str, Reader], side: int, args: argparse.Namespace, where: str) -> list[dict[str, Any]]:
+    """Print the median of each reader, and its share of OpenSlide's, and return all."""
+    lines = []
+    for threads in args.threads:
+        found: dict[str, list[float]] = {name: [] for name in readers}
+        for number in range(args.rounds):
+            boxes = draw(side, args.patches, number)
+            for name, read in readers.items():
+                found[name].append(shared(read, boxes, threads))
+        medians = {name: statistics.median(rates) for name, rates in found.items()}
+        for name, rate in medians.items():
+            of = {peer: rate / medians[peer] for peer in ("OpenSlide", "tiles") if peer in medians}
+            print(
+                f"{where:>8}{threads:8}  {name:18}{rate:9.0f}" + "".join(f"{share:11.2f}" for share in of.values()),
+                flush=True,
+            )
+            lines.append({"where": where, "threads": threads, "reader": name, "patches_per_second": rate, "of": of})
+    return lines
+
+
+def cost(url: str, boxes: Boxes) -> str:
+    """Requests and bytes of a patch, in words."""
+    with Slide(url) as slide:
+        slide.read_many(0, boxes)
+        opened = Slide(url).statistics
+        read = slide.statistics - opened
+    return f"{read.requests / len(boxes):.2f} requests and {read.bytes_read / len(boxes) / 1e3:.0f} kB a patch"
+
+
+def main() -> None:
+    """Write the slide and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=32768, help="side of the slide, pixels; a multiple of 4096")
+    parser.add_argument("--patches", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--latency", type=float, default=20, help="of the server, milliseconds")
+    parser.add_argument("--tissue", type=Path, help="an SVS whose tissue the slide is made of")
+    parser.add_argument("--json", type=Path, help="file to write what was found to")
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    args = parser.parse_args()
+    about = {
+        "machine": f"{platform.machine()}, {processors()} processors",
+        "versions": {
+            name: version(name) for name in ("tifffile", "imagecodecs", "numpy", "openslide-python", "tiffslide")
+        }
+        | {"openslide": openslide.__library_version__},
+        "size": args.size,
+        "patches": args.patches,
+    }
+    print(", ".join([about["machine"], *(f"{name} {v}" for name, v in about["versions"].items())]))
+    print(
+        f"{args.patches} patches of {PATCH} x {PATCH}, JPEG SVS of {args.size} x {args.size}, median of {args.rounds}"
+    )
+    print(f"{'where':>8}{'threads':>8}  {'reader':18}{'a second':>9}{'OpenSlide':>11}{'tiles':>11}")
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        svs, pyramid = Path(name, "slide.svs"), Path(name, "slide.ome.zarr")
+        write_svs(svs, args.size, args.tissue)
+        convert(svs, pyramid)
+        lines = compare(dict(local_readers(svs, pyramid)), args.size, args, "disk")
+        with serving(Path(name), args.latency / 1e3) as url:
+            remote = Slide(f"{url}/slide.svs"), Slide(f"{url}/slide.ome.zarr")
+            readers: dict[str, Reader] = {
+                "in place, a batch": lambda boxes: remote[0].read_many(0, boxes),
+                "pyramid, a batch": lambda boxes: remote[1].read_many(0, boxes),
+            }
+            lines += compare(readers, args.size, args, f"{args.latency:g} ms")
+            print(f"in place: {cost(f'{url}/slide.svs', draw(args.size, args.patches, 99))}")
+        bytes_ = sum(file.stat().st_size for file in pyramid.rglob("*") if file.is_file())
+        print(f"file {svs.stat().st_size / 1e6:.0f} MB, pyramid {bytes_ / 1e6:.0f} MB")
+    if args.json:
+        args.json.write_text(json.dumps({**about, "lines": lines}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

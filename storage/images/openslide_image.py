@@ -1,0 +1,137 @@
+"""Slides that OpenSlide reads and tifffile does not: NDPI, MRXS, BIF, VMS, DICOM and others; with the extra "slides".
+
+OpenSlide gives pixels with an alpha channel, premultiplied; what a scanner left out is transparent and becomes the
+slide's background colour, white where it names none. Only local files are read.
+
+Shape letters: C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from storage.errors import MissingImageError, StorageError
+from storage.images.image import OPENSLIDE_SUFFIXES, Image
+from storage.limits import LIMITS, Limits
+from storage.place.urls import is_remote
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import openslide
+    from numpy.typing import NDArray
+
+INSTALL = 'to read it by OpenSlide: pip install "nested-ats[slides]"'
+MAX_SIDE = 4096  # pixels read at once; memory of a box is a multiple of its pixels
+WHITE = (255, 255, 255)
+
+
+def instead_of(error: StorageError, location: str) -> OpenSlideImage:
+    """Open a file that nothing else reads, or raise the error that says so, with what else could be done."""
+    if is_remote(location):
+        raise error
+    try:
+        import openslide
+    except ImportError:
+        if location.lower().endswith(OPENSLIDE_SUFFIXES):
+            raise type(error)(f"{error}; or, {INSTALL}") from error
+        raise error from None
+    # Of any TIFF it reads the first page, which need not be the image; that is no slide to it.
+    if openslide.OpenSlide.detect_format(location) in (None, "generic-tiff"):
+        raise error
+    return OpenSlideImage(location)
+
+
+class OpenSlideImage(Image):
+    """A slide that OpenSlide reads, as (3, H, W) of uint8; thread safe; see ``Image``.
+
+    Attributes
+    ----------
+    sizes_yx : height and width of each level of the file, finest first
+    identity : OpenSlide's hash of the slide, or None where it has none
+
+    Raises
+    ------
+    MissingImageError, UnsupportedImageError, CorruptImageError
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> None:
+        super().__init__(os.fspath(path), limits)
+        if not os.path.exists(self.location):
+            raise MissingImageError(f"{self.location}: does not exist; check the path")
+        self._lock = threading.Lock()
+        self._slide: openslide.OpenSlide | None = None
+        properties = self._ask(lambda slide: dict(slide.properties))
+        dimensions = self._ask(lambda slide: slide.level_dimensions)
+        self._scales = self._ask(lambda slide: slide.level_downsamples)
+        self.sizes_yx = [(height, width) for width, height in dimensions]
+        self.shape, self.dtype, self.channels = (3, *self.sizes_yx[0]), np.dtype(np.uint8), ("R", "G", "B")
+        if max(self.sizes_yx[0]) > limits.side:
+            raise self._unsupported(f"claims {self.sizes_yx[0]} pixels, more than any scanner makes")
+        self.segment_yx = (MAX_SIDE, MAX_SIDE)
+        pixel = [properties.get(f"openslide.mpp-{axis}") for axis in "yx"]
+        self.mpp_yx = (float(pixel[0]), float(pixel[1])) if pixel[0] and pixel[1] else None
+        colour = properties.get("openslide.background-color", "")
+        self._background = tuple(bytes.fromhex(colour)) if len(colour) == 6 else WHITE
+        found = properties.get("openslide.quickhash-1")
+        described = repr((found, self.sizes_yx, self._background)).encode()
+        self.identity = hashlib.sha256(described).hexdigest() if found else None
+
+    def read(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
+        """(3, h, w) of a box of the finest level; see `read_level`."""
+        self._check_box(y, x, h, w)
+        return self.read_level(0, y, x, h, w)
+
+    def read_level(self, level: int, y: int, x: int, h: int, w: int) -> NDArray[Any]:
+        """Decode one box of a level, inside it.
+
+        Returns
+        -------
+        (3, h, w) uint8
+
+        Raises
+        ------
+        CorruptImageError
+            OpenSlide cannot decode it.
+        """
+        out = np.empty((3, h, w), np.uint8)
+        for top in range(y, y + h, MAX_SIDE):
+            for left in range(x, x + w, MAX_SIDE):
+                height, width = min(MAX_SIDE, y + h - top), min(MAX_SIDE, x + w - left)
+                out[:, top - y : top - y + height, left - x : left - x + width] = self._region(
+                    level, top, left, height, width
+                )
+        return out
+
+    def _region(self, level: int, y: int, x: int, h: int, w: int) -> NDArray[np.uint8]:
+        corner = (round(x * self._scales[level]), round(y * self._scales[level]))
+        pixels = np.asarray(self._ask(lambda slide: slide.read_region(corner, level, (w, h))))
+        colours, alpha = pixels[..., :3].transpose(2, 0, 1), pixels[..., 3]
+        if alpha.min() == 255:
+            return colours
+        share = alpha.astype(np.uint16)
+        behind = np.array(self._background, np.uint16)[:, None, None]
+        mixed: NDArray[np.uint8] = ((colours * share + behind * (255 - share) + 127) // 255).astype(np.uint8)
+        return mixed
+
+    def _ask(self, question: Callable[[openslide.OpenSlide], Any]) -> Any:
+        """Ask OpenSlide; after an error its handle is of no use any more, and the next question gets another."""
+        import openslide
+
+        try:
+            with self._lock:
+                slide = self._slide = self._slide or openslide.OpenSlide(self.location)
+            return question(slide)
+        except (openslide.OpenSlideError, OSError, ValueError) as error:
+            with self._lock:
+                self._slide = None
+            raise self._corrupt(f"OpenSlide cannot read it ({error})") from error
+
+    def close(self) -> None:
+        """Let go of the file, once no thread reads it."""
+        self._slide = None

@@ -1,0 +1,129 @@
+"""Slides in files of others, at the levels of their file and at those that halving makes of them.
+
+A level that the file lacks is the mean of the next finer one, as in a conversion, made for the boxes that are asked
+for.
+
+Shape letters: N boxes, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from storage.format.levels import Level
+from storage.images.halving import downsample, whole_ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from storage.images.image import Image
+
+MIN_LEVEL_SIZE = 64  # pixels; levels go on until the longer side is no more than this, as in a conversion
+BLOCK = 1024  # pixels, side of what is made of the next finer level at once
+
+
+class _Step(NamedTuple):
+    """A level of the file, by its number there, or one that is made of the level before it."""
+
+    shape_yx: tuple[int, int]
+    downsample: float
+    number: int | None
+    stored: float  # downsample of the pixels that are read for it
+
+
+class HalvedSource:
+    """What sources of such files share; see ``Source``. They say how to fill boxes of the file's own levels.
+
+    Parameters
+    ----------
+    image
+        The finest level.
+    shapes_yx
+        Height and width of each level of the file, finest first.
+    pieces
+        Longer side of what is decoded at once, of each.
+    """
+
+    memory_bytes = 0
+
+    def __init__(self, image: Image, shapes_yx: Sequence[tuple[int, int]], pieces: Sequence[int]) -> None:
+        self.channels, self.dtype = image.channels, image.dtype
+        self._steps = _steps(shapes_yx)
+        self.levels = tuple(_level(step, pieces[step.number or 0], image.mpp_yx) for step in self._steps)
+
+    def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Copy the image into ``out``; see ``Source``."""
+        number = self._steps[level].number
+        if number is not None:
+            self._fill_stored(number, boxes, out)
+            return
+        for box, own in zip(boxes, out, strict=True):
+            self._make(level, box, own)
+
+    def _fill_stored(self, number: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """As `fill`, of a level of the file by its number there."""
+        raise NotImplementedError
+
+    def _make(self, level: int, box: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Fill one box (C, h, w) of a level that the file lacks, in blocks, so that little is held at once."""
+        y, x = box[:2].tolist()
+        y0, x0, y1, x1 = inside(box, self._steps[level].shape_yx)
+        height, width = self._steps[level - 1].shape_yx
+        for (top, bottom), (left, right) in product(_blocks(y0, y1), _blocks(x0, x1)):
+            finer_yx = (min(2 * bottom, height) - 2 * top, min(2 * right, width) - 2 * left)
+            finer = np.empty((1, len(out), *finer_yx), self.dtype)
+            self.fill(level - 1, np.array([[2 * top, 2 * left, *finer_yx]]), finer)
+            out[:, top - y : bottom - y, left - x : right - x] = downsample(finer[0])
+
+
+def inside(box: NDArray[np.int64], shape_yx: tuple[int, int]) -> tuple[int, int, int, int]:
+    """What of a box (y, x, h, w) lies in the image: its first row and column, and the ends of both."""
+    y, x, h, w = box.tolist()
+    return max(y, 0), max(x, 0), min(y + h, shape_yx[0]), min(x + w, shape_yx[1])
+
+
+def _blocks(first: int, last: int) -> Iterable[tuple[int, int]]:
+    """Cut the pixels from ``first`` to ``last`` at multiples of ``BLOCK``."""
+    while first < last:
+        end = min(first - first % BLOCK + BLOCK, last)
+        yield first, end
+        first = end
+
+
+def _steps(shapes_yx: Sequence[tuple[int, int]]) -> list[_Step]:
+    """The levels: those of the file, and between and after them what halving makes."""
+    steps: list[_Step] = []
+    for number, shape_yx in enumerate(shapes_yx):
+        ratios = [finest / own for finest, own in zip(shapes_yx[0], shape_yx, strict=True)]
+        scale = float(whole_ratio(shapes_yx[0], shape_yx) or sum(ratios) / 2)
+        while steps and steps[-1].downsample * 2 < scale * 0.99:
+            steps.append(_halved(steps[-1]))
+        if not steps or scale > steps[-1].downsample * 1.01:
+            steps.append(_Step(shape_yx, scale, number, scale))
+    while len(steps) < 2 or max(steps[-1].shape_yx) > MIN_LEVEL_SIZE:
+        steps.append(_halved(steps[-1]))
+    return steps
+
+
+def _halved(step: _Step) -> _Step:
+    height, width = step.shape_yx
+    return _Step((-(-height // 2), -(-width // 2)), step.downsample * 2, None, step.stored)
+
+
+def _level(step: _Step, piece: int, known_yx: tuple[float, float] | None) -> Level:
+    mpp_y, mpp_x = known_yx or (1.0, 1.0)
+    return Level(
+        shape_yx=step.shape_yx,
+        downsample=step.downsample,
+        mpp=mpp_y * step.downsample if known_yx else None,
+        chunk=piece,
+        shard=piece,
+        scale_yx=(mpp_y * step.downsample, mpp_x * step.downsample),
+        translation_yx=(mpp_y * (step.downsample - 1) / 2, mpp_x * (step.downsample - 1) / 2),
+        made_of=None if step.number is not None else step.stored,
+    )

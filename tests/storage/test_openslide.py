@@ -1,0 +1,155 @@
+"""Slides that OpenSlide reads: its own pixels, at its levels and those between, and what is said without it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from storage import (
+    CorruptImageError,
+    MissingImageError,
+    NotAPyramidError,
+    Slide,
+    UnsupportedImageError,
+    convert,
+    open_image,
+)
+from storage.images.halving import downsample
+
+openslide = pytest.importorskip("openslide")
+pytestmark = pytest.mark.data
+
+NDPI = "wsi-flavours/hamamatsu-test3-dapi.ndpi"
+DICOM = "wsi-flavours/dicom-cmu-1-small-region"
+
+
+def region(path, level, y, x, size):
+    """(3, size, size) as OpenSlide reads it, at a corner in pixels of the level."""
+    with openslide.OpenSlide(path) as slide:
+        scale = slide.level_downsamples[level]
+        pixels = slide.read_region((round(x * scale), round(y * scale)), level, (size, size))
+    return np.asarray(pixels.convert("RGB")).transpose(2, 0, 1)
+
+
+def test_an_ndpi_at_each_of_its_levels(data):
+    path = data / NDPI
+    with Slide(path) as slide:
+        assert (slide.name, slide.channels, str(slide.dtype)) == ("hamamatsu-test3-dapi", ("R", "G", "B"), "uint8")
+        assert slide.mpp == pytest.approx(0.22818, abs=1e-5)
+        assert [level.downsample for level in slide.levels] == [1, 2, 4, 8, 16, 32, 64, 128]
+        assert [level.made_of for level in slide.levels] == [None] * 7 + [64]
+        for number in (0, 2, 4):
+            height, width = slide.levels[number].shape_yx
+            boxes = [(7, 9, 60, 60), (height - 60, width - 60, 60, 60)]
+            for (y, x, *_), found in zip(boxes, slide.read_many(number, boxes), strict=True):
+                np.testing.assert_array_equal(found, region(path, number, y, x, 60))
+        outside = slide.read(0, (-30, -30, 60, 60), fill=9)
+        assert (outside[:, :30] == 9).all()
+        np.testing.assert_array_equal(outside[:, 30:, 30:], region(path, 0, 0, 0, 30))
+        assert slide.statistics.requests == 7
+
+
+def test_a_dicom_series_by_its_folder_or_one_of_its_files(data):
+    folder = data / DICOM
+    with Slide(folder) as slide, Slide(folder / "level-0-frames-0-30.dcm") as other:
+        assert slide.identity == other.identity
+        assert slide.mpp == 0.499
+        assert [level.downsample for level in slide.levels][:8] == [1, 2, 4, 8, 16, 32, 64, 128]
+        found = slide.read(1, (700, 500, 90, 90))
+        np.testing.assert_array_equal(found, other.read(1, (700, 500, 90, 90)))
+        np.testing.assert_array_equal(found, region(folder / "level-0-frames-0-30.dcm", 1, 700, 500, 90))
+    with Slide(data / "CMU-1-Small-Region.svs") as aperio, Slide(folder) as slide:
+        assert aperio.shape_yx == slide.shape_yx
+
+
+def test_a_level_that_it_lacks_is_made(data, monkeypatch):
+    """Of an SVS, as if nothing else read it; the same levels as those of tifffile's reading."""
+    path = data / "wsi-flavours" / "CMU-1-JP2K-Region.svs"
+
+    def refused(location, *_):
+        raise UnsupportedImageError(f"{location}: refused")
+
+    with Slide(path) as tiff:
+        levels = [level.shape_yx for level in tiff.levels]
+    monkeypatch.setattr("storage.read.tiff.TiffSource.__init__", lambda _, location, *__: refused(location))
+    with Slide(path) as slide:
+        assert [level.shape_yx for level in slide.levels] == levels
+        assert [level.made_of for level in slide.levels] == [None, *[1.0] * (len(levels) - 1)]
+        np.testing.assert_array_equal(
+            slide.read(1, (100, 60, 50, 50)), downsample(slide.read(0, (200, 120, 100, 100)))
+        )
+
+
+def test_it_is_converted_like_any_image(data, tmp_path):
+    convert(data / NDPI, tmp_path / "a.ome.zarr")
+    with Slide(tmp_path / "a.ome.zarr") as pyramid, Slide(data / NDPI) as slide:
+        assert pyramid.shape_yx == slide.shape_yx
+        assert pyramid.mpp == slide.mpp
+        box = (1000, 1200, 300, 300)
+        np.testing.assert_array_equal(pyramid.read(0, box), slide.read(0, box))
+
+
+def test_what_a_scanner_left_out_is_background(data, monkeypatch):
+    with open_image(data / NDPI) as image:
+        image._background = (250, 240, 230)
+        pixels = np.zeros((4, 4, 4), np.uint8)
+        pixels[0] = 255  # opaque white
+        monkeypatch.setattr(image, "_ask", lambda _: pixels)
+        found = image.read(0, 0, 4, 4)
+    assert (found[:, 0] == 255).all()
+    assert found[:, 1:].reshape(3, -1).T.tolist() == [[250, 240, 230]] * 12
+
+
+def read_all(path):
+    with Slide(path) as slide:
+        for number, level in enumerate(slide.levels):
+            slide.read(number, (0, 0, *level.shape_yx))
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_one_that_is_cut_short(data, tmp_path, kept):
+    whole = (data / NDPI).read_bytes()
+    (tmp_path / "cut.ndpi").write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises((CorruptImageError, UnsupportedImageError), match=r"cut\.ndpi"):
+        read_all(tmp_path / "cut.ndpi")
+
+
+def test_after_an_error_it_is_opened_anew(data):
+    with open_image(data / NDPI) as image:
+        first = image.read(0, 0, 9, 9)
+
+        def fail(slide):
+            raise openslide.OpenSlideError("cannot decode")
+
+        with pytest.raises(CorruptImageError, match=r"\.ndpi: OpenSlide cannot read it \(cannot decode\)"):
+            image._ask(fail)
+        np.testing.assert_array_equal(image.read(0, 0, 9, 9), first)
+
+
+def test_without_the_extra_its_name_is_given(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    for open_ in (Slide, open_image):
+        with pytest.raises(UnsupportedImageError, match=r'NDPI is not read.*pip install "nested-ats\[slides\]"'):
+            open_(data / NDPI)
+    with pytest.raises(NotAPyramidError, match=r'pip install "nested-ats\[slides\]"'):
+        Slide(data / DICOM)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(NotAPyramidError) as error:
+        Slide(tmp_path / "a.txt")
+    assert "pip" not in str(error.value)
+
+
+def test_a_tiff_that_we_refuse_is_not_read_by_its_first_page(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((5, 64, 64), np.uint8), tile=(16, 16), photometric="minisblack")
+    assert openslide.OpenSlide.detect_format(tmp_path / "a.tif") == "generic-tiff"
+    with pytest.raises(UnsupportedImageError, match="a stack of 5 pages"):
+        Slide(tmp_path / "a.tif")
+
+
+def test_one_that_is_not_there(tmp_path):
+    with pytest.raises(MissingImageError, match=r"gone\.mrxs: does not exist"):
+        Slide(Path(tmp_path, "gone.mrxs"))
