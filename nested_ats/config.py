@@ -38,6 +38,9 @@ class EncoderConfig:
     # the numbers.
     mean: float | tuple[float, ...] | None = None
     std: float | tuple[float, ...] | None = None  # likewise
+    # Micrometres per pixel at downsample 1, so that slides of all scanners are seen at one scale: at downsample d a
+    # pixel measures mpp * d. None: downsample 1 is the finest level of each slide, whatever its pixels measure.
+    mpp: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError where a value is out of range."""
@@ -48,6 +51,8 @@ class EncoderConfig:
         stds = std if isinstance(std, tuple) else (std,)
         if not stds or not min(stds) > 0:
             raise ValueError("std: must be positive")
+        if self.mpp is not None and not 0 < self.mpp < math.inf:
+            raise ValueError("mpp: must be positive")
 
     @property
     def encoder_name(self) -> str:

@@ -27,7 +27,7 @@ from nested_ats.reading import Reading, run
 _LEAST_SPREAD = 0.01  # of a feature that is standardised, of the mean of all
 _READS = 8  # parts in which one image's patches are read, so that several threads can read them
 # Keys that decide nothing of what a frozen encoder makes of a patch.
-_AFTER_FEATURES = ("trainable", "scale", "standardise", "location", "allow_gaps")
+_AFTER_FEATURES = ("trainable", "scale", "standardise", "location", "allow_gaps", "mpp")
 
 
 class PatchModel(ImageModel):

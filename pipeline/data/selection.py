@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import median
 
 from nested_ats.networks.builtin import ENCODERS
 from nested_ats.networks.encoders import read_choice
@@ -23,6 +24,7 @@ from storage.format.levels import Level
 _OPENED_AT_ONCE = 16  # opening waits for the disk or the network
 _FINER = 4  # times, along each axis, are a level's pixels made of at each read without a word
 _LONG_CHUNK = 4096  # pixels
+_ONE_SCALE = 1.1  # times the smallest pixel are others said to be of the same size
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Found:
     channels: int = 0
     downsamples: tuple[float, ...] = ()
     slow: str = ""  # what makes reading it slow, in words
+    mpp: float | None = None  # micrometres per pixel of its finest level
     error: str = ""
 
 
@@ -86,6 +89,11 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
             f"warning: {len(slow)} of {len(opened)} slides are slow to read where they lie, such as "
             f"{slow[0].entry.path}: {slow[0].slow}; nested-ats convert makes pyramids of them, once"
         )
+    if config.model.mpp is None and (scales := _several_scales([one.mpp for one in opened if one.mpp])):
+        _say(
+            f"warning: the slides were scanned at {scales} micrometres per pixel, and the model sees them as if "
+            "at one; set model.mpp"
+        )
     channels, count = Counter(one.channels for one in opened).most_common(1)[0]
     why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
     if config.data.channels:
@@ -110,6 +118,17 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
             _say(f"slide {failure.slide_id} is left out: {failure.error}")
         raise
     return Selection(kept, classes, channels, [one.downsamples for one in usable], failures)
+
+
+def _several_scales(mpps: Sequence[float]) -> str:
+    """The scales of slides that differ by more than a tenth, with their numbers, in words; empty where none does."""
+    groups: list[list[float]] = []
+    for mpp in sorted(mpps):
+        if not groups or mpp > groups[-1][0] * _ONE_SCALE:
+            groups.append([])
+        groups[-1].append(mpp)
+    words = [f"{median(group):.3g} ({len(group)})" for group in groups]
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(groups) > 1 else ""
 
 
 def _why_slow(level: Level) -> str:
@@ -137,9 +156,10 @@ def _encoder_remarks(config: Config) -> list[str]:
 def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> list[_Found]:
     def look(entry: Entry) -> _Found:
         with Net(entry.slide_id, fail_fast=fail_fast) as net, open_slide(entry.path, config.data.cache) as slide:
-            levels = [slide.levels[number] for number in check_slide(slide, config.model)]
+            levels = [slide.levels[number] for number in check_slide(slide, config.model, own_mpp=entry.mpp)]
             slow = next(filter(None, map(_why_slow, levels)), "")
-            return _Found(entry, len(slide.channels), tuple(level.downsample for level in levels), slow)
+            downsamples = tuple(level.downsample for level in levels)
+            return _Found(entry, len(slide.channels), downsamples, slow, entry.mpp or slide.mpp)
         return _Found(entry, error=net.error)
 
     found = []

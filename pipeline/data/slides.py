@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +22,13 @@ from storage.place.urls import is_remote
 from storage.read.cache import ChunkCache
 
 _OPEN_SLIDES = 128  # each holds a few file descriptors
+_NEAR = 0.1  # by which a level's pixels may differ from those that the model looks at, and are taken as they are
+_SAME = 1e-3  # by which two downsamples are one
 _HELD_BYTES = 2 * 2**30  # of PNG, JPEG and BMP images, which are held decoded
 
 
 class SlideImage:
-    """A slide as an image of the model.
+    """A slide as an image of the model, at the slide's own scale or at that of the model.
 
     Parameters
     ----------
@@ -32,35 +36,124 @@ class SlideImage:
         An open slide.
     background
         Value of pixels off the slide, from 0 (black) to 1 (white).
+    mpp
+        Micrometres per pixel of the image's finest level (`EncoderConfig.mpp`); None takes the slide's finest level,
+        whatever its pixels measure. Of the slide's levels the one that is nearest is taken as it is where it differs
+        by no more than a tenth; else pixels are averaged by area from the next finer level.
+    own_mpp
+        Micrometres per pixel of the slide's finest level, over what its file says.
 
     Attributes
     ----------
     fill : `background` as a value of the slide's type
+    scale : pixels of the slide's finest level to a pixel of the image's, along each axis
+    sources : number of the slide's level that each of the image's levels is read from
+
+    Raises
+    ------
+    DataError
+        The slide does not tell what its pixels measure, or they are larger than the model's.
     """
 
-    def __init__(self, slide: Slide, *, background: float = 0.0) -> None:
+    def __init__(
+        self, slide: Slide, *, background: float = 0.0, mpp: float | None = None, own_mpp: float | None = None
+    ) -> None:
         self.slide = slide
         dtype = np.dtype(slide.dtype)
         self.fill = background if dtype.kind == "f" else round(background * np.iinfo(dtype).max)
+        self.scale = 1.0 if mpp is None else _scale(slide, mpp, own_mpp or slide.mpp)
+        self._levels = list(_scaled_levels(slide, self.scale))
+        self.sources = [level.source for level in self._levels]
 
     @property
     def shapes(self) -> Sequence[tuple[int, int]]:
         """Height and width of every level."""
-        return [level.shape_yx for level in self.slide.levels]
+        return [level.shape_yx for level in self._levels]
 
     @property
     def downsamples(self) -> Sequence[float]:
         """Level-0 pixels per pixel of every level."""
-        return [level.downsample for level in self.slide.levels]
+        return [level.downsample for level in self._levels]
 
     @property
     def identity(self) -> str | None:
         """Of the slide's pixels and of those off it; None where it has none (`storage.Slide.identity`)."""
-        return self.slide.identity and f"{self.slide.identity}/{self.fill}"
+        scale = "" if self.scale == 1 else f"/{self.scale!r}"
+        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}"
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """(N, C, h, w) of the slide's type; see `nested_ats.Image.read`."""
+        _, _, source, shrink = self._levels[level]
+        if shrink == 1:
+            return self._read(source, boxes)
+        starts, ends = boxes[:, :2].double() * shrink, (boxes[:, :2] + boxes[:, 2:]).double() * shrink
+        corners = starts.floor().long()
+        sides = (ends - corners).ceil().long().amax(0)
+        pixels = self._read(source, torch.cat([corners, sides.expand(len(boxes), 2)], -1))
+        rows, columns = (
+            _shares(starts[:, axis] - corners[:, axis], int(boxes[0, 2 + axis]), shrink, int(sides[axis]))
+            for axis in range(2)
+        )
+        mean = torch.einsum("nij,ncjk,nlk->ncil", rows, pixels.float(), columns)
+        return mean.to(pixels.dtype) if pixels.is_floating_point() else (mean + 0.5).floor().to(pixels.dtype)
+
+    def _read(self, level: int, boxes: Tensor) -> Tensor:
         return torch.from_numpy(self.slide.read_many(level, boxes.numpy(), fill=self.fill))
+
+
+class _Level(NamedTuple):
+    """A level of the image: from which of the slide's it is read, and how many of its pixels are averaged a side."""
+
+    shape_yx: tuple[int, int]
+    downsample: float
+    source: int
+    shrink: float
+
+
+def _scale(slide: Slide, mpp: float, own_mpp: float | None) -> float:
+    """Pixels of the slide's finest level to a pixel of `mpp` micrometres: of a level of the slide, if one is near."""
+    if own_mpp is None:
+        raise DataError(
+            f"{slide.location}: does not tell how many micrometres a pixel measures, and the model looks at {mpp:g}; "
+            "give it a column mpp in the manifest"
+        )
+    wanted = mpp / own_mpp
+    nearest = min((level.downsample for level in slide.levels), key=lambda each: abs(math.log(each / wanted)))
+    if max(nearest / wanted, wanted / nearest) <= 1 + _NEAR:
+        return nearest
+    if wanted < 1:
+        raise DataError(
+            f"{slide.location}: scanned at {own_mpp:g} micrometres per pixel, coarser than the model's {mpp:g}; "
+            "leave it out, or set model.mpp to that of the coarsest scan"
+        )
+    return wanted
+
+
+def _scaled_levels(slide: Slide, scale: float) -> Iterator[_Level]:
+    """Levels of the slide from a scale on, and those at powers of two from there that it lacks."""
+    if scale == 1:
+        yield from (_Level(each.shape_yx, each.downsample, i, 1.0) for i, each in enumerate(slide.levels))
+        return
+    there = {each.downsample / scale: i for i, each in enumerate(slide.levels) if each.downsample >= scale}
+    coarsest = max(each.downsample for each in slide.levels) / scale
+    powers = [2.0**power for power in range(max(1, math.ceil(math.log2(max(coarsest, 1))) + 1))]
+    missing = [power for power in powers if not any(abs(each / power - 1) < _SAME for each in there)]
+    for downsample in sorted([*there, *missing]):
+        if downsample in there:
+            source = there[downsample]
+            yield _Level(slide.levels[source].shape_yx, downsample, source, 1.0)
+            continue
+        finer = [i for i, each in enumerate(slide.levels) if each.downsample <= downsample * scale]
+        height, width = (math.ceil(side / (downsample * scale)) for side in slide.shape_yx)
+        yield _Level((height, width), downsample, finer[-1], downsample * scale / slide.levels[finer[-1]].downsample)
+
+
+def _shares(starts: Tensor, count: int, shrink: float, read: int) -> Tensor:
+    """(N, count, read): share of what was read in each pixel that is made of `shrink` of it, from (N,) starts on."""
+    first = starts[:, None] + torch.arange(count) * shrink
+    pixel = torch.arange(read)
+    overlap = torch.minimum(first[..., None] + shrink, pixel + 1.0) - torch.maximum(first[..., None], pixel)
+    return (overlap.clamp_min(0) / shrink).float()
 
 
 class SlideCache:
@@ -72,26 +165,30 @@ class SlideCache:
         Value of pixels off the slide; see `SlideImage`.
     cache
         Where chunks of slides at URLs are kept.
+    mpp
+        Micrometres per pixel of the images; see `SlideImage`.
     """
 
-    def __init__(self, *, background: float, cache: CacheConfig | None = None) -> None:
-        self._background = background
+    def __init__(self, *, background: float, cache: CacheConfig | None = None, mpp: float | None = None) -> None:
+        self._background, self._mpp = background, mpp
         self._cache = cache
         self._slides: OrderedDict[str, SlideImage] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, path: str) -> SlideImage:
-        """Open a slide, or return it open.
+    def open(self, path: str, own_mpp: float | None = None) -> SlideImage:
+        """Open a slide, whose pixels may measure otherwise than its file says, or return it open.
 
         Raises
         ------
-        storage.StorageError
-            It cannot be opened.
+        storage.StorageError, DataError
+            It cannot be opened, or not at the model's scale.
         """
         with self._lock:
             image = self._slides.pop(path, None)
         # Opened without the lock: it may wait for a store. Two threads may then open one slide, which does no harm.
-        image = image or SlideImage(open_slide(path, self._cache), background=self._background)
+        image = image or SlideImage(
+            open_slide(path, self._cache), background=self._background, mpp=self._mpp, own_mpp=own_mpp
+        )
         with self._lock:
             self._slides[path] = image
             while len(self._slides) > _OPEN_SLIDES or (len(self._slides) > 1 and self._held_bytes() > _HELD_BYTES):
@@ -116,8 +213,10 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
 
 
-def check_slide(slide: Slide, config: EncoderConfig, channels: int | None = None) -> list[int]:
-    """See that a slide has what a model reads, and return the numbers of the levels that are read.
+def check_slide(
+    slide: Slide, config: EncoderConfig, channels: int | None = None, own_mpp: float | None = None
+) -> list[int]:
+    """See that a slide has what a model reads, and return the numbers of the slide's levels that are read.
 
     Parameters
     ----------
@@ -127,29 +226,32 @@ def check_slide(slide: Slide, config: EncoderConfig, channels: int | None = None
         Of the model.
     channels
         Number of channels that it must have.
+    own_mpp
+        Micrometres per pixel of its finest level, over what its file says.
 
     Raises
     ------
     DataError
-        It has other channels, lacks a level, or is too small for the model's encoder.
+        It has other channels, lacks a level or the model's scale, or is too small for the model's encoder.
     """
-    path, found = slide.location, len(slide.channels)
-    if channels is not None and found != channels:
-        raise DataError(f"{path}: {found} channels where the model has {channels}; convert slides of one kind")
+    path, count = slide.location, len(slide.channels)
+    if channels is not None and count != channels:
+        raise DataError(f"{path}: {count} channels where the model has {channels}; convert slides of one kind")
+    image = SlideImage(slide, mpp=config.mpp, own_mpp=own_mpp)
     try:
-        found_levels = [find_level(SlideImage(slide), downsample) for downsample in config.downsamples]
+        found = [find_level(image, downsample) for downsample in config.downsamples]
     except ValueError as error:
         raise DataError(
             f"{path}: {error}; set the model's downsamples to levels there are, "
             "or convert with a smaller --min-level-size"
         ) from error
-    height, width = slide.levels[max(found_levels)].shape_yx
+    height, width = image.shapes[max(found)]
     if min(height, width) < config.smallest_view:
         raise DataError(
             f"{path}: {height} x {width} pixels where the model looks first, and its encoder takes no less than "
             f"{config.smallest_view} on a side; leave it out, or choose a finer downsample"
         )
-    return found_levels
+    return [image.sources[level] for level in found]
 
 
 def draw_key(*parts: object) -> int:

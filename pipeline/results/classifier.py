@@ -68,8 +68,13 @@ class Classifier:
             It cannot be opened, or has not.
         """
         slide = open_slide(entry.path, self.settings.cache)
-        check_slide(slide, self.model.config, self.model.in_channels)
+        check_slide(slide, self.model.config, self.model.in_channels, entry.mpp)
         return slide
+
+    def image(self, entry: Entry, slide: Slide) -> SlideImage:
+        """The slide as the model looks at it."""
+        background = self.settings.background
+        return SlideImage(slide, background=background, mpp=self.model.config.mpp, own_mpp=entry.mpp)
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:
         """Classify an image; equal slides and settings draw equal patches.
@@ -107,7 +112,7 @@ class Classifier:
     def _row(self, entry: Entry) -> dict[str, Any]:
         began = time.monotonic()
         with self.open(entry) as slide:
-            prediction = self.estimate(entry, SlideImage(slide, background=self.settings.background))
+            prediction = self.estimate(entry, self.image(entry, slide))
             read = slide.statistics
         limits = (prediction.low, prediction.high)
         columns = [each[0].tolist() for each in (prediction.probabilities, prediction.standard_error, *limits)]

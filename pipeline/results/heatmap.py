@@ -10,7 +10,7 @@ import io
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from nested_ats.config import PatchConfig
 from nested_ats.maps import attention_map
 from nested_ats.models.patches import PatchModel
 from pipeline.data.manifest import Entry
-from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
 from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
@@ -48,6 +47,11 @@ class Patch:
     weight: float  # z times attention, averaged over the draws: its share of the slide's feature
     attention: float  # of its leaf; of the strongest, where several leaves lie there
     draws: int  # that drew it
+
+    def scaled(self, scale: float) -> Patch:
+        """The same place in pixels that are `scale` times smaller."""
+        place = {name: getattr(self, name) * scale for name in ("y_l0", "x_l0", "side_l0")}
+        return replace(self, **place)
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,15 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
     config = classifier.model.config
     assert isinstance(config, PatchConfig)  # noqa: S101  seen in `heatmaps`
     with classifier.open(entry) as slide:
-        image = SlideImage(slide, background=classifier.settings.background)
+        image = classifier.image(entry, slide)
         prediction = classifier.estimate(entry, image)
-        density, pitch = attention_map(prediction.outputs, slide.shape_yx)
+        density, pitch = attention_map(prediction.outputs, image.shapes[0])
+        pitch *= image.scale  # from the model's pixels to those of the slide
         # In times the uniform attention: one number means the same on slides of any size.
         heat = (density * density.numel()).float().numpy()
         best = int(prediction.probabilities[0].argmax())
         words = f"{classifier.classes[best]} ({prediction.probabilities[0, best]:.0%})"
-        patches = drawn_patches(prediction, config)
+        patches = [patch.scaled(image.scale) for patch in drawn_patches(prediction, config)]
         write_pyramid(
             folder / MAP,
             heat[None],

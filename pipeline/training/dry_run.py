@@ -88,7 +88,9 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
     """
     trainer = make_trainer(context, arguments)
     data = trainer.config.data
-    trainer.slides = slides = _CountedSlides(background=data.background, cache=data.cache)
+    trainer.slides = slides = _CountedSlides(
+        background=data.background, cache=data.cache, mpp=trainer.config.model.mpp
+    )
     seconds, read = 0.0, 0
     began = time.perf_counter()
     before: Mapping[str, int] = {}
@@ -105,12 +107,12 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
 class _CountedSlides(SlideCache):
     """Slides that were opened, those closed again included, for what was read of them."""
 
-    def __init__(self, *, background: float, cache: CacheConfig | None) -> None:
-        super().__init__(background=background, cache=cache)
+    def __init__(self, *, background: float, cache: CacheConfig | None, mpp: float | None) -> None:
+        super().__init__(background=background, cache=cache, mpp=mpp)
         self._opened: defaultdict[str, set[SlideImage]] = defaultdict(set)
 
-    def open(self, path: str) -> SlideImage:
-        image = super().open(path)
+    def open(self, path: str, own_mpp: float | None = None) -> SlideImage:
+        image = super().open(path, own_mpp)
         self._opened[path].add(image)
         return image
 

@@ -48,9 +48,9 @@ def test_slides_are_opened_side_by_side(config, entries, monkeypatch):
     """Two that wait for each other would wait for ever one after the other."""
     together = threading.Barrier(2)
 
-    def meet(*args):
+    def meet(*args, **options):
         together.wait(30)
-        return check_slide(*args)
+        return check_slide(*args, **options)
 
     monkeypatch.setattr("pipeline.data.selection.check_slide", meet)
     assert len(select(entries, config, fail_fast=False).entries) == 13

@@ -1,0 +1,197 @@
+"""Slides of several scanners at the model's scale: the same pixels and draws, and places that are the slide's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nested_ats.images import find_level
+from pipeline.config import parse_config, plain
+from pipeline.data.manifest import Entry, read_manifest
+from pipeline.data.selection import select
+from pipeline.data.slides import SlideImage, check_slide
+from pipeline.errors import DataError
+from pipeline.results.heatmap import OBJECTS, heatmaps
+from pipeline.results.predict import predict
+from pipeline.results.settings import prediction_settings
+from pipeline.training.train import train
+from storage import Slide, write_pyramid
+from storage.images.halving import downsample
+
+
+def smooth(height, width, seed=0):
+    """(3, H, W) uint8 that a mean over areas changes little, so that scales can be compared."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((3, height // 16 + 2, width // 16 + 2))
+    fine = np.kron(coarse, np.ones((16, 16)))[:, :height, :width]
+    for axis in (1, 2):
+        fine = sum(np.roll(fine, shift, axis) for shift in range(-6, 7)) / 13
+    return (fine * 255).round().astype(np.uint8)
+
+
+def slide_at(path, pixels, mpp):
+    write_pyramid(path, pixels, mpp=mpp)
+    return Slide(path)
+
+
+def read(image, downsample, box):
+    return image.read(find_level(image, downsample), torch.tensor([box]))[0].numpy()
+
+
+@pytest.fixture
+def pixels():
+    return smooth(400, 520)
+
+
+class TestPixels:
+    def test_without_a_scale_nothing_changes(self, tmp_path, pixels):
+        with slide_at(tmp_path / "a.ome.zarr", pixels, 0.25) as slide:
+            image = SlideImage(slide)
+            assert (image.scale, image.downsamples[0], image.shapes[0]) == (1.0, 1.0, (400, 520))
+            assert image.sources == list(range(len(slide.levels)))
+            assert image.identity == SlideImage(slide, mpp=0.25).identity
+
+    @pytest.mark.parametrize("own", [0.25, 0.2278, 0.27])
+    def test_a_level_within_a_tenth_is_taken_as_it_is(self, tmp_path, pixels, own):
+        with slide_at(tmp_path / "a.ome.zarr", pixels, own) as slide:
+            image = SlideImage(slide, mpp=0.5)
+            assert image.scale == 2.0
+            assert image.downsamples[:3] == [1.0, 2.0, 4.0]
+            assert image.shapes[0] == (200, 260)
+            np.testing.assert_array_equal(read(image, 1, (10, 20, 50, 60)), slide.read(1, (10, 20, 50, 60)))
+
+    @pytest.mark.parametrize("shrink", [1.2, 1.5, 1.7, 3.0])
+    def test_other_pixels_are_means_over_areas(self, tmp_path, pixels, shrink):
+        """Against every pixel cut in 20 x 20, of which a new one has a whole number."""
+        with slide_at(tmp_path / "a.ome.zarr", pixels, 0.25) as slide:
+            image = SlideImage(slide, mpp=0.25 * shrink)
+            assert image.scale == pytest.approx(shrink)
+            source = image.sources[0]
+            own = slide.read(source, (0, 0, *slide.levels[source].shape_yx))
+            factor = shrink / slide.levels[source].downsample
+            y, x, h, w = 17, 31, 12, 9
+            found = read(image, 1, (y, x, h, w))
+            fine = np.repeat(np.repeat(own, 20, 1), 20, 2)
+            step = round(20 * factor)
+            assert step == pytest.approx(20 * factor)
+            wanted = fine[:, y * step : (y + h) * step, x * step : (x + w) * step]
+            wanted = wanted.reshape(3, h, step, w, step).mean((2, 4))
+            assert np.abs(found - wanted).max() <= 0.51
+
+    def test_boxes_that_leave_the_image_and_several_at_once(self, tmp_path, pixels):
+        with slide_at(tmp_path / "a.ome.zarr", pixels, 0.25) as slide:
+            image = SlideImage(slide, mpp=0.37, background=1.0)
+            boxes = torch.tensor([[-5, -7, 30, 30], [100, 200, 30, 30], [260, 340, 30, 30]])
+            together = image.read(0, boxes)
+            for box, own in zip(boxes, together, strict=True):
+                assert torch.equal(image.read(0, box[None])[0], own)
+            assert (together[0, :, :4, :6] == 255).all()
+
+    @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+    def test_types_stay(self, tmp_path, dtype):
+        pixels = np.full((2, 90, 90), 1234, dtype)
+        with slide_at(tmp_path / "a.ome.zarr", pixels, 0.25) as slide:
+            found = read(SlideImage(slide, mpp=0.4), 1, (3, 4, 20, 20))
+        assert found.dtype == pixels.dtype
+        np.testing.assert_allclose(found, 1234, rtol=1e-6)
+
+    def test_its_identity_is_of_the_scale_too(self, tmp_path, pixels):
+        with slide_at(tmp_path / "a.ome.zarr", pixels, 0.25) as slide:
+            names = {SlideImage(slide, mpp=mpp).identity for mpp in (None, 0.4, 0.5, 1.0)}
+        assert len(names) == 4
+
+    def test_a_slide_that_is_too_coarse_or_does_not_tell(self, tmp_path, pixels):
+        with slide_at(tmp_path / "a.ome.zarr", pixels, 0.5) as slide:
+            with pytest.raises(DataError, match=r"a\.ome\.zarr: scanned at 0\.5 .* coarser than the model's 0\.25"):
+                SlideImage(slide, mpp=0.25)
+            assert SlideImage(slide, mpp=0.25, own_mpp=0.25).scale == 1.0  # the manifest knows better
+        with slide_at(tmp_path / "b.ome.zarr", pixels, None) as slide:
+            with pytest.raises(DataError, match="does not tell how many micrometres .* give it a column mpp"):
+                SlideImage(slide, mpp=0.25)
+            assert SlideImage(slide, mpp=0.25, own_mpp=0.125).scale == 2.0
+
+
+@pytest.fixture(scope="module")
+def two_scales(pyramids, tmp_path_factory):
+    """Entries of the same slides, stored at the pixels they have, at 0.5, and finer by two, at 0.25 micrometres."""
+    folder = tmp_path_factory.mktemp("fine")
+    coarse, fine = [], []
+    for entry in read_manifest(pyramids):
+        with Slide(entry.path) as slide:
+            pixels = slide.read(0, (0, 0, *slide.shape_yx))
+        path = folder / f"{entry.slide_id}.ome.zarr"
+        write_pyramid(path, np.repeat(np.repeat(pixels, 2, 1), 2, 2), mpp=0.25)  # whose mean is the pixels again
+        coarse.append(entry)
+        fine.append(Entry(slide_id=entry.slide_id, path=str(path), label=entry.label, split=entry.split))
+    return coarse, fine
+
+
+@pytest.fixture(scope="module")
+def scaled(config):
+    raw = plain(config)
+    return parse_config({**raw, "model": {**raw["model"], "mpp": 0.5}}, "test")
+
+
+class TestTheWholeWay:
+    def test_both_scales_train_and_predict_alike(self, two_scales, scaled, tmp_path):
+        coarse, fine = two_scales
+        mixed = [one if i % 3 else other for i, (one, other) in enumerate(zip(coarse, fine, strict=True))]
+        rows = {}
+        for name, entries in (("coarse", coarse), ("mixed", mixed)):
+            train(entries, scaled, tmp_path / name)
+            rows[name] = predict(fine, tmp_path / name, tmp_path / f"of {name}")
+        rows["coarse again"] = predict(coarse, tmp_path / "coarse", tmp_path / "again")
+        for one, other, again in zip(*rows.values(), strict=True):
+            assert one["status"] == other["status"] == "ok"
+            assert one["prob_bar"] == other["prob_bar"] == again["prob_bar"]
+
+    def test_heatmaps_are_in_pixels_of_the_slide(self, two_scales, scaled, tmp_path):
+        coarse, fine = two_scales
+        train(coarse, scaled, tmp_path / "run")
+        settings = prediction_settings(tmp_path / "run")
+        corners = []
+        for name, entry, factor in (("coarse", coarse[0], 1), ("fine", fine[0], 2)):
+            [made] = heatmaps([entry], settings, tmp_path / name)
+            assert not made.error
+            features = json.loads((made.folder / OBJECTS).read_text())["features"]
+            corners.append([np.array(each["geometry"]["coordinates"][0]) / factor for each in features])
+            with Slide(made.folder / "attention.ome.zarr") as heat, Slide(entry.path) as slide:
+                side = heat.levels[0].shape_yx[0] * heat.levels[0].scale_yx[0]  # micrometres
+                assert side == pytest.approx(slide.shape_yx[0] * slide.mpp, rel=0.1)
+        np.testing.assert_allclose(*corners)
+
+    def test_scanners_that_differ_are_named_unless_the_model_has_a_scale(self, two_scales, config, scaled, capsys):
+        coarse, fine = two_scales
+        both = [*coarse[:4], *fine[4:]]
+        select(both, config, fail_fast=False)
+        words = capsys.readouterr().err
+        assert "scanned at 0.25 (10) and 0.5 (4) micrometres per pixel, and the model sees them as if at one" in words
+        chosen = select(both, scaled, fail_fast=False)
+        assert "scanned" not in capsys.readouterr().err
+        assert sorted(set(chosen.downsamples)) == [(4.0, 2.0, 1.0), (8.0, 4.0, 2.0)]
+        select(coarse, config, fail_fast=False)
+        assert "scanned" not in capsys.readouterr().err
+
+    def test_one_that_does_not_fit_is_left_out_alone(self, two_scales, config, tmp_path):
+        coarse, fine = two_scales
+        raw = plain(config)
+        finer = parse_config({**raw, "model": {**raw["model"], "mpp": 0.25}}, "test")
+        chosen = select([*coarse[:2], *fine[2:]], finer, fail_fast=False)
+        assert [failure.slide_id for failure in chosen.failures] == ["slide 0", "slide 1"]
+        assert "coarser than the model's 0.25" in chosen.failures[0].error
+
+    def test_a_level_that_no_power_of_two_reaches(self, tmp_path, scaled):
+        with slide_at(tmp_path / "a.ome.zarr", smooth(400, 520), 0.3) as slide:
+            assert check_slide(slide, scaled.model) == [2, 1, 0]
+
+
+def test_a_mean_of_two_is_that_of_a_conversion(tmp_path):
+    pixels = smooth(200, 240)
+    write_pyramid(tmp_path / "a.ome.zarr", pixels, mpp=0.5)
+    with Slide(tmp_path / "a.ome.zarr") as slide:
+        image = SlideImage(slide, mpp=0.5)
+        image._levels[1] = image._levels[1]._replace(source=0, shrink=2.0)  # as if the level were missing
+        np.testing.assert_array_equal(image.read(1, torch.tensor([[0, 0, 100, 120]]))[0].numpy(), downsample(pixels))
