@@ -309,7 +309,7 @@ def _parse_level(path: str, dataset: Any, array: dict[str, Any], table: Any, whe
     layout = _parse_layout(array, where)
     if layout.channels != channels or channels * height * width > LIMITS.samples:
         raise ValueError(f"level {path} has the shape {(channels, height, width)}")
-    if max(layout.grid**2 * layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+    if layout.too_large:
         raise ValueError(
             f"level {path} claims shards of {layout.grid} x {layout.grid} chunks of {layout.chunk_bytes} bytes"
         )
