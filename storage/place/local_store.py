@@ -102,6 +102,11 @@ class _Descriptors:
                 self._open.popitem(last=False)
         return opened
 
+    def forget(self, store: int, key: str) -> None:
+        """Close a file that is replaced or deleted, once no thread is reading it."""
+        with self._lock:
+            self._open.pop((store, key), None)
+
     def close(self, store: int) -> None:
         """Close the files of a store that no thread is reading."""
         with self._lock:
@@ -208,12 +213,14 @@ class LocalStore:
             raise Occupied(f"{path}: another conversion has written this; run again")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, pieces, read_again=read_again)
+        _descriptors.forget(self.number, key)
         return ""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete files, if they are there."""
         for key in keys:
             Path(self.name, key).unlink(missing_ok=True)
+            _descriptors.forget(self.number, key)
 
     def close(self) -> None:
         """Close the files that no thread is reading."""
