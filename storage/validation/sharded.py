@@ -17,7 +17,8 @@ import numpy as np
 from storage.conversion.build import children
 from storage.errors import CorruptImageError, NotAPyramidError, StorageError, TransferError
 from storage.format.levels import half_size, halved
-from storage.format.ome_zarr import LevelInfo, PyramidInfo, load_json, pyramid_info
+from storage.format.ngff import load_json
+from storage.format.ome_zarr import LevelInfo, PyramidInfo, pyramid_info
 from storage.format.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
 from storage.images.halving import downsample
 from storage.place.urls import is_remote
