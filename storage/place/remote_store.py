@@ -32,12 +32,8 @@ class RemoteStore:
     """What lies below a URL (http, https, s3, gs, az); see ``storage.place.stores.Store``.
 
     A request is given up after ``timeout_s`` and repeated with ``patience``, by default those of reading. That is
-    safe for all of them, also those that write: what they ask for is a state.
-
-    Raises
-    ------
-    TransferError
-        As ``urls.begin`` and ``objects.connect``.
+    safe for all of them, also those that write: what they ask for is a state. A URL that cannot be opened raises
+    ``TransferError``.
     """
 
     merge_gap = MERGE_GAP
@@ -117,18 +113,9 @@ class RemoteStore:
             raise TransferError(f"{self.name}: does not exist; check the URL") from error
 
     def _ask(self, key: str, request: Callable[[], T], *, writes: bool = False) -> T:
-        """Make a request, and again where that may help.
+        """Make a request, and again where that may help, or raise an error of ours that names the object.
 
-        Raises
-        ------
-        FileNotFoundError
-            It is not there.
-        CorruptImageError
-            There is more of it than there may be.
-        ConversionError
-            The store refuses to write.
-        TransferError
-            The request failed too often.
+        One that is not there stays a ``FileNotFoundError``; a store that refuses to write is a ``ConversionError``.
         """
         location = f"{self.name}/{key}".rstrip("/")
         check_not_forked(location)
