@@ -171,13 +171,14 @@ def write_pyramid(
     place = os.fspath(target)
     source = ArraySource(array.astype(array.dtype.newbyteorder("="), copy=False))
     pixel = mpp or 1.0
+    first_y, first_x = (pixel * (corner + (downsample - 1) / 2) for corner in origin_l0_yx)
     info = plan(
         source,
         options or ConvertOptions(),
         place,
         scale_yx=(pixel * downsample, pixel * downsample),
         unit="micrometer" if mpp else None,
-        first_yx=tuple(pixel * (corner + (downsample - 1) / 2) for corner in origin_l0_yx),
+        first_yx=(first_y, first_x),
     )
     info = replace(
         info,

@@ -46,8 +46,9 @@ class FolderPartial(Partial):
         """Create or take over the partial folder; see ``Partial``."""
         path = Path(target)
         root = path.with_name(path.name + ".partial")
-        with _locked(path):
+        with contextlib.ExitStack() as held:
             try:
+                held.enter_context(_locked(path))
                 if root.is_symlink():
                     raise ConversionError(f"{target}: {root} is a link, which is not written to; remove it")
                 _remove_replaced(path)  # or refuse now what would be in the way in the end
@@ -173,6 +174,4 @@ def _locked(target: Path) -> Iterator[None]:
             held.enter_context(locked(path))
         except BlockingIOError:
             raise ConversionError(f"{target}: another conversion to it is running ({path} is locked)") from None
-        except OSError as error:
-            raise ConversionError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from error
         yield

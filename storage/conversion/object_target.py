@@ -120,6 +120,7 @@ class ObjectPartial(Partial):
     def _begin_journal(self, receipts: list[Receipt]) -> None:
         self._next = int(self._journals[-1].removeprefix(JOURNAL)) + 1 if self._journals else 0
         self._append_journal(receipts)
+        self._check_lock()  # another's journal must stay
         self._state.delete(self._journals)
 
     def _append_journal(self, receipts: list[Receipt]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.conversion.receipts import Receipt, by_place, check_index, parse_journal
 from storage.errors import ConversionError, CorruptImageError
+from storage.place.objects import first_line
 from storage.threads import spread
 
 if TYPE_CHECKING:
@@ -176,5 +177,5 @@ def resumable(target: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        reason = (error.strerror or first_line(error)) + (f": {error.filename}" if error.filename else "")
         raise ConversionError(f"{target}: writing failed ({reason}); run again to go on from here") from error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage.errors import ConversionError
+from storage.format.levels import halved, level_sizes
 from storage.format.ome_zarr import LevelInfo, PyramidInfo
 from storage.format.shard import BloscCodec, ShardLayout
 from storage.limits import LIMITS
@@ -53,26 +54,15 @@ def plan(
     *,
     scale_yx: tuple[float, float],
     unit: str | None,
-    first_yx: tuple[float, ...] = (0.0, 0.0),
+    first_yx: tuple[float, float] = (0.0, 0.0),
 ) -> PyramidInfo:
     """Describe the pyramid of a source: its levels, halved until small, at least two."""
     channels, height, width = source.shape
     layout = _layout(source, options, target)
-    levels: list[LevelInfo] = []
-    while len(levels) < 2 or max(levels[-1].shape[1:]) > options.min_level_size:
-        factor = 2 ** len(levels)
-        levels.append(
-            LevelInfo(
-                path=str(len(levels)),
-                shape=(channels, -(-height // factor), -(-width // factor)),
-                layout=layout,
-                scale_yx=(scale_yx[0] * factor, scale_yx[1] * factor),
-                translation_yx=(
-                    first_yx[0] + scale_yx[0] * (factor - 1) / 2,
-                    first_yx[1] + scale_yx[1] * (factor - 1) / 2,
-                ),
-            )
-        )
+    levels = [
+        LevelInfo(str(number), (channels, *size_yx), layout, *halved(number, scale_yx, first_yx))
+        for number, size_yx in enumerate(level_sizes(height, width, options.min_level_size))
+    ]
     if (shards := sum(math.prod(level.shard_grid) for level in levels)) > LIMITS.shards:
         raise ConversionError(f"{target}: would have {shards} shards, more than readers take; choose a larger shard")
     bounds = np.iinfo(source.dtype) if source.dtype.kind in "iu" else None
@@ -90,7 +80,7 @@ def _layout(source: PixelSource, options: ConvertOptions, target: str) -> ShardL
     shuffle = "noshuffle" if dtype.itemsize == 1 else "shuffle"
     codec = BloscCodec(options.codec, CLEVELS[options.codec], shuffle, dtype.itemsize)
     layout = ShardLayout(channels, options.chunk, shard, dtype, codec)
-    if max(layout.grid**2 * layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+    if layout.too_large:
         raise ConversionError(
             f"{target}: chunks of {layout.chunk_bytes} bytes, {layout.grid**2} in a shard, which readers refuse; "
             "choose another chunk"

@@ -32,6 +32,27 @@ def name_channels(labels: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(labels) if len(labels) == count else tuple(str(i) for i in range(count))
 
 
+def level_sizes(height: int, width: int, smallest: int) -> list[tuple[int, int]]:
+    """Heights and widths of our levels, at least two, halved until the longer side is no more than ``smallest``."""
+    sizes = [(height, width)]
+    while len(sizes) < 2 or max(sizes[-1]) > smallest:
+        sizes.append(half_size(*sizes[-1]))
+    return sizes
+
+
+def half_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the next coarser level; an odd edge is rounded up."""
+    return (-(-height // 2), -(-width // 2))
+
+
+def halved(
+    number: int, scale_yx: tuple[float, float], first_yx: tuple[float, float]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Pixel size and centre of the first pixel of level ``number``, of those of level 0: means lie in the middle."""
+    (y, x), (first_y, first_x), factor = scale_yx, first_yx, 2**number
+    return (y * factor, x * factor), (first_y + y * (factor - 1) / 2, first_x + x * (factor - 1) / 2)
+
+
 def check_levels(shapes_yx: Sequence[tuple[int, int]], scales_yx: Sequence[tuple[float, float]]) -> None:
     """See that levels come finest first, and that each one's pixels are as large as its size says.
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from storage import typed
 from storage.errors import CorruptImageError, NotAPyramidError
-from storage.format.ome_zarr import load_json
 from storage.limits import LIMITS
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def find_image(read: Callable[[str], bytes], where: str, root: dict[str, Any]) -
             prefix = "0/"
             inner = load_json(read, "0/zarr.json", where) if root else {}
             _, attributes = _attributes(read, prefix, where, inner)
-        return _parse(attributes, prefix, zarr_format, where)
+        return parse_image(attributes, where, zarr_format, prefix)
     except ValueError as error:
         raise CorruptImageError(f"{where}: damaged metadata ({error})") from error
 
@@ -111,7 +110,21 @@ def _attributes(
     return 3, typed.mapping(attributes.get("ome"), "ome")
 
 
-def _parse(attributes: dict[str, Any], prefix: str, zarr_format: int, where: str) -> Multiscale:
+def load_json(read: Callable[[str], bytes], key: str, where: str) -> dict[str, Any]:
+    """Read a metadata file; ``NotAPyramidError`` where it is missing, ``CorruptImageError`` where it is damaged."""
+    try:
+        return typed.parse_object(read(key))
+    except FileNotFoundError:
+        raise NotAPyramidError(f"{where}: no {key} here; convert the image first") from None
+    except ValueError as error:
+        raise CorruptImageError(f"{where}: {key} is damaged ({error})") from error
+
+
+def parse_image(attributes: dict[str, Any], where: str, zarr_format: int = 3, prefix: str = "") -> Multiscale:
+    """Check the OME attributes of an image; the paths of its levels begin with ``prefix``.
+
+    Raises ``NotAPyramidError`` for what is not read, ``ValueError`` for what is damaged.
+    """
     for key, what in OTHERS.items():
         # An image may list labels beside its own levels; a plate, well or label is never the image meant.
         if key in attributes and not (key == "labels" and "multiscales" in attributes):
@@ -138,7 +151,7 @@ def _parse(attributes: dict[str, Any], prefix: str, zarr_format: int, where: str
         for dataset in typed.items(multiscale.get("datasets"), "datasets", most=LIMITS.levels)
     )
     if not datasets:
-        raise NotAPyramidError(f"{where}: an image without levels")
+        raise ValueError("an image without levels")
     omero = typed.mapping(attributes.get("omero"), "omero")
     channels = typed.items(omero.get("channels", []), "channels")
     labels = [channel.get("label") if isinstance(channel, dict) else None for channel in channels]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import sys
 import zlib
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ import numpy as np
 from storage import typed
 from storage.errors import CorruptImageError, NotAPyramidError
 from storage.format.levels import check_levels
+from storage.format.ngff import load_json, parse_image
 from storage.format.shard import BloscCodec, ShardLayout
 from storage.limits import LIMITS
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+    from storage.format.ngff import Dataset, Multiscale
 
 FORMAT = 3  # of the nested_ats block and of what lies in shards
 CHECKSUM = "crc32"  # of the root document, in the nested_ats block
@@ -44,7 +46,6 @@ DOWNSAMPLING = {
     "method": "storage.convert",
     "description": "mean of 2x2 pixels, of those inside the image at odd edges; integers are rounded half up",
 }
-_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,11 @@ def pyramid_info(root: dict[str, Any], read: Callable[[str], bytes], where: str)
     """Check the metadata of a pyramid whose root document is read already; the rest is as `parse_pyramid` has it."""
     try:
         attributes = typed.mapping(root.get("attributes"), "attributes")
-        if "multiscales" not in typed.mapping(attributes.get("ome"), "ome"):
-            raise NotAPyramidError(f"{where}: no OME-Zarr 0.5 multiscales; convert the image first")
+        image = parse_image(typed.mapping(attributes.get("ome"), "ome"), where)
         own = typed.mapping(attributes.get("nested_ats"), "nested_ats")
         if own.get("format") != FORMAT:
             raise NotAPyramidError(f"{where}: written by another version of this package; convert the image again")
-        info = _parse(root, attributes["ome"], own, read, where)
+        info = _parse(root, image, own, read, where)
         if typed.member(own, CHECKSUM) != _checksum(root):
             raise CorruptImageError(
                 f"{where}: zarr.json is not as it was written (its checksum differs); convert again"
@@ -268,64 +268,46 @@ def _own_json(info: PyramidInfo) -> dict[str, Any]:
 
 
 def _parse(
-    root: dict[str, Any], ome: dict[str, Any], own: dict[str, Any], read: Callable[[str], bytes], where: str
+    root: dict[str, Any], image: Multiscale, own: dict[str, Any], read: Callable[[str], bytes], where: str
 ) -> PyramidInfo:
-    first, *_ = typed.items(ome["multiscales"], "multiscales", most=LIMITS.levels) or [None]
-    multiscale = typed.mapping(first, "multiscales")
-    axes = typed.items(multiscale.get("axes"), "axes", most=LIMITS.levels)
-    if ome.get("version") != "0.5" or tuple(typed.member(axis, "name") for axis in axes) != AXES:
+    if image.axes != AXES:
         raise NotAPyramidError(f"{where}: only OME-Zarr 0.5 with the axes c, y, x is read")
-    datasets = typed.items(multiscale.get("datasets"), "datasets", most=LIMITS.levels)
-    if not datasets:
-        raise ValueError("an image without levels")
-    tables = typed.items(own.get("shards"), "shards", count=len(datasets))
+    tables = typed.items(own.get("shards"), "shards", count=len(image.datasets))
     copies = typed.mapping(typed.mapping(root.get("consolidated_metadata"), "copies").get("metadata"), "copies")
     levels = []
-    for dataset, table in zip(datasets, tables, strict=True):
-        path = typed.member(dataset, "path")
-        if not isinstance(path, str) or not _PATH.fullmatch(path):
-            raise NotAPyramidError(f"{where}: the level path {typed.shown(path)} leaves the pyramid")
-        array = copies.get(path) or load_json(read, f"{path}/zarr.json", where)
-        levels.append(_parse_level(path, dataset, typed.mapping(array, "an array"), table, where))
-    omero = typed.mapping(ome.get("omero"), "omero").get("channels") or []
-    labels = [typed.mapping(channel, "a channel") for channel in typed.items(omero, "channels", most=LIMITS.channels)]
-    window = typed.mapping(labels[0].get("window"), "window") if labels else {}
-    unit = axes[1].get("unit")
+    for dataset, table in zip(image.datasets, tables, strict=True):
+        array = copies.get(dataset.path) or load_json(read, f"{dataset.path}/zarr.json", where)
+        levels.append(_parse_level(dataset, typed.mapping(array, "an array"), table, where))
     return PyramidInfo(
-        name=typed.label(multiscale.get("name"), ""),
-        unit=None if unit is None else typed.text(unit, "unit"),
-        channels=tuple(typed.label(channel.get("label"), str(i)) for i, channel in enumerate(labels)),
-        window=(
-            typed.number(window.get("start", 0), "start", -sys.float_info.max, sys.float_info.max),
-            typed.number(window.get("end", 1), "end", -sys.float_info.max, sys.float_info.max),
-        ),
+        name=image.name,
+        unit="micrometer" if image.micrometers_yx == (1.0, 1.0) else None,
+        channels=image.labels,
+        window=_window(root["attributes"]["ome"]),
         levels=tuple(levels),
         provenance=typed.mapping(own.get("provenance"), "provenance"),
     )
 
 
-def _parse_level(path: str, dataset: Any, array: dict[str, Any], table: Any, where: str) -> LevelInfo:
+def _window(ome: dict[str, Any]) -> tuple[float, float]:
+    channels = typed.items(typed.mapping(ome.get("omero"), "omero").get("channels") or [{}], "channels")
+    window = typed.mapping(typed.mapping(channels[0], "a channel").get("window"), "window")
+    most = sys.float_info.max
+    start, end = (typed.number(window.get(key, usual), key, -most, most) for key, usual in (("start", 0), ("end", 1)))
+    return start, end
+
+
+def _parse_level(dataset: Dataset, array: dict[str, Any], table: Any, where: str) -> LevelInfo:
+    path = dataset.path
     channels, height, width = typed.integers(array.get("shape"), "shape", 1, LIMITS.side, count=len(AXES))
     layout = _parse_layout(array, where)
     if layout.channels != channels or channels * height * width > LIMITS.samples:
         raise ValueError(f"level {path} has the shape {(channels, height, width)}")
-    if max(layout.grid**2 * layout.chunk_bytes, layout.index_bytes) > LIMITS.segment_bytes:
+    if layout.too_large:
         raise ValueError(
             f"level {path} claims shards of {layout.grid} x {layout.grid} chunks of {layout.chunk_bytes} bytes"
         )
-    steps = {"translation": [0.0, 0.0, 0.0]}
-    for step in typed.items(dataset.get("coordinateTransformations"), "coordinateTransformations", most=2):
-        kind = typed.text(typed.member(step, "type"), "type")
-        steps[kind] = typed.member(step, kind)
-    scale = typed.numbers(steps.get("scale"), "scale", len(AXES), typed.SMALLEST)
-    translation = typed.numbers(steps["translation"], "translation", len(AXES))
-    level = LevelInfo(
-        path=path,
-        shape=(channels, height, width),
-        layout=layout,
-        scale_yx=(scale[1], scale[2]),
-        translation_yx=(translation[1], translation[2]),
-    )
+    (_, *scale), (_, *first) = dataset.scale, dataset.translation
+    level = LevelInfo(path, (channels, height, width), layout, (scale[0], scale[1]), (first[0], first[1]))
     return with_shards(level, *(typed.items(typed.member(table, key), key) for key in SHARD_COLUMNS))
 
 
@@ -375,16 +357,6 @@ def _parse_layout(array: dict[str, Any], where: str) -> ShardLayout:
     if not all(array.get(key) == expected[key] for key in ("chunk_grid", "codecs", "fill_value")):
         raise refused
     return layout
-
-
-def load_json(read: Callable[[str], bytes], key: str, where: str) -> dict[str, Any]:
-    """Read a metadata file; ``NotAPyramidError`` where it is missing, ``CorruptImageError`` where it is damaged."""
-    try:
-        return typed.parse_object(read(key))
-    except FileNotFoundError:
-        raise NotAPyramidError(f"{where}: no {key} here; convert the image first") from None
-    except ValueError as error:
-        raise CorruptImageError(f"{where}: {key} is damaged ({error})") from error
 
 
 def _dump(value: dict[str, Any]) -> bytes:

@@ -24,6 +24,7 @@ import numpy as np
 from numcodecs import blosc
 
 from storage.errors import CorruptImageError
+from storage.limits import LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,6 +98,11 @@ class ShardLayout:
     def max_shard_bytes(self) -> int:
         """Bytes of a shard file at most."""
         return self.grid * self.grid * self.max_stored_bytes + self.index_bytes
+
+    @property
+    def too_large(self) -> bool:
+        """Whether a decoded shard or its index is larger than readers take."""
+        return max(self.grid**2 * self.chunk_bytes, self.index_bytes) > LIMITS.segment_bytes
 
 
 @dataclass(frozen=True, slots=True)

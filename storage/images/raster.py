@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import imagecodecs
@@ -64,12 +65,9 @@ class RasterImage(Image):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> None:
-        file = RandomFile(path)
-        super().__init__(file.location, limits)
-        try:
+        with closing(RandomFile(path)) as file:
+            super().__init__(file.location, limits)
             pixels = self._decode(self._read(file))  # (H, W, C)
-        finally:
-            file.close()
         height, width, channels = pixels.shape
         self.shape = (channels, height, width)
         self.dtype = pixels.dtype

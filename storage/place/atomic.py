@@ -16,13 +16,7 @@ MAX_PIECES = 512  # in one call; Linux takes 1024
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write a file that takes the place of ``path`` when the block ends well, and goes if it does not.
-
-    Raises
-    ------
-    OSError
-        It cannot be given its name.
-    """
+    """Yield where to write what takes the place of ``path`` when the block ends well, and goes if it does not."""
     # A name by chance, and not by process: machines that share a disk may have processes of one number.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().int % 10**12}.tmp")
     try:
@@ -37,24 +31,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_file(
     path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool = True, read_again: bool = True
 ) -> None:
-    """Write a file under a temporary name, flush it to the disk and rename it.
+    """Write a file under a temporary name, flush it to the disk, unless it need not be ``durable``, and rename it.
 
-    Parameters
-    ----------
-    path
-        Where; its folder is there. What was there before still is if this fails.
-    pieces
-        What, one after the other.
-    durable
-        Flush it. Not to do so saves time where nothing is lost with the file.
-    read_again
-        Whether it will be read soon. One that is not leaves the page cache, which a stream of gigabytes would only
-        fill for nothing.
-
-    Raises
-    ------
-    OSError
-        It cannot be written.
+    What was there before still is where this raises ``OSError``. A file that is not ``read_again`` soon leaves the
+    page cache, which a stream of gigabytes would only fill for nothing.
     """
     with replacing(path) as temporary, open(temporary, "wb", buffering=0) as file:
         _write_all(file.fileno(), pieces)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 from collections import OrderedDict
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import CorruptImageError, MissingImageError, StorageError, UnsupportedImageError
@@ -118,13 +119,10 @@ def fingerprint(location: str | os.PathLike[str]) -> dict[str, Any]:
     dict
         ``name``, ``bytes``, ``mtime_ns`` (of a URL ``e_tag`` instead, or ``last_modified``) and ``ends_sha256``.
     """
-    file = RandomFile(location)
-    try:
+    with closing(RandomFile(location)) as file:
         digest = hashlib.sha256(file.read_at(0, SAMPLED_BYTES))
         digest.update(file.read_at(max(0, file.size - SAMPLED_BYTES), SAMPLED_BYTES))
         return file.identity() | {"ends_sha256": digest.hexdigest()}
-    finally:
-        file.close()
 
 
 def _runs(ranges: Iterable[Range], gap: int) -> Iterator[list[Range]]:

@@ -99,7 +99,7 @@ class Lease:
         if not self._over.is_set():
             self.stop()
             self._entry["released"] = True
-            with contextlib.suppress(Occupied, StorageError):
+            with contextlib.suppress(StorageError):
                 entry, meta = self._read()
                 if meta is not None and self._is_own(entry):
                     self._put(mark_of(meta))

@@ -38,7 +38,7 @@ class NotAFile(Exception):  # noqa: N818  its callers make an error of it that n
     """What was opened is a folder, a pipe, a socket or a device; the text says which."""
 
 
-def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
+def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a file for reading and return its descriptor; what is no file is refused, and never waited for.
 
     Raises
@@ -46,7 +46,7 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
     NotAFile
     OSError
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)  # a pipe would wait for its writer
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
@@ -102,6 +102,11 @@ class _Descriptors:
                 self._open.popitem(last=False)
         return opened
 
+    def forget(self, store: int, key: str) -> None:
+        """Close a file that is replaced or deleted, once no thread is reading it."""
+        with self._lock:
+            self._open.pop((store, key), None)
+
     def close(self, store: int) -> None:
         """Close the files of a store that no thread is reading."""
         with self._lock:
@@ -119,16 +124,9 @@ _numbers = itertools.count()
 
 
 class LocalStore:
-    """A folder; see ``storage.place.stores.Store``.
+    """A folder, which workers on other machines must see under the same name; see ``storage.place.stores.Store``.
 
-    Workers on other machines must see it under the same name.
-
-    Parameters
-    ----------
-    root
-        The folder.
-    follow_links
-        Whether to read what a link leads to out of it, where a user has named the file; a pyramid may be anybody's.
+    ``follow_links`` is for files that the user has named; a pyramid may be anybody's, and none is followed out of it.
     """
 
     concurrency = 1
@@ -208,12 +206,14 @@ class LocalStore:
             raise Occupied(f"{path}: another conversion has written this; run again")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, pieces, read_again=read_again)
+        _descriptors.forget(self.number, key)
         return ""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete files, if they are there."""
         for key in keys:
             Path(self.name, key).unlink(missing_ok=True)
+            _descriptors.forget(self.number, key)
 
     def close(self) -> None:
         """Close the files that no thread is reading."""
@@ -226,17 +226,7 @@ class LocalStore:
             return False
 
     def open(self, key: str) -> int:
-        """Open a file; one to which a link leads out of the folder is refused, unless they are followed.
-
-        Raises
-        ------
-        FileNotFoundError
-            There is none.
-        CorruptImageError
-            It is no file, or lies outside.
-        StorageError
-            It cannot be read.
-        """
+        """Open a file; one to which a link leads out of the folder is refused, unless they are followed."""
         path = f"{self.name}/{key}"
         try:
             fd = open_regular(path)

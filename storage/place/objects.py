@@ -59,14 +59,10 @@ class ObjectRequests:
         from obstore.exceptions import GenericError
 
         self.url = url
-        self.passing: tuple[type[Exception], ...] = (GenericError,)
+        self.passing: tuple[type[Exception], ...] = (GenericError, retry.Retryable)
         self._store = connect(url, timeout_s)
 
-    def get(self, key: str, limit: int) -> bytes:
-        """Return a whole object of at most ``limit`` bytes."""
-        return self.get_with_meta(key, limit)[0]
-
-    def get_with_meta(self, key: str, limit: int) -> tuple[bytes, ObjectMeta]:
+    def get(self, key: str, limit: int) -> tuple[bytes, ObjectMeta]:
         """Return a whole object of at most ``limit`` bytes, and what the store knows of it."""
         return self._read(key, limit, None)
 
@@ -99,6 +95,8 @@ class ObjectRequests:
         except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
             if isinstance(mode, str) and isinstance(error, FileNotFoundError):  # there is no such bucket
                 raise TransferError(first_line(error)) from error
+            if not isinstance(mode, str) and isinstance(error, AlreadyExistsError):  # S3 has another put in flight
+                raise retry.Retryable(first_line(error)) from error
         raise Occupied(f"{self.url}/{key}: another conversion has written this; run again")
 
     def delete(self, keys: Sequence[str]) -> None:

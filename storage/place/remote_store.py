@@ -31,22 +31,9 @@ MERGE_GAP = 256 * 1024
 class RemoteStore:
     """What lies below a URL (http, https, s3, gs, az); see ``storage.place.stores.Store``.
 
-    All requests can be repeated safely, also those that write: what they ask for is a state.
-
-    Parameters
-    ----------
-    url
-        Where.
-    timeout_s
-        After which a request is given up; ``retry.TIMEOUT_S`` by default.
-    patience
-        With requests that fail; that of reading by default.
-
-    Raises
-    ------
-    TransferError
-        The URL is not of a kind that can be opened, S3 has no credentials, or this process was forked from one that
-        had opened a URL.
+    A request is given up after ``timeout_s`` and repeated with ``patience``, by default those of reading. That is
+    safe for all of them, also those that write: what they ask for is a state. A URL that cannot be opened raises
+    ``TransferError``.
     """
 
     merge_gap = MERGE_GAP
@@ -64,11 +51,11 @@ class RemoteStore:
 
     def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> bytes:
         """Return the whole object."""
-        return self._ask(key, partial(self._requests.get, key, limit))
+        return self.get_with_meta(key, limit)[0]
 
     def get_with_meta(self, key: str, limit: int = LIMITS.metadata_bytes) -> tuple[bytes, ObjectMeta]:
         """Return the whole object, and what the object store knows of it."""
-        return self._ask(key, partial(self._requests.get_with_meta, key, limit))
+        return self._ask(key, partial(self._requests.get, key, limit))
 
     def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         """Yield the bytes of each range, one after the other; a server that answers anything else raises."""
@@ -92,30 +79,14 @@ class RemoteStore:
         return tag_of(self.put_if("create" if if_absent else "overwrite", key, pieces))
 
     def put_if(self, mode: PutMode, key: str, pieces: Iterable[bytes]) -> UpdateVersion:
-        """Store one object, whole or not at all, if the condition holds.
+        """Store one object, whole or not at all, and return its mark.
 
-        Parameters
-        ----------
-        mode
-            "create" if there must be none yet, the mark of the one that is to be replaced, or "overwrite" for any.
-        key
-            Where.
-        pieces
-            What.
-
-        Returns
-        -------
-        UpdateVersion
-            The mark of the new object.
+        ``mode`` is "create" if there must be none yet, the mark of the one that is to be replaced, or "overwrite".
 
         Raises
         ------
         Occupied
             The condition does not hold, and the object that is there is another.
-        ConversionError
-            The store refuses.
-        TransferError
-            The store did not answer, though asked several times.
         """
         data = b"".join(pieces)
         try:
@@ -142,18 +113,9 @@ class RemoteStore:
             raise TransferError(f"{self.name}: does not exist; check the URL") from error
 
     def _ask(self, key: str, request: Callable[[], T], *, writes: bool = False) -> T:
-        """Make a request, and again where that may help.
+        """Make a request, and again where that may help, or raise an error of ours that names the object.
 
-        Raises
-        ------
-        FileNotFoundError
-            It is not there.
-        CorruptImageError
-            There is more of it than there may be.
-        ConversionError
-            The store refuses to write.
-        TransferError
-            The request failed too often.
+        One that is not there stays a ``FileNotFoundError``; a store that refuses to write is a ``ConversionError``.
         """
         location = f"{self.name}/{key}".rstrip("/")
         check_not_forked(location)

@@ -6,6 +6,7 @@ conditional put or a delete that timed out, nor a listing that broke off. All ou
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -26,7 +27,7 @@ class Patience:
 
 TIMEOUT_S = 60.0  # of one request, from its first byte to the last of its answer
 READING = Patience(retries=4, seconds=60.0)  # a slide that does not come is reported, and the others go on
-WRITING = Patience(retries=7, seconds=600.0)  # a conversion or training of hours may depend on it
+WRITING = Patience(retries=8, seconds=600.0)  # a conversion or training of hours may depend on it
 FIRST_PAUSE_S = 0.1  # before the first repeat, doubled before each further one
 
 
@@ -43,5 +44,5 @@ def repeat(request: Callable[[], T], passing: tuple[type[Exception], ...], patie
         except passing:
             if time.monotonic() - started > patience.seconds:
                 raise
-        time.sleep(FIRST_PAUSE_S * 2**number)
+        time.sleep(FIRST_PAUSE_S * 2**number * random.uniform(0.5, 1.5))  # noqa: S311  so that not all come at once
     return request()

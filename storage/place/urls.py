@@ -24,10 +24,7 @@ def is_web(url: str) -> bool:
 def check_url(url: str) -> None:
     """See that a URL is one of ``SCHEMES``, names a host or bucket and has no query, which obstore would drop.
 
-    Raises
-    ------
-    TransferError
-        It is not.
+    Raises ``TransferError`` where it is not.
     """
     try:
         parts = urlsplit(url)
@@ -49,13 +46,7 @@ _opened_in: int | None = None  # process that first opened a URL
 
 
 def begin(url: str) -> None:
-    """Check a URL that is about to be opened, and note that this process opens URLs.
-
-    Raises
-    ------
-    TransferError
-        As ``check_url`` and ``check_not_forked``.
-    """
+    """Check a URL that is about to be opened, and note that this process opens URLs; raises ``TransferError``."""
     global _opened_in  # noqa: PLW0603
     check_url(url)
     check_not_forked(url)
@@ -63,12 +54,9 @@ def begin(url: str) -> None:
 
 
 def check_not_forked(location: str) -> None:
-    """See that URLs can be read in this process; obstore's threads are lost in a fork, and it would wait for ever.
+    """See that URLs can be read in this process, or raise ``TransferError``.
 
-    Raises
-    ------
-    TransferError
-        This process was forked from one that had opened a URL.
+    The threads that read them are lost where it was forked from one that had opened a URL; it would wait for ever.
     """
     if _opened_in not in (None, os.getpid()):
         raise TransferError(f"{location}: URLs cannot be read in a forked process; start it by spawn or forkserver")

@@ -17,7 +17,7 @@ import threading
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 from urllib.parse import quote
 
 from storage.errors import CorruptImageError, TransferError
@@ -46,16 +46,16 @@ class WebRequests:
     url: str
     timeout_s: float
 
-    def get(self, key: str, limit: int) -> bytes:
-        """Return a whole file of at most ``limit`` bytes."""
+    def get(self, key: str, limit: int) -> tuple[bytes, Any]:
+        """Return a whole file of at most ``limit`` bytes, and None for what an object store would know of it."""
 
-        async def read(answer: aiohttp.ClientResponse) -> bytes:
+        async def read(answer: aiohttp.ClientResponse) -> tuple[bytes, None]:
             length = answer.content_length
             body = None if length is not None and length > limit else await _body(answer, limit)
             if body is None:
                 held = "more" if length is None else f"{length} bytes, more"
                 raise CorruptImageError(f"{self.url}/{key}: holds {held} than the {limit} it may")
-            return body
+            return body, None
 
         return self._request("GET", key, {}, read)
 
@@ -96,7 +96,7 @@ class WebRequests:
     def _refuse(self, *_: object) -> NoReturn:
         raise TransferError("web servers are for reading, and do not tell what they hold")
 
-    get_with_meta = entries = list_folder = put = delete = _refuse
+    entries = list_folder = put = delete = _refuse
 
     def _request(
         self, method: str, key: str, headers: dict[str, str], read: Callable[[aiohttp.ClientResponse], Awaitable[T]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.format.levels import Level
+from storage.format.levels import Level, halved, level_sizes
 from storage.images.halving import downsample
 from storage.images.raster import RasterImage
 from storage.place.files import RandomFile
@@ -41,9 +41,10 @@ class MemorySource:
         counters.add(requests=1, read=size)
         self.dtype = pixels.dtype
         self._pixels = [pixels]
-        while len(self._pixels) < 2 or max(self._pixels[-1].shape[1:]) > MIN_LEVEL_SIZE:
+        sizes = level_sizes(height, width, MIN_LEVEL_SIZE)
+        for _ in sizes[1:]:
             self._pixels.append(downsample(self._pixels[-1]))
-        self.levels = tuple(_level(level.shape, 2.0**i) for i, level in enumerate(self._pixels))
+        self.levels = tuple(_level(number, size_yx) for number, size_yx in enumerate(sizes))
         self.memory_bytes = sum(level.nbytes for level in self._pixels)
 
     @cached_property
@@ -64,15 +65,14 @@ class MemorySource:
         """Nothing to give back but memory, which goes with the slide."""
 
 
-def _level(shape: tuple[int, ...], downsample: float) -> Level:
-    _, height, width = shape
-    first = (downsample - 1) / 2  # the mean of pixels lies in their middle
+def _level(number: int, size_yx: tuple[int, int]) -> Level:
+    scale_yx, first_yx = halved(number, (1.0, 1.0), (0.0, 0.0))
     return Level(
-        shape_yx=(height, width),
-        downsample=downsample,
+        shape_yx=size_yx,
+        downsample=scale_yx[0],
         mpp=None,
-        chunk=max(height, width),
-        shard=max(height, width),
-        scale_yx=(downsample, downsample),
-        translation_yx=(first, first),
+        chunk=max(size_yx),
+        shard=max(size_yx),
+        scale_yx=scale_yx,
+        translation_yx=first_yx,
     )

@@ -18,7 +18,8 @@ import numpy as np
 
 from storage.errors import NotAPyramidError, UnsupportedImageError
 from storage.format.levels import Level
-from storage.format.ome_zarr import is_own, load_json, pyramid_info
+from storage.format.ngff import load_json
+from storage.format.ome_zarr import is_own, pyramid_info
 from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
 from storage.place.stores import open_store
 from storage.place.urls import is_remote

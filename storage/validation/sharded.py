@@ -16,7 +16,9 @@ import numpy as np
 
 from storage.conversion.build import children
 from storage.errors import CorruptImageError, NotAPyramidError, StorageError, TransferError
-from storage.format.ome_zarr import LevelInfo, PyramidInfo, load_json, pyramid_info
+from storage.format.levels import half_size, halved
+from storage.format.ngff import load_json
+from storage.format.ome_zarr import LevelInfo, PyramidInfo, pyramid_info
 from storage.format.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
 from storage.images.halving import downsample
 from storage.place.urls import is_remote
@@ -64,9 +66,8 @@ def _check_copies(check: Check, store: Store, info: PyramidInfo, copies: dict[st
 
 def _check_places(check: Check, levels: tuple[LevelInfo, ...]) -> None:
     """Each level's pixels must have the size and place that halving gives, or patches would come from elsewhere."""
-    scale, first = np.array(levels[0].scale_yx), np.array(levels[0].translation_yx)
     for number, level in enumerate(levels):
-        size, place = scale * 2**number, first + scale * (2**number - 1) / 2
+        size, place = map(np.array, halved(number, levels[0].scale_yx, levels[0].translation_yx))
         sound = np.abs(level.scale_yx - size) <= size * ROUNDING
         sound &= np.abs(level.translation_yx - place) <= (size + np.abs(place)) * ROUNDING
         if not sound.all():
@@ -115,7 +116,7 @@ class _Shards:
     def _is_half(self, number: int, coarser: LevelInfo) -> bool:
         finer = self.levels[number]
         channels, height, width = finer.shape
-        half = coarser.shape == (channels, -(-height // 2), -(-width // 2)) and coarser.layout == finer.layout
+        half = coarser.shape == (channels, *half_size(height, width)) and coarser.layout == finer.layout
         if not half:
             message = f"{coarser.shape} is not half of level {number}, {finer.shape}"
             self.check.add(number + 1, None, "metadata", message)

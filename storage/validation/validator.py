@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.errors import CorruptImageError, NotAPyramidError, TransferError
-from storage.format.ome_zarr import is_own, load_json
+from storage.format.ngff import load_json
+from storage.format.ome_zarr import is_own
 from storage.place.stores import open_store
 from storage.place.urls import is_remote
 from storage.read.slide import Slide

@@ -19,14 +19,14 @@ from storage.place.retry import Patience
 
 TIMEOUT_S = 1.0  # of the client, in tests
 ATTEMPTS = 6  # of a put before it is given up
-FAULTS = ("500", "503", "delay", "close", "lost", "cut", "unconditional")
+FAULTS = ("409", "500", "503", "delay", "close", "lost", "cut", "unconditional")
 
 
 @dataclass
 class Fault:
     """Break requests of one method whose path contains ``path``: after ``skip`` good ones, ``times`` bad ones.
 
-    500, 503: answered so, not forwarded. delay: forwarded, answered after the client gave up. close: connection
+    409, 500, 503: answered so, not forwarded. delay: forwarded, answered after the client gave up. close: connection
     closed, not forwarded. lost: forwarded, then closed without an answer. cut: half of the body. unconditional: the
     store knows nothing of If-Match and If-None-Match.
     """
@@ -59,7 +59,7 @@ class _Proxy(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.judge(self.command, self.path)
-        if fault in {"500", "503"}:
+        if fault in {"409", "500", "503"}:
             self.send_response(int(fault))
             self.send_header("Content-Length", "0")
             self.end_headers()

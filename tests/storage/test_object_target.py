@@ -375,6 +375,14 @@ def test_a_renewal_whose_answer_is_lost_does_not_lose_the_lock(s3, url, monkeypa
         partial._lease.check()
 
 
+def test_a_renewal_that_meets_another_put_in_flight_is_made_again(s3, url):
+    with ObjectPartial.open(url) as partial:
+        s3.fail("409", path="lock", times=2)
+        partial._lease.renew()
+        assert s3.proxy.faults[0].times == 0
+        partial._lease.check()
+
+
 def test_leftovers_of_a_kill_after_the_root_was_written(s3, url, objects, brief):
     target, state = objects
     s3.fail("500", method="POST", times=99)  # deletes
