@@ -23,6 +23,7 @@ from storage.read.cache import ChunkCache
 
 _OPEN_SLIDES = 128  # each holds a few file descriptors
 _NEAR = 0.1  # by which a level's pixels may differ from those that the model looks at, and are taken as they are
+_SQUARE = 0.02  # by which a pixel's sides may differ
 _SAME = 1e-3  # by which two downsamples are one
 _HELD_BYTES = 2 * 2**30  # of PNG, JPEG and BMP images, which are held decoded
 
@@ -116,6 +117,12 @@ def _scale(slide: Slide, mpp: float, own_mpp: float | None) -> float:
         raise DataError(
             f"{slide.location}: does not tell how many micrometres a pixel measures, and the model looks at {mpp:g}; "
             "give it a column mpp in the manifest"
+        )
+    y, x = slide.levels[0].scale_yx
+    if max(y / x, x / y) > 1 + _SQUARE:
+        raise DataError(
+            f"{slide.location}: its pixels are {y / x:.3g} times as high as wide, and model.mpp means square ones; "
+            "resample it, or leave it out"
         )
     wanted = mpp / own_mpp
     nearest = min((level.downsample for level in slide.levels), key=lambda each: abs(math.log(each / wanted)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage.errors import ConversionError
-from storage.format.levels import halved, level_sizes
+from storage.format.levels import MIN_LEVEL_SIZE, halved, level_sizes
 from storage.format.ome_zarr import LevelInfo, PyramidInfo
 from storage.format.shard import BloscCodec, ShardLayout
 from storage.limits import LIMITS
@@ -32,7 +32,7 @@ class ConvertOptions:
     codec: str = "lz4"  # "lz4" reads fastest; "zstd" is smaller
     chunk: int = 128  # pixels, side of what is fetched and decoded at once
     shard: int = 2048  # pixels, side of a file; a multiple of chunk
-    min_level_size: int = 64  # pixels; levels go on until the longer side is no more than this
+    min_level_size: int = MIN_LEVEL_SIZE  # pixels; levels go on until the longer side is no more than this
     mpp: float | None = None  # micrometres per pixel of level 0; None takes the source's
     allow_sparse: bool = False  # take TIFF tiles that are not stored as zeros, instead of refusing the file
 

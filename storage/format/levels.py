@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+MIN_LEVEL_SIZE = 64  # pixels; our levels go on until the longer side is no more than this
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
     """One level of a slide; level 0 is the finest.

@@ -17,6 +17,7 @@ import numpy as np
 
 from storage.errors import MissingImageError, StorageError
 from storage.images.image import OPENSLIDE_SUFFIXES, Image
+from storage.images.tiff_metadata import of_magnification
 from storage.limits import LIMITS, Limits
 from storage.place.urls import is_remote
 
@@ -75,7 +76,8 @@ class OpenSlideImage(Image):
             raise self._unsupported(f"claims {self.sizes_yx[0]} pixels, more than any scanner makes")
         self.segment_yx = (MAX_SIDE, MAX_SIDE)
         pixel = [properties.get(f"openslide.mpp-{axis}") for axis in "yx"]
-        self.mpp_yx = (float(pixel[0]), float(pixel[1])) if pixel[0] and pixel[1] else None
+        power = float(properties.get("openslide.objective-power") or 0)
+        self.mpp_yx = (float(pixel[0]), float(pixel[1])) if pixel[0] and pixel[1] else of_magnification(power)
         colour = properties.get("openslide.background-color", "")
         self._background = tuple(bytes.fromhex(colour)) if len(colour) == 6 else WHITE
         found = properties.get("openslide.quickhash-1")

@@ -43,10 +43,15 @@ def check_claims(tif: tifffile.TiffFile, name: str, limits: Limits) -> None:
 
 
 def mpp_yx(tif: tifffile.TiffFile, key: tifffile.TiffPage) -> tuple[float, float] | None:
-    """Micrometres per pixel (y, x): from the SVS description, OME-XML, or plausible resolution tags."""
+    """Micrometres per pixel (y, x): from the SVS description, OME-XML, or plausible resolution tags.
+
+    An SVS that tells its magnification alone has 10 micrometres over it.
+    """
     if tif.is_svs:
-        found = re.search(r"\bMPP\s*=\s*([0-9.eE+-]+)", key.description)
-        return _plausible(*[_number(found[1])] * 2) if found else None
+        if found := re.search(r"\bMPP\s*=\s*([0-9.eE+-]+)", key.description):
+            return _plausible(*[_number(found[1])] * 2)
+        found = re.search(r"\bAppMag\s*=\s*([0-9.]+)", key.description)
+        return of_magnification(_number(found[1])) if found else None
     if tif.is_ome:
         pixels = _ome_pixels(tif)
         return _plausible(_ome_size(pixels, "Y"), _ome_size(pixels, "X"))
@@ -64,6 +69,11 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return 0.0
+
+
+def of_magnification(power: float) -> tuple[float, float] | None:
+    """Micrometres per pixel (y, x) of an objective: 0.25 at 40."""
+    return _plausible(10 / power, 10 / power) if power > 0 else None
 
 
 def _plausible(y: float, x: float) -> tuple[float, float] | None:

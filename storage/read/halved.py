@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from storage.format.levels import Level
+from storage.format.levels import MIN_LEVEL_SIZE, Level, half_size
 from storage.images.halving import downsample, whole_ratio
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from storage.images.image import Image
 
-MIN_LEVEL_SIZE = 64  # pixels; levels go on until the longer side is no more than this, as in a conversion
 BLOCK = 1024  # pixels, side of what is made of the next finer level at once
 
 
@@ -111,8 +110,7 @@ def _steps(shapes_yx: Sequence[tuple[int, int]]) -> list[_Step]:
 
 
 def _halved(step: _Step) -> _Step:
-    height, width = step.shape_yx
-    return _Step((-(-height // 2), -(-width // 2)), step.downsample * 2, None, step.stored)
+    return _Step(half_size(*step.shape_yx), step.downsample * 2, None, step.stored)
 
 
 def _level(step: _Step, piece: int, known_yx: tuple[float, float] | None) -> Level:

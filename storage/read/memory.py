@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.format.levels import Level, halved, level_sizes
+from storage.format.levels import MIN_LEVEL_SIZE, Level, halved, level_sizes
 from storage.images.halving import downsample
 from storage.images.raster import RasterImage
 from storage.place.files import RandomFile
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from storage.read.source import Counters
-
-MIN_LEVEL_SIZE = 64  # pixels; levels go on until the longer side is no more than this, as in a conversion
 
 
 class MemorySource:

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from nested_ats.images import find_level
@@ -186,6 +187,17 @@ class TestTheWholeWay:
     def test_a_level_that_no_power_of_two_reaches(self, tmp_path, scaled):
         with slide_at(tmp_path / "a.ome.zarr", smooth(400, 520), 0.3) as slide:
             assert check_slide(slide, scaled.model) == [2, 1, 0]
+
+
+def test_pixels_that_are_not_square_are_refused(tmp_path):
+    image = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.6, "axes": "YXS"}
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif", smooth(90, 90).transpose(1, 2, 0), photometric="rgb", metadata=image, ome=True
+    )
+    with Slide(tmp_path / "a.ome.tif") as slide:
+        assert SlideImage(slide).scale == 1.0
+        with pytest.raises(DataError, match=r"a\.ome\.tif: its pixels are 1\.2 times as high as wide"):
+            SlideImage(slide, mpp=0.5)
 
 
 def test_a_mean_of_two_is_that_of_a_conversion(tmp_path):

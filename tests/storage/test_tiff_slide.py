@@ -280,6 +280,16 @@ class TestDamage:
             Slide(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize(
+    ("text", "mpp"),
+    [("AppMag = 40|MPP = 0.2325", 0.2325), ("AppMag = 20", 0.5), ("AppMag = 0", None), ("Date = x", None)],
+)
+def test_pixels_of_an_aperio_slide_in_micrometres(tiff, text, mpp):
+    path, _ = tiff(100, 100, description=f"Aperio Image Library v12|{text}", metadata=None)
+    with Slide(path) as slide:
+        assert slide.mpp == mpp
+
+
 @pytest.mark.data
 class TestRealSlides:
     @pytest.mark.parametrize(
