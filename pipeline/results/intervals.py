@@ -140,8 +140,6 @@ def _ranks(values: Reals) -> Reals:
 
 def _newcombe(value: float, positives: int, negatives: int) -> float:
     """Lower limit: the area from which `value` is just as far as its own standard error allows."""
-    from scipy.optimize import brentq
-
     if value < 1e-9:
         return 0.0
     mean_size = (positives + negatives) / 2 - 1
@@ -150,7 +148,11 @@ def _newcombe(value: float, positives: int, negatives: int) -> float:
         spread = 1 + mean_size * ((1 - area) / (2 - area) + area / (1 + area))
         return value - area - _Z * math.sqrt(max(area * (1 - area), 0.0) * spread / (positives * negatives))
 
-    return float(brentq(excess, 0.0, value - 1e-10))
+    low, high = 0.0, value - 1e-10
+    for _ in range(60):  # until no other number lies between
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return low
 
 
 def _logistic(value: float) -> float:
