@@ -380,12 +380,12 @@ def convert_published(
     folder = chosen.data or make(data_folder(chosen))
     write_manifest(chosen.out / "published.csv", read(folder))
     run("convert", chosen.out / "published.csv", "--out", chosen.out / "pyramids")
-    return chosen.out / "pyramids" / "manifest.csv"
+    return Path(chosen.out / "pyramids" / "manifest.csv")
 
 
 def data_folder(chosen: argparse.Namespace) -> Path:
     """Folder of images in the published layout: --data, or what is made instead."""
-    return chosen.data or chosen.out / "made"
+    return Path(chosen.data or chosen.out / "made")
 
 
 def with_attention(experiment: Experiment, results: Sequence[Result]) -> list[Method]:

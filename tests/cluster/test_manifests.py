@@ -282,7 +282,7 @@ def allocation(tmp_path):
         with (tmp_path / "log").open("w") as log:
             return subprocess.Popen(["bash", "job.sh"], env=environment | more, cwd=tmp_path, stdout=log, stderr=log)
 
-    start.folder, start.number = tmp_path, number
+    start.folder, start.number = tmp_path, number  # type: ignore[attr-defined]
     yield start
     for pid in (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else ():
         if psutil.pid_exists(int(pid)):

@@ -169,7 +169,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_last_stage(manifest, monkeypatc
             raise KeyboardInterrupt
         return actual(entries, config, *arguments, **options)
 
-    actual = experiment.train
+    actual = experiment.train  # type: ignore[attr-defined]
     monkeypatch.setattr(experiment, "train", stop)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(EXPERIMENT, manifest, tmp_path, only=["ATS-2"], device="cpu")
