@@ -18,7 +18,7 @@ from cluster.errors import ClusterError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-RAY_VERSION = "2.60.0"  # of the image that Dockerfile makes; constraints.txt has the same
+RAY_VERSION = "2.60.0"  # Dockerfile's image has it, and so has constraints.txt
 _FIELD = re.compile(r"\{\{ (\w+)(\??) \}\}")
 
 
