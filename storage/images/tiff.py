@@ -1,13 +1,14 @@
-"""The baseline image of a TIFF: checked before decoding, then read box by box.
+"""Check the baseline image of a TIFF before it is decoded, then read it box by box.
 
 Notable: only the tiles or strips that a box touches are read (threads share one descriptor or connection) and
-decoded, by tifffile's own decoder, so level 0 equals ``tifffile.imread``. What tifffile reads silently wrong, a
-segment that is not stored, too few segments or one that is cut short, is refused here first.
+decoded, by tifffile's own decoder, so level 0 equals ``tifffile.imread``. Some things tifffile reads wrongly without
+a word: a segment that is not stored or is cut short, and too few segments. They are refused here first.
 
-Accepted: tiled or striped, planar or not, classic or BigTIFF, OME-TIFF, SVS, SCN, Philips and other whole-slide
-TIFFs; axes YX, YXS, SYX or CYX; grey, RGB, YCbCr (as JPEG), CMYK (kept as four channels) and palettes (as the RGB
-that they stand for); the types of ``DTYPES`` and those that one of them holds exactly. Everything else is refused by
-name: see ``storage.images.tiff_kinds``. What tifffile logs names no file: it goes to this module's log, at debug.
+A TIFF may be tiled or striped, planar or not, classic or BigTIFF, OME-TIFF, SVS, SCN, Philips or another whole-slide
+TIFF. It may have the axes YX, YXS, SYX or CYX, and be grey, RGB, YCbCr (as JPEG), CMYK (kept as four channels) or a
+palette (read as the RGB that it stands for), in one of ``DTYPES`` or a type that one of them holds exactly.
+Everything else is refused by name: see ``storage.images.tiff_kinds``. tifffile's log lines name no file, so they go
+to this module's log, at debug.
 
 Shape letters: C channels, H height, W width, S samples of a pixel stored together.
 """
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from storage.place.files import Range
 
 STREAM_HEADERS = {"JPEG": whole_jpeg_header, "JPEG 2000": j2k_header, "WebP": webp_header}
-# What decides how a page's segments are decoded.
+# These decide how a page's segments are decoded.
 STORED_AS = (
     "compression",
     "predictor",
@@ -77,7 +78,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _ours(record: logging.LogRecord) -> bool:
-    """Let pass what tifffile logs of files that others read; of ours it goes, with the file's name, to our log."""
+    """Let pass what tifffile logs about files that others read, and send what it logs about ours to our own log."""
     if location := _reading.get():
         _logger.debug("%s: %s", location, record.getMessage())
     return not location
@@ -97,16 +98,17 @@ def _named(location: str) -> Iterator[None]:
 
 
 class TiffImage(Image):
-    """Random access to the baseline image of a TIFF file; thread safe; see ``Image``.
+    """Gives random access to the baseline image of a TIFF file, also to several threads; see ``Image``.
 
     Parameters
     ----------
     path
         A path or a URL (http, https, s3, gs, az).
     allow_sparse
-        Read tiles that are not stored as zeros (or the file's own "no data" value) rather than refuse the file.
+        Whether to read tiles that are not stored as zeros (or the file's own "no data" value), rather than refuse the
+        file.
     limits
-        Caps on what the file may claim.
+        The limits of what the file may claim.
 
     Raises
     ------
@@ -152,7 +154,7 @@ class TiffImage(Image):
             raise self._unsupported(reason)
         self._colours = palette(key) if key.photometric == PALETTE else None
         self._stored = key.samplesperpixel if key.planarconfig == 1 else 1  # S
-        self._made = self._stored if self._colours is None else 3  # of S samples
+        self._made = self._stored if self._colours is None else 3  # channels that S samples become
         self.shape = (samples * self._made // max(self._stored, 1), key.imagelength, key.imagewidth)
         self.dtype = held_as(key)
         self._file_dtype = np.dtype(key.dtype).newbyteorder(tif.byteorder)
@@ -171,7 +173,7 @@ class TiffImage(Image):
         self.channels = channel_names(tif, key, self.shape[0])
 
     def _check_format(self, tif: tifffile.TiffFile) -> None:
-        """Refuse what tifffile's own look at the metadata would choke on, and tiles that must be stitched."""
+        """Refuse metadata that would be too much for tifffile, and tiles that must be stitched."""
         check_claims(tif, self.location, self._limits)
         if tif.is_bif and any(_bif_overlaps(page) for page in tif.pages):
             raise self._unsupported(f"a BIF whose tiles overlap, which are not stitched; {REWRITE_SLIDE}")
@@ -191,7 +193,7 @@ class TiffImage(Image):
         return axes
 
     def _check_sizes(self, key: tifffile.TiffPage) -> None:
-        """Refuse what could not be held."""
+        """Refuse what could not be held in memory."""
         channels, height, width = self.shape
         if channels > self._limits.channels:
             raise self._unsupported(
@@ -233,14 +235,14 @@ class TiffImage(Image):
                 )
 
     def _check_alike(self, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
-        """Refuse a plane that is stored otherwise than the first, as which tifffile would decode it."""
+        """Refuse a plane that is not stored like the first, because tifffile would decode it like that one."""
         key = self._key
         own = page.aspage() if page.offset else key  # ImageJ's later planes may have no directory of their own
         if any(getattr(own, name) != getattr(key, name) for name in STORED_AS):
             raise self._unsupported(DIFFERENT_PLANES)
 
     def _check_segments(self, *, allow_sparse: bool) -> None:
-        """Every segment must be stored, rightly placed and long enough for its pixels; ratios must be sane."""
+        """Check that every segment is stored, rightly placed and long enough, and that ratios are plausible."""
         offsets = np.concatenate([plane.offsets for plane in self._planes])
         counts = np.concatenate([plane.counts for plane in self._planes])
         stored = (offsets != 0) | (counts != 0)
@@ -271,7 +273,7 @@ class TiffImage(Image):
         CorruptImageError
             A segment cannot be decoded.
         TransferError
-            It does not arrive.
+            A segment does not arrive.
         ValueError
             The box leaves the image.
         """
@@ -288,13 +290,13 @@ class TiffImage(Image):
         return out
 
     def _held(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """(h, w, C) of (h, w, S): colours for a palette's numbers, 0 and 255 for bits; else as they are."""
+        """Turn (h, w, S) into (h, w, C): a palette's numbers become colours, bits 0 and 255, others stay."""
         if self._colours is not None:
             return self._colours[pixels[..., 0].astype(np.uint16, copy=False)]
         return pixels * np.uint8(255) if pixels.dtype == bool else pixels
 
     def _ranges(self, plane: Plane, part: Part) -> list[Range]:
-        """Bytes of the file that a part needs; of plain pixels only the rows, and their columns if few."""
+        """List the bytes of the file that a part needs; of plain pixels only its rows, or its columns if few."""
         offset, count = int(plane.offsets[part.index]), int(plane.counts[part.index])
         if not self.direct or not count:
             return [(offset, count)] if count else []
@@ -309,7 +311,7 @@ class TiffImage(Image):
         return (part.x1 - part.x0) * 4 >= self.segment_yx[1]
 
     def _segment(self, plane: Plane, i: int, part: Part, data: Iterator[bytes]) -> NDArray[Any]:
-        """(y1 - y0, x1 - x0, S) pixels of segment ``i`` of a plane, whose bytes come next in ``data``."""
+        """Make the (y1 - y0, x1 - x0, S) pixels of segment ``i`` of a plane, whose bytes come next in ``data``."""
         shape = (part.y1 - part.y0, part.x1 - part.x0, self._stored)
         wanted = self._ranges(plane, part)
         if not wanted:
@@ -323,7 +325,7 @@ class TiffImage(Image):
         return self._decoded(plane, i, pieces[0])[part.y0 : part.y1, part.x0 : part.x1]
 
     def _decoded(self, plane: Plane, i: int, data: bytes) -> NDArray[Any]:
-        """(h, w, S) pixels of a compressed segment."""
+        """Decode the (h, w, S) pixels of a compressed segment."""
         self._check_stream(i, data)
         try:
             with _named(self.location):
@@ -335,7 +337,7 @@ class TiffImage(Image):
         except Exception as error:  # each codec has its own errors
             raise self._corrupt(f"{self._cut.where(i)} does not decode as {self._codec}") from error
         if pixels is not None and self._codec == "CCITT":
-            pixels = pixels.astype(bool)  # bits as bytes
+            pixels = pixels.astype(bool)  # they came as bytes
         height, width = self._cut.inside(i)
         if pixels is None or pixels.shape[1] < height or pixels.shape[2] < width or pixels.dtype != self._key.dtype:
             raise self._corrupt(f"{self._cut.where(i)} decodes to other pixels than its header says")
@@ -360,7 +362,7 @@ class TiffImage(Image):
 
 
 def _baseline(tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
-    """Return the first series that is no reduced copy; of an SCN, whose first is an overview, the largest."""
+    """Return the first series that is no reduced copy; in an SCN, where the first is an overview, the largest."""
     if not tif.is_scn:
         return next((series for series in tif.series if not series.keyframe.is_reduced), tif.series[0])
     return max(tif.series, key=lambda series: series.keyframe.imagelength * series.keyframe.imagewidth)
