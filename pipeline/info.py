@@ -1,4 +1,4 @@
-"""``info``: what an image, a pyramid or a published encoder is."""
+"""``info``: describe an image, a pyramid or a published encoder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 def describe(location: str) -> dict[str, Any]:
     """Describe an image file or a pyramid, by path or URL, or an encoder by its name (`nested_ats.networks.presets`).
 
-    Of pixels, only those of PNG, JPEG and BMP files are read.
+    No pixels are read but those of PNG, JPEG and BMP files.
 
     Raises
     ------
     storage.StorageError
-        It is none of them, or it is damaged.
+        The location is none of them, or is damaged.
     """
     if not set("./:") & set(location) and not os.path.exists(location):
         from nested_ats.networks.presets import PRESETS

@@ -19,7 +19,7 @@ def heatmap(
     samples: options.Samples = "",
     trust_encoder: options.TrustEncoder = False,
     device: options.Device = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many slides only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Draw only so many slides, the first ones.")] = None,
 ) -> None:
     """Show where the model looks: OME-Zarr attention map, picture, and patches as GeoJSON."""
     from pipeline.results.heatmap import PICTURE, heatmaps

@@ -35,7 +35,7 @@ Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 1
 
 
 def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[Entry]:
-    """Slides of a split, which is the run's where they have none of their own."""
+    """Choose the slides of a split, which is the run's where they have none of their own."""
     from pipeline.data.discovery import name_slides
     from pipeline.data.splits import RunSplits
     from pipeline.errors import UsageError
@@ -56,7 +56,7 @@ def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[E
 
 
 def numbers(text: str) -> list[int]:
-    """Value of `Samples`."""
+    """Read the value of `Samples`."""
     from pipeline.errors import UsageError
 
     try:

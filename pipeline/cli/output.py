@@ -27,7 +27,7 @@ def end(failures: Sequence[tuple[str, str]], total: int) -> None:
 
 
 def print_all(values: Sequence[Any]) -> None:
-    """Print lines; or objects as one JSON array."""
+    """Print texts line by line, or objects as one JSON array."""
     if values and isinstance(values[0], dict):
         print(json.dumps(values, indent=2))
     else:
@@ -36,5 +36,5 @@ def print_all(values: Sequence[Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Print on standard error, where nothing is read by programs."""
+    """Print on standard error, so that programs can read standard output."""
     print(text, file=sys.stderr)

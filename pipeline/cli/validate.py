@@ -24,10 +24,10 @@ def validate(
     sources: Annotated[
         str | None, typer.Option(help="Folder or manifest of such images, found by slide name; implies --full.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a processor.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one for each processor.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which pyramids are sound, and what is wrong with the others and where: checksums of all files, or more."""
+    """Say which pyramids are sound, and what is wrong with the others and where; --full does more than checksums."""
     from pipeline.errors import UsageError
     from pipeline.validate import find_pyramids, find_sources, validate_all
 

@@ -19,7 +19,7 @@ from storage import Slide
 from storage.read.cache import ChunkCache
 
 _OPEN_SLIDES = 128  # each holds a few file descriptors
-_HELD_BYTES = 2 * 2**30  # of PNG, JPEG and BMP images, which are held decoded
+_HELD_BYTES = 2 * 2**30  # PNG, JPEG and BMP images are held decoded, and take no more than this
 
 
 class SlideImage:
@@ -30,7 +30,7 @@ class SlideImage:
     slide
         An open slide.
     background
-        Value of pixels off the slide, from 0 (black) to 1 (white).
+        The value of pixels off the slide, from 0 (black) to 1 (white).
 
     Attributes
     ----------
@@ -54,21 +54,21 @@ class SlideImage:
 
     @property
     def identity(self) -> str | None:
-        """Of the slide's pixels and of those off it; None where it has none (`storage.Slide.identity`)."""
+        """Names the slide's pixels and those off it; None where it has no identity (`storage.Slide.identity`)."""
         return self.slide.identity and f"{self.slide.identity}/{self.fill}"
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
-        """(N, C, h, w) of the slide's type; see `nested_ats.Image.read`."""
+        """Read boxes as (N, C, h, w) of the slide's type; see `nested_ats.Image.read`."""
         return torch.from_numpy(self.slide.read_many(level, boxes.numpy(), fill=self.fill))
 
 
 class SlideCache:
-    """Slides by path, kept open, the least recently used closed first; thread safe.
+    """Keeps slides open, by path, and closes the least recently used first; it is thread safe.
 
     Parameters
     ----------
     background
-        Value of pixels off the slide; see `SlideImage`.
+        The value of pixels off the slide; see `SlideImage`.
     cache
         Where chunks of slides at URLs are kept.
     """
@@ -80,21 +80,21 @@ class SlideCache:
         self._lock = threading.Lock()
 
     def open(self, path: str) -> SlideImage:
-        """Open a slide, or return it open.
+        """Return a slide, which is opened unless it is open.
 
         Raises
         ------
         storage.StorageError
-            It cannot be opened.
+            The slide cannot be opened.
         """
         with self._lock:
             image = self._slides.pop(path, None)
-        # Opened without the lock: it may wait for a store. Two threads may then open one slide, which does no harm.
+        # This opens without the lock, as it may wait for a store. Two threads may open one slide, which does no harm.
         image = image or SlideImage(open_slide(path, self._cache), background=self._background)
         with self._lock:
             self._slides[path] = image
             while len(self._slides) > _OPEN_SLIDES or (len(self._slides) > 1 and self._held_bytes() > _HELD_BYTES):
-                # Not closed here: another thread may be reading it; its descriptors go with the last reference.
+                # It is not closed here, as another thread may read it; its descriptors go with the last reference.
                 self._slides.popitem(last=False)
             return image
 
@@ -108,7 +108,7 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     Raises
     ------
     storage.StorageError
-        It cannot be opened, or the cache's folder cannot be used.
+        The slide cannot be opened, or the cache's folder cannot be used.
     """
     if cache is None or "://" not in path:
         return Slide(path)
@@ -121,16 +121,16 @@ def check_slide(slide: Slide, config: EncoderConfig, channels: int | None = None
     Parameters
     ----------
     slide
-        Open.
+        An open slide.
     config
-        Of the model.
+        The configuration of the model.
     channels
-        Number of channels that it must have.
+        The number of channels that the slide must have.
 
     Raises
     ------
     DataError
-        It has other channels, lacks a level, or is too small for the model's encoder.
+        The slide has other channels, lacks a level, or is too small for the model's encoder.
     """
     path, found = slide.location, len(slide.channels)
     if channels is not None and found != channels:
@@ -152,6 +152,6 @@ def check_slide(slide: Slide, config: EncoderConfig, channels: int | None = None
 
 
 def draw_key(*parts: object) -> int:
-    """Random key of 64 bits from what names a draw: seed, epoch, slide, number."""
+    """Make a random key of 64 bits from what names a draw: seed, epoch, slide, number."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
