@@ -134,7 +134,7 @@ def _check(option: str, value: str, pattern: str, wanted: str) -> None:
 
 def _quoted(text: str) -> str:
     """Write a text as YAML writes it between double quotes, on one line."""
-    quoted: str = yaml.safe_dump(text, default_style='"', width=1_000_000_000)
+    quoted: str = yaml.safe_dump(text, default_style='"', width=1_000_000_000, allow_unicode=True)
     return quoted.rstrip("\n")
 
 
