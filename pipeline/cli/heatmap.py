@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import options
-from pipeline.cli.output import end
+from pipeline.cli.output import exit_if_failed
 
 
 def heatmap(
@@ -27,10 +27,10 @@ def heatmap(
 
     options.check_cluster("none", 1, device)
     settings = prediction_settings(
-        run, draws=draws, samples=options.numbers(samples), trust_encoder=trust_encoder, device=device
+        run, draws=draws, samples=options.sample_counts(samples), trust_encoder=trust_encoder, device=device
     )
     done = heatmaps(options.chosen_slides(slides, split, run)[:limit], settings, out)
     for one in done:
         if not one.error:
             print(f"{one.folder / PICTURE}  {one.prediction}, attention up to {one.peak:.4g} times uniform")
-    end([(one.slide_id, one.error) for one in done if one.error], len(done))
+    exit_if_failed([(one.slide_id, one.error) for one in done if one.error], len(done))

@@ -55,7 +55,7 @@ def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[E
     return chosen
 
 
-def numbers(text: str) -> list[int]:
+def sample_counts(text: str) -> list[int]:
     """Read the value of `Samples`."""
     from pipeline.errors import UsageError
 

@@ -12,7 +12,7 @@ import typer
 USAGE, SOME_FAILED, NOTHING_USABLE = 2, 3, 4
 
 
-def end(failures: Sequence[tuple[str, str]], total: int) -> None:
+def exit_if_failed(failures: Sequence[tuple[str, str]], total: int) -> None:
     """Name the slides that failed and exit with the code that says so."""
     if not failures:
         return

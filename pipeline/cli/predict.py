@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import options
-from pipeline.cli.output import end, say
+from pipeline.cli.output import exit_if_failed, say
 
 
 def predict(
@@ -44,7 +44,7 @@ def predict(
         run,
         out,
         draws=draws,
-        samples=options.numbers(samples),
+        samples=options.sample_counts(samples),
         target_error=target_error,
         exact=exact,
         trust_encoder=trust_encoder,
@@ -58,4 +58,4 @@ def predict(
     seen = seen_words(count_seen(rows), len(rows))
     if seen:
         say(f"{seen}: so it says in the column seen, and evaluate leaves them out")
-    end([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))
+    exit_if_failed([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))

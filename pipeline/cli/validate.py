@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import AsJson
-from pipeline.cli.output import end, print_all
+from pipeline.cli.output import exit_if_failed, print_all
 
 
 def validate(
@@ -42,4 +42,4 @@ def validate(
         print_all([{"sound": one.sound, **asdict(one)} for one in found])
     else:
         print_all([line for one in found for line in one.lines()])
-    end([(one.entry.slide_id, one.error or one.verdict) for one in found if not one.sound], len(found))
+    exit_if_failed([(one.entry.slide_id, one.error or one.verdict) for one in found if not one.sound], len(found))
