@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 import megapixel_mnist
 import numpy as np
 import pytest
+from conduct import command_line, conduct, save
 from experiment import (
     RESULTS,
     Experiment,
@@ -18,15 +19,12 @@ from experiment import (
     Point,
     Result,
     attention_maps,
-    command_line,
-    conduct,
     mean_and_error,
     measure_again,
     merge,
     read_results,
     run_experiment,
     run_folder,
-    save,
     table,
 )
 from figures import (
