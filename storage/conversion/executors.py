@@ -107,7 +107,7 @@ def _custom(executor: CustomExecutor, attempt: Attempt, tasks: Sequence[Task], t
 @contextmanager
 def _pool(kind: str, workers: int) -> Iterator[Spread]:
     """Run tasks by Dask on threads or processes, of which an error or an interrupt waits for those in flight."""
-    from dask.threaded import get  # it runs a graph on any pool of concurrent.futures
+    from dask.local import get_async  # Dask's scheduler for any pool of concurrent.futures
 
     pool: ThreadPoolExecutor | ProcessPoolExecutor
     if kind == "threads":
@@ -118,7 +118,7 @@ def _pool(kind: str, workers: int) -> Iterator[Spread]:
     def spread(attempt: Attempt, tasks: Sequence[Task], take: Take) -> None:
         graph = {number: (attempt, task) for number, task in enumerate(tasks)}
         after_each = (None, None, None, lambda _key, answer, *_state: take(answer), None)  # in this thread
-        get(graph, list(graph), pool=pool, callbacks=[after_each])
+        get_async(pool.submit, workers, graph, list(graph), callbacks=[after_each])
 
     try:
         yield spread
