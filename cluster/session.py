@@ -164,5 +164,5 @@ def _probe(address: str) -> None:
         socket.create_connection((target.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(
-            f"no Ray cluster answers at {address!r} ({one_line(error)}); is it running and the port right?"
+            f"no Ray cluster answers at {address!r} ({one_line(error)}); is it running, and is the port right?"
         ) from error

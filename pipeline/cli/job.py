@@ -303,7 +303,7 @@ def _parse(found: Any, command: Sequence[str]) -> dict[str, Any]:
         context = typer.Context(found, info_name="nested-ats", parent=context)
         found = found.commands[words.pop(0)]
     if hasattr(found, "commands"):
-        raise UsageError(f"{' '.join(command)}: not a command that a job can run; give one as after nested-ats")
+        raise UsageError(f"{' '.join(command)}: not a command that a job can run; give what follows nested-ats")
     values: dict[str, Any] = found.make_context(command[0], words, parent=context).params
     return values
 

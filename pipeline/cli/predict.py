@@ -57,5 +57,5 @@ def predict(
     print(out / f"{TABLE}.csv")
     seen = seen_words(count_seen(rows), len(rows))
     if seen:
-        say(f"{seen}: so it says in the column seen, and evaluate leaves them out")
+        say(f"{seen}; the column seen tells which, and evaluate leaves them out")
     exit_if_failed([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))

@@ -221,6 +221,8 @@ def split_names(count: int, splits: tuple[float, float, float]) -> list[str]:
         or min(splits) < 0
         or abs(sum(splits) - (count if whole else 1)) > 1e-6
     ):
-        raise UsageError(f"count {count}, splits {splits}: three shares that sum to 1, or whole numbers to the count")
+        raise UsageError(
+            f"count {count}, splits {splits}: give three shares that sum to 1, or whole numbers that sum to {count}"
+        )
     ends = np.rint(np.cumsum(splits) * (1 if whole else count)).astype(int)
     return [SPLITS[np.searchsorted(ends, index, side="right")] for index in range(count)]

@@ -95,5 +95,5 @@ def _parse(path: Path, text: str, delimiter: str, width: int) -> list[list[str]]
     )
     if uneven:
         rows = ", ".join(map(str, uneven[:5]))
-        raise UsageError(f"{path}: row {rows}: not {width} fields as in the first row")
+        raise UsageError(f"{path}: row {rows}: not {width} fields, as the first row has")
     return [column.to_pylist()[1:] for column in table.columns]

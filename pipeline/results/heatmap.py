@@ -82,7 +82,9 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
     """
     classifier = Classifier(settings)
     if not isinstance(classifier.model, PatchModel):
-        raise UsageError(f"{settings.model}: a model without patches, which looks everywhere alike; nothing to draw")
+        raise UsageError(
+            f"{settings.model}: a model without patches looks everywhere alike, so there is nothing to draw"
+        )
     make_folder(folder)
     done = []
     with progress("heatmap") as update:

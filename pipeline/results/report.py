@@ -94,7 +94,9 @@ def _read_metrics(predictions: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         raise UsageError(f"{predictions}: not evaluated yet; run nested-ats evaluate first") from None
     if metrics.get("predictions") != table_digest(predictions) or "verdict" not in metrics:
-        raise UsageError(f"{predictions}: other predictions than were evaluated; run nested-ats evaluate again")
+        raise UsageError(
+            f"{predictions}: the predictions were changed after they were evaluated; run nested-ats evaluate again"
+        )
     return metrics
 
 
@@ -103,7 +105,7 @@ def _check_model(run: Path, predictions: Path, metrics: dict[str, Any]) -> None:
     if metrics["model"] != model_fingerprint(run):
         raise UsageError(
             f"{predictions}: predictions of another model than {run / MODEL}: of another run, or from before it was "
-            "trained on; give those of this run, or run nested-ats predict and evaluate again"
+            "trained further; give those of this run, or run nested-ats predict and evaluate again"
         )
 
 
