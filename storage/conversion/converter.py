@@ -164,9 +164,7 @@ def write_pyramid(
     place = os.fspath(target)
     source = ArraySource(array.astype(array.dtype.newbyteorder("="), copy=False))
     pixel = mpp or 1.0
-    first = (
-        pixel * (downsample - 1) / 2
-    )  # the centre of the first pixel, where the array and its slide begin together
+    first = pixel * (downsample - 1) / 2  # the first pixel's centre: the array begins where its slide does
     info = plan(
         source,
         options or ConvertOptions(),
