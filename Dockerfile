@@ -27,7 +27,7 @@ WORKDIR /opt/nested-ats
 COPY constraints.txt ./
 RUN pip install --no-cache-dir --constraint constraints.txt \
         ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} torch \
-    && pip install --no-cache-dir --constraint constraints.txt "ray[default,train]==${RAY_VERSION}"
+    && pip install --no-cache-dir --constraint constraints.txt "ray[default]==${RAY_VERSION}"
 COPY pyproject.toml README.md LICENSE ./
 COPY cluster cluster/
 COPY nested_ats nested_ats/

@@ -21,6 +21,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=examples:docs $(BIN)/mypy examples docs
+	MYPYPATH=examples:benchmarks:docs $(BIN)/mypy benchmarks tests
 	$(BIN)/lint-imports
 
 # The site, into site/, to be read offline; a warning is an error.

@@ -99,9 +99,27 @@ def sampling(n: int, downsample: float, *, channels: tuple[int, ...], stride: in
     return ModelConfig(levels=(level,), **patches)
 
 
-MNIST = {"downsample": 1500 / 180, "channels": (8, 8), "stride": 1, "patch_size": 50, "encoder": "lenet"}
-COLON = {"downsample": 500 / 100, "channels": (8, 8), "stride": 1, "patch_size": 27, "encoder": "ilse"}
-SPEED = {"downsample": 960 / 288, "channels": (8, 16, 32), "stride": 8, "patch_size": 100, "encoder": "resnet8"}
+MNIST: dict[str, Any] = {
+    "downsample": 1500 / 180,
+    "channels": (8, 8),
+    "stride": 1,
+    "patch_size": 50,
+    "encoder": "lenet",
+}
+COLON: dict[str, Any] = {
+    "downsample": 500 / 100,
+    "channels": (8, 8),
+    "stride": 1,
+    "patch_size": 27,
+    "encoder": "ilse",
+}
+SPEED: dict[str, Any] = {
+    "downsample": 960 / 288,
+    "channels": (8, 16, 32),
+    "stride": 8,
+    "patch_size": 100,
+    "encoder": "resnet8",
+}
 
 TASKS = {
     "mnist": Task(

@@ -86,8 +86,8 @@ class ControlledATS(NestedATS):
 
     def _learn(self, drawn: Tensor, features: Tensor, weights: Tensor) -> None:
         weighted = (drawn * weights[..., None]).flatten(0, 1)
-        self._squares.mul_(DECAY).add_(weighted.T @ drawn.flatten(0, 1))  # type: ignore[operator, union-attr]
-        self._products.mul_(DECAY).add_(weighted.T @ features.flatten(0, 1))  # type: ignore[operator, union-attr]
+        self._squares.mul_(DECAY).add_(weighted.T @ drawn.flatten(0, 1))  # type: ignore[operator]
+        self._products.mul_(DECAY).add_(weighted.T @ features.flatten(0, 1))  # type: ignore[operator]
 
     def _tell(self, features: Tensor, weights: Tensor, rest: Tensor) -> None:
         share = (weights / weights.sum())[..., None]

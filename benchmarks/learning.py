@@ -207,7 +207,7 @@ def make_model(arm: str, task: Task, weights: Path | None) -> SamplingModel:
         encoder = {"name": "mobilenet_v2", "weights": str(weights)}
         changes = {"encoder": encoder, "mean": None, "std": None, **changes}  # and its pixels as it was trained with
     config = replace(task.model, **changes)
-    shapes = {"in_channels": task.channels, "classes": task.classes}
+    shapes: dict[str, Any] = {"in_channels": task.channels, "classes": task.classes}
     if arm == UNIFORM:
         last = config.levels[-1]
         common = {each.name: getattr(config, each.name) for each in fields(PatchConfig) if each.name != "kind"}
@@ -342,7 +342,7 @@ def run_missing(
     jobs: int,
 ) -> None:
     """Do the runs that the result file lacks, so many at once, and add each to it."""
-    settings = {name: asdict(task) for name, task in tasks.items()}
+    settings: dict[str, Any] = {name: asdict(task) for name, task in tasks.items()}
     settings |= {
         "digits": "MNIST t10k" if place.data.digits else "scikit-learn",
         "course": TrainConfig().model_dump(mode="json"),
@@ -436,7 +436,7 @@ def main() -> None:
         tasks, seeds, path = TASKS, tuple(chosen.seeds), chosen.results
         if chosen.quick:
             tasks = {
-                name: replace(task, epochs=2, **({} if task.folds else {"train": 64, "test": 32}))
+                name: replace(task, epochs=2) if task.folds else replace(task, epochs=2, train=64, test=32)
                 for name, task in TASKS.items()
             }
             seeds, path = (0,), Path(folder) / "quick.json"

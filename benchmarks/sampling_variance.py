@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ def naive(tree: Tree, method: Method, keys: Tensor) -> Tensor:
     return expectation(first.attention, within, first.z)
 
 
-WAYS = {
+WAYS: dict[str, tuple[Callable[[Tree, Method, Tensor], Tensor], Method]] = {
     "iid, flat": (flat, "multinomial"),
     "Des Raj, flat": (flat, "desraj"),
     "systematic, flat": (flat, "systematic"),

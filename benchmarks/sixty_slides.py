@@ -136,7 +136,7 @@ def encode_tiles(slides: list[Path], weights: Path) -> tuple[list[Tensor], float
     """Features (K, D) of all tiles with tissue of each slide, and the seconds that it took."""
     began = time.monotonic()
     built = build_encoder({"name": "mobilenet_v2", "weights": str(weights)}, in_channels=3, patch_size=TILE)
-    encoder = built.module.eval().to(memory_format=torch.channels_last)
+    encoder = built.module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     bags = []
     for path in slides:
@@ -236,7 +236,7 @@ def main() -> None:
     path = chosen.work / "quick.json" if chosen.quick else chosen.results
     rows = make_slides(chosen.svs, chosen.work, *((12, 2048) if chosen.quick else (60, 4096)))
     labels = {row["slide_id"]: row["label"] for row in rows}
-    results = json.loads(path.read_text()) if path.exists() else {"labels": labels, "runs": []}
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"labels": labels, "runs": []}
     pyramids = [chosen.work / "pyramids" / f"{name}.ome.zarr" for name in labels]
     encoded = cache(lambda: encode_tiles(pyramids, chosen.weights))
     done = {(each["arm"], each["seed"], each["fold"]) for each in results["runs"]}

@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def readers(path: Path, slide: Slide) -> dict[str, Reader]:
         {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/{i}"}} for i in range(len(slide.levels))
     ]
     stores = [tensorstore.open(spec).result() for spec in specs]
-    arrays = [zarr.open_array(path / str(i), mode="r") for i in range(len(slide.levels))]
+    arrays: list[Any] = [zarr.open_array(path / str(i), mode="r") for i in range(len(slide.levels))]
 
     def with_tensorstore(level: int, boxes: NDArray[np.int64]) -> NDArray[np.generic]:
         cuts = [_cut(box, slide.levels[level].shape_yx) for box in boxes.tolist()]

@@ -1,4 +1,4 @@
-"""One function on N workers, or many items over restartable workers; with Ray or without.
+"""Run one function on N workers, or many items over restartable workers, with Ray or without.
 
 Notable: this is the only room that imports Ray, and it does so inside functions. Importing `cluster`, and every
 call with the address ``"none"``, works without Ray installed and does not pay for its start-up.

@@ -1,7 +1,7 @@
 """What a training loop knows about its surroundings: rank, size, device, and the sum over all ranks.
 
-Notable: the loop never sees Ray. It receives a `Context`; the single-process one does nothing where there is
-nothing to do, so that one machine and a cluster execute the same lines.
+Notable: the loop never sees Ray. It receives a `Context`, and that of a single process does nothing where there is
+nothing to do, so one machine and a cluster execute the same lines.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Context(Protocol):
     Attributes
     ----------
     rank
-        Number of this worker, 0 <= rank < world_size.
+        The number of this worker, 0 <= rank < world_size.
     world_size
-        Number of workers, >= 1.
+        The number of workers, >= 1.
     device
-        Torch device of this worker: ``"cpu"`` or, for example, ``"cuda:0"``.
+        The torch device of this worker: ``"cpu"`` or, for example, ``"cuda:0"``.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class LocalContext:
         self.device = device
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Leave ``tensor`` as it is: it is the sum over one rank."""
+        """Leave ``tensor`` as it is, because it is the sum over the one rank."""
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Log ``metrics`` at level INFO."""
@@ -62,10 +62,10 @@ class LocalContext:
 
 
 class GroupContext(LocalContext):
-    """The context of one worker of several; collectives are torch.distributed's (gloo or NCCL).
+    """The context of one worker of several, whose collectives are those of torch.distributed (gloo or NCCL).
 
-    A collective that fails, fails because a peer is gone or hangs: it raises `WorkerLostError`, by which the driver
-    tells it from the training function's own errors and restarts the group.
+    A collective fails where a peer is gone or hangs. It then raises `WorkerLostError`, by which the driver tells this
+    from the training function's own errors, and starts a new group.
     """
 
     def __init__(self, rank: int, world_size: int, device: str) -> None:
@@ -74,7 +74,7 @@ class GroupContext(LocalContext):
         self.world_size = world_size
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sum over all ranks, in place."""
+        """Replace ``tensor`` by its sum over all ranks."""
         import torch.distributed as dist
 
         try:
@@ -85,6 +85,6 @@ class GroupContext(LocalContext):
             raise WorkerLostError(f"rank {self.rank} lost its peers in a collective: {first_line}") from error
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Log ``metrics`` at level INFO, on rank 0."""
+        """Log ``metrics`` at level INFO on rank 0."""
         if self.rank == 0:
             super().report(metrics)

@@ -2,7 +2,7 @@
 
 
 class ClusterError(Exception):
-    """Base of all errors that a user of the cluster can cause or meet; each message is one line."""
+    """The base of all errors that a user of the cluster can cause or meet; each message is one line."""
 
 
 class WorkerLostError(ClusterError):
@@ -10,7 +10,7 @@ class WorkerLostError(ClusterError):
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of an error with all white space folded to single blanks.
+    """Put the type and the message of an error into one line.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ def one_line(error: BaseException) -> str:
     Returns
     -------
     str
-        For example ``"KeyError: 'label'"``; the type alone where there is no message.
+        For example ``"KeyError: 'label'"``; where there is no message, the type alone.
     """
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,4 +1,4 @@
-"""One training function on N workers: in this process, or in actors of Ray that torch.distributed connects.
+"""Run one training function on N workers: in this process, or in actors of Ray that torch.distributed connects.
 
 Notable: Ray never sees a checkpoint. The function writes and finds its own, in a directory that all workers share,
 so a run can be resumed with another number of workers, or without Ray.
@@ -6,9 +6,9 @@ so a run can be resumed with another number of workers, or without Ray.
 An error of the function and the death of a worker are told apart: the first ends the run at once and is raised
 here as it was raised there, the second starts a new group, a finite number of times.
 
-The size of a group is what room there is when it starts: every worker that may be is asked for, and those that come
-are the group. After a lost node a run with a range of sizes thus goes on with fewer workers, and with more again when
-the next group starts.
+A group is as large as there is room for when it starts: the largest number of workers is asked for, and those that
+come are the group. After a lost node a run with a range of sizes thus goes on with fewer workers, and with more again
+when the next group starts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLACE_TIMEOUT_S = 300.0  # an autoscaler brings a node in minutes; a cluster without room is for ever
-SETTLE_S = 10.0  # what a lost group held is free again, and a lost node is known to be lost, within this
+SETTLE_S = 10.0  # by then what a lost group held is free again, and a lost node is known to be lost
 
 
 def fit(
@@ -53,25 +53,25 @@ def fit(
     Parameters
     ----------
     function
-        Importable by the workers. It resumes from its own last checkpoint whenever it is called, and talks to its
-        peers only through the `Context`.
+        Workers must be able to import it. It resumes from its own last checkpoint whenever it is called, and talks to
+        its peers only through the `Context`.
     arguments
-        Small and picklable.
+        They must be small and picklable.
     address
-        As for `session`; ``"none"`` calls the function in this process.
+        The address that `session` takes; ``"none"`` calls the function in this process.
     workers
-        Number of workers, each of one CPU; 1 without Ray. A range ``(least, most)`` starts every group with as many
-        as there is room for, so that a run goes on with fewer after the loss of a node.
+        The number of workers, each of one CPU; without Ray it is 1. A range ``(least, most)`` starts every group with
+        as many as there is room for, so that a run goes on with fewer after the loss of a node.
     device
-        Without Ray: ``"cpu"``, ``"cuda:0"``, or ``"auto"`` for the GPU if there is one. With Ray: ``"cuda"`` gives
-        each worker one GPU, and NCCL instead of gloo; ``"auto"`` does so if the cluster has enough of them.
+        Without Ray this is ``"cpu"``, ``"cuda:0"``, or ``"auto"`` for the GPU if there is one. With Ray, ``"cuda"``
+        gives each worker one GPU, and NCCL instead of gloo; ``"auto"`` does so if the cluster has enough of them.
     max_failures
-        New groups after lost workers, >= 0, since `progress` last told of any.
+        How many new groups are started after lost workers, >= 0; a change of `progress` begins the count again.
     progress
-        Asked in this process after each loss: its value changes as the function gets on, as the time of its last
-        checkpoint does. As it gets on finitely often, so do groups end.
+        It is called in this process after each loss, and its value must change as the function gets on, as the time
+        of the last checkpoint does.
     timeout_s
-        Seconds that a collective waits for its peers before they count as lost.
+        How many seconds a collective waits for its peers before they count as lost.
 
     Returns
     -------
@@ -83,9 +83,9 @@ def fit(
     WorkerLostError
         Workers were lost more than ``max_failures`` times in a row.
     ClusterError
-        No session, no room for the workers, or a function, value or error that does not pickle.
+        There is no session or no room for the workers, or a function, value or error does not pickle.
     Exception
-        Any other error of the function, with its own type.
+        Any other error of the function arrives with its own type.
     """
     least, most = (workers, workers) if isinstance(workers, int) else workers
     if not 1 <= least <= most:
@@ -122,7 +122,7 @@ def _choose_device(device: str) -> str:
 
 
 def _use_gpu(device: str, least: int) -> bool:
-    """Decide by what the cluster has; the driver's own machine may be another one."""
+    """Decide by the GPUs of the cluster, because the driver's own machine may have others or none."""
     import ray
 
     gpus = ray.cluster_resources().get("GPU", 0)
@@ -143,13 +143,13 @@ class _Launch:
 
     @property
     def resources(self) -> dict[str, int]:
-        """Of each worker."""
+        """The logical resources that each worker takes."""
         return {"CPU": 1, "GPU": 1} if self.use_gpu else {"CPU": 1}
 
 
 @dataclass(frozen=True)
 class _End:
-    """How a worker or its group ended: with a value, with an error to raise, or lost, and what is known of that."""
+    """How a worker or its group ended: with a value, with an error to raise, or lost for a reason."""
 
     value: Any = None
     error: Exception | None = None
@@ -157,7 +157,7 @@ class _End:
 
 
 def _check_resources(launch: _Launch) -> None:
-    """Refuse at once what a local instance can never give; a cluster may still grow."""
+    """Refuse at once what a local instance can never give, while a cluster may still grow."""
     import ray
 
     have = ray.cluster_resources()
@@ -181,7 +181,7 @@ def _attempt(launch: _Launch) -> _End:
         meeting = ray.get(group[0].meeting.remote(local=launch.local))
         return _end([each.run.remote(launch, rank, len(group), meeting) for rank, each in enumerate(group)])
     except ray.exceptions.RayTaskError as error:
-        # A worker's own methods do not raise: something did not get to it, or back from it.
+        # A worker's own methods do not raise, so something did not get to it, or back from it.
         return _End(error=ClusterError(f"the function or its value does not pickle: {one_line(error.cause)}"))
     except ray.exceptions.RayError as error:
         return _End(lost=textwrap.shorten(one_line(error), 300, placeholder=" ..."))
@@ -191,7 +191,7 @@ def _attempt(launch: _Launch) -> _End:
 
 
 def _present(launch: _Launch, workers: list[Any]) -> list[Any]:
-    """Wait for room, and return the workers that got it, those of a node beside each other."""
+    """Wait for room, and return the workers that got it, with those of a node next to each other."""
     import ray
 
     calls = {each.node.remote(): each for each in workers}
@@ -216,7 +216,7 @@ def _present(launch: _Launch, workers: list[Any]) -> list[Any]:
 
 
 def _end(calls: list[Any]) -> _End:
-    """Wait for all workers, or for the first that fails: its peers may wait for it for ever."""
+    """Wait for all workers, or only for the first that fails, because its peers may wait for it for ever."""
     import ray
 
     value, waiting = None, calls
@@ -233,10 +233,10 @@ def _end(calls: list[Any]) -> _End:
 
 
 class _TrainingWorker:
-    """The actor. What the function raises travels as a value: what Ray raises is about the worker itself."""
+    """The actor. What the function raises travels as a value, so what Ray raises is about the worker itself."""
 
     def node(self) -> str:
-        """Tell where it is."""
+        """Name the node that this worker is on."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
@@ -244,7 +244,7 @@ class _TrainingWorker:
     def meeting(self, *, local: bool) -> str:
         """Name a place where the group can meet, of which this worker will be rank 0.
 
-        On one machine that is a file in the session's temporary folder: torch's store would listen on all interfaces.
+        On one machine this is a file in the session's temporary folder, as torch's store would listen everywhere.
         """
         if local:
             return f"file://{tempfile.mkdtemp(prefix='rendezvous-')}/store"

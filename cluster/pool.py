@@ -1,7 +1,7 @@
-"""Many items over a small pool of workers that may die: exactly one `Outcome` per item, whatever happens.
+"""Spread many items over a small pool of workers that may die; each item has exactly one `Outcome`.
 
 Notable: Ray's own restarts are off. The pool replaces a dead worker itself, so it knows which item killed it and
-can count: an item that always kills its worker ends as failed, after finitely many attempts, and the others go on.
+counts: an item that always kills its worker ends as failed, after finitely many attempts, and the others go on.
 Every worker has at most one item in flight; workers fetch their own pixels, and only small messages travel.
 """
 
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 START_TIMEOUT_S = 300.0  # loading a model over a slow network is minutes; a cluster without room is for ever
-START_FAILURES = 3  # of one worker in a row; the loss of a node may take all the workers that start at once
+START_FAILURES = 3  # one worker may fail so often in a row; a lost node may take all the workers that start at once
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Outcome(Generic[Item, Result]):
     item
         The item, as given.
     result
-        What the worker returned for it; None where it failed.
+        What the worker returned for the item; None where it failed.
     error
-        One line naming the cause of the failure; None where it succeeded.
+        One line that names the cause of the failure; None where the item succeeded.
     attempts
-        How often it was started, >= 1.
+        How often the item was started, >= 1.
     """
 
     item: Item
@@ -71,38 +71,39 @@ def run_tasks(
     Parameters
     ----------
     make_worker
-        Called once per worker, there: loads what is needed and returns the function of one item. Picklable.
+        It is called once in each worker, loads what is needed, and returns the function of one item. It must be
+        picklable.
     items
-        Small and picklable, for example paths.
+        They must be small and picklable, as paths are.
     key
-        Name of an item in messages.
+        It names an item in messages.
     address
-        As for `session`; ``"none"`` runs the items in this process, one by one, in their order.
+        The address that `session` takes; ``"none"`` runs the items in this process, one by one, in their order.
     workers
-        Largest number of workers, of one CPU each; 1 without Ray.
+        The largest number of workers, of one CPU each; without Ray it is 1.
     device
         ``"cpu"``; ``"cuda"`` shares the cluster's GPUs evenly among the workers, several of them on each if there are
-        more workers; ``"auto"`` does so if the cluster has any. With Ray only.
+        more workers; ``"auto"`` does so if the cluster has any. Without Ray it has no effect.
     attempts
         How often an item may be started, >= 1.
     timeout_s
-        Seconds per attempt, after which the worker is ended. With Ray only.
+        How many seconds an attempt may take before its worker is ended. Without Ray it has no effect.
     cost
-        Expected cost of an item, in any unit: the costliest start first. With Ray only.
+        The expected cost of an item, in any unit: the costliest start first. Without Ray it has no effect.
 
     Returns
     -------
     Generator of Outcome
-        In the order of completion.
+        The outcomes in the order in which items are completed.
 
     Raises
     ------
     WorkerLostError
         Workers die while they start.
     ClusterError
-        No session, or no room for a single worker; or an error of ``make_worker`` that does not pickle.
+        There is no session or no room for a single worker, or an error of ``make_worker`` does not pickle.
     Exception
-        Any other error of ``make_worker``, with its own type.
+        Any other error of ``make_worker`` arrives with its own type.
     """
     if workers < 1 or attempts < 1:
         raise ValueError(f"workers ({workers}) and attempts ({attempts}) must be at least 1")
@@ -139,7 +140,7 @@ def _run_with_ray(address: str, device: str, pool: _Pool) -> Generator[Outcome[A
 
 
 def _share_of_gpus(device: str, workers: int) -> float:
-    """Part of a GPU for each worker, by what the cluster has: the driver's own machine may be another one."""
+    """Return each worker's part of a GPU, by the cluster's GPUs: the driver's own machine may have others or none."""
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -179,7 +180,7 @@ class _Task:
 
 @dataclass
 class _Slot:
-    """A worker and the one call it is busy with: a task, or loading where the task is None."""
+    """A worker, and the one call that it is busy with: a task, or loading where the task is None."""
 
     actor: Any
     task: _Task | None
@@ -187,7 +188,7 @@ class _Slot:
 
 
 class _Pool:
-    """The slots by the reference of their call; a worker without a call is ended, so that every one is listed."""
+    """The slots by the reference of their call; a worker without a call is ended, so every worker is listed."""
 
     def __init__(
         self,
@@ -259,7 +260,7 @@ class _Pool:
         try:
             answer = ray.get(call)
         except ray.exceptions.RayTaskError as error:
-            # Our own methods do not raise: the result, or the function itself, did not get through pickle.
+            # Our own methods do not raise, so the result, or the function itself, did not get through pickle.
             if slot.task is None:
                 raise ClusterError(f"make_worker does not reach the workers: {one_line(error.cause)}") from error
             answer = None, one_line(error.cause)

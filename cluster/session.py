@@ -1,8 +1,8 @@
-"""A Ray session for the length of a `with` block, or none at all.
+"""Hold a Ray session for the length of a `with` block, or none at all.
 
-Notable: a session that this process already holds is used again, so nested calls and a test-run-wide head both
-work; what was started here is shut down here, and nothing else ever is. A local instance listens on the loopback
-interface only, and keeps its sockets and logs in a folder of its own that goes with it.
+Notable: a session that this process already holds is used again, so calls can be nested, and one head can serve a
+whole run of tests. What was started here is shut down here, and nothing else ever is. A local instance listens on the
+loopback interface only, and keeps its sockets and logs in a folder of its own that is removed with it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ OBJECT_STORE_BYTES = 200_000_000  # workers fetch their own chunks, so the store
 CONNECT_TIMEOUT_S = 10.0
 _SWEEPS, _SWEEP_PAUSE_S = 50, 0.1  # workers that are being ended may still write their logs
 
-# Read by Ray when it is imported or initialised; a value that the user has set wins.
+# Ray reads these when it is imported or initialised; a value that the user has set wins.
 _DRIVER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray's coming default; without it every worker with 0 GPUs gets a FutureWarning.
+    # This will be Ray's default; without it every worker with 0 GPUs warns of that.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -46,10 +46,10 @@ def session(address: str, *, num_cpus: int | None = None, num_gpus: int | None =
     Parameters
     ----------
     address
-        ``"none"``: no Ray at all. ``"local"``: a new Ray instance on this machine, never somebody else's.
-        Otherwise the running cluster to connect to: ``"auto"``, ``"host:port"`` or ``"ray://host:port"``.
+        ``"none"`` is no Ray at all, and ``"local"`` a new Ray instance on this machine, never somebody else's.
+        ``"auto"``, ``"host:port"`` and ``"ray://host:port"`` name a running cluster to connect to.
     num_cpus, num_gpus
-        Logical resources of a new local instance; by default what the machine has.
+        The logical resources of a new local instance, which by default are those of the machine.
 
     Raises
     ------
@@ -97,8 +97,8 @@ def require_ray() -> ModuleType:
 
 @contextmanager
 def _temporary_folder() -> Iterator[str]:
-    """Make a folder where Ray would have its own; removed when all of Ray's processes have let go of it."""
-    # As Ray chooses: the paths of its sockets must be short, and macOS has long temporary folders.
+    """Make a folder where Ray would have its own, and remove it once all of Ray's processes have let go of it."""
+    # Ray chooses so, too: the paths of its sockets must be short, and macOS has long temporary folders.
     place = os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform == "darwin" else None)  # noqa: S108
     folder = tempfile.mkdtemp(prefix="ray-", dir=place)
     try:
@@ -136,12 +136,12 @@ def _start(ray: ModuleType, address: str, folder: str, num_cpus: int | None, num
 
 
 def _loopback() -> str:
-    """Name of the interface of 127.0.0.1: ``lo``, or ``lo0`` on macOS."""
+    """Name the interface of 127.0.0.1, which is ``lo``, or ``lo0`` on macOS."""
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _worker_environment(address: str) -> dict[str, str]:
-    """Environment of every worker process: one compute thread each, and our packages on its path."""
+    """Give every worker process one compute thread, and our packages on its path."""
     variables = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
@@ -152,7 +152,7 @@ def _worker_environment(address: str) -> dict[str, str]:
 
 
 def _probe(address: str) -> None:
-    """Fail within seconds if nothing listens: Ray itself tries for minutes, and then ends the process."""
+    """Fail within seconds if nothing listens, where Ray itself would try for minutes and then end the process."""
     try:
         target = urlsplit(address if "://" in address else f"ray://{address}")
         port = target.port
@@ -164,5 +164,5 @@ def _probe(address: str) -> None:
         socket.create_connection((target.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(
-            f"no Ray cluster answers at {address!r} ({one_line(error)}); is it running and the port right?"
+            f"no Ray cluster answers at {address!r} ({one_line(error)}); is it running, and is the port right?"
         ) from error

@@ -26,19 +26,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conduct import command_line, conduct, convert_published, data_folder, with_attention
 from example_data.published import EPITHELIAL, colon_cancer, colon_cancer_points
-from experiment import (
-    Experiment,
-    Method,
-    Paper,
-    Result,
-    attention_maps,
-    command_line,
-    conduct,
-    convert_published,
-    data_folder,
-    with_attention,
-)
+from experiment import Experiment, Method, Paper, Result, attention_maps
 from figures import Box, attention_beside, attention_grid
 from made import write_colon_cancer
 

@@ -14,7 +14,7 @@ from pipeline.interrupt import INTERRUPTED
 _GRACE_S = 5.0
 
 
-def run(*arguments: str | Path | int) -> tuple[float, float]:
+def run(*arguments: str | Path | float) -> tuple[float, float]:
     """Run a command of nested-ats; returns its seconds and its peak memory in MB."""
     command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
     print(f"\n$ nested-ats {shlex.join(command[3:])}", flush=True)

@@ -2,42 +2,39 @@
 
 An experiment is data: what its methods share, how each differs, and what the paper's table says of it. Each run goes
 through the pipeline's own `train`, `predict` and `evaluate`. Runs that have finished are not done again and one that
-was stopped goes on, so the same command carries an experiment through interruptions; `results.json` grows run by run.
+was stopped goes on, so one command carries an experiment through interruptions; `out/results.json` grows by each.
 
     out/METHOD/seed-0/run/            the training run (pipeline.runs)
     out/METHOD/seed-0/predictions/    of the last stage
     out/METHOD/seed-0/points.json     loss and test error after each stage
     out/METHOD/seed-0/attention/      maps of the slides whose attention is kept, SLIDE-EPOCH.npz
-    out/results.json
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from commands import run
 from figures import AttentionMap
 
 from nested_ats import ImageModel, load_model
 from nested_ats.maps import attention_map
 from nested_ats.profiling import Cost, step_cost
 from pipeline.config import Config, digest, parse_config, plain
-from pipeline.data.manifest import Entry, read_manifest, write_manifest
+from pipeline.data.manifest import Entry, read_manifest
 from pipeline.data.slides import SlideImage, open_slide
-from pipeline.errors import PipelineError, UsageError
-from pipeline.files import file_name, make_folder, write_atomic, write_json
+from pipeline.errors import UsageError
+from pipeline.files import file_name, make_folder, write_json
 from pipeline.results.classifier import Classifier
 from pipeline.results.evaluate import evaluate
 from pipeline.results.predict import predict
@@ -45,7 +42,6 @@ from pipeline.results.settings import prediction_settings
 from pipeline.runs import MODEL, choose_device, read_metrics, read_run
 from pipeline.training.course import PAPERS_COURSE
 from pipeline.training.train import train, versions
-from storage import StorageError
 
 RESULTS, POINTS = "results.json", "points.json"
 _COST_REPEATS = 20  # steps timed
@@ -298,106 +294,6 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
-
-
-def command_line(description: str, out: str, *, data: str = "") -> argparse.ArgumentParser:
-    """Options that every experiment has; those on published data say by `data` which folder --data is."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of data, runs and results")
-    parser.add_argument("--quick", action="store_true", help="small, in minutes on a CPU")
-    parser.add_argument("--runs", type=int, help="independent runs of each method, instead of the paper's")
-    parser.add_argument("--only", action="append", help="a method to run, by name; may be repeated")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--measure", action="store_true", help="measure time and memory of finished runs anew")
-    parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of a results.json and end")
-    parser.add_argument("--save", type=Path, help="folder for results, table and figures to be committed")
-    if data:
-        parser.add_argument("--data", type=Path, help=data)
-    return parser
-
-
-def conduct(
-    experiment: Experiment,
-    chosen: argparse.Namespace,
-    prepare: Callable[[], Path],
-    watch: Callable[[Sequence[Entry]], Sequence[Entry]],
-    draw: Callable[[Sequence[Result], Sequence[Entry], Path], None],
-) -> None:
-    """Do what the command line asks for: run the experiment, save and print its table and draw its figures.
-
-    Parameters
-    ----------
-    experiment
-        What to run.
-    chosen
-        Options of `command_line`.
-    prepare
-        Makes the images ready and returns their manifest.
-    watch
-        Chooses, of the manifest's entries, test slides whose attention is kept.
-    draw
-        Draws figures of results and of the slides watched into a folder.
-
-    Raises
-    ------
-    SystemExit
-        Something that the user can mend, in words.
-    """
-    experiment = replace(experiment, runs=chosen.runs or experiment.runs)
-    try:
-        if chosen.table:
-            print(table(experiment, read_results(chosen.table)))
-            return
-        manifest = prepare()
-        watched = watch(read_manifest(manifest))
-        if chosen.measure:
-            measure_again(chosen.out, chosen.device)
-        kept = [entry.slide_id for entry in watched]
-        results = run_experiment(
-            experiment, manifest, chosen.out, only=chosen.only, attention_of=kept, device=chosen.device
-        )
-        folder = chosen.save or chosen.out
-        save(experiment, results, folder)
-        draw(results, watched, folder)
-        print(table(experiment, results))
-    except (PipelineError, StorageError) as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-def convert_published(
-    chosen: argparse.Namespace, make: Callable[[Path], Path], read: Callable[[Path], list[Entry]]
-) -> Path:
-    """Convert the images of `data_folder`, which --quick makes where none are given; return the pyramids' manifest.
-
-    Raises
-    ------
-    UsageError
-        Neither --data nor --quick is given.
-    """
-    if not (chosen.quick or chosen.data):
-        raise UsageError("--data FOLDER: the published images; or --quick, which makes some of its own")
-    make_folder(chosen.out)
-    folder = chosen.data or make(data_folder(chosen))
-    write_manifest(chosen.out / "published.csv", read(folder))
-    run("convert", chosen.out / "published.csv", "--out", chosen.out / "pyramids")
-    return chosen.out / "pyramids" / "manifest.csv"
-
-
-def data_folder(chosen: argparse.Namespace) -> Path:
-    """Folder of images in the published layout: --data, or what is made instead."""
-    return chosen.data or chosen.out / "made"
-
-
-def with_attention(experiment: Experiment, results: Sequence[Result]) -> list[Method]:
-    """Methods that learn an attention, and have a run of seed 0, which keeps it."""
-    ran = {result.method for result in results if result.seed == 0}
-    return [m for m in experiment.methods if m.key in ran and m.name.startswith(("ATS", "Deep MIL"))]
-
-
-def save(experiment: Experiment, results: Sequence[Result], folder: Path) -> None:
-    """Write results and their table, to be committed: ``NAME.json`` and ``NAME.md``."""
-    _write_results(make_folder(folder) / f"{experiment.name}.json", results)
-    write_atomic(folder / f"{experiment.name}.md", table(experiment, results) + "\n")
 
 
 def _found(path: Path) -> list[Result]:

@@ -157,7 +157,7 @@ def _annotation(scene: SignScene) -> str:
     return "".join([*boxes, *(["MISC_SIGNS;"] if len(scene.discs) > len(scene.signs) else [])])
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | bytearray) -> None:
     """Write a file, unless it is there as it should be: a newer one would have to be converted again."""
     if not path.is_file() or path.read_bytes() != data:
         path.write_bytes(data)

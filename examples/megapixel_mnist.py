@@ -27,9 +27,10 @@ from typing import Any, Literal
 
 import yaml
 from commands import run
+from conduct import command_line, conduct, with_attention
 from example_data.mnist import DIGIT, VIEW, load_pools, mnist_scene
 from example_data.mnist_files import write_megapixel_mnist
-from experiment import Experiment, Method, Paper, Result, attention_maps, command_line, conduct, with_attention
+from experiment import Experiment, Method, Paper, Result, attention_maps
 from figures import attention_evolution, error_and_loss_against_time
 
 from pipeline.data.manifest import Entry

@@ -76,7 +76,7 @@ def lay_tissue(rng: np.random.Generator, tissue: NDArray[np.float32], size: int,
     density = np.zeros((size, size, 3), np.float32)
     half = size // 2
     for corner in rng.permutation(4)[:pieces]:
-        piece = np.rot90(tissue, rng.integers(4))
+        piece = np.rot90(tissue, int(rng.integers(4)))
         piece = piece[:, ::-1] if rng.integers(2) else piece
         y, x = (int(rng.integers(max(1, side - half + 1))) for side in piece.shape[:2])
         piece = piece[y : y + half, x : x + half]

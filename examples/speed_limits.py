@@ -26,19 +26,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conduct import command_line, conduct, convert_published, data_folder, with_attention
 from example_data.published import NO_LIMIT, traffic_sign_boxes, traffic_signs
-from experiment import (
-    Experiment,
-    Method,
-    Paper,
-    Result,
-    attention_maps,
-    command_line,
-    conduct,
-    convert_published,
-    data_folder,
-    with_attention,
-)
+from experiment import Experiment, Method, Paper, Result, attention_maps
 from figures import attention_beside
 from made import write_traffic_signs
 

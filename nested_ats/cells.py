@@ -1,9 +1,8 @@
 """Where a cell of an attention map lies in the image, and the order in which cells are listed.
 
-A view of an image at some downsample is seen by an attention network of receptive field RF. With valid
-convolutions its map starts (RF - 1) / 2 pixels inside the view, and its cells divide what is left evenly
-(`cell_centers`, the paper's implementation). `NestedATS` reads every view with that margin around it, so that
-its cells tile the view exactly and no border of the image is without one.
+An attention network of receptive field RF sees a view of an image at some downsample. With valid convolutions, as in
+the paper's implementation, its map starts (RF - 1) / 2 pixels inside the view. `NestedATS` reads every view with that
+margin around it, so that the cells of the map tile the view exactly (`cell_centers`) and no border is without one.
 
 Coordinates are y, x; ``_l0`` marks pixels of the finest level, others are in pixels of the view.
 """
@@ -23,26 +22,21 @@ from nested_ats.images import Image
 _CURVE_BITS = 16  # cells of a map are numbered on a 65,536 x 65,536 curve
 
 
-def cell_centers(cells: int, view: float, receptive_field: float = 1) -> Tensor:
-    """Centres of the cells of a map along one axis, in pixels of the view.
-
-    Cell k of `cells` covers ``(RF - 1) / 2 + [k, k + 1) * step`` with ``step = (view - (RF - 1)) / cells``.
+def cell_centers(cells: int, view: float) -> Tensor:
+    """Centres of the cells of a map along one axis, in pixels of the view, which the cells divide evenly.
 
     Parameters
     ----------
     cells
-        Of the map along the axis.
+        The number of cells of the map along the axis.
     view
-        Pixels of the view along the axis.
-    receptive_field
-        RF in pixels of the view; 1 where the map is as large as the view, be it by padding or by a margin.
+        The number of pixels of the view along the axis.
 
     Returns
     -------
     (cells,) float64
     """
-    step = (view - (receptive_field - 1)) / cells
-    return (receptive_field - 1) / 2 + (torch.arange(cells, dtype=torch.float64) + 0.5) * step
+    return (torch.arange(cells, dtype=torch.float64) + 0.5) * (view / cells)
 
 
 def box_starts(centers_l0: Tensor, downsample: float, size: int) -> Tensor:

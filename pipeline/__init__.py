@@ -1,1 +1,1 @@
-"""The product: stages from images to predictions, configuration, and the command line."""
+"""The product: the stages from images to predictions, their configuration, and the command line."""

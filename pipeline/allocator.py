@@ -1,11 +1,11 @@
-"""How this process's memory is given back to the system."""
+"""Choose when this process gives memory back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -17,5 +17,5 @@ def keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # glibc takes no larger one
         mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)

@@ -1,7 +1,7 @@
-"""Configuration: one YAML file, checked before any work; every key has a default but the manifest.
+"""Configuration: one YAML file, which is checked before any work, and in which every key has a default.
 
-`ModelConfig` lives beside the model; what the pipeline adds is here. Unknown keys are refused with the nearest
-known name. `digest` identifies what a run computes, so that a run is never resumed under another configuration.
+`ModelConfig` lives beside the model, and what the pipeline adds is here. Unknown keys are refused with the nearest
+known name. `digest` identifies what a run computes, so that no run goes on under another configuration.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from pipeline.errors import UsageError
 
-# ValueError: of encodings, dates and numbers; RecursionError: nested too deep.
+# Encodings, dates and numbers raise ValueError, and what is nested too deep raises RecursionError.
 _NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
-# Where a key may be of several types, an error's place ends in each.
+# Where a key may be of several types, an error is placed at each of them.
 _OF_A_UNION = re.compile(r"str|int|float|(literal|dict|tuple)\[.*\]")
 DEFAULT_LEVELS = levels_for((8192, 8192))
 
@@ -60,12 +60,12 @@ class _Section(BaseModel):
 
 
 def _whole(path: Path) -> Path:
-    """A path that means the same to workers, which may run in other folders."""
+    """Make a path mean the same to workers, which may run in other folders."""
     return path.expanduser().absolute()
 
 
 WholePath = Annotated[Path, AfterValidator(_whole)]
-# Of the networks' forward pass: bfloat16 autocasts it, and the rest stays float32 (see `pipeline.runs.autocast`).
+# bfloat16 autocasts the networks' forward pass, and the rest stays float32 (see `pipeline.runs.autocast`).
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -82,56 +82,56 @@ class AugmentConfig(_Section):
 class TrainConfig(_Section):
     """How the model is trained."""
 
-    epochs: int = Field(default=30, ge=1)  # passes over the training slides
+    epochs: int = Field(default=30, ge=1)  # how often the training slides are passed over
     batch_size: int = Field(default=16, ge=1)  # slides a step, over all workers together
     parts: int = Field(default=1, ge=1)  # gradient accumulation: each worker computes its slides of a step in so many
     # micro-batches, with the same gradient; more need less memory, and while one waits for pixels another computes
-    precision: Precision = "float32"  # of the networks
-    augment: AugmentConfig = AugmentConfig()  # of the training slides alone
-    learning_rate: float = Field(default=1e-3, gt=0)  # of Adam (paper, appendix H)
-    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate: down to none at the last step, or not
+    precision: Precision = "float32"  # what the networks compute in
+    augment: AugmentConfig = AugmentConfig()  # random changes of the training slides
+    learning_rate: float = Field(default=1e-3, gt=0)  # Adam's learning rate (paper, appendix H)
+    schedule: Literal["cosine", "constant"] = "cosine"  # cosine lets the learning rate fall to 0 at the last step
     warmup: float = Field(default=0.02, ge=0, lt=1)  # share of the training in which the learning rate rises
-    clip: float = Field(default=1.0, ge=0)  # largest norm of a step's gradient; 0: any
-    weight_decay: float = Field(default=0.0, ge=0)  # decoupled (AdamW)
-    average: float = Field(default=0.98, ge=0, lt=1)  # share of the averaged weights, which are those that are kept,
-    # that a step leaves (EMA); 0: the last weights are kept
+    clip: float = Field(default=1.0, ge=0)  # largest norm of a step's gradient; 0 allows any
+    weight_decay: float = Field(default=0.0, ge=0)  # decoupled weight decay (AdamW)
+    average: float = Field(default=0.98, ge=0, lt=1)  # weights are averaged over steps (EMA), and the average is
+    # kept: a step leaves this share of it; 0 keeps the last weights
     entropy_weight: float = Field(default=0.01, ge=0)  # lambda of the paper's equation 21
-    entropy_fade: float = Field(default=0.5, ge=0, le=1)  # share of the training by which it has faded; 0: it stays
+    entropy_fade: float = Field(default=0.5, ge=0, le=1)  # share of the training in which it fades; 0: it stays
     early_samples: int = Field(default=4, ge=1)  # factor on the samples of every level early in the training
-    early_share: float = Field(default=0.2, ge=0, le=1)  # of the training
-    class_weights: Literal["none", "balanced"] = "none"  # balanced: by the inverse prior of the class
-    sampling: Literal["all", "balanced"] = "all"  # slides of an epoch: each once, or as many of each class
+    early_share: float = Field(default=0.2, ge=0, le=1)  # share of the training that is early
+    class_weights: Literal["none", "balanced"] = "none"  # balanced weights a class by its inverse prior
+    sampling: Literal["all", "balanced"] = "all"  # an epoch has each slide once, or as many of each class
     patience: int = Field(default=0, ge=0)  # epochs without a better validation after which training stops; 0: never
     checkpoint_minutes: float = Field(
         default=5.0, gt=0
-    )  # at most this much work is lost; every epoch ends with one too
+    )  # at most this much work is lost; every epoch ends with a checkpoint, too
 
 
 class CacheConfig(_Section):
     """Where chunks of slides at URLs are kept, for later epochs and runs and for other processes of the machine."""
 
-    folder: WholePath  # made where it is not there
-    gigabytes: float = Field(default=10.0, gt=0)  # that it may hold; the least recently used chunks are dropped
+    folder: WholePath  # it is made where it is not there
+    gigabytes: float = Field(default=10.0, gt=0)  # the most that it holds; the least recently used chunks are dropped
 
 
 class FeaturesConfig(_Section):
     """Where the features that a frozen encoder makes of patches are kept, for later epochs, runs and commands."""
 
-    folder: WholePath | None = None  # made where it is not there; none: one in the user's cache folder
-    gigabytes: float = Field(default=10.0, gt=0)  # that it may hold; slides that are not in use are dropped
+    folder: WholePath | None = None  # it is made where it is not there; none means one in the user's cache folder
+    gigabytes: float = Field(default=10.0, gt=0)  # the most that it holds; slides that are not in use are dropped
 
 
 class DataConfig(_Section):
     """How slides are read."""
 
-    background: float = Field(default=0.0, ge=0, le=1)  # pixels off the slide: 0 is black, 1 white
+    background: float = Field(default=0.0, ge=0, le=1)  # value of pixels off the slide: 0 is black, 1 white
     validation: float = Field(default=0.0, ge=0, lt=1)  # share of slides held out, where the manifest has no split
-    test: float = Field(default=0.2, ge=0, lt=1)  # likewise
+    test: float = Field(default=0.2, ge=0, lt=1)  # share of slides to test on, where the manifest has no split
     channels: int | None = Field(
         default=None, ge=1, le=65535
-    )  # that slides must have; by default as most of them have
-    cache: CacheConfig | None = None  # of chunks fetched from URLs; none by default
-    features: FeaturesConfig | None = FeaturesConfig()  # of patches, where the encoder is frozen; none: not kept
+    )  # how many channels slides must have; by default as many as most of them have
+    cache: CacheConfig | None = None  # keeps chunks that are fetched from URLs; there is none by default
+    features: FeaturesConfig | None = FeaturesConfig()  # keeps features of patches of a frozen encoder
 
     @model_validator(mode="after")
     def _leave_some_to_train(self) -> Self:
@@ -144,15 +144,15 @@ class PredictConfig(_Section):
     """How slides are classified."""
 
     draws: int = Field(default=4, ge=1)  # independent draws, averaged; their scatter is the interval
-    target_error: float | None = Field(default=None, gt=0)  # expected error at which drawing stops before that
+    target_error: float | None = Field(default=None, gt=0)  # drawing stops before that at this expected error
     exact: bool = False  # encode every patch of the opened regions instead of drawing among them
-    precision: Precision = "float32"  # of the networks
+    precision: Precision = "float32"  # what the networks compute in
 
 
 class Config(_Section):
     """A whole run."""
 
-    seed: int = Field(default=0, ge=0, lt=2**63)  # of the weights, the order of slides and every draw
+    seed: int = Field(default=0, ge=0, lt=2**63)  # decides the first weights, the order of slides and every draw
     model: AnyModel = ModelConfig(levels=DEFAULT_LEVELS)
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
@@ -167,7 +167,8 @@ def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
     path
         A YAML file, or none for the defaults.
     settings
-        ``a.b=value`` overrides, values as YAML; list elements by number (``model.levels.0.samples=16``).
+        Overrides such as ``a.b=value``, where values are YAML and numbers name the elements of lists
+        (``model.levels.0.samples=16``).
 
     Raises
     ------
@@ -191,7 +192,7 @@ def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
 
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:
-    """Check a configuration given as plain values; `where` names it in errors (UsageError)."""
+    """Check a configuration of plain values; `where` names it in errors (UsageError)."""
     try:
         return Config.model_validate(_fold(raw, where))
     except ValidationError as error:
@@ -200,23 +201,23 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    """Write the resolved configuration as YAML, which `load_config` reads back to an equal one."""
     return yaml.safe_dump(plain(config), sort_keys=False)
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain lists, mappings and scalars."""
+    """Return the resolved configuration as plain lists, mappings and scalars."""
     values: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
     return values
 
 
 def digest(value: Any) -> str:
-    """Short hash of plain values."""
+    """Hash plain values to a short text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _fold(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """Plain values in which the options of the encoder stand where they stand now."""
+    """Move the options of the encoder in plain values to where they stand today."""
     if not isinstance(raw.get("model"), dict):
         return raw
     try:
@@ -251,9 +252,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _override(raw: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
     if keys[:2] == ["model", "levels"] and isinstance(raw.setdefault("model", {}), dict):
-        _add_levels(raw["model"])  # to be changed one by one
+        _add_levels(raw["model"])  # they are changed one by one
     if keys[:2] == ["model", "encoder"] and len(keys) > 2 and isinstance(raw.setdefault("model", {}), dict):
-        _name_encoder(raw["model"])  # to be given weights and options
+        _name_encoder(raw["model"])  # it is given weights and options
     node: Any = raw
     for i, key in enumerate(keys):
         step: Any = key
@@ -270,13 +271,13 @@ def _override(raw: dict[str, Any], keys: list[str], value: Any, setting: str) ->
 
 
 def _add_levels(model: dict[str, Any]) -> None:
-    """Give a model of levels those of the default configuration, as it has none of its own."""
+    """Give a model that has levels, but none of its own, those of the default configuration."""
     if model.get("kind", "ats") == "ats":
         model.setdefault("levels", plain(Config())["model"]["levels"])
 
 
 def _name_encoder(model: dict[str, Any]) -> None:
-    """Make a mapping of a model's encoder that is a plain name, or the kind's default."""
+    """Turn an encoder that is a plain name, or the default of the model's kind, into a mapping."""
     named = plain_encoder(model)
     if isinstance(named, str):
         model["encoder"] = {"name": named}
@@ -287,7 +288,7 @@ def _explain(problem: Any) -> str:
     if problem["type"].startswith("union_tag"):
         return f"model.kind: not one of {', '.join(KINDS)}"
     if place[0] == "model" and place[1:2] and place[1] in KINDS:
-        kind = place.pop(1)  # which is no key
+        kind = place.pop(1)  # it is no key
     name = ".".join(part for part in place if not _OF_A_UNION.fullmatch(part))
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {name}" + _advise(place, kind)
@@ -298,7 +299,7 @@ def _explain(problem: Any) -> str:
 
 
 def _advise(place: Sequence[str], kind: str | None) -> str:
-    """What may be meant by an unknown key: the nearest that there is, or where a key of that name belongs."""
+    """Say what an unknown key may mean: the nearest that there is, or where a key of that name belongs."""
     wanted = place[-1]
     if len(place) == 2 and kind:
         others = [name for name, other in KINDS.items() if wanted in {field.name for field in fields(other.config)}]
@@ -313,7 +314,7 @@ def _advise(place: Sequence[str], kind: str | None) -> str:
 
 
 def _known_keys() -> dict[str, str]:
-    """Every key's name, and its whole path."""
+    """Map every key's name to its whole path."""
     keys = {field.name: f"model.{field.name}" for kind in KINDS.values() for field in fields(kind.config)}
     nodes: list[tuple[str, Any]] = [("", plain(Config()))]
     while nodes:

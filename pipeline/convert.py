@@ -1,4 +1,4 @@
-"""``convert``: from image files to pyramids, and a manifest of them."""
+"""``convert``: turn image files into pyramids, and write a manifest of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.csv"
 _PYRAMID = ".ome.zarr"
-_TASK_TIMEOUT_S = 3600.0  # for a part of a slide on a Ray worker, which may hang with its file system
+_TASK_TIMEOUT_S = 3600.0  # a part of a slide may take so long on a Ray worker, which may hang with its file system
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def text(self) -> str:
-        """One line."""
+        """The target and the size of the slide, in one line."""
         channels, height, width = self.shape or (0, 0, 0)
         return f"{self.target}: {height} x {width} pixels, {channels} channels"
 
@@ -67,7 +67,7 @@ def plan_all(entries: Sequence[Entry], out: str | Path, *, options: ConvertOptio
     Raises
     ------
     UsageError
-        `out` is no folder and no whole URL.
+        `out` is neither a folder nor a whole URL.
     """
     plans = []
     paths = paths_by_id(entries)
@@ -96,37 +96,37 @@ def convert_all(
 ) -> list[Conversion]:
     """Convert slides into ``out/SLIDE.ome.zarr`` and write a manifest of all that are there.
 
-    The manifest that an earlier call wrote is added to: labels that were filled in by hand stay, and so do slides
-    that another process converts at the same time. Slides that were converted before are kept, one that was
-    interrupted goes on; one that fails is reported and the others go on, as are those of several that have one id.
+    A manifest that an earlier call wrote is added to: labels that were filled in by hand stay, and so do slides that
+    another process converts at the same time. Slides that were converted before are kept, and an interrupted one goes
+    on. A slide that fails is reported and the others go on; slides that share an id fail.
 
     Parameters
     ----------
     entries
-        Slides; an mpp of theirs overrules that of `options`.
+        The slides; an mpp of theirs overrules that of `options`.
     out
-        Folder, made where it is missing, or URL.
+        A folder, which is made where it is missing, or a URL.
     options
-        Codec and layout.
+        The codec and the layout.
     manifest
-        CSV file to write or add to; by default `manifest_path` of `out`.
+        The CSV file to write or add to; by default `manifest_path` of `out`.
     executor
-        As for `storage.convert`.
+        What runs the tasks of a conversion, see `storage.convert`.
     address
-        ``none``, or the Ray cluster to use instead of `executor`, as for `cluster.session`.
+        ``none``, or the address of the Ray cluster to use instead of `executor`, see `cluster.session`.
     workers
-        Threads, processes or Ray workers; by default one a processor.
+        The number of threads, processes or Ray workers, by default one for each processor.
     overwrite
-        Replace pyramids of another source or other options.
+        Whether to replace pyramids of another source or other options.
     fail_fast
-        Stop at the first failure.
+        Whether to stop at the first failure.
 
     Raises
     ------
     UsageError
         `out` is no whole URL or cannot be written to, or `manifest` is one of something else, which would be lost.
     DataError
-        With `fail_fast`, a slide failed.
+        A slide failed, and `fail_fast` is set.
     cluster.ClusterError
         There is no such cluster.
     """
@@ -162,13 +162,13 @@ def convert_all(
                 if net.error:
                     conversions.append(Conversion(entry, None, net.error))
                 shown.end()
-    finally:  # also when it is interrupted: what is there is in the manifest
+    finally:  # the manifest has all that is there, also after an interrupt
         _add_to_manifest(manifest, out, [conversion.entry for conversion in conversions if conversion.report])
     return conversions
 
 
 def summary(conversions: Sequence[Conversion]) -> str:
-    """One line: how many slides, how many bytes."""
+    """Say in one line how many slides and bytes were converted."""
     reports = [conversion.report for conversion in conversions if conversion.report]
     new = [report for report in reports if not report.up_to_date]
     raw, stored = sum(report.raw_bytes for report in new), sum(report.stored_bytes for report in new)
@@ -182,9 +182,9 @@ def ray_executor(address: str, workers: int) -> CustomExecutor:
     Parameters
     ----------
     address
-        Of the cluster, as for `cluster.session`.
+        The address of the cluster, see `cluster.session`.
     workers
-        Largest number of workers, of one CPU each.
+        The largest number of workers, of one CPU each.
     """
 
     def run(make_worker: Callable[[], Callable[[Any], Any]], items: Sequence[Any]) -> Iterator[Any]:
@@ -199,12 +199,12 @@ def ray_executor(address: str, workers: int) -> CustomExecutor:
 
 
 def manifest_path(out: str | Path) -> Path:
-    """Where the manifest of a folder of pyramids is; for a URL, in the working directory."""
+    """Tell where the manifest of a folder of pyramids is: in it, or for a URL in the working directory."""
     return Path(MANIFEST) if is_remote(out) else Path(out) / MANIFEST
 
 
 def _root(out: str | Path) -> str:
-    """Absolute path or URL below which pyramids go; what was meant as a URL makes no folder named ``s3:``."""
+    """Return the absolute path or URL that pyramids go below; half a URL, which would be a folder, is refused."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//[^/])(/|$)", text := str(out)):
         raise UsageError(f"--out {text}: not a whole URL; give scheme://bucket[/folder], as in s3://bucket/pyramids")
     return text.rstrip("/") if is_remote(text) else os.path.abspath(text)
@@ -215,7 +215,7 @@ def _target(out: str | Path, entry: Entry) -> str:
 
 
 def known_slides(out: str | Path, manifest: Path | None = None) -> dict[str, Entry]:
-    """Slides that were converted to a folder or URL before, by id, from the manifest that is there.
+    """Read from the manifest that is there which slides were converted to a folder or URL before, by id.
 
     Raises
     ------
@@ -238,7 +238,7 @@ def known_slides(out: str | Path, manifest: Path | None = None) -> dict[str, Ent
 
 
 def _add_to_manifest(manifest: Path, out: str | Path, done: Sequence[Entry]) -> None:
-    """Write the rows of what was converted now or before, as it is in the manifest by now."""
+    """Add what was converted to what is in the manifest by now."""
     if done:
         with _locked(manifest.parent):
             write_manifest(manifest, _merge(known_slides(out, manifest), done))
@@ -249,7 +249,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Let one process at a time read a manifest in this folder and replace it."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # a network file system that cannot lock folders: then only chance protects
+        with suppress(OSError):  # some network file systems cannot lock folders: there, only chance protects
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
@@ -257,9 +257,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _merge(known: dict[str, Entry], done: Sequence[Entry]) -> list[Entry]:
-    """Rows of what was converted now or before; labels that were written into the manifest since are kept.
+    """Merge what was converted into what was there; labels that were written into the manifest since then are kept.
 
-    Rows of folders that are gone are dropped; those of URLs are not looked up.
+    Rows of folders that are gone are dropped; URLs are not looked up.
     """
     rows = {name: entry for name, entry in known.items() if is_remote(entry.path) or Path(entry.path).exists()}
     for entry in done:

@@ -1,4 +1,4 @@
-"""``info``: what an image, a pyramid or a published encoder is."""
+"""``info``: describe an image, a pyramid or a published encoder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 def describe(location: str) -> dict[str, Any]:
     """Describe an image file or a pyramid, by path or URL, or an encoder by its name (`nested_ats.networks.presets`).
 
-    Of pixels, only those of PNG, JPEG and BMP files are read. A level of an image file says ``made_of`` which
-    downsample it is averaged when it is read, if the file lacks it.
+    No pixels are read but those of PNG, JPEG and BMP files. A level that an image file lacks says of which
+    downsample it is ``made_of`` at each read.
 
     Raises
     ------
     storage.StorageError
-        It is none of them, or it is damaged.
+        The location is none of them, or is damaged.
     """
     if not set("./:") & set(location) and not os.path.exists(location):
         from nested_ats.networks.presets import PRESETS

@@ -1,4 +1,4 @@
-"""Ctrl-C: one line on standard error and exit code 130, in the command line and in every script beside it."""
+"""Ctrl-C ends the command line, and every script beside it, with one line on standard error and exit code 130."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 130  # exit code, as shells have it: 128 and the number of SIGINT
+INTERRUPTED = 130  # the exit code that shells give: 128 and the number of SIGINT
 RESUMABLE = "interrupted; run the same command again to go on from where it was"
 
 
 @contextmanager
 def interruptible(words: str = "interrupted") -> Iterator[None]:
-    """A block of work whose interrupt is no error: it ends the process in a line.
+    """Run a block of work whose interrupt is no error: it ends the process with one line.
 
     Parameters
     ----------
     words
-        The line.
+        The line to print.
 
     Raises
     ------
@@ -32,6 +32,6 @@ def interruptible(words: str = "interrupted") -> Iterator[None]:
 
 
 def run_main(main: Callable[[], None], words: str = "interrupted") -> None:
-    """Run a script's `main` as `interruptible`."""
+    """Run a script's `main`, which may be interrupted."""
     with interruptible(words):
         main()

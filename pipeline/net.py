@@ -1,4 +1,4 @@
-"""The net under every slide: whatever goes wrong with one becomes its failure, and the others go on."""
+"""Catch whatever goes wrong with one slide, so that it becomes that slide's failure and the others go on."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Self
 
 from pipeline.errors import DataError, is_ours
 
-DEBUG = "NESTED_ATS_DEBUG"  # environment variable: set, tracebacks of errors that nobody foresaw are printed
+DEBUG = "NESTED_ATS_DEBUG"  # where this environment variable is set, unforeseen errors show their tracebacks
 
 
 class Net:
-    """A block of work on one slide; what it raises ends here, and nothing else than the block.
+    """A block of work on one slide: what it raises ends the block and nothing else.
 
-    Interrupts and exits go through, and so do errors of the cluster, which no slide has caused; panics of libraries
-    written in Rust do not, though Python takes them for exits.
+    Interrupts and exits go through, and so do errors of the cluster, which no slide has caused. Panics of libraries
+    written in Rust are caught, though Python takes them for exits.
 
     Parameters
     ----------
     slide_id
-        Of the slide, to name it where its failure ends everything.
+        The id that names the slide where its failure ends everything.
     fail_fast
-        Whether it does: by a `DataError`.
+        Whether a failure ends everything, by a `DataError`.
 
     Attributes
     ----------
     error
-        Why the slide failed, in one line; empty where it did not.
+        Why the slide failed, in one line; it is empty where the slide did not fail.
     cause
-        What was raised.
+        The exception that was raised.
     """
 
     def __init__(self, slide_id: str = "", *, fail_fast: bool = False) -> None:
@@ -56,7 +56,7 @@ class Net:
 
 
 def explain(error: BaseException) -> str:
-    """Say in a line what went wrong: our own errors as they are, anything else as an internal error to report."""
+    """Say in a line what went wrong; an error that is not ours is an internal one, to be reported."""
     if is_ours(error):
         return str(error)
     if os.environ.get(DEBUG):

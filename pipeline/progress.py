@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar, or where that is no terminal a line now and then, both with the time left."""
+"""Show progress and the time left on standard error: a bar, or a line now and then where that is no terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-OnProgress = Callable[[float, float, str], None]  # done, in all, a few words
+OnProgress = Callable[[float, float, str], None]  # what is done, what there is in all, a few words
 
 _LINE_SECONDS = 10.0
 _EARLY_SECONDS = 5.0  # before that, the time left is not worth saying
-_RATE_SECONDS = 30.0  # that a throughput is averaged over
+_RATE_SECONDS = 30.0  # a throughput is averaged over so long
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def progress(title: str) -> Iterator[OnProgress]:
 
     Yields
     ------
-    Function to call with what is done, what there is in all, and a few words.
+    A function to call with what is done, what there is in all, and a few words.
     """
     with _bar(title) if sys.stderr.isatty() else _lines(title) as update:
         yield update
@@ -30,18 +30,17 @@ def progress(title: str) -> Iterator[OnProgress]:
 class SlideProgress:
     """Progress over slides that are each worked on byte by byte, with the throughput.
 
-    Only the work of this run counts: slides that were up to date, and what the first `on_bytes` of a slide says was
-    done before, are in neither what is done nor what there is in all. Else the time left would be that of reading
-    what is there.
+    Only the work of this run counts. Slides that were up to date, and what was done before by the first `on_bytes` of
+    a slide, are neither in what is done nor in what there is in all: they would make the time left too short.
 
     Parameters
     ----------
     update
-        What `progress` yields.
+        The function that `progress` yields.
     count
-        Slides in all.
+        The number of all slides.
     clock
-        Seconds, from any start.
+        It gives the time in seconds, from any start.
     """
 
     def __init__(self, update: OnProgress, count: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -50,13 +49,13 @@ class SlideProgress:
         self._clock = clock
         self._ended = 0  # slides
         self._there = 0.0  # slides, and parts of them, that were there before
-        self._bytes = self._before = 0  # made by this run, and those of them before this slide
+        self._bytes = self._before = 0  # what this run has made, and had made before this slide
         self._first: int | None = None  # bytes of this slide that were there before
         self._past = deque([(clock(), 0)])  # seconds, and bytes done until then
         self._words = ""
 
     def begin(self, name: str) -> None:
-        """Go to the next slide."""
+        """Begin the next slide."""
         self._name = f"{name} ({self._ended + 1}/{self._count})"
         self._words = self._name
         self._before = self._bytes
@@ -74,21 +73,21 @@ class SlideProgress:
         self._show(self._ended + share)
 
     def end(self) -> None:
-        """Count the slide as done; one without bytes was up to date, or could not be worked on."""
+        """Count the slide as done; a slide without bytes was up to date, or could not be worked on."""
         self._ended += 1
         self._there += self._first is None
         self._show(self._ended)
 
     def _show(self, ended: float) -> None:
-        """Tell of the work of this run; all of it is done where there was none."""
+        """Show the work of this run, all of which is done where there was none."""
         total = self._count - self._there
-        if total > 1e-9:  # both with rounding
+        if total > 1e-9:  # both numbers are rounded
             self._update(max(ended - self._there, 0.0), total, self._words)
         else:
             self._update(self._count, self._count, self._words)
 
     def _rate(self) -> float:
-        """Bytes a second of late."""
+        """Return the bytes a second of the last half minute."""
         now = self._clock()
         if now - self._past[-1][0] >= 1:
             self._past.append((now, self._bytes))
@@ -99,16 +98,16 @@ class SlideProgress:
 
 
 def progress_line(title: str, done: float, total: float, words: str, seconds: float) -> str:
-    """One line of progress: "convert: 25% slide-7 (2/8), 310 MB/s, 12 min left".
+    """Put progress into one line: "convert: 25% slide-7 (2/8), 310 MB/s, 12 min left".
 
     Parameters
     ----------
     title
-        Name of the work.
+        The name of the work.
     done, total
-        In any unit.
+        What is done and what there is in all, in any unit.
     words
-        What it is at.
+        What is being done now.
     seconds
         How long it took to come from nothing to `done`.
     """
@@ -118,7 +117,7 @@ def progress_line(title: str, done: float, total: float, words: str, seconds: fl
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: "40 s", "12 min", "3.5 h"."""
+    """Put seconds into words: "40 s", "12 min", "3.5 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,17 +1,15 @@
-"""The folder of a training run: its configuration, its state, its metrics and its model.
+"""Read and write the folder of a training run: its configuration, its state, its metrics and its model.
 
     run.json                what the run is: configuration, classes, slides, versions
     config.yaml             the resolved configuration, as one can hand it to --config
     state.safetensors       weights, optimizer and position: where training goes on
     metrics.jsonl           one line an epoch
     tensorboard/            the same as curves
-    ray/                    book-keeping of Ray, where it trained
     model/                  the trained model, once training has finished; replaced when a longer one has
     train.lock              held by the process that trains
 
 The state is one file, replaced in one step, so weights, optimizer and position always belong together, whichever
-number of workers wrote them; a checksum of all of it is part of it. What is read must be a regular file
-in the folder.
+number of workers wrote them. A checksum of all of it is part of it. Only regular files in the folder are read.
 """
 
 from __future__ import annotations
@@ -38,14 +36,14 @@ from pipeline.files import read_inside, write_atomic
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
 MODEL, CURVES, LOCK = "model", "tensorboard", "train.lock"
 
-_ABOUT = {"run", "epoch", "step", "metrics"}  # what a state says of itself
+_ABOUT = {"run", "epoch", "step", "metrics"}  # what a state says about itself
 _SUM, _BLANK = "sha256", "-" * 64  # its checksum, and what stands there while it is computed
 
 
 class _Run(BaseModel):
-    """What a run.json holds, so that it is checked before anything is made of it."""
+    """What a run.json must hold, by which it is checked before it is used."""
 
-    model_config = ConfigDict(extra="allow")  # of later versions
+    model_config = ConfigDict(extra="allow")  # later versions may write more
 
     fingerprint: str
     classes: list[str] = Field(min_length=1)
@@ -59,8 +57,8 @@ class _Run(BaseModel):
 class Position:
     """How far training has come."""
 
-    epoch: int = 0  # epochs finished
-    step: int = 0  # steps finished of the epoch under way
+    epoch: int = 0  # how many epochs are finished
+    step: int = 0  # how many steps of the next epoch are finished
 
 
 def save_state(
@@ -77,17 +75,17 @@ def save_state(
     Parameters
     ----------
     folder
-        Of the run.
+        The folder of the run.
     model, optimizer
         Their state is written whole.
     position
-        After the last step taken.
+        How far training has come.
     totals
-        Sums of the epoch under way.
+        The sums of the epoch that is under way.
     kept
-        State of `pipeline.training.course.Kept`.
+        The state of `pipeline.training.course.Kept`.
     fingerprint
-        Of the run.
+        The fingerprint of the run.
     """
     from safetensors.torch import save
 
@@ -105,27 +103,27 @@ def save_state(
 
 
 def _around(data: bytes, checksum: str) -> tuple[memoryview, memoryview]:
-    """What comes before and after the checksum of a state."""
+    """Split a state at its checksum into what comes before and after it."""
     header = data[: 8 + int.from_bytes(data[:8], "little")]
     at = header.index(f'"{checksum}"'.encode()) + 1  # no other value can hold it: quotes inside them are escaped
     return memoryview(data)[:at], memoryview(data)[at + len(checksum) :]
 
 
 def _checksum(before: memoryview, after: memoryview) -> str:
-    """SHA-256 of a whole state, but for the checksum itself."""
+    """Compute the SHA-256 of a state without the checksum itself."""
     digest = hashlib.sha256(before)
     digest.update(after)
     return digest.hexdigest()
 
 
 def state_metadata(data: bytes) -> dict[str, str]:
-    """What a state says of itself: ``run``, ``epoch``, ``step`` and the lines of ``metrics``.
+    """Read what a state says about itself: ``run``, ``epoch``, ``step`` and the lines of ``metrics``.
 
     Raises
     ------
     ValueError
-        It is none, or any bit of it is not as it was written. States of earlier versions have no checksum and are
-        taken as they are: no single bit makes one of the other.
+        The data is no state, or any bit of it is not as it was written. States of earlier versions have no checksum
+        and are taken as they are: no single wrong bit makes one of the other.
     """
     try:
         about: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
@@ -147,12 +145,12 @@ def load_state(
     Returns
     -------
     position, totals, kept, metrics
-        As they were saved; none for a run without a state.
+        What was saved, or None for a run without a state.
 
     Raises
     ------
     UsageError
-        The state is damaged, or that of another run or model.
+        The state is damaged, or belongs to another run or model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -181,12 +179,12 @@ def load_state(
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run is: the content of its run.json.
+    """Read what a run is, from its run.json.
 
     Raises
     ------
     UsageError
-        The folder is not that of a run.
+        The folder is not one of a run.
     """
     path = folder / RUN
     try:
@@ -207,12 +205,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def model_folder(run: Path) -> Path:
-    """Folder of the model of a finished run.
+    """Return the folder of the model of a finished run.
 
     Raises
     ------
     UsageError
-        Training has not finished, or the model lies elsewhere, by a link.
+        Training has not finished, or a link leads to a model elsewhere.
     """
     folder = run / MODEL
     if not folder.exists():
@@ -223,25 +221,25 @@ def model_folder(run: Path) -> Path:
 
 
 def model_fingerprint(run: Path) -> str:
-    """Short hash of the model of a finished run, by which its predictions are known.
+    """Return a short hash of the model of a finished run, by which its predictions are known.
 
     Raises
     ------
     nested_ats.ModelFileError
         The model is damaged.
     UsageError
-        The run has none.
+        The run has no model.
     """
     return short(inspect_model(model_folder(run), trust_encoder=True).sha256)  # nothing is imported to look
 
 
 def short(sha256: str) -> str:
-    """As much of a hash as tells one thing from another, and fits a table."""
+    """Shorten a hash so that it fits a table and still tells one thing from another."""
     return sha256[:16]
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what a run wrote and nothing else; run.json goes last, so that until then the folder is a run."""
+    """Remove what a run wrote and nothing else; run.json goes last, so that the folder is a run until then."""
     for name in (STATE, METRICS, MODEL, CURVES, CONFIG, RUN):
         path = folder / name
         if path.is_dir():
@@ -251,12 +249,12 @@ def clear_run(folder: Path) -> None:
 
 
 def choose_device(device: str) -> str:
-    """``cuda`` where there is a GPU and `device` (auto, cpu or cuda) lets it be used, else ``cpu``."""
+    """Choose ``cuda`` where there is a GPU and `device` (auto, cpu or cuda) allows it, else ``cpu``."""
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def autocast(device: str, precision: Precision) -> torch.autocast:
-    """Context of a forward pass: bfloat16 runs convolutions and linear layers in it, float32 changes nothing.
+    """Return the context of a forward pass: bfloat16 runs convolutions and linear layers, float32 changes nothing.
 
     Parameters stay float32, and so do their gradients: weights are cast anew for every use of them, as a cached cast
     would sum the gradients of all its uses in bfloat16 first. (It would also be shared by the threads of a batch.)
@@ -266,7 +264,7 @@ def autocast(device: str, precision: Precision) -> torch.autocast:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Metrics of every finished epoch, in order; a line cut short by a crash is left out."""
+    """Read the metrics of every finished epoch, in order; a line that a crash cut short is left out."""
     try:
         lines = read_inside(folder, METRICS).splitlines()
     except FileNotFoundError:

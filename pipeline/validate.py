@@ -1,4 +1,4 @@
-"""``validate``: which pyramids are sound, and what is wrong with the others."""
+"""``validate``: tell which pyramids are sound, and what is wrong with the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 20  # problems of one pyramid
 _NO_SOURCE = "no source image has its name, or several have"
 _DECODED = 4096  # pixels, side of what is decoded of an image file at once
 _NO_PYRAMID = "an image file, which is decoded and not compared with a source"
-_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # of OME-Zarr 0.5, and of 0.4
+_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # OME-Zarr 0.5 has the first, and 0.4 the others
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Validation:
 
     @property
     def sound(self) -> bool:
-        """Whether it can be used, as far as could be seen."""
+        """Whether the pyramid can be used, as far as could be seen."""
         return not self.error and all(problem.warning for problem in self.problems)
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """Whether the pyramid is sound, in one line."""
         wrong = sum(not problem.warning for problem in self.problems)
         return f"{self.entry.path}: " + (f"{wrong} problem{'s' if wrong > 1 else ''}" if wrong else "sound")
 
     def lines(self) -> Iterator[str]:
-        """Verdict, and the first problems in columns: level, what and where, message."""
+        """Yield the verdict, and the first problems in columns: level, what and where, message."""
         if not self.error:
             yield self.verdict
         for problem in self.problems[:_SHOWN]:
@@ -55,7 +55,7 @@ class Validation:
 
 
 def find_pyramids(places: Sequence[str]) -> list[Entry]:
-    """Entries of pyramids, of folders of them (paths or URLs), of patterns, or of one manifest.
+    """Find pyramids by path or URL, in folders of them, by patterns, or in one manifest.
 
     Raises
     ------
@@ -76,14 +76,14 @@ def find_pyramids(places: Sequence[str]) -> list[Entry]:
 
 
 def find_sources(place: str) -> dict[str, str]:
-    """Paths of the images in a folder, pattern or manifest, by slide id and by the name of the slide's pyramid.
+    """Find the images of a folder, pattern or manifest, by slide id and by the name of the slide's pyramid.
 
-    Images of a folder have an id by file and one by path, see `pipeline.data.naming`; what several would be, none is.
+    Images of a folder have an id by file and one by path, see `pipeline.data.naming`; an id of several is left out.
 
     Raises
     ------
     UsageError
-        As for `find_images`.
+        `find_images` raises it.
     """
     found: dict[str, set[str]] = {}
     for name_by in ("name",) if is_manifest(place) else NAME_BY:
@@ -96,18 +96,18 @@ def find_sources(place: str) -> dict[str, str]:
 def validate_all(
     entries: Sequence[Entry], *, sources: dict[str, str] | None = None, full: bool = False, workers: int | None = None
 ) -> list[Validation]:
-    """Look at slides one after another; of those that are image files, TIFFs are decoded if `full`, others always.
+    """Look at slides one after another. Image files are opened, and TIFFs are decoded if `full`, others always.
 
     Parameters
     ----------
     entries
-        Pyramids and image files.
+        The pyramids and image files.
     sources
-        Images by slide id to compare level 0 with, see `find_sources`; then `full` is meant.
+        The images by slide id to compare level 0 with, see `find_sources`; with them, `full` is meant.
     full
-        As for `storage.validate`.
+        Whether to decode every chunk, see `storage.validate`.
     workers
-        Threads; by default one a processor.
+        The number of threads, by default one for each processor.
 
     Returns
     -------
@@ -160,7 +160,7 @@ def _is_pyramid_name(place: str) -> bool:
 
 
 def _is_pyramid(path: Path) -> bool:
-    """Whether a folder is a pyramid or should be one; an unfinished one, unless the finished one is there too."""
+    """Tell whether a folder is or should be a pyramid; an unfinished one is none beside the finished one."""
     if path.name.startswith(".") or not path.is_dir():
         return False
     if path.name.endswith(".partial"):

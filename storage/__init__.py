@@ -1,4 +1,4 @@
-"""Pyramids: TIFF to OME-Zarr 0.5, and random boxes from them, local or by URL. See README.md."""
+"""Make OME-Zarr 0.5 pyramids of images, and read random boxes from them, locally or by URL; see README.md."""
 
 from __future__ import annotations
 

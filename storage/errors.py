@@ -1,14 +1,14 @@
-"""The errors that leave this package, one small tree.
+"""The errors that leave this package, in one small tree.
 
-Every message names the file, the cause and, where there is one, the fix. Mistakes of the calling code (a
-negative level, a box of the wrong shape) are ``ValueError`` instead.
+Every message names the file, the cause and, where there is one, the fix. Mistakes of the calling code, such as a
+negative level or a box of the wrong shape, raise ``ValueError`` instead.
 """
 
 from __future__ import annotations
 
 
 class StorageError(Exception):
-    """Root of all errors that a user's files, disks or networks can cause in this package."""
+    """The root of all errors that a user's files, disks or networks can cause in this package."""
 
 
 class MissingImageError(StorageError):
@@ -20,7 +20,7 @@ class UnsupportedImageError(StorageError):
 
 
 class CorruptImageError(StorageError):
-    """A TIFF or pyramid is damaged: a checksum, a length or a header does not hold."""
+    """A TIFF or pyramid is damaged: a checksum, a length or a header is wrong."""
 
 
 class NotAPyramidError(StorageError):
@@ -28,7 +28,7 @@ class NotAPyramidError(StorageError):
 
 
 class ConversionError(StorageError):
-    """The output cannot be written: busy, forbidden, occupied or out of space."""
+    """The output cannot be written, because it is busy, forbidden, occupied or out of space."""
 
 
 class TransferError(StorageError):

@@ -1,4 +1,4 @@
-"""Threads for reading, shared by all slides of a process; and how many processors there are."""
+"""The threads for reading, which all slides of a process share, and the number of processors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-POOL_THREADS = 128  # they wait for a store; as many as eight slides have requests in flight
+POOL_THREADS = 128  # eight slides have so many requests in flight, and the threads only wait for them
 
 
 def processors() -> int:
-    """Count the processors that this process may use; macOS, which binds none, tells those of the machine."""
+    """Count the processors that this process may use; on macOS, which binds none, those of the machine."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -23,7 +23,7 @@ def processors() -> int:
 
 @cache
 def pool() -> ThreadPoolExecutor:
-    """The threads, made at first use."""
+    """Return the threads, which are made at first use."""
     return ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="storage-read")
 
 

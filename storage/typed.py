@@ -1,8 +1,8 @@
-"""JSON from files that somebody else wrote, each value checked for its type and bounds where it is read.
+"""Read JSON from files that somebody else wrote, and check each value for its type and bounds.
 
-Every function takes a value and says what it is in messages; all raise ``ValueError``, which the readers of metadata
-turn into an error of ours that names the file. So nothing behind them meets a number that is infinite, negative, of
-10,000 digits or a string.
+Every function takes a value, and ``what`` names it in messages. All raise ``ValueError``, which the readers of
+metadata turn into an error of ours that names the file. The code behind them never meets a number that is infinite,
+negative, of 10,000 digits or a string.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-SMALLEST, LARGEST = 1e-18, 1e18  # of lengths: their ratios are finite, and neither overflows nor is denormal
+SMALLEST, LARGEST = 1e-18, 1e18  # bounds of lengths, whose ratios neither overflow nor are denormal
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def member(value: Any, key: str) -> Any:
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:
-    """Return a JSON object, empty in the place of one that is missing (None)."""
+    """Return a JSON object; in the place of a missing one (None) it is empty."""
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{what} is {shown(value)}, not an object")
     return value or {}
@@ -56,7 +56,7 @@ def text(value: Any, what: str) -> str:
 
 
 def label(value: Any, otherwise: str) -> str:
-    """Return a name that is only shown; one that is missing or no text does no harm."""
+    """Return a name that is only shown, so that it may be missing or no text."""
     try:
         return text(value, "label") or otherwise
     except ValueError:
@@ -64,7 +64,7 @@ def label(value: Any, otherwise: str) -> str:
 
 
 def integer(value: Any, what: str, low: int, high: int) -> int:
-    """Return an integer within bounds, both included."""
+    """Return an integer within bounds, which it may equal."""
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{what} is {shown(value)}, not an integer of {low} to {high}")
     return value
@@ -76,7 +76,7 @@ def integers(value: Any, what: str, low: int, high: int, *, count: int | None = 
 
 
 def number(value: Any, what: str, low: float = -LARGEST, high: float = LARGEST) -> float:
-    """Return a finite number within bounds, both included."""
+    """Return a finite number within bounds, which it may equal."""
     if type(value) not in (int, float) or not low <= value <= high:
         raise ValueError(f"{what} is {shown(value)}, not a number of {low:g} to {high:g}")
     return float(value)

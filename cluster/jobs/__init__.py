@@ -1,1 +1,1 @@
-"""Commands on a Ray cluster: submitted, or written as manifests for one to come."""
+"""Run commands on a Ray cluster: submit them to one, or write the manifest of one that is made for a command."""

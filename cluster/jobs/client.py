@@ -46,9 +46,9 @@ class Job:
     state
         ``PENDING``, ``RUNNING``, ``SUCCEEDED``, ``FAILED`` or ``STOPPED``.
     exit_code
-        Of the job's command, once it has ended by itself; negative for a signal.
+        The exit code of the job's command, once it has ended by itself; it is negative for a signal.
     message
-        One line of Ray's about the state.
+        What Ray says about the state, in one line.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def exit_status(self) -> int:
-        """Exit code for a command that followed this job to its end: the job's own, or as a shell gives it."""
+        """The exit code of a command that followed this job to its end; for a signal it is a shell's."""
         if self.state == "STOPPED":
             return _STOPPED
         if self.exit_code is None:
@@ -73,7 +73,7 @@ class Job:
 
 
 class Jobs:
-    """The jobs of one cluster; made by `connect`."""
+    """The jobs of one cluster, which `connect` reaches."""
 
     def __init__(self, client: Any, dashboard: Dashboard) -> None:
         self._client = client
@@ -94,21 +94,21 @@ class Jobs:
         Parameters
         ----------
         command
-            Words of the command; they arrive as they are, whatever characters they hold.
+            The words of the command, which arrive as they are, whatever characters they hold.
         job_id
-            By default derived from the command and the contents of `working_dir`, so that the same submission
-            twice is one job.
+            By default the id is derived from the command and the contents of `working_dir`, so that the same
+            submission twice is one job.
         working_dir
-            Folder to send along, without what its `.gitignore` files name; the job starts in a copy of it.
+            The folder to send along, without what its `.gitignore` files name; the job starts in a copy of it.
         secrets
-            Whether files of it may go that are named as secrets are.
+            Whether files are sent whose names are those of keys, passwords and tokens.
         say
-            Told in a line what is sent, before it is.
+            It is called with one line about what will be sent.
 
         Raises
         ------
         ClusterError
-            There is such a job, the folder cannot be sent, or the cluster refuses.
+            There is such a job already, the folder cannot be sent, or the cluster refuses the job.
         """
         with tempfile.TemporaryDirectory(prefix="nested-ats-") as folder:
             environment: dict[str, Any] = {}
@@ -161,7 +161,7 @@ class Jobs:
         Parameters
         ----------
         write
-            Called with each piece of the log, from the beginning.
+            It is called with each piece of the log, from the beginning.
         pending_s
             How long the job may wait before it starts, in seconds.
 
@@ -227,7 +227,7 @@ class Jobs:
         return job
 
     def _tail(self, job_id: str, tail: _Tail) -> bool:
-        """Whether the log was read to its end; else the connection was lost, or was silent and may be dead."""
+        """Pass the log on, and tell whether it ended: else its connection was lost, or was silent and may be dead."""
         import aiohttp
 
         async def read() -> bool:
@@ -244,7 +244,7 @@ class Jobs:
 
     @contextmanager
     def _translated(self, job_id: str) -> Iterator[None]:
-        """Turn what Ray's client raises into one line; its errors hold the server's whole traceback."""
+        """Turn an error of Ray's client, which holds the server's whole traceback, into one line."""
         import requests
         from ray.exceptions import AuthenticationError
 
@@ -271,7 +271,7 @@ class Jobs:
 
 @dataclass
 class _Tail:
-    """Passes a log on, which always comes from its beginning, without the part that was passed on before."""
+    """Passes on what is new of a log: Ray always sends it from its beginning."""
 
     write: Callable[[str], None]
     skip: int
@@ -290,12 +290,7 @@ def connect(address: str, *, insecure: bool = False) -> Jobs:
     Parameters
     ----------
     address, insecure
-        As for `cluster.jobs.dashboard.find_dashboard`.
-
-    Raises
-    ------
-    ClusterError
-        As there.
+        These are the arguments of `cluster.jobs.dashboard.find_dashboard`, whose errors are raised here.
     """
     dashboard = find_dashboard(address, insecure=insecure)
     return Jobs(_client(dashboard), dashboard)

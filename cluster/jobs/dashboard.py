@@ -1,7 +1,7 @@
-"""The dashboard of a Ray cluster, asked before Ray's client is: is it there, safe, ours, new enough.
+"""Ask the dashboard of a Ray cluster, before Ray's client does, whether it is there, safe, ours and new enough.
 
 Notable: Ray's client connects without a time limit, and looks for a token in ways that differ between its commands.
-The questions here are plain HTTP with a limit, and the token is found once and sent explicitly.
+Here a plain HTTP request with a limit asks each question, and the token is found once and sent explicitly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from cluster.errors import ClusterError, one_line
 from cluster.session import CONNECT_TIMEOUT_S, require_ray
 
-OLDEST_RAY = (2, 60)  # as pyproject.toml
+OLDEST_RAY = (2, 60)  # pyproject.toml has the same
 _TOKEN_HELP = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or copy the head's ~/.ray/auth_token"  # noqa: S105 - no token
 
 
@@ -31,9 +31,9 @@ class Dashboard:
     Attributes
     ----------
     headers
-        To send with every request; they hold the token.
+        They are sent with every request, and hold the token.
     warning
-        What a user should know, or nothing.
+        What a user should know; it may be empty.
     """
 
     url: str
@@ -49,7 +49,7 @@ def find_dashboard(address: str, *, insecure: bool = False) -> Dashboard:
     address
         ``http://HOST:8265`` or https; ``HOST:8265`` means http.
     insecure
-        Go on where a dashboard that is not on this machine has no token authentication.
+        Whether to go on where a dashboard that is not on this machine has no token authentication.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def find_dashboard(address: str, *, insecure: bool = False) -> Dashboard:
 
 
 def find_token() -> str:
-    """Return the token where Ray looks for it, in its order, or nothing.
+    """Look for the token where Ray does, in the same order; the answer is empty where there is none.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def check_version(theirs: str, ours: str) -> str:
     Returns
     -------
     str
-        A warning, or nothing. Jobs run with the cluster's Ray alone, so another version here is no error.
+        A warning, or an empty text. Jobs run with the cluster's Ray alone, so another version here is no error.
 
     Raises
     ------
@@ -136,7 +136,7 @@ def _url(address: str) -> str:
     url = address if "://" in address else f"http://{address}"
     try:
         parts = urlsplit(url)
-    except ValueError:  # a bracket without its other one
+    except ValueError:  # one bracket is missing
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ClusterError(f"{address}: give the dashboard's address, as in http://HOST:8265")
@@ -152,7 +152,7 @@ def _is_loopback(url: str) -> bool:
 
 
 def _ask(url: str, path: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    """GET a JSON object from the dashboard within `CONNECT_TIMEOUT_S`; nothing where it does not know the path."""
+    """GET a JSON object from the dashboard within `CONNECT_TIMEOUT_S`; it is empty where the path is unknown."""
     request = urllib.request.Request(url + path, headers=headers or {})  # noqa: S310 - _url allows http(s) only
     try:
         with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S) as answer:  # noqa: S310

@@ -1,14 +1,14 @@
-"""A job as a KubeRay RayJob: a cluster made for one command, which ends with it and is made again if it fails.
+"""Manifests that make a cluster for one command: ``kuberay.yaml`` and ``slurm.sh`` beside this file, filled in.
 
-Notable: nothing here talks to Kubernetes; the manifest is text to read, edit and apply. A retry is a new cluster that
-runs the same command with the same ``--out`` on shared storage, where our commands go on by themselves.
+Notable: nothing here talks to Kubernetes or Slurm; a manifest is text to read, edit and hand over. In a template
+``{{ name }}`` stands for a value, and a line with ``{{ name? }}`` is left out where that value is empty or 0.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -16,164 +16,129 @@ import yaml
 from cluster.errors import ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-RAY_VERSION = "2.60.0"  # of the image that Dockerfile makes; as constraints.txt
-# Workers fetch their own chunks, so that the store carries small messages only; PyTorch uses the rest of /dev/shm.
-OBJECT_STORE_BYTES = 500_000_000
-_SHARED_MEMORY = "2Gi"
-_HEAD = {"cpu": "2", "memory": "8Gi"}
-_USER = 1000  # of the image
-
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")  # KubeRay appends to it, and Kubernetes allows 63 in all
-_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_IMAGE = re.compile(r"[A-Za-z0-9][^\s]*")
-_QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?")
+RAY_VERSION = "2.60.0"  # Dockerfile's image has it, and so has constraints.txt
+_FIELD = re.compile(r"\{\{ (\w+)(\??) \}\}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RayJob:
-    """What a RayJob runs, and on what.
-
-    Attributes
-    ----------
-    command
-        Words of the command. They arrive as they are.
-    name, namespace
-        Of the RayJob; an empty namespace is kubectl's.
-    image
-        With nested-ats and Ray in it, as Dockerfile makes it.
-    ray_version
-        Of the image.
-    workers
-        Worker pods, >= 1.
-    cpus, memory, gpus
-        Of each worker pod; memory as Kubernetes writes it (``32Gi``).
-    claim, mount
-        PersistentVolumeClaim that all pods can write (ReadWriteMany), and where it lies in them.
-    hours
-        Each try is ended after so long, and the job with it: KubeRay does not repeat one that took too long.
-    retries
-        New clusters after a failure.
-    """
-
-    command: Sequence[str]
-    name: str
-    image: str
-    claim: str
-    mount: str = "/data"
-    namespace: str = ""
-    ray_version: str = RAY_VERSION
-    workers: int = 1
-    cpus: int = 4
-    memory: str = "16Gi"
-    gpus: int = 0
-    hours: float = 24.0
-    retries: int = 3
-
-    def __post_init__(self) -> None:
-        _check("--name", self.name, _NAME, "lower-case letters, digits and -, at most 47")
-        _check("--image", self.image, _IMAGE, "the name of an image, as in registry/nested-ats:1")
-        _check("--storage", self.claim, _LABEL, "a PersistentVolumeClaim: lower-case letters, digits and -")
-        _check("--namespace", self.namespace or "default", _LABEL, "lower-case letters, digits and -, at most 63")
-        _check("--memory", self.memory, _QUANTITY, "a quantity as in 32Gi")
-        if any("$$" in word or "$(" in word for word in self.command):
-            raise ClusterError("KubeRay passes $$ and $( through Kubernetes, which changes them: leave them out")
-
-
-def kuberay(job: RayJob) -> str:
-    """Render a job as the YAML of a RayJob (``ray.io/v1``; KubeRay 1.5.1 or newer, for token authentication).
+def kuberay(
+    command: Sequence[str],
+    *,
+    name: str,
+    image: str,
+    claim: str,
+    mount: str = "/data",
+    namespace: str = "",
+    ray_version: str = RAY_VERSION,
+    workers: int = 1,
+    cpus: int = 4,
+    memory: str = "16Gi",
+    gpus: int = 0,
+    hours: float = 24.0,
+    retries: int = 3,
+) -> str:
+    """Write a command as a RayJob (``ray.io/v1``): one YAML document for ``kubectl apply``.
 
     Parameters
     ----------
-    job
-        What to run.
+    command
+        The words of the command, which arrive as they are.
+    name, namespace
+        The RayJob's name and namespace; an empty namespace is kubectl's.
+    image, ray_version
+        An image with nested-ats, as Dockerfile makes it, and the version of Ray in it.
+    claim, mount
+        The PersistentVolumeClaim, which all pods can write to (ReadWriteMany), and where it lies in them.
+    workers
+        The number of worker pods, at least 1.
+    cpus, memory, gpus
+        What each worker pod has; memory is written as Kubernetes writes it (``32Gi``).
+    hours
+        Each try is ended after so long, and the job with it: KubeRay does not repeat one that took too long.
+    retries
+        How many new clusters are made after failures.
 
-    Returns
-    -------
-    str
-        One YAML document for ``kubectl apply``.
+    Raises
+    ------
+    ClusterError
+        KubeRay or Kubernetes would refuse a value, or change it.
     """
-    metadata = {"name": job.name} | ({"namespace": job.namespace} if job.namespace else {})
-    manifest = {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayJob",
-        "metadata": metadata,
-        "spec": {
-            "entrypoint": shlex.join(job.command),
-            "submissionMode": "K8sJobMode",  # the log outlives the cluster, in the submitter's pod
-            "backoffLimit": job.retries,
-            "activeDeadlineSeconds": round(job.hours * 3600),
-            "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": 600,
-            "rayClusterSpec": _cluster(job),
-        },
-    }
-    return yaml.safe_dump(manifest, sort_keys=False, width=1_000_000)
+    # KubeRay appends to the name, and Kubernetes allows 63 characters in all.
+    _check("name", name, r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", "lower-case letters, digits and -, at most 47")
+    _check("image", image, r"[A-Za-z0-9]\S*", "the name of an image, as in registry/nested-ats:1")
+    label = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+    _check("storage", claim, label, "a PersistentVolumeClaim: lower-case letters, digits and -")
+    _check("namespace", namespace or "default", label, "lower-case letters, digits and -, at most 63")
+    _check("memory", memory, r"[1-9][0-9]*(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?", "a quantity as in 32Gi")
+    if any("$$" in word or "$(" in word for word in command):
+        raise ClusterError("KubeRay passes $$ and $( through Kubernetes, which changes them: leave them out")
+    texts = {"name": name, "namespace": namespace, "image": image, "ray_version": ray_version, "memory": memory}
+    texts |= {"entrypoint": shlex.join(command), "claim": claim, "mount": mount}
+    numbers = {"workers": workers, "cpus": cpus, "gpus": gpus, "retries": retries, "seconds": round(hours * 3600)}
+    return _fill("kuberay.yaml", {key: text and _quoted(text) for key, text in texts.items()} | numbers)
 
 
-def _cluster(job: RayJob) -> dict[str, Any]:
-    store = {"object-store-memory": str(OBJECT_STORE_BYTES)}
-    resources = {"cpu": str(job.cpus), "memory": job.memory}
-    if job.gpus:
-        resources["nvidia.com/gpu"] = str(job.gpus)
-    return {
-        "rayVersion": job.ray_version,
-        "authOptions": {"mode": "token"},
-        "headGroupSpec": {
-            "serviceType": "ClusterIP",
-            # No work on the head, which the job's driver and the cluster itself need.
-            "rayStartParams": {"num-cpus": "0", "num-gpus": "0", **store},
-            "template": _pod(job, "ray-head", _HEAD),
-        },
-        "workerGroupSpecs": [
-            {
-                "groupName": "workers",
-                "replicas": job.workers,
-                "minReplicas": job.workers,
-                "maxReplicas": job.workers,
-                "rayStartParams": store,
-                "template": _pod(job, "ray-worker", resources),
-            }
-        ],
-    }
+def slurm(
+    command: Sequence[str],
+    *,
+    name: str,
+    nodes: int = 1,
+    cpus: int = 4,
+    memory: str = "16G",
+    gpus: int = 0,
+    hours: float = 24.0,
+    partition: str = "",
+    account: str = "",
+    setup: str = "",
+    start_s: int = 300,
+) -> str:
+    """Write a command as a bash script for ``sbatch``.
+
+    Parameters
+    ----------
+    command
+        The words of the command, which arrive as they are.
+    name
+        The name of the job and of its log, which is ``NAME-JOBID.log`` where sbatch is called.
+    nodes, cpus, memory, gpus
+        The nodes of the allocation, and what is used of each; memory is written as Slurm writes it (``64G``).
+    hours
+        The time limit.
+    partition, account
+        Where they are empty, Slurm has its defaults.
+    setup
+        A shell line that makes ``nested-ats`` and ``ray`` available, such as ``source /shared/venv/bin/activate``.
+        It is the user's own code and stands in the script as it is.
+    start_s
+        How long to wait for all nodes, in seconds.
+
+    Raises
+    ------
+    ClusterError
+        Slurm would not take a value.
+    """
+    # These stand in #SBATCH lines, where nothing is quoted.
+    words = {"name": name, "memory": memory, "partition": partition, "account": account}
+    patterns = ("[A-Za-z0-9._-]+", "[0-9]+[KMGT]?", "[A-Za-z0-9._,-]*", "[A-Za-z0-9._-]*")
+    for (option, value), pattern in zip(words.items(), patterns, strict=True):
+        _check(option, value, pattern, "a value that Slurm takes")
+    numbers = {"nodes": nodes, "cpus": cpus, "gpus": gpus, "minutes": max(1, round(hours * 60)), "start_s": start_s}
+    return _fill("slurm.sh", {"command": shlex.join(command), "setup": setup} | words | numbers)
 
 
-def _pod(job: RayJob, container: str, resources: dict[str, str]) -> dict[str, Any]:
-    spec: dict[str, Any] = {
-        "automountServiceAccountToken": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": _USER,
-            "runAsGroup": _USER,
-            "fsGroup": _USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [
-            {
-                "name": container,
-                "image": job.image,
-                "env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}],
-                # A copy, because the same object twice would be a YAML alias.
-                "resources": {"requests": resources, "limits": dict(resources)},
-                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                "volumeMounts": [
-                    {"name": "shared", "mountPath": job.mount},
-                    {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - shared memory, not a temporary file
-                ],
-            }
-        ],
-        "volumes": [
-            {"name": "shared", "persistentVolumeClaim": {"claimName": job.claim}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _SHARED_MEMORY}},
-        ],
-    }
-    if "nvidia.com/gpu" in resources:
-        spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    return {"spec": spec}
+def _check(option: str, value: str, pattern: str, wanted: str) -> None:
+    if not re.fullmatch(pattern, value):
+        raise ClusterError(f"--{option} {value!r}: give {wanted}")
 
 
-def _check(option: str, value: str, pattern: re.Pattern[str], wanted: str) -> None:
-    if not pattern.fullmatch(value):
-        raise ClusterError(f"{option} {value!r}: give {wanted}")
+def _quoted(text: str) -> str:
+    """Write a text as YAML writes it between double quotes, on one line."""
+    quoted: str = yaml.safe_dump(text, default_style='"', width=1_000_000_000, allow_unicode=True)
+    return quoted.rstrip("\n")
+
+
+def _fill(template: str, values: Mapping[str, Any]) -> str:
+    lines = files("cluster.jobs").joinpath(template).read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if all(values[name] or not optional for name, optional in _FIELD.findall(line))]
+    return _FIELD.sub(lambda field: str(values[field[1]]), "".join(kept))

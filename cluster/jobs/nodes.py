@@ -13,7 +13,7 @@ _POLL_S = 2.0
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster that is alive: its address and logical resources."""
+    """The address and the logical resources of a machine of the cluster that is alive."""
 
     address: str
     cpus: float
@@ -26,16 +26,16 @@ def wait_for_nodes(address: str, count: int = 1, *, timeout_s: float = 0.0) -> l
     Parameters
     ----------
     address
-        As for `session`, of a running cluster.
+        The address of a running cluster, as `session` takes it.
     count
-        Nodes to wait for, the head among them, >= 1.
+        How many nodes to wait for, the head among them, >= 1.
     timeout_s
-        How long, in seconds; this includes the wait for the head.
+        How long to wait, in seconds, also for the head.
 
     Raises
     ------
     ClusterError
-        The cluster cannot be reached, or has fewer nodes, when the time is over.
+        When the time is over, the cluster cannot be reached or has fewer nodes.
     """
     require_ray()  # where it is missing, there is nothing to wait for
     end = time.monotonic() + timeout_s
@@ -58,7 +58,7 @@ def wait_for_nodes(address: str, count: int = 1, *, timeout_s: float = 0.0) -> l
 
 
 def _wait(count: int, end: float) -> list[Node]:
-    """Return the nodes once there are enough, or those that there are when the time is over."""
+    """Return the nodes as soon as there are enough, or when the time is over."""
     while len(nodes := _alive()) < count and time.monotonic() <= end:
         time.sleep(_POLL_S)
     return nodes

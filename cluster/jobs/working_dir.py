@@ -2,8 +2,7 @@
 
 Notable: the archive is made here rather than by Ray, so that it can be counted before anything is sent, a link to a
 folder cannot loop, and equal content gives equal bytes, from which a job's id is derived. Whoever may use the cluster
-can read what is sent: links that lead out of the folder and files named as secrets are must not
-slip in unseen.
+can read what is sent, so links that lead out of the folder, and files with the names of secrets, must not slip in.
 """
 
 from __future__ import annotations
@@ -47,18 +46,18 @@ def files_to_upload(folder: Path, *, secrets: bool = False) -> list[Path]:
     folder
         An existing folder.
     secrets
-        Whether files may go that are named as keys, passwords and tokens are.
+        Whether files are listed whose names are those of keys, passwords and tokens.
 
     Returns
     -------
     list of Path
-        Relative to `folder`, sorted.
+        The paths relative to `folder`, sorted.
 
     Raises
     ------
     ClusterError
-        The folder does not exist, something in it cannot be read, a `.gitignore` has patterns that are none, a link
-        leads out of the folder, or there are secrets and they may not go; the message names them.
+        The folder does not exist, something in it cannot be read, git would not read a `.gitignore`, a link leads out
+        of the folder, or there are secrets that may not be sent; the message names them.
     """
     if not folder.is_dir():
         raise ClusterError(f"{folder}: no such folder; check --working-dir")
@@ -95,7 +94,7 @@ def check_size(folder: Path, files: Sequence[Path]) -> None:
     Raises
     ------
     ClusterError
-        The files are together larger than `UPLOAD_BYTES`; the message names the largest.
+        The files together are larger than `UPLOAD_BYTES`; the message names the largest of them.
     """
     sizes = sorted(((folder / file).stat().st_size, str(file)) for file in files)[::-1]
     total = sum(size for size, _ in sizes)
@@ -114,14 +113,14 @@ def pack(folder: Path, files: Sequence[Path], archive: Path) -> str:
     Parameters
     ----------
     folder, files
-        As for and from `files_to_upload`.
+        A folder, and what `files_to_upload` lists of it.
     archive
-        File to write.
+        The file to write.
 
     Returns
     -------
     str
-        SHA-256 of the archive in hexadecimal; equal names, contents and execution bits give equal ones.
+        The SHA-256 of the archive in hexadecimal; equal names, contents and execution bits give equal ones.
 
     Raises
     ------
@@ -141,7 +140,7 @@ def pack(folder: Path, files: Sequence[Path], archive: Path) -> str:
 
 
 def _walk(root: Path, below: Path, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> Iterator[Path]:
-    """Yield files and links below ``root / below``; rules are those of its parents, outermost first."""
+    """Yield files and links below ``root / below``; ``rules`` come from its parents, the outermost first."""
     rules = [*rules, *_rules(root, below)]
     with os.scandir(root / below) as children:
         for child in children:
@@ -166,7 +165,7 @@ def _rules(root: Path, below: Path) -> list[tuple[Path, GitIgnoreSpec]]:
 
 
 def _ignored(name: str, rules: Sequence[tuple[Path, GitIgnoreSpec]]) -> bool:
-    """Whether the innermost rule that says anything about a path says to leave it out."""
+    """Tell whether a path is left out, which the innermost rule decides that matches it."""
     for base, spec in reversed(rules):
         inside = name[len(base.as_posix()) + 1 :] if base.parts else name
         verdict = spec.check_file(inside).include
@@ -187,7 +186,7 @@ def _secret(path: Path) -> bool:
 
 
 def _some(paths: Sequence[Path]) -> str:
-    """Name the first of them."""
+    """Name the first few paths."""
     return ", ".join(map(str, paths[:_NAMED])) + (f", ... ({len(paths)} in all)" if len(paths) > _NAMED else "")
 
 

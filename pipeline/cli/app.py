@@ -6,7 +6,8 @@ Commands import what they need when they run, so that ``--help`` answers at once
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -36,6 +37,12 @@ class _Group(TyperGroup):
             raise typer.Exit(_explain(error)) from None
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nested-ats {version('nested-ats')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=_Group,
     help="Classify gigapixel images from one label per image, reading only where it matters.",
@@ -44,6 +51,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
 for _command in (convert, validate, info, train, predict, evaluate, heatmap, report):
     app.command()(_command)
 app.add_typer(synth, name="synth")

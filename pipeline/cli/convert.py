@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import AsJson, Cluster, FailFast, Overwrite
-from pipeline.cli.output import end, print_all
+from pipeline.cli.output import exit_if_failed, print_all
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Entry
@@ -94,7 +94,7 @@ def convert(
     failures = [(one.entry.slide_id, one.error) for one in conversions if one.error]
     listed = [manifest or manifest_path(out)] if len(failures) < len(conversions) else []
     print_all([asdict(one) for one in conversions] if as_json else [summary(conversions), *listed])
-    end(failures, len(conversions))
+    exit_if_failed(failures, len(conversions))
 
 
 def _check_executor(executor: str, cluster: str) -> None:
@@ -114,4 +114,4 @@ def _plan(entries: Sequence[Entry], out: str, options: ConvertOptions, *, as_jso
 
     plans = plan_all(entries, out, options=options)
     print_all([asdict(plan) for plan in plans] if as_json else [plan.text for plan in plans if not plan.error])
-    end([(plan.entry.slide_id, plan.error) for plan in plans if plan.error], len(plans))
+    exit_if_failed([(plan.entry.slide_id, plan.error) for plan in plans if plan.error], len(plans))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import options
-from pipeline.cli.output import end
+from pipeline.cli.output import exit_if_failed
 
 
 def heatmap(
@@ -19,7 +19,7 @@ def heatmap(
     samples: options.Samples = "",
     trust_encoder: options.TrustEncoder = False,
     device: options.Device = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many slides only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Draw only so many slides, the first ones.")] = None,
 ) -> None:
     """Show where the model looks: OME-Zarr attention map, picture, and patches as GeoJSON."""
     from pipeline.results.heatmap import PICTURE, heatmaps
@@ -27,10 +27,10 @@ def heatmap(
 
     options.check_cluster("none", 1, device)
     settings = prediction_settings(
-        run, draws=draws, samples=options.numbers(samples), trust_encoder=trust_encoder, device=device
+        run, draws=draws, samples=options.sample_counts(samples), trust_encoder=trust_encoder, device=device
     )
     done = heatmaps(options.chosen_slides(slides, split, run)[:limit], settings, out)
     for one in done:
         if not one.error:
             print(f"{one.folder / PICTURE}  {one.prediction}, attention up to {one.peak:.4g} times uniform")
-    end([(one.slide_id, one.error) for one in done if one.error], len(done))
+    exit_if_failed([(one.slide_id, one.error) for one in done if one.error], len(done))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.options import AsJson
-from pipeline.cli.output import end
+from pipeline.cli.output import exit_if_failed
 
 
 def info(
@@ -30,7 +30,7 @@ def info(
     else:
         for about in found:
             _print_info(about)
-    end(failures, len(sources))
+    exit_if_failed(failures, len(sources))
 
 
 def _print_info(about: dict[str, Any]) -> None:

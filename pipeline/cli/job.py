@@ -1,7 +1,7 @@
-"""``nested-ats job``: our own commands on a Ray cluster, submitted to a running one or written for one to come.
+"""``nested-ats job``: submit our own commands to a Ray cluster, or print the manifest of one that is made for them.
 
-Notable: a command is read by this command line's own parser before it leaves, and its folders are checked against
-what the cluster keeps, so that a misspelt option or a result in a folder that vanishes costs seconds, not a queue.
+Notable: this command line's own parser reads a command before it leaves, and its folders are checked against what
+the cluster keeps. A misspelt option, or a result in a folder that vanishes, costs seconds and not a queue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.interrupt import interruptible
 if TYPE_CHECKING:
     from cluster.jobs.client import Job, Jobs
 
-_WORDS = {"allow_interspersed_args": False}  # what stands behind the first word is the command's
+_WORDS = {"allow_interspersed_args": False}  # options behind the first word belong to the command
 _READ = ("manifest", "config", "run", "slides", "source", "sources", "predictions", "heatmaps", "pyramids")
 
 job = typer.Typer(
@@ -37,10 +37,13 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="Show the log and take over the exit code.")]
 PendingTimeout = Annotated[float, typer.Option(min=1, help="Seconds that a followed job may wait for its start.")]
 Command = Annotated[
-    list[str], typer.Argument(metavar="-- COMMAND...", help="As after nested-ats; paths as the cluster sees them.")
+    list[str],
+    typer.Argument(metavar="-- COMMAND...", help="What follows nested-ats; paths are as the cluster sees them."),
 ]
-Name = Annotated[str, typer.Option(help="Of the job.")]
+Name = Annotated[str, typer.Option(help="Name of the job.")]
+Workers = Annotated[int, typer.Option(min=1, help="Worker machines: pods, or nodes of the allocation.")]
 Cpus = Annotated[int, typer.Option(min=1, help="Processors of a worker machine.")]
+Memory = Annotated[str, typer.Option(help="Memory of a worker machine: 32Gi for Kubernetes, 32G for Slurm.")]
 Gpus = Annotated[int, typer.Option("--gpus-per-worker", min=0, help="GPUs of a worker machine.")]
 Hours = Annotated[float, typer.Option(min=0.02, help="The job is ended after so long.")]
 _LOCAL = "http://127.0.0.1:8265"
@@ -52,19 +55,20 @@ def submit(
     command: Command,
     address: Address = _LOCAL,
     job_id: Annotated[
-        str | None, typer.Option("--id", help="Default: from command and working folder; a second is refused.")
+        str | None, typer.Option("--id", help="Default: made from command and working folder; a second is refused.")
     ] = None,
     working_dir: Annotated[
-        Path | None, typer.Option(help="Folder to send along, without what .gitignore names; at most 100 MB.")
+        Path | None, typer.Option(help="Folder to send along, at most 100 MB, without what .gitignore names.")
     ] = None,
     send_secrets: Annotated[
-        bool, typer.Option("--send-secrets", help="Send files of --working-dir that are named as keys or tokens are.")
+        bool,
+        typer.Option("--send-secrets", help="Send files of --working-dir, too, that are named as keys or tokens."),
     ] = False,
     follow: Follow = True,
     pending_timeout: PendingTimeout = 300.0,
     insecure: Insecure = False,
 ) -> None:
-    """Run a command on a running cluster; by default follow it to its end."""
+    """Run a command on a running cluster, and by default follow it to its end."""
     _check_command(context, command, working_dir=working_dir)
     jobs = _connect(address, insecure)
     words = ["nested-ats", *command]
@@ -96,7 +100,7 @@ def logs(
     pending_timeout: PendingTimeout = 300.0,
     insecure: Insecure = False,
 ) -> None:
-    """Show what a job has printed so far; or follow it to its end."""
+    """Show what a job has printed so far, or follow it to its end."""
     jobs = _connect(address, insecure)
     if follow:
         _follow(jobs, job_id, pending_timeout)
@@ -112,11 +116,11 @@ def stop(job_id: JobId, address: Address = _LOCAL, insecure: Insecure = False) -
 
 @job.command()
 def nodes(
-    address: Annotated[str, typer.Option(help="Ray itself (not its dashboard): auto, or HOST:6379.")] = "auto",
-    wait: Annotated[int, typer.Option(min=1, help="Wait until so many nodes have joined, the head among them.")] = 1,
+    address: Annotated[str, typer.Option(help="Address of Ray (not of its dashboard): auto, or HOST:6379.")] = "auto",
+    wait: Annotated[int, typer.Option(min=1, help="Wait until so many nodes have joined, with the head.")] = 1,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 0.0,
 ) -> None:
-    """Show the machines of a cluster; run on one of them."""
+    """Show the machines of a cluster; this runs on one of them."""
     from cluster.jobs.nodes import wait_for_nodes
 
     for node in wait_for_nodes(address, wait, timeout_s=timeout):
@@ -132,27 +136,26 @@ def kuberay(
     mount: Annotated[str, typer.Option(help="Where the claim lies in the pods.")] = "/data",
     name: Name = "nested-ats",
     namespace: Annotated[str, typer.Option(help="Default: kubectl's.")] = "",
-    workers: Annotated[int, typer.Option(min=1, help="Worker pods.")] = 1,
+    workers: Workers = 1,
     cpus: Cpus = 4,
-    memory: Annotated[str, typer.Option(help="Of a worker pod, as in 32Gi.")] = "16Gi",
+    memory: Memory = "16Gi",
     gpus: Gpus = 0,
     hours: Hours = 24.0,
     retries: Annotated[int, typer.Option(min=0, help="New clusters after a failure.")] = 3,
-    ray_version: Annotated[str | None, typer.Option(help="Of the image; default: the Dockerfile's.")] = None,
+    ray_version: Annotated[str | None, typer.Option(help="Ray in the image; default: the Dockerfile's.")] = None,
 ) -> None:
     """Print a KubeRay RayJob, for kubectl apply."""
-    from cluster.jobs.manifests import RAY_VERSION, RayJob
-    from cluster.jobs.manifests import kuberay as render
+    from cluster.jobs import manifests
 
     _check_command(context, command, shared=mount, machines=(workers, cpus, gpus))
-    made = RayJob(
-        command=["nested-ats", *command],
+    made = manifests.kuberay(
+        ["nested-ats", *command],
         name=name,
         image=image,
         claim=storage,
         mount=mount,
         namespace=namespace,
-        ray_version=ray_version or RAY_VERSION,
+        ray_version=ray_version or manifests.RAY_VERSION,
         workers=workers,
         cpus=cpus,
         memory=memory,
@@ -160,7 +163,7 @@ def kuberay(
         hours=hours,
         retries=retries,
     )
-    print(render(made), end="")
+    print(made, end="")
 
 
 @manifest.command(context_settings=_WORDS)
@@ -169,9 +172,9 @@ def slurm(
     command: Command,
     storage: Annotated[str, typer.Option(help="Folder that all nodes share, with data and results.")],
     name: Name = "nested-ats",
-    workers: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    workers: Workers = 1,
     cpus: Cpus = 4,
-    memory: Annotated[str, typer.Option(help="Of a node, as in 64G.")] = "16G",
+    memory: Memory = "16G",
     gpus: Gpus = 0,
     hours: Hours = 24.0,
     partition: Annotated[str, typer.Option(help="Default: Slurm's.")] = "",
@@ -179,12 +182,11 @@ def slurm(
     setup: Annotated[str, typer.Option(help="Shell line that activates the environment; it is run as it is.")] = "",
 ) -> None:
     """Print a batch script that starts Ray on the allocation, for sbatch."""
-    from cluster.jobs.slurm import SlurmJob
-    from cluster.jobs.slurm import slurm as render
+    from cluster.jobs import manifests
 
     _check_command(context, command, shared=storage, machines=(workers, cpus, gpus))
-    made = SlurmJob(
-        command=["nested-ats", *command],
+    made = manifests.slurm(
+        ["nested-ats", *command],
         name=name,
         nodes=workers,
         cpus=cpus,
@@ -195,7 +197,7 @@ def slurm(
         account=account,
         setup=setup,
     )
-    print(render(made), end="")
+    print(made, end="")
 
 
 def _connect(address: str, insecure: bool) -> Jobs:
@@ -237,11 +239,11 @@ def _check_command(
     Parameters
     ----------
     working_dir
-        Folder that travels with the job.
+        The folder that travels with the job.
     shared
-        Folder outside which nothing is kept, if that is known.
+        If known, the folder outside which nothing is kept.
     machines
-        How many worker machines there are, and the processors and GPUs of each, if that is known.
+        If known, how many worker machines there are, and the processors and GPUs of each.
 
     Raises
     ------
@@ -283,7 +285,7 @@ def _check_machines(values: dict[str, Any], count: int, cpus: int, gpus: int) ->
         raise UsageError("auto takes the GPUs that have joined, or CPUs: add --device cuda, which insists on them")
     if not gpus and device == "cuda":
         raise UsageError("--device cuda: give the workers GPUs with --gpus-per-worker")
-    if isinstance(workers, str):  # of train, whose workers all run at once
+    if isinstance(workers, str):  # only train has a range, and its workers all run at once
         least = int(workers.partition("-")[0])
         each, kind = (min(cpus, gpus), "GPUs") if device == "cuda" else (cpus, "processors")
         if least > count * each:
@@ -293,7 +295,7 @@ def _check_machines(values: dict[str, Any], count: int, cpus: int, gpus: int) ->
 
 
 def _parse(found: Any, command: Sequence[str]) -> dict[str, Any]:
-    """Read a command with our own parser (`found`, at its root), which raises its own usage errors: its values."""
+    """Return the values of a command by our own parser (`found` is its root), which raises its own usage errors."""
     from pipeline.errors import UsageError
 
     context, words = None, list(command)
@@ -301,22 +303,22 @@ def _parse(found: Any, command: Sequence[str]) -> dict[str, Any]:
         context = typer.Context(found, info_name="nested-ats", parent=context)
         found = found.commands[words.pop(0)]
     if hasattr(found, "commands"):
-        raise UsageError(f"{' '.join(command)}: not a command that a job can run; give one as after nested-ats")
+        raise UsageError(f"{' '.join(command)}: not a command that a job can run; give what follows nested-ats")
     values: dict[str, Any] = found.make_context(command[0], words, parent=context).params
     return values
 
 
 def _written(command: str, values: dict[str, Any]) -> dict[str, str]:
-    """Where a command writes, by option."""
+    """Tell where a command writes, by option."""
     places = {"--out": str(values["out"])} if "out" in values and not values.get("mirror") else {}
-    if command == "convert":  # it writes its manifest into --out, but where that is a URL into the working folder
+    if command == "convert":  # it writes its manifest into --out, or into the working folder where --out is a URL
         fallback = "manifest.csv" if "://" in places["--out"] else places["--out"]
         places["--manifest"] = str(values["manifest"] or fallback)
     return places
 
 
 def _relative(values: dict[str, Any]) -> list[str]:
-    """Paths that a command reads and that are no URLs, patterns or absolute."""
+    """List the relative paths that a command reads; URLs and patterns are none."""
     given = [values[name] for name in _READ if values.get(name)]
     paths = [str(path) for value in given for path in (value if isinstance(value, (list, tuple)) else [value])]
     return [path for path in paths if "://" not in path and "*" not in path and not path.startswith("/")]

@@ -35,7 +35,7 @@ Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 1
 
 
 def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[Entry]:
-    """Slides of a split, which is the run's where they have none of their own."""
+    """Choose the slides of a split, which is the run's where they have none of their own."""
     from pipeline.data.discovery import name_slides
     from pipeline.data.splits import RunSplits
     from pipeline.errors import UsageError
@@ -55,8 +55,8 @@ def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[E
     return chosen
 
 
-def numbers(text: str) -> list[int]:
-    """Value of `Samples`."""
+def sample_counts(text: str) -> list[int]:
+    """Read the value of `Samples`."""
     from pipeline.errors import UsageError
 
     try:

@@ -12,7 +12,7 @@ import typer
 USAGE, SOME_FAILED, NOTHING_USABLE = 2, 3, 4
 
 
-def end(failures: Sequence[tuple[str, str]], total: int) -> None:
+def exit_if_failed(failures: Sequence[tuple[str, str]], total: int) -> None:
     """Name the slides that failed and exit with the code that says so."""
     if not failures:
         return
@@ -27,7 +27,7 @@ def end(failures: Sequence[tuple[str, str]], total: int) -> None:
 
 
 def print_all(values: Sequence[Any]) -> None:
-    """Print lines; or objects as one JSON array."""
+    """Print texts line by line, or objects as one JSON array."""
     if values and isinstance(values[0], dict):
         print(json.dumps(values, indent=2))
     else:
@@ -36,5 +36,5 @@ def print_all(values: Sequence[Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Print on standard error, where nothing is read by programs."""
+    """Print on standard error, so that programs can read standard output."""
     print(text, file=sys.stderr)

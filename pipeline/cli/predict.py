@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import options
-from pipeline.cli.output import end, say
+from pipeline.cli.output import exit_if_failed, say
 
 
 def predict(
@@ -44,7 +44,7 @@ def predict(
         run,
         out,
         draws=draws,
-        samples=options.numbers(samples),
+        samples=options.sample_counts(samples),
         target_error=target_error,
         exact=exact,
         trust_encoder=trust_encoder,
@@ -57,5 +57,5 @@ def predict(
     print(out / f"{TABLE}.csv")
     seen = seen_words(count_seen(rows), len(rows))
     if seen:
-        say(f"{seen}: so it says in the column seen, and evaluate leaves them out")
-    end([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))
+        say(f"{seen}; the column seen tells which, and evaluate leaves them out")
+    exit_if_failed([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))

@@ -16,15 +16,15 @@ def synth_signs(
     out: Out,
     count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 700,
     size: Annotated[int, typer.Option(min=64, help="Side of a scene in pixels.")] = 1024,
-    signs: Annotated[int, typer.Option(min=1, help="Sign discs to a scene.")] = 3,
+    signs: Annotated[int, typer.Option(min=1, help="Sign discs in each scene.")] = 3,
     test: Annotated[float, typer.Option(min=0, max=1, help="Share of test scenes.")] = 0.2,
     label: Annotated[str, typer.Option(help="Give every scene this label: none, 50, 70 or 80.")] = "",
     compression: Annotated[
-        Literal["deflate", "jpeg", "lzw", "zstd", "none"], typer.Option(help="Of the TIFFs.")
+        Literal["deflate", "jpeg", "lzw", "zstd", "none"], typer.Option(help="Compression of the TIFFs.")
     ] = "deflate",
     seed: Seed = 0,
 ) -> None:
-    """Write textured scenes with small number signs; the label is the number (as the paper's speed limits)."""
+    """Write textured scenes with small number signs; the label is the number, as with the paper's speed limits."""
     from pipeline.data.sets import write_signs
     from pipeline.data.signs import LABELS
     from pipeline.progress import progress

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.options import Cluster, Device, FailFast, Out, Overwrite, check_cluster
-from pipeline.cli.output import end, print_all
+from pipeline.cli.output import exit_if_failed, print_all
 
 
 def train(
@@ -54,7 +54,7 @@ def train(
         if metrics.get("verdict"):
             print(metrics["verdict"])
         print(mirror or out)
-    end([(failure.slide_id, failure.error) for failure in failures], len(entries))
+    exit_if_failed([(failure.slide_id, failure.error) for failure in failures], len(entries))
 
 
 def _range(workers: str) -> tuple[int, int]:

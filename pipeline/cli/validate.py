@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import AsJson
-from pipeline.cli.output import end, print_all
+from pipeline.cli.output import exit_if_failed, print_all
 
 
 def validate(
@@ -24,10 +24,10 @@ def validate(
     sources: Annotated[
         str | None, typer.Option(help="Folder or manifest of such images, found by slide name; implies --full.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a processor.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one for each processor.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which pyramids are sound, and what is wrong with the others and where: checksums of all files, or more."""
+    """Say which pyramids are sound, and what is wrong with the others and where; --full does more than checksums."""
     from pipeline.errors import UsageError
     from pipeline.validate import find_pyramids, find_sources, validate_all
 
@@ -42,4 +42,4 @@ def validate(
         print_all([{"sound": one.sound, **asdict(one)} for one in found])
     else:
         print_all([line for one in found for line in one.lines()])
-    end([(one.entry.slide_id, one.error or one.verdict) for one in found if not one.sound], len(found))
+    exit_if_failed([(one.entry.slide_id, one.error or one.verdict) for one in found if not one.sound], len(found))

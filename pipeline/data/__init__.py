@@ -1,1 +1,1 @@
-"""From manifests to the images that a model sees."""
+"""Turn manifests into the images that a model sees."""

@@ -1,4 +1,4 @@
-"""Augmentation: training images changed at random, anew in every epoch (paper, sections 4.3 and 4.4).
+"""Augmentation changes training images at random, anew in every epoch (paper, sections 4.3 and 4.4).
 
 An image is not decoded to be changed. `AugmentedImage` stands before it and maps the boxes that the model asks for,
 which keeps the cost that of the pixels read. All levels show one and the same change exactly, since everything is
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 class AugmentedImage:
     """An image seen after a symmetry of the square, a translation, and a change of contrast and brightness.
 
-    Where pixels are: the image lies on a plane of background, as it does for boxes that leave it. The plane is
-    transposed, mirrored top to bottom, left to right, and moved, each or not; the frame that `shapes` tells stays
-    where it was. What a translation moves out of the frame is still there for boxes that leave the frame, but no
-    cell of an attention map lies on it. A mirrored side is rounded up to whole pixels of the coarsest level read, so
-    that the levels' pixels still cover each other: the image then begins with less than one such pixel of background.
+    The image lies on a plane of background, as it does for boxes that leave it. The plane may be transposed,
+    mirrored top to bottom, mirrored left to right, and moved, while the frame that `shapes` tells stays where it
+    was. What a translation moves out of the frame is still there for boxes that leave it, but under no cell of an
+    attention map. A mirrored side is rounded up to whole pixels of the coarsest level read, so that the levels'
+    pixels still cover each other: the image then begins with less than one such pixel of background.
 
-    What pixels are: with x the value as a share of the largest of its type (1 for floats),
-    ``1/2 + contrast * (x - 1/2) + brightness``, then rounded and clipped to the type where it is one of integers.
+    A value, of which x is the share of the largest of its type (1 for floats), becomes
+    ``1/2 + contrast * (x - 1/2) + brightness``, and is rounded and clipped where the type is one of integers.
     The background is changed like the image that it stands around, as its edge would show otherwise.
 
     Parameters
     ----------
     image
-        What is augmented. Only its levels down to `downsample` are shown.
+        The image to augment. Only its levels down to `downsample` are shown.
     config
         How much may change.
     key
-        Random key of 64 bits: equal keys change equal images equally.
+        A random key of 64 bits: equal keys change equal images equally.
     downsample
-        Of the coarsest level that the model reads. A translation is a whole number of its pixels (none where the
-        largest is less than one), and where another level's downsample does not divide it, rounded there to a pixel.
+        The downsample of the coarsest level that the model reads. A translation is a whole number of its pixels (none
+        where the largest is less than one); a level whose downsample does not divide this one rounds it to a pixel.
 
     Raises
     ------
@@ -53,7 +53,7 @@ class AugmentedImage:
         The image has no such level.
 
     Features of its patches may be kept (`nested_ats.FeatureStore`) where it is the image itself or one of the 8
-    symmetries of it, each kept apart.
+    symmetries of the image, each of which is kept apart.
     """
 
     def __init__(self, image: Image, config: AugmentConfig, key: int, *, downsample: float) -> None:
@@ -72,21 +72,21 @@ class AugmentedImage:
         most = (config.translation * shapes[-1].double()).long()
         steps = (torch.tensor(shifts, dtype=torch.float64) * (2 * most + 1)).long() - most
         self._shifts = (steps * ratios).round().long()  # (levels, 2)
-        self._extents = (shapes[-1] * ratios).round().long()  # (levels, 2), of what is mirrored
+        self._extents = (shapes[-1] * ratios).round().long()  # (levels, 2), the size of what is mirrored
         shown = torch.where(self._mirrored, self._extents, shapes).tolist()
         self.shapes: Sequence[tuple[int, int]] = [(height, width) for height, width in shown]
         self._turn = turn
 
     @property
     def identity(self) -> str | None:
-        """One for each of the 8 symmetries of an image that has one; none where pixels are changed or moved."""
+        """The identity of this symmetry of the image, if that has one; None where pixels are changed or moved."""
         identity: str | None = getattr(self._image, "identity", None)
         if identity is None or self._shifts.any() or self._contrast != 1 or self._brightness != 0:
             return None
         return f"{identity}/{self._turn}/{self._extents.tolist()}" if self._turn else identity
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
-        """(N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""
+        """Read boxes as (N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""
         starts, sizes = boxes[:, :2] - self._shifts[level], boxes[:, 2:]
         starts = torch.where(self._mirrored, self._extents[level] - starts - sizes, starts)
         if self._transposed:

@@ -1,4 +1,4 @@
-"""Which slides a user means by files, folders, patterns, URLs or a manifest, and how folders are searched."""
+"""Find the slides that a user means by files, folders, patterns, URLs or a manifest."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from storage.place.urls import is_remote
 def find_images(
     sources: Sequence[str], *, name_by: str = "name", known: Mapping[str, Entry] | None = None
 ) -> list[Entry]:
-    """Entries of files, folders of images (with their subfolders), URLs of either, patterns, or one manifest.
+    """Find the images of files, folders with their subfolders, URLs of either, patterns, or one manifest.
 
     Parameters
     ----------
     sources
-        What the command line names; a place given twice is one slide.
+        What the command line names; a place that is given twice is one slide.
     name_by
-        "name": slides go by the names of their files, of which several may be alike (`naming.check_alone`); "path":
-        by `path_name`. A manifest names its slides itself.
+        With "name", slides go by the names of their files, of which several may be alike (`naming.check_alone`), and
+        with "path" by `path_name`. A manifest names its slides itself.
     known
-        Slides that were converted before, see `pipeline.convert.known_slides`: they keep their names.
+        The slides that were converted before, see `pipeline.convert.known_slides`: they keep their names.
 
     Raises
     ------
@@ -56,16 +56,16 @@ def find_images(
 
 
 def expand(source: str, wanted: Callable[[Path], bool], named: Callable[[str], bool]) -> list[str]:
-    """Return what an argument stands for, sorted: what is wanted below a folder or a pattern; else just itself.
+    """Return, sorted, what an argument stands for: what is wanted below a folder or a pattern, else itself.
 
     Parameters
     ----------
     source
         A path, a pattern with ``*``, ``?``, ``[...]`` or ``**``, or a URL.
     wanted
-        Whether to take a file or folder.
+        It tells whether to take a file or folder.
     named
-        Whether to take what has this name at a URL.
+        It tells whether to take what has this name at a URL.
 
     Raises
     ------
@@ -93,10 +93,10 @@ def expand(source: str, wanted: Callable[[Path], bool], named: Callable[[str], b
 
 
 def _search(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
-    """Files and folders wanted below a folder; those, pyramids and hidden folders are not looked into.
+    """Find what is wanted below a folder; what is found, pyramids and hidden folders are not searched.
 
-    Links to folders are followed, but a folder that several lead to, or that holds a link to itself, is looked into
-    once: by the path that comes first in the alphabet.
+    Links to folders are followed, but a folder that several lead to, or that holds a link to itself, is searched
+    once, by the path that comes first in the alphabet.
     """
     found: set[Path] = set()
     seen: set[tuple[int, int]] = set()
@@ -126,12 +126,12 @@ def _fail(error: OSError) -> NoReturn:
 
 
 def name_slides(places: Sequence[str]) -> list[Entry]:
-    """Entries of one manifest, or of paths or URLs, named after their files; a place given twice is one slide.
+    """Read one manifest, or name slides at paths and URLs after their files; a place given twice is one slide.
 
     Raises
     ------
     UsageError
-        Two of them would be one slide, or the manifest is wrong.
+        Two slides would have one name, or the manifest is wrong.
     """
     if len(places) == 1 and is_manifest(places[0]):
         return read_manifest(Path(places[0]))
@@ -148,6 +148,6 @@ def name_slides(places: Sequence[str]) -> list[Entry]:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether to take what lies in a folder; a link that leads nowhere too, so that it is reported and not missed."""
+    """Tell whether to take a file; a link that leads nowhere is taken, so that it is reported and not missed."""
     named = has_image_suffix(path.name) and not path.name.startswith(".")
-    return named and (os.path.isfile(path) or not os.path.exists(path))  # not a pipe, which would be waited for
+    return named and (os.path.isfile(path) or not os.path.exists(path))  # a pipe would be waited for

@@ -1,12 +1,13 @@
-"""Features of patches on a disk: one file for each slide and encoder, shared by epochs, runs, folds and processes.
+"""Keep features of patches on a disk, in one file for each slide and encoder, for epochs, runs, folds and processes.
 
 Notable: nothing here can make a feature wrong. A file is named by all that decides its features
-(`nested_ats.feature_store`), and grows by blocks: a heading that lists the places of some patches, then their rows. A
-crc32c of each heading and each row holds for that name and the places too. What a killed writer left unfinished, and
-what follows a damaged heading, is cut off by the next writer; a damaged row counts as missing. Readers walk along the
-headings alone. Writers hold the folder's lock and readers none, and no file is kept open or mapped, so that this is
-for network file systems too. Where the folder is full, files go that nobody has used since this process began, the
-least recently used first: a training for which there is too little room would else drop what its next epoch asks for.
+(`nested_ats.feature_store`), and grows by blocks: a heading lists the places of some patches, and their rows follow.
+The crc32c of each heading and each row covers that name and the places, too. The next writer cuts off what a killed
+one left unfinished, and what follows a damaged heading; a damaged row counts as missing. Readers walk along the
+headings alone. Writers hold the folder's lock and readers none, and no file is kept open or mapped, so this works on
+network file systems. Where the folder is full, those files are dropped that nobody has used since this process
+began, the least recently used first; otherwise a training with too little room would drop what its next epoch asks
+for.
 
 Shape letters: N patches, W values a patch.
 """
@@ -39,27 +40,27 @@ from storage.read.cache import BoundedFolder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_HELD_INDEXES = 256  # of files, each of 16 bytes a patch
-_PEEK = 4096  # bytes read of a block to see its heading: more than most have
-_HEAD = np.dtype([("count", "<u4"), ("crc32c", "<u4")])  # of a block; (count, 2) places follow, and count rows
+_HELD_INDEXES = 256  # each is the index of a file, and takes 16 bytes a patch
+_PEEK = 4096  # so many bytes of a block are read to see its heading, and most headings are smaller
+_HEAD = np.dtype([("count", "<u4"), ("crc32c", "<u4")])  # (count, 2) places follow, and count rows
 _PLACE = np.dtype(("<i8", 2))
-_TOUCH_S = 60.0  # a file in use is said to be so no more often
-_SKEW_S = 10.0  # by which the clock of a file system may be behind ours
-_WAIT_S = 60.0  # after which a full folder is looked at again
+_TOUCH_S = 60.0  # a file is marked as in use no more often
+_SKEW_S = 10.0  # the clock of a file system may be so far behind ours
+_WAIT_S = 60.0  # a full folder is looked at again after so long
 
 
 class DiskFeatures:
     """A `nested_ats.FeatureStore` in a folder; safe between threads and processes.
 
-    A disk that fails or fills fails nothing: it is said once, and no more is kept.
+    Where a disk fails or is full, no more is kept: this is said once, and nothing else fails.
 
     Parameters
     ----------
     folder
-        Made if it is not there.
+        It is made if it is not there.
     max_bytes
-        What the files may hold in all. Besides there may be, until files are next counted anew, what processes were
-        adding as they were killed.
+        What the files may hold in all. What processes were adding as they were killed comes on top, until the files
+        are counted again.
 
     Raises
     ------
@@ -108,9 +109,9 @@ class DiskFeatures:
                 with _opened(os.open(path, flags, 0o666)) as file:
                     if not stat.S_ISREG(os.fstat(file).st_mode):
                         return
-                    os.utime(file)  # or it could be what has to go
+                    os.utime(file)  # otherwise it could be dropped to make room
                     index, size = self._index(name, file, record), os.fstat(file).st_size
-                    if size > index.end:  # a writer was killed; or it is another file by now than the one known
+                    if size > index.end:  # a writer was killed, or this is another file by now
                         index = self._index(name, file, record, anew=True)
                         os.ftruncate(file, index.end)
                         total.bytes -= size - index.end
@@ -127,19 +128,19 @@ class DiskFeatures:
 
     @property
     def counts(self) -> Tensor:
-        """How many patches were found, and how many were looked for, (2,) float64."""
+        """The number of patches that were found, and that were looked for, (2,) float64."""
         with self._lock:
             return torch.tensor(self._counts, dtype=torch.float64)
 
     def _touch(self, name: str, file: int) -> None:
-        """Say that a file is in use."""
+        """Mark a file as in use."""
         now = time.monotonic()
         if now - self._touched.get(name, -_TOUCH_S) >= _TOUCH_S:
             self._touched[name] = now
             os.utime(file)
 
     def _index(self, name: str, file: int, record: np.dtype[Any], *, anew: bool = False) -> _Index:
-        """Where the places of a file are, those that were added since it was last looked through included."""
+        """Return where the places of a file are, with those that were added since the last look."""
         with self._lock:
             known = self._indexes.get(name)
         status = os.fstat(file)
@@ -159,7 +160,7 @@ class DiskFeatures:
                 self._touched.pop(gone, None)
 
     def _give_up(self, error: OSError) -> None:
-        """Keep no more, and say so."""
+        """Stop keeping features, and say so."""
         if self._full_until != float("inf"):
             self._full_until = float("inf")
             _say(f"{self._folder.folder}: {error.strerror}; no more features of patches are kept there")
@@ -171,13 +172,13 @@ class _Index(NamedTuple):
     Attributes
     ----------
     inode
-        Of the file.
+        The inode of the file.
     end
-        Bytes of its blocks that were looked at.
+        How many bytes of the file's blocks were looked at.
     keys
-        Their places as one number each, in order; what came last is the last of equal ones.
+        The places in these blocks as one number each, in order; of equal ones, the last is the one that came last.
     offsets
-        Of the row of each.
+        The offset of each row in the file.
     """
 
     inode: int
@@ -186,7 +187,7 @@ class _Index(NamedTuple):
     offsets: NDArray[np.int64]
 
     def find(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Offsets of the rows of (N, 2) places, -1 for those that are not there."""
+        """Return the offsets of the rows of (N, 2) places, and -1 for those that are not there."""
         if not len(self.keys):
             return np.full(len(places), -1)
         wanted = _keys(places)
@@ -194,7 +195,7 @@ class _Index(NamedTuple):
         return np.where((at >= 0) & (self.keys[at] == wanted), self.offsets[at], -1)
 
     def extended(self, name: str, file: int, size: int, record: np.dtype[Any]) -> _Index:
-        """The index of all whole blocks within `size` bytes."""
+        """Return the index of all whole blocks within `size` bytes."""
         keys, offsets, end = [self.keys], [self.offsets], self.end
         while (places := _read_heading(name, file, end)) is not None:
             first = end + _HEAD.itemsize + places.nbytes
@@ -208,7 +209,7 @@ class _Index(NamedTuple):
         return _Index(self.inode, end, every[order], np.concatenate(offsets)[order])
 
     def without(self, offsets: NDArray[np.int64]) -> _Index:
-        """The index but for some rows."""
+        """Return the index without some rows."""
         kept = ~np.isin(self.offsets, offsets)
         return self._replace(keys=self.keys[kept], offsets=self.offsets[kept])
 
@@ -219,27 +220,27 @@ def use_features(model: ImageModel, config: FeaturesConfig | None) -> DiskFeatur
     Parameters
     ----------
     model
-        Of any kind.
+        A model of any kind.
     config
-        Where; none for nowhere.
+        Where features are kept; with None they are not.
 
     Returns
     -------
-    What the model uses now, if anything.
+    The store that the model uses now, if it has one.
     """
     if config is None or not isinstance(model, PatchModel) or model.config.trainable != "none":
         return None
     try:
         folder = config.folder or default_folder()
         model.store = store = DiskFeatures(folder, int(config.gigabytes * 1e9))
-    except (StorageError, RuntimeError) as error:  # the latter where there is no home
+    except (StorageError, RuntimeError) as error:  # RuntimeError: there is no home folder
         _say(f"{error} (features of patches are not kept)")
         return None
     return store
 
 
 def default_folder() -> Path:
-    """Folder of the features in the user's cache, by the XDG base directory specification."""
+    """Return the folder for features in the user's cache (XDG base directory specification)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested-ats" / "features"
 
 
@@ -252,22 +253,22 @@ def _opened(file: int) -> Iterator[int]:
 
 
 def _record(width: int) -> np.dtype[Any]:
-    """A patch's row in a file, with the crc32c of the file's name, the patch's place and its numbers."""
+    """Return the type of a patch's row, which ends with the crc32c of the file's name, the place and the numbers."""
     return np.dtype([("row", "<f4", width), ("crc32c", "<u4")])
 
 
 def _keys(places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One number of each (N, 2) place. Of two places with one number, a row is that of the one it is sealed with."""
+    """Make one number of each (N, 2) place; where two places share one, a row's checksum tells whose it is."""
     return (places[:, 0] << 32) ^ (places[:, 1] & 0xFFFFFFFF)
 
 
 def _sealed(name: str, places: NDArray[np.int64]) -> bytes:
-    """What a checksum holds for besides what it ends."""
+    """Return what a checksum covers besides the data before it."""
     return name.encode() + places.astype(_PLACE.base).tobytes()
 
 
 def _encode(name: str, record: np.dtype[Any], places: NDArray[np.int64], rows: NDArray[np.float32]) -> bytes:
-    """A block."""
+    """Encode a block."""
     head = np.array([len(places)], _HEAD["count"]).tobytes()
     parts = [head, crc32c(_sealed(name, places) + head), places.astype(_PLACE.base).tobytes()]
     for place, row in zip(places, rows.astype(record["row"].base), strict=True):
@@ -276,7 +277,7 @@ def _encode(name: str, record: np.dtype[Any], places: NDArray[np.int64], rows: N
 
 
 def _read_heading(name: str, file: int, start: int) -> NDArray[np.int64] | None:
-    """The (N, 2) places of the block that starts there; None where there is none, or it is damaged."""
+    """Read the (N, 2) places of the block that starts there; None where there is none, or it is damaged."""
     data = os.pread(file, _PEEK, start)
     if len(data) < _HEAD.itemsize:
         return None
@@ -292,7 +293,7 @@ def _read_heading(name: str, file: int, start: int) -> NDArray[np.int64] | None:
 
 
 def _append(file: int, data: bytes) -> int:
-    """Write at the end of a file, all or nothing, and return how many bytes."""
+    """Write at the end of a file, all or nothing, and return the number of bytes."""
     before = os.fstat(file).st_size
     try:
         rest = memoryview(data)

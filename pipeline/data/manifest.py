@@ -1,9 +1,9 @@
-"""The manifest: one row a slide, in CSV or Parquet, checked as a whole before any work.
+"""The manifest has one row a slide, in CSV or Parquet, and is checked as a whole before any work.
 
 Columns are slide_id, path and label, and optionally case_id, split, fold and mpp; the column names of TRIDENT
 (wsi), Slideflow (slide) and STAMP (PATIENT, FILENAME) are understood. Other columns are kept as they are, for the
-manifests and tables that are made of this one. Identifiers are strings: leading zeros survive. Paths are relative to
-the manifest's folder.
+manifests and tables that are made of this one. Identifiers are texts, so leading zeros survive. Paths are relative
+to the manifest's folder.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Entry:
     """One slide of a manifest."""
 
     slide_id: str  # unique
-    path: str  # of a TIFF or a pyramid, absolute or a URL
-    label: str = ""  # class name; empty where unknown
-    case_id: str = ""  # patient or site: slides of one case never part between splits; empty: a case of its own
+    path: str  # the absolute path or the URL of an image or a pyramid
+    label: str = ""  # the name of the class; empty where unknown
+    case_id: str = ""  # a patient or site, whose slides never part between splits; empty: a case of its own
     split: str = ""  # train, val or test; empty where the manifest has none
-    fold: str = ""  # cross-validation fold
-    mpp: float | None = None  # micrometres per pixel of the finest level, over what the file says
+    fold: str = ""  # the cross-validation fold
+    mpp: float | None = None  # micrometres per pixel of the finest level; this overrules what the file says
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)  # further columns, as they were
 
 
@@ -59,14 +59,14 @@ def read_manifest(path: Path, *, labelled: bool = False) -> list[Entry]:
     Parameters
     ----------
     path
-        Parquet; or CSV in UTF-8 or UTF-16 with commas, semicolons or tabs, as spreadsheets write it.
+        A Parquet file, or a CSV file in UTF-8 or UTF-16 with commas, semicolons or tabs, as spreadsheets write it.
     labelled
         Whether every slide needs a label.
 
     Returns
     -------
     list of Entry
-        At least one, in the manifest's order, with absolute paths.
+        At least one entry, in the manifest's order, with absolute paths.
 
     Raises
     ------
@@ -96,12 +96,12 @@ def read_manifest(path: Path, *, labelled: bool = False) -> list[Entry]:
 
 
 def is_manifest(source: str) -> bool:
-    """Whether an argument of the command line is a manifest rather than a slide."""
+    """Tell whether an argument of the command line is a manifest rather than a slide."""
     return PurePosixPath(source).suffix.lower() in (".csv", ".parquet")
 
 
 def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
-    """Write a CSV manifest, atomically; paths under its folder become relative, empty columns are left out."""
+    """Write a CSV manifest atomically; paths below its folder become relative, and empty columns are left out."""
     rows = [asdict(entry) for entry in entries]
     extra = dict.fromkeys(name for row in rows for name in row["extra"])
     for row in rows:
@@ -117,7 +117,7 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def remarks(entries: Sequence[Entry]) -> list[str]:
-    """What is probably not meant in a manifest to train from: one line each."""
+    """Say in one line each what is probably not meant in a manifest to train from."""
     found = []
     if any(entry.fold for entry in entries):
         found.append("column fold: not supported yet, and ignored; only split decides what a slide is used for")
@@ -131,7 +131,7 @@ def remarks(entries: Sequence[Entry]) -> list[str]:
 
 
 def slide_name(path: str) -> str:
-    """Slide id of a file that has none: its name without the image suffix, as a manifest can hold it."""
+    """Name a slide after its file, without the image suffix, as a manifest can hold it."""
     name = path.rstrip("/").rsplit("/", 1)[-1]
     for suffix in _SUFFIXES:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
@@ -141,15 +141,15 @@ def slide_name(path: str) -> str:
 
 
 def printable(name: str) -> str:
-    """Name of a file as a manifest can hold it.
+    """Make the name of a file one that a manifest can hold.
 
-    Names are bytes: those that are no UTF-8 are shown as Python shows them, and blanks at the ends are lost in CSV.
+    Names are bytes: those that are not UTF-8 are shown as Python shows them. Blanks at the ends would be lost in CSV.
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").strip()
 
 
 def has_image_suffix(place: str) -> bool:
-    """Whether a path or URL is named like an image file; what a URL asks for (``?...``) is no part of its name."""
+    """Tell whether a path or URL has the name of an image file, of which the query of a URL (``?...``) is no part."""
     name = place.partition("?")[0] if is_remote(place) else place
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
@@ -170,24 +170,24 @@ def _problem(path: Path, problems: Sequence[str]) -> UsageError:
 
 
 def _misspelt(name: str, names: Sequence[str]) -> str | None:
-    """Known column that is probably meant by an unknown one, where there is no such column."""
+    """Return the known column that an unknown one probably means, if the table does not have it."""
     if name in COLUMNS:
         return None
     near = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.7)
     return near[0] if near and near[0] not in names else None
 
 
-_Table = dict[str, list[str]]  # cells by column
+_Table = dict[str, list[str]]  # the cells of each column
 
 
 def _rows(table: _Table, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Cells of these columns, row by row; empty for columns that are not there."""
+    """Iterate over the rows of these columns; cells of a column that is not there are empty."""
     missing = [""] * len(table["path"])
     return zip(*(table.get(name, missing) for name in names), strict=True)
 
 
 def _check_cells(table: _Table, *, labelled: bool) -> list[tuple[int, str]]:
-    """Problems of single cells: number of the row, from 0, and what is wrong."""
+    """Find what is wrong with single cells: the number of the row, from 0, and the problem."""
     bad: dict[str, dict[str, str]] = {
         "path": {"": "path is empty"},
         "label": {"": "label is missing"} if labelled else {},
@@ -219,12 +219,12 @@ def _wrong_mpp(text: str) -> str:
 
 
 def _number(text: str) -> float | None:
-    """Return a number, also with a decimal comma, as tables with semicolons have it; none of an empty cell."""
+    """Read a number, which has a decimal comma in tables with semicolons; an empty cell has none."""
     return float(text.replace(",", ".")) if text else None
 
 
 def _check_whole(table: _Table) -> list[str]:
-    """Problems of rows that do not fit each other."""
+    """Find rows that do not fit each other."""
     ids = table["slide_id"]
     counts = Counter(ids) if len(set(ids)) < len(ids) else Counter()
     problems = [f"slide_id {name} occurs {count} times" for name, count in counts.items() if count > 1]
@@ -262,7 +262,7 @@ def _entries(table: _Table, folder: Path) -> list[Entry]:
 
 
 def _near_duplicates(counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Pairs of labels that are probably meant as one, the rarer first."""
+    """Find pairs of labels that are probably meant as one, the rarer label first."""
     names = sorted(counts, key=lambda name: (counts[name], name))
     if len(names) > _COMPARED_LABELS:
         return []
@@ -271,10 +271,10 @@ def _near_duplicates(counts: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _difference(name: str, other: str) -> str:
-    """How two labels that look alike differ; empty where they do not.
+    """Say how two labels that look alike differ; the answer is empty where they do not look alike.
 
-    By one letter: in labels of four letters and more, and not by the last one, as in series (type A, type B); numbers
-    tell grades apart.
+    One letter counts in labels of four letters and more, unless it is the last one, as in series (type A, type B).
+    Numbers do not count, because they tell grades apart.
     """
     one, two = ("".join(label.casefold().split()) for label in (name, other))
     if one == two:
@@ -288,5 +288,5 @@ def _difference(name: str, other: str) -> str:
 
 
 def _shared(one: str, two: str) -> int:
-    """How many letters two texts share at their beginning."""
+    """Count the letters that two texts share at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))

@@ -1,4 +1,4 @@
-"""How slides of image files are named: by file or by path, and in every run the same."""
+"""Name the slides of image files, by file or by path, and in every run alike."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAME_BY = ("name", "path")
 
 
 def path_name(place: str, source: str) -> str:
-    """Slide id of an image by its path below what was given, with its suffix, as in ``site/007.svs``.
+    """Name an image by its path below what was given, with its suffix, as in ``site/007.svs``.
 
     Parameters
     ----------
     place
-        Path or URL of the image.
+        The path or URL of the image.
     source
-        The folder, pattern or URL that it was found by; given itself, it goes by the name of its file.
+        The folder, pattern or URL that the image was found by; one that was given itself goes by its file's name.
     """
     if is_remote(source):
         below = place.removeprefix(source.rstrip("/") + "/")
@@ -35,7 +35,7 @@ def path_name(place: str, source: str) -> str:
         root = Path(source)
     elif os.path.lexists(source):
         root = Path(source).parent
-    else:  # a pattern, of which the first parts are a folder
+    else:  # the first parts of a pattern are a folder
         root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(source).parts))
     return printable(Path(os.path.relpath(place, root)).as_posix())
 
@@ -43,14 +43,14 @@ def path_name(place: str, source: str) -> str:
 def keep_names(entries: Sequence[Entry], known: Mapping[str, Entry]) -> list[Entry]:
     """Let images that were converted before keep the ids that they have, be it by file or by path.
 
-    Else another way of naming would convert them twice, and one image would be two slides.
+    Otherwise another way of naming would convert them twice, and one image would be two slides.
 
     Parameters
     ----------
     entries
-        Images, named after their files or paths.
+        The images, named after their files or paths.
     known
-        Slides that were converted before, by id, with the paths of their pyramids.
+        The slides that were converted before, by id, with the paths of their pyramids.
     """
     shared = Counter(entry.slide_id for entry in entries)
     settled = {entry.slide_id for entry in entries if entry.slide_id in known and shared[entry.slide_id] == 1}
@@ -68,7 +68,7 @@ def keep_names(entries: Sequence[Entry], known: Mapping[str, Entry]) -> list[Ent
 
 
 def paths_by_id(entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """Paths of the images of each id."""
+    """Collect the paths of the images of each id."""
     paths: dict[str, list[str]] = {}
     for entry in entries:
         paths.setdefault(entry.slide_id, []).append(entry.path)
@@ -76,12 +76,12 @@ def paths_by_id(entries: Sequence[Entry]) -> dict[str, list[str]]:
 
 
 def check_alone(entry: Entry, paths: Mapping[str, Sequence[str]]) -> None:
-    """Refuse an image whose id others have too, see `paths_by_id`.
+    """Refuse an image whose id other images have, too, see `paths_by_id`.
 
     Raises
     ------
     UsageError
-        Which they are, and how to tell them apart.
+        The message says which they are, and how to tell them apart.
     """
     others = [path for path in paths[entry.slide_id] if path != entry.path]
     if others:

@@ -1,4 +1,4 @@
-"""Which slides of a manifest can be trained on: all are opened, several at a time, before anything is made."""
+"""Find the slides of a manifest that can be trained on, by opening all of them before anything is made."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class Failure:
 
 @dataclass(frozen=True)
 class Selection:
-    """What training can go by."""
+    """What can be trained on."""
 
     entries: list[Entry]  # slides that can be used, each with a split
     classes: list[str]  # labels of the training slides, sorted
-    channels: int  # that all of them have
-    downsamples: list[tuple[float, ...]]  # of the levels that each of them lets the model read, coarse to fine
+    channels: int  # how many channels all of them have
+    downsamples: list[tuple[float, ...]]  # for each slide those of the levels that the model reads, coarse to fine
     failures: list[Failure]  # the other slides
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What opening a slide told."""
+    """What was found out by opening a slide."""
 
     entry: Entry
     channels: int = 0
@@ -64,16 +64,16 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
     Parameters
     ----------
     entries
-        Slides with labels; their split is assigned where the manifest has none.
+        The slides with their labels; splits are assigned where the manifest has none.
     config
         The resolved configuration.
     fail_fast
-        Stop at the first slide that cannot be used.
+        Whether to stop at the first slide that cannot be used.
 
     Raises
     ------
     UsageError
-        Labels or splits allow no training; slides that were left out are named before that.
+        Labels or splits allow no training; the slides that were left out are named before.
     DataError
         No slide, or with `fail_fast` not every slide, can be used.
     """
@@ -114,7 +114,7 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
     try:
         classes = _classes(kept)
     except UsageError:
-        for failure in failures:  # what the error may come from, before it
+        for failure in failures:  # they may be the cause of the error, and are named before it
             _say(f"slide {failure.slide_id} is left out: {failure.error}")
         raise
     return Selection(kept, classes, channels, [one.downsamples for one in usable], failures)
@@ -142,7 +142,7 @@ def _why_slow(level: Level) -> str:
 
 
 def _encoder_remarks(config: Config) -> list[str]:
-    """What is surely not meant: an encoder that is neither trained nor has been."""
+    """Warn of an encoder that is not trained and never was, which nobody can mean."""
     choice, trainable = read_choice(config.model.encoder), config.model.trainable
     if trainable == "all" or not (choice.weights == RANDOM or (choice.weights is None and choice.name in ENCODERS)):
         return []

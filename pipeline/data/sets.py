@@ -1,8 +1,8 @@
-"""Data sets made offline: number signs in textured scenes, and what any such set is written by.
+"""Make data sets offline: number signs in textured scenes, and the writing of any such set.
 
-A set is a folder of images with a ``manifest.csv`` (slide_id, path, label, split), and is resumable: ``recipe.json``
-is written first and says what the folder holds, each image appears when it is whole, and a second run with the same
-arguments makes only what is missing.
+A set is a folder of images with a ``manifest.csv`` (slide_id, path, label, split). It can be gone on with:
+``recipe.json`` is written first and says what the folder holds, each image appears when it is whole, and a second run
+with the same arguments makes only what is missing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pipeline.files import make_folder, write_json
 from storage import write_tiff
 
 Progress = Callable[[int, int], None]
-"""Called with how many are done and how many there are."""
+"""It is called with how many are done and how many there are."""
 
-# Raise it when the same arguments come to give other pixels, so that no folder mixes the two.
+# Raise this when the same arguments give other pixels than before, so that no folder mixes the two.
 RECIPE_VERSION = 1
 
 
@@ -51,25 +51,25 @@ def write_signs(
     Parameters
     ----------
     folder
-        Where the set goes: new, empty, or the same set begun earlier.
+        Where the set goes; the folder is new, empty, or has the same set begun earlier.
     count
-        Number of scenes.
+        The number of scenes.
     size
-        Side of a scene in pixels, or its (height, width).
+        The side of a scene in pixels, or its (height, width).
     splits
-        Shares of train, val and test that sum to 1, or three whole numbers that sum to `count`.
+        The shares of train, val and test, which sum to 1, or three whole numbers that sum to `count`.
     signs, distractors
-        Discs to the scene, see `sign_scene`.
+        How many discs a scene has of each, see `sign_scene`.
     labels
-        Labels that the scenes of each split get in turn, so that the classes are balanced.
+        The labels that the scenes of each split get in turn, so that the classes are balanced.
     tile
-        Side of a TIFF tile in pixels.
+        The side of a TIFF tile in pixels.
     compression
-        As in `storage.write_tiff`.
+        The compression of the TIFFs, see `storage.write_tiff`.
     workers
-        Scenes written at the same time, in threads.
+        How many scenes are written at the same time, in threads.
     progress
-        Called with scenes done and `count`; for a set of one scene, with tiles done and their number.
+        It is called with the number of scenes done and `count`; in a set of one scene, with tiles instead.
 
     Returns
     -------
@@ -79,7 +79,7 @@ def write_signs(
     Raises
     ------
     UsageError
-        Bad arguments, or the folder holds something else.
+        An argument is wrong, or the folder holds something else.
     """
     size_yx = (size, size) if isinstance(size, int) else size
     split_of = split_names(count, splits)
@@ -119,7 +119,7 @@ def write_sign_scene(
     Parameters
     ----------
     progress
-        Called with tiles rendered and their number.
+        It is called with the number of tiles rendered and of all tiles.
     """
     height, width = scene.size_yx
 
@@ -136,7 +136,7 @@ def write_sign_scene(
 
 @dataclass(frozen=True)
 class SetImage:
-    """One image of a set; `write` makes it at a path, where it appears when it is whole."""
+    """One image of a set; `write` writes it to a path, where it appears when it is whole."""
 
     slide_id: str
     label: str
@@ -153,20 +153,20 @@ def write_set(
     Parameters
     ----------
     folder
-        Where the set goes: new, empty, or the same set begun earlier.
+        Where the set goes; the folder is new, empty, or has the same set begun earlier.
     recipe
         Whatever decides the pixels, as JSON can hold it; its ``tile`` is the side of a TIFF's tiles.
     images
-        Of the set, in the order of the manifest.
+        The images of the set, in the order of the manifest.
     workers
-        Images written at the same time, in threads.
+        How many images are written at the same time, in threads.
     progress
-        Called with images done and their number.
+        It is called with the number of images done and of all images.
 
     Raises
     ------
     UsageError
-        Bad arguments, or the folder holds something else.
+        An argument is wrong, or the folder holds something else.
     """
     tile = recipe["tile"]
     if workers < 1:
@@ -221,6 +221,8 @@ def split_names(count: int, splits: tuple[float, float, float]) -> list[str]:
         or min(splits) < 0
         or abs(sum(splits) - (count if whole else 1)) > 1e-6
     ):
-        raise UsageError(f"count {count}, splits {splits}: three shares that sum to 1, or whole numbers to the count")
+        raise UsageError(
+            f"count {count}, splits {splits}: give three shares that sum to 1, or whole numbers that sum to {count}"
+        )
     ends = np.rint(np.cumsum(splits) * (1 if whole else count)).astype(int)
     return [SPLITS[np.searchsorted(ends, index, side="right")] for index in range(count)]

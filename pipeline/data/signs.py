@@ -1,15 +1,15 @@
-"""Textured scenes with small number signs: the speed-limit task of the paper (section 4.4), at any size.
+"""Draw textured scenes with small number signs: the speed-limit task of the paper (section 4.4), at any size.
 
 A scene is a textured plane with discs of about 40 pixels. Discs with a red ring are *signs* and all bear the
 scene's number, which is its label; discs with rings of other colours are *distractors* and bear any number.
 From a thumbnail one sees coloured spots and no numbers, so a classifier has to find the red ones and read
 them at full resolution, which is the property of the Swedish traffic signs that the paper relies on.
 
-Two things are notable. A scene is a function of the pixel's coordinates: every window renders by itself, and
-the same whatever the tiling, so a gigapixel scene is written tile by tile in bounded memory. And the number is
-all but hidden at downsample 16, where a network sees more than a person (at 8 it can read it): every digit carries
-the same amount of ink, the number sits off the disc's centre by a few pixels at random, and dirt of the digits'
-size covers the disc.
+Two things are notable. A scene is a function of the pixel's coordinates: every window renders by itself, and alike
+for any tiling, so a gigapixel scene is written tile by tile in bounded memory. And the number is hardly to be read
+at downsample 16, though a network sees more there than a person (at 8 it can read it): every digit has the same
+amount of ink, the number lies a few pixels off the disc's centre at random, and dirt of the digits' size covers the
+disc.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class DiscKind(NamedTuple):
     """What a disc looks like, apart from its size."""
 
     ring: str  # a key of RING_RGB; SIGN_RING makes the disc a sign
-    number: str  # two digits
-    shade: float  # brightness, one of SHADES
+    number: str  # the two digits on the disc
+    shade: float  # the brightness, one of SHADES
     shift_yx: tuple[int, int]  # the number's place relative to the disc's centre, in pixels
 
 
@@ -77,11 +77,11 @@ class SignScene:
     Attributes
     ----------
     size_yx
-        Height and width in pixels.
+        The height and width in pixels.
     label
         One of ``LABELS``: the number that all signs bear, or "none" where there is no sign.
     discs
-        Signs and distractors, sorted by their centres, wholly inside the scene and not touching each other.
+        The signs and distractors, sorted by their centres; they lie inside the scene and do not touch each other.
     phases_yx
         Where the scene lies in each of the background's periodic textures.
     tint_rgb
@@ -107,7 +107,7 @@ class SignScene:
         Returns
         -------
         (h, w, 3) uint8
-            RGB, the same pixels whatever window they are asked for in.
+            RGB; a pixel is the same in whatever window it is asked for.
         """
         window = self._background(y, x, h, w)
         for disc in self.discs_in(y, x, h, w):
@@ -144,17 +144,17 @@ def sign_scene(
     Parameters
     ----------
     label
-        One of ``LABELS``. A scene of "none" has no sign, whatever `signs` says.
+        One of ``LABELS``. A scene with "none" has no sign, whatever `signs` says.
     signs
         How many signs bear the label's number.
     distractors
-        How many discs of other colours; by default eight to the megapixel.
+        How many discs have other colours; by default there are eight in a megapixel.
 
     Raises
     ------
     UsageError
-        Where the label is unknown, a count is negative, no sign is asked for in a scene whose label needs
-        one, or the discs do not fit.
+        The label is unknown, a count is negative, a scene whose label needs a sign is to have none, or the discs do
+        not fit.
     """
     if distractors is None:
         distractors = round(DISTRACTORS_PER_MEGAPIXEL * size_yx[0] * size_yx[1] / 2**20)

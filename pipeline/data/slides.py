@@ -25,7 +25,7 @@ _OPEN_SLIDES = 128  # each holds a few file descriptors
 _NEAR = 0.1  # by which a level's pixels may differ from those that the model looks at, and are taken as they are
 _SQUARE = 0.02  # by which a pixel's sides may differ
 _SAME = 1e-3  # by which two downsamples are one
-_HELD_BYTES = 2 * 2**30  # of PNG, JPEG and BMP images, which are held decoded
+_HELD_BYTES = 2 * 2**30  # PNG, JPEG and BMP images are held decoded, and take no more than this
 
 
 class SlideImage:
@@ -36,7 +36,7 @@ class SlideImage:
     slide
         An open slide.
     background
-        Value of pixels off the slide, from 0 (black) to 1 (white).
+        The value of pixels off the slide, from 0 (black) to 1 (white).
     mpp
         Micrometres per pixel of the image's finest level (`EncoderConfig.mpp`); None takes the slide's finest level,
         whatever its pixels measure. Of the slide's levels the one that is nearest is taken as it is where it differs
@@ -78,12 +78,12 @@ class SlideImage:
 
     @property
     def identity(self) -> str | None:
-        """Of the slide's pixels and of those off it; None where it has none (`storage.Slide.identity`)."""
+        """Names the slide's pixels, those off it and the scale; None where `storage.Slide.identity` is none."""
         scale = "" if self.scale == 1 else f"/{self.scale!r}"
         return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}"
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
-        """(N, C, h, w) of the slide's type; see `nested_ats.Image.read`."""
+        """Read boxes as (N, C, h, w) of the slide's type; see `nested_ats.Image.read`."""
         _, _, source, shrink = self._levels[level]
         if shrink == 1:
             return self._read(source, boxes)
@@ -164,12 +164,12 @@ def _shares(starts: Tensor, count: int, shrink: float, read: int) -> Tensor:
 
 
 class SlideCache:
-    """Slides by path, kept open, the least recently used closed first; thread safe.
+    """Keeps slides open, by path, and closes the least recently used first; it is thread safe.
 
     Parameters
     ----------
     background
-        Value of pixels off the slide; see `SlideImage`.
+        The value of pixels off the slide; see `SlideImage`.
     cache
         Where chunks of slides at URLs are kept.
     mpp
@@ -188,18 +188,18 @@ class SlideCache:
         Raises
         ------
         storage.StorageError, DataError
-            It cannot be opened, or not at the model's scale.
+            The slide cannot be opened, or not at the model's scale.
         """
         with self._lock:
             image = self._slides.pop(path, None)
-        # Opened without the lock: it may wait for a store. Two threads may then open one slide, which does no harm.
+        # This opens without the lock, as it may wait for a store. Two threads may open one slide, which does no harm.
         image = image or SlideImage(
             open_slide(path, self._cache), background=self._background, mpp=self._mpp, own_mpp=own_mpp
         )
         with self._lock:
             self._slides[path] = image
             while len(self._slides) > _OPEN_SLIDES or (len(self._slides) > 1 and self._held_bytes() > _HELD_BYTES):
-                # Not closed here: another thread may be reading it; its descriptors go with the last reference.
+                # It is not closed here, as another thread may read it; its descriptors go with the last reference.
                 self._slides.popitem(last=False)
             return image
 
@@ -213,7 +213,7 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     Raises
     ------
     storage.StorageError
-        It cannot be opened, or the cache's folder cannot be used.
+        The slide cannot be opened, or the cache's folder cannot be used.
     """
     if cache is None or not is_remote(path):
         return Slide(path)
@@ -228,18 +228,18 @@ def check_slide(
     Parameters
     ----------
     slide
-        Open.
+        An open slide.
     config
-        Of the model.
+        The configuration of the model.
     channels
-        Number of channels that it must have.
+        The number of channels that the slide must have.
     own_mpp
         Micrometres per pixel of its finest level, over what its file says.
 
     Raises
     ------
     DataError
-        It has other channels, lacks a level or the model's scale, or is too small for the model's encoder.
+        The slide has other channels, lacks a level or the model's scale, or is too small for the model's encoder.
     """
     path, count = slide.location, len(slide.channels)
     if channels is not None and count != channels:
@@ -262,6 +262,6 @@ def check_slide(
 
 
 def draw_key(*parts: object) -> int:
-    """Random key of 64 bits from what names a draw: seed, epoch, slide, number."""
+    """Make a random key of 64 bits from what names a draw: seed, epoch, slide, number."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

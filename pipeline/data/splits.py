@@ -1,4 +1,4 @@
-"""Splits of slides into training, validation and test: drawn by case and stratified by label, or found in a run."""
+"""Split slides into training, validation and test, by case and stratified by label, or as a run has them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def assign_splits(entries: Sequence[Entry], *, validation: float, test: float, s
     Parameters
     ----------
     entries
-        Slides, with labels.
+        The slides, with labels.
     validation, test
-        Shares of the cases, in [0, 1), of each label, rounded to whole cases.
+        The shares, in [0, 1), of the cases of each label; they are rounded to whole cases.
     seed
         Equal seeds give equal splits, whatever the order of `entries`.
     """
@@ -36,7 +36,7 @@ def assign_splits(entries: Sequence[Entry], *, validation: float, test: float, s
     cases: dict[str, list[str]] = {}
     for entry in entries:
         cases.setdefault(_case(entry), []).append(entry.label)
-    # Sorted throughout, so that the order of the manifest's rows does not matter.
+    # Everything is sorted, so that the order of the manifest's rows does not matter.
     by_label: dict[str, list[str]] = {}
     for case in sorted(cases):
         by_label.setdefault(Counter(sorted(cases[case])).most_common(1)[0][0], []).append(case)
@@ -53,14 +53,14 @@ def assign_splits(entries: Sequence[Entry], *, validation: float, test: float, s
 class RunSplits:
     """The splits of a training run, for slides of any manifest.
 
-    A slide is known by its path or, as data may move, by its id: unless the run's pyramid of that id is still where
-    it was and has other pixels, as another cohort's has. Where that cannot be told, rather one too many is held to be
-    known than the accuracy on training slides taken for that on new ones.
+    A slide is known by its path or, as data may move, by its id, unless the run's pyramid of that id is still where
+    it was and has other pixels, as in another cohort. Where this cannot be told the slide counts as known, because
+    the accuracy on training slides must not be taken for that on new ones.
 
     Parameters
     ----------
     rows
-        ``entries`` of the run's run.json.
+        The ``entries`` of the run's run.json.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -69,7 +69,7 @@ class RunSplits:
         self._by_case = {row["case_id"]: row["split"] for row in rows if row["case_id"]}
 
     def of(self, entry: Entry) -> str:
-        """Split of a slide in the run; empty where it is not one of its slides."""
+        """Return the split of a slide in the run; it is empty where the run does not have the slide."""
         row = self._by_path.get(entry.path)
         if row is None:
             row = self._by_id.get(entry.slide_id)
@@ -79,30 +79,30 @@ class RunSplits:
         return split
 
     def seen(self, entry: Entry) -> str:
-        """``train`` or ``val`` for a slide that the training has seen, or another of whose case; else empty."""
+        """Return ``train`` or ``val`` where the training has seen the slide, or another one of its case."""
         split: str = self.of(entry) or self._by_case.get(entry.case_id, "")
         return split if split in SEEN else ""
 
     def fill(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Entries with the run's splits, unless the manifest gives them."""
+        """Give entries the run's splits, unless the manifest gives them."""
         if any(entry.split for entry in entries):
             return list(entries)
         return [replace(entry, split=self.of(entry)) for entry in entries]
 
 
 def count_seen(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Predicted slides that the training has seen, by its split."""
+    """Count the predicted slides that the training has seen, by its split."""
     return {split: sum(row.get("seen") == split for row in rows) for split in SEEN}
 
 
 def seen_words(counts: Mapping[str, int], total: int) -> str:
-    """What to say of the slides that the training has seen; empty where there are none."""
+    """Say how many slides the training has seen; the answer is empty where there are none."""
     parts = " and ".join(f"{count} as {name}" for name, count in counts.items() if count)
     return f"{sum(counts.values())} of {total} slides were seen in training ({parts})" if parts else ""
 
 
 def _differ(path: str, other: str) -> bool:
-    """Whether both are pyramids in folders, of other pixels: the root of one holds the checksums of all its parts."""
+    """Tell whether these pyramids in folders differ, by their roots, which hold the checksums of all parts."""
     try:
         return read_inside(Path(path), "zarr.json") != read_inside(Path(other), "zarr.json")
     except (OSError, UsageError):

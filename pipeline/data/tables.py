@@ -1,6 +1,6 @@
-"""Tables as people hand them in: Parquet, and CSV as spreadsheets of any country write it; every cell as text.
+"""Read tables as people hand them in: Parquet, and CSV as spreadsheets of any country write it.
 
-Notable: a table is read in columns, by pyarrow, as manifests may have a million rows.
+Notable: every cell is a text. pyarrow reads a table column by column, because manifests may have a million rows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _LONGEST_ROW = 2**24  # bytes
 
 
 def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Names of the columns, and each column's cells, without blanks around them; empty where there is no value.
+    """Read the names of the columns, and the cells of each without blanks around them; a missing value is empty.
 
     Raises
     ------
     UsageError
-        It cannot be read, is not a table, or has rows of other lengths than the first.
+        The file cannot be read, is not a table, or has rows of other lengths than the first.
     """
     try:
         names, columns = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
@@ -73,7 +73,7 @@ def _decode(path: Path, data: bytes) -> str:
 
 
 def _parse(path: Path, text: str, delimiter: str, width: int) -> list[list[str]]:
-    """Columns of the rows below the first."""
+    """Read the columns of the rows below the first."""
     import pyarrow as pa
     from pyarrow import csv as reader
 
@@ -86,7 +86,7 @@ def _parse(path: Path, text: str, delimiter: str, width: int) -> list[list[str]]
     names = [str(i) for i in range(width)]
     table = reader.read_csv(
         pa.BufferReader(text.encode()),
-        # One thread: with several, uneven rows have no numbers.
+        # There is one thread, as uneven rows would have no numbers with several.
         read_options=reader.ReadOptions(column_names=names, use_threads=False, block_size=_LONGEST_ROW),
         parse_options=reader.ParseOptions(
             delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip, ignore_empty_lines=True
@@ -95,5 +95,5 @@ def _parse(path: Path, text: str, delimiter: str, width: int) -> list[list[str]]
     )
     if uneven:
         rows = ", ".join(map(str, uneven[:5]))
-        raise UsageError(f"{path}: row {rows}: not {width} fields as in the first row")
+        raise UsageError(f"{path}: row {rows}: not {width} fields, as the first row has")
     return [column.to_pylist()[1:] for column in table.columns]

@@ -1,4 +1,4 @@
-"""Slides that turn out to be unreadable while a model trains: left out of their steps, and reported at the end."""
+"""Leave slides that turn out to be unreadable out of the steps of a training, and report them at its end."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class SlideError(Exception):
 
 
 class Unreadable:
-    """Slides that could not be read, and why; thread safe.
+    """The slides that could not be read, and why; it is thread safe.
 
     Parameters
     ----------
     fail_fast
-        End the training at the first.
+        Whether the first such slide ends the training.
 
     Attributes
     ----------
     reasons
-        By slide id. Those of all workers, once they were gathered.
+        Why each slide could not be read, by slide id; after `gather` they are those of all workers.
     """
 
     def __init__(self, *, fail_fast: bool = False) -> None:
@@ -47,7 +47,7 @@ class Unreadable:
         Raises
         ------
         DataError
-            With `fail_fast`.
+            `fail_fast` is set.
         """
         if self._fail_fast:
             raise DataError(f"slide {slide_id}: {net.error}") from net.cause
@@ -57,7 +57,7 @@ class Unreadable:
         return SlideError(slide_id)
 
     def gather(self, context: Context) -> None:
-        """Let every worker know of those of all."""
+        """Let every worker know the reasons of all."""
         own = json.dumps(self.reasons).encode() if self.reasons else b""
         lengths = torch.zeros(context.world_size, dtype=torch.int64, device=context.device)
         lengths[context.rank] = len(own)
@@ -91,12 +91,12 @@ class WatchedImage:
 
     @property
     def identity(self) -> str | None:
-        """Of the image."""
+        """The identity of the image, if it has one."""
         identity: str | None = getattr(self._image, "identity", None)
         return identity
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
-        """(N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""
+        """Read boxes as (N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""
         with Net() as net:
             return self._image.read(level, boxes)
         raise self._unreadable.error(self._slide_id, net)

@@ -1,1 +1,1 @@
-"""What is made with a model: predictions, measures, heatmaps and reports."""
+"""Make predictions, measures, heatmaps and reports with a model."""

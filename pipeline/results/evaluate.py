@@ -1,4 +1,4 @@
-"""``evaluate``: how good predictions are, with intervals over cases, and whether anything was learned.
+"""``evaluate``: say how good predictions are, with intervals over cases, and whether anything was learned.
 
 Shape letters: S slides, Q classes.
 """
@@ -40,24 +40,24 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
     Parameters
     ----------
     folder
-        Of the predictions.
+        The folder of the predictions.
     split
-        Slides of this split only.
+        If given, only slides of this split count.
     include_seen
-        Count slides too that the model was trained or validated on; so it does where `split` asks for them.
+        Whether slides count that the model was trained or validated on; they do where `split` asks for them.
 
     Returns
     -------
     ``accuracy``, ``balanced_accuracy`` and ``auc`` (mean one-against-rest area under the ROC curve), each with its
-    95 % interval over cases and the method it was found by, ``cross_entropy`` and that of guessing by class
-    frequencies, the confusion matrix (rows: labels), counts, the ``split`` that the slides are of, ``verdict`` (what
-    speaks against anything having been learned; empty where nothing does), and ``predictions`` and ``model``, by
-    which the report sees whether they have changed since and are of its run.
+    95 % interval over cases and the method of the interval; ``cross_entropy``, and that of guessing by class
+    frequencies; the confusion matrix (rows are labels); counts; the ``split`` of the slides; ``verdict`` (what speaks
+    against anything having been learned, or an empty text); and ``predictions`` and ``model``, by which the report
+    sees whether they have changed since and belong to its run.
 
     Raises
     ------
     UsageError
-        There is nothing to evaluate, or the predictions are of several models.
+        There is nothing to evaluate, or several models made the predictions.
     """
     about, table = read_about(folder), read_predictions(folder)
     model = _one_model(folder, table, about)
@@ -100,7 +100,7 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
 
 
 def _one_model(folder: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str | None:
-    """Fingerprint of the model that all predictions are of; None where the table does not say."""
+    """Return the fingerprint of the one model that made all predictions; None where the table does not say."""
     models = {row.get("model") for row in rows} | ({about["model"]} if "model" in about else set())
     if len(models) > 1:
         names = ", ".join(sorted(str(model) for model in models))
@@ -109,7 +109,7 @@ def _one_model(folder: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[s
 
 
 def _splits(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the slides are of, in words: "test", or "12 of train, 4 of no split"."""
+    """Say which splits the slides belong to, as in "test", or "12 of train, 4 of no split"."""
     counts = Counter(row["split"] for row in rows)
     order = [name for name in (*SPLITS, "") if counts[name]]
     if len(order) == 1:
@@ -118,7 +118,7 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _measure(labels: Numbers, probabilities: Reals, cases: Numbers) -> dict[str, dict[str, Any]]:
-    """Accuracy, balanced accuracy and AUC, each with its interval and method; a single case has none."""
+    """Measure accuracy, balanced accuracy and AUC, each with its interval and method; one case has no interval."""
     right = probabilities.argmax(-1) == labels
     balanced = float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
     values = {"accuracy": float(right.mean()), "balanced_accuracy": balanced, "auc": area(labels, probabilities)}
@@ -135,7 +135,7 @@ def _measure(labels: Numbers, probabilities: Reals, cases: Numbers) -> dict[str,
 
 
 def _judge(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Cross-entropy of guessing, by the class frequencies that `predict` found in the run; and the verdict."""
+    """Add the cross-entropy of guessing, by the class frequencies that `predict` found in the run, and a verdict."""
     labels = [row["label"] for row in rows]
     shares = about.get("class_shares") or class_shares([], metrics["classes"], balanced=True)
     guess, judged = guess_cross_entropy(shares, labels), metrics["auc"]["value"] is not None
@@ -143,7 +143,7 @@ def _judge(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about:
     mean = {name: float(np.mean(values)) if values else None for name, values in signs.items()}
     words = verdict(
         cross_entropy=metrics["cross_entropy"],
-        guess=guess if judged else math.inf,  # on slides of one class he does best who always answers that
+        guess=guess if judged else math.inf,  # on slides of one class nothing beats to answer always that class
         auc=metrics["auc"]["value"],
         interval=metrics["auc"]["interval_95"],
         entropy=mean["entropy"] or 0.0,

@@ -1,4 +1,4 @@
-"""``heatmap``: where the model looked, as an image beside the slide, a picture, and objects for QuPath.
+"""``heatmap``: show where the model looked, as an image beside the slide, a picture, and objects for QuPath.
 
 All three are aligned by level-0 coordinates: the map is a multiscale OME-Zarr with the slide's own scale, the
 picture lays slide and map out in level-0 pixels, and the GeoJSON's polygons are in level-0 pixels.
@@ -32,21 +32,21 @@ from pipeline.results.settings import Settings
 from storage import Slide, write_pyramid
 
 MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
-_PICTURE_PIXELS = 1600  # longer side of the slide in the picture
+_PICTURE_PIXELS = 1600  # the longer side of the slide in the picture has no more
 _SHOWN_PATCHES = 8
-_PATCH_PIXELS = 256  # a shown patch has at least so many pixels a side, where there are, and less than twice
+_PATCH_PIXELS = 256  # a shown patch has so many pixels a side, and less than twice as many, if the slide has them
 
 
 @dataclass(frozen=True)
 class Patch:
     """A place where patches were drawn, once or in several draws."""
 
-    y_l0: float  # top
-    x_l0: float  # left
+    y_l0: float  # the upper edge
+    x_l0: float  # the left edge
     side_l0: float
-    weight: float  # z times attention, averaged over the draws: its share of the slide's feature
-    attention: float  # of its leaf; of the strongest, where several leaves lie there
-    draws: int  # that drew it
+    weight: float  # the patch's share of the slide's feature: z times attention, averaged over the draws
+    attention: float  # the attention of its leaf, or of the strongest where several leaves lie there
+    draws: int  # how many draws drew it
 
     def scaled(self, scale: float) -> Patch:
         """The same place in pixels that are `scale` times smaller."""
@@ -56,12 +56,12 @@ class Patch:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """What was written for one slide, or why not."""
+    """What was written for one slide, or why nothing was."""
 
     slide_id: str
     folder: Path
     prediction: str = ""
-    peak: float = 0.0  # of the attention, in times the uniform one
+    peak: float = 0.0  # the highest attention, in multiples of the uniform one
     error: str = ""
 
 
@@ -71,11 +71,11 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
     Parameters
     ----------
     entries
-        Slides.
+        The slides.
     settings
-        As for the predictions that the heatmaps explain: equal settings draw equal patches.
+        The settings of the predictions that the heatmaps explain: equal settings draw equal patches.
     folder
-        Made where it is missing.
+        The folder to write to, which is made where it is missing.
 
     Raises
     ------
@@ -86,7 +86,9 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
     """
     classifier = Classifier(settings)
     if not isinstance(classifier.model, PatchModel):
-        raise UsageError(f"{settings.model}: a model without patches, which looks everywhere alike; nothing to draw")
+        raise UsageError(
+            f"{settings.model}: a model without patches looks everywhere alike, so there is nothing to draw"
+        )
     make_folder(folder)
     done = []
     with progress("heatmap") as update:
@@ -108,7 +110,7 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
         prediction = classifier.estimate(entry, image)
         density, pitch = attention_map(prediction.outputs, image.shapes[0])
         pitch *= image.scale  # from the model's pixels to those of the slide
-        # In times the uniform attention: one number means the same on slides of any size.
+        # As multiples of the uniform attention, numbers mean the same on slides of any size.
         heat = (density * density.numel()).float().numpy()
         best = int(prediction.probabilities[0].argmax())
         words = f"{classifier.classes[best]} ({prediction.probabilities[0, best]:.0%})"
@@ -129,7 +131,7 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
 
 
 def drawn_patches(prediction: Prediction, model: PatchConfig) -> list[Patch]:
-    """Distinct patches of all draws for the first image, heaviest first: the very boxes that the encoder saw."""
+    """List the distinct patches of all draws for the first image, the heaviest first, as the encoder saw them."""
     downsample, size = model.patch_downsample, model.patch_size
     places: dict[tuple[float, float], list[tuple[int, float, float]]] = {}
     for number, output in enumerate(prediction.outputs):
@@ -154,7 +156,7 @@ def drawn_patches(prediction: Prediction, model: PatchConfig) -> list[Patch]:
 
 
 def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
-    """Patches as a GeoJSON collection that QuPath imports: polygons of x, y in level-0 pixels."""
+    """Make a GeoJSON collection of patches that QuPath imports: polygons of x, y in level-0 pixels."""
     features = []
     for patch in patches:
         left, top, right, bottom = patch.x_l0, patch.y_l0, patch.x_l0 + patch.side_l0, patch.y_l0 + patch.side_l0
@@ -177,22 +179,22 @@ def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
 def draw_picture(
     slide: Slide, heat: NDArray[np.float32], pitch: float, patches: Sequence[Patch], title: str, *, fill: float = 0
 ) -> bytes:
-    """Draw the slide under its attention, with colour bar, scale bar and the heaviest patches; returns a PNG.
+    """Draw the slide under its attention, with colour bar, scale bar and the heaviest patches, as a PNG.
 
     Parameters
     ----------
     slide
-        Open.
+        An open slide.
     heat
-        Attention in times the uniform one, pixels of `pitch` level-0 pixels.
+        The attention as multiples of the uniform one, (H, W).
     pitch
-        Level-0 pixels of a pixel of `heat`.
+        How many level-0 pixels a pixel of `heat` has on a side.
     patches
-        Heaviest first.
+        The patches, the heaviest first.
     title
-        Of the picture.
+        The title of the picture.
     fill
-        Value of pixels off the slide, as the model saw them (`SlideImage.fill`).
+        The value of pixels off the slide, as the model saw them (`SlideImage.fill`).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
@@ -204,7 +206,7 @@ def draw_picture(
     axes = top.subplots()
     thumbnail, reach = _thumbnail(slide)
     axes.imshow(thumbnail, extent=(0, reach[1], reach[0], 0), interpolation="nearest")
-    # Colour from the uniform attention upwards, so that what is colder than chance shows the slide itself.
+    # Colour begins at the uniform attention, so that the slide itself shows where attention is less than chance.
     peak = max(float(heat.max()), 1.1)
     scale = LogNorm(1, peak)
     alpha = np.clip(0.25 + 0.6 * np.ma.filled(scale(np.maximum(heat, 1)), 0), 0, 1) * (heat > 1)
@@ -251,7 +253,7 @@ def _thumbnail(slide: Slide) -> tuple[NDArray[Any], tuple[float, float]]:
 
 
 def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
-    """(C, h, w) of a patch, from a level coarse enough that a large one is cheap."""
+    """Read the (C, h, w) pixels of a patch, from a level that is coarse enough for a large one to be cheap."""
     fine = [i for i, level in enumerate(slide.levels) if patch.side_l0 / level.downsample >= _PATCH_PIXELS]
     number = fine[-1] if fine else 0
     corner_and_side = (patch.y_l0, patch.x_l0, patch.side_l0, patch.side_l0)
@@ -260,11 +262,11 @@ def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
 
 
 def _to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:
-    """(C, H, W) -> (H, W, 3) or (H, W, 1) that matplotlib shows as it is: three channels as RGB, else the first."""
+    """Turn (C, H, W) into (H, W, 3) to show: the first three channels as RGB, or the first one as grey."""
     image = np.moveaxis(pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, 0), 0, -1)
     if image.dtype == np.uint8:
         return image
-    # Other types have no agreed range to show: stretch to what is there.
+    # Other types have no agreed range to show, so the values that are there are stretched.
     image = image.astype(np.float32)
     low, high = float(image.min()), float(image.max())
     return (image - low) / max(high - low, 1e-12)

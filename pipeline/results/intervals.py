@@ -1,7 +1,7 @@
 """95 % intervals of measures over few slides, some of one case; none shrinks to a point where all went well.
 
-Slides of a case are no independent witnesses: what they contribute is summed before it is squared. Closed forms
-throughout, so equal predictions have equal intervals, and ten classes of a thousand slides take no time.
+Slides of one case are not independent: what they contribute is summed before it is squared. All intervals are closed
+forms, so equal predictions have equal intervals, and ten classes of a thousand slides take no time.
 
 Shape letters: S slides, Q classes.
 """
@@ -28,24 +28,24 @@ _Z = NormalDist().inv_cdf(0.975)
 
 
 def case_numbers(identities: Iterable[tuple[str, str]]) -> Numbers:
-    """Numbers of the cases of slides, (S,), from their case and slide ids; a slide without a case is its own."""
+    """Number the cases of slides, (S,), by their case and slide ids; a slide without a case is a case of its own."""
     names = [f"case {case_id}" if case_id else f"slide {slide_id}" for case_id, slide_id in identities]
     numbers: Numbers = np.unique(names, return_inverse=True)[1].astype(np.int64)
     return numbers
 
 
 def accuracy_interval(right: Bools, cases: Numbers) -> Interval:
-    """Interval of a proportion (Wilson, 1927).
+    """Return the interval of a proportion (Wilson, 1927).
 
-    Its size of sample is that of as many independent slides as would vary by as much: their number where each case
-    has one slide, and that of the cases where those of a case are all alike, or where all slides are.
+    The size of the sample is the number of independent slides that would vary as much: that of the slides where each
+    case has one slide, and that of the cases where the slides of a case, or all slides, are alike.
 
     Parameters
     ----------
     right
-        (S,), S >= 1.
+        Whether each slide is right, (S,) with S >= 1.
     cases
-        (S,), number of the case of each slide.
+        The number of the case of each slide, (S,).
     """
     share = float(right.mean())
     spread = float((np.bincount(cases, right - share) ** 2).sum())
@@ -59,12 +59,12 @@ def accuracy_interval(right: Bools, cases: Numbers) -> Interval:
 
 
 def balanced_interval(right: Bools, labels: Numbers, cases: Numbers) -> Interval:
-    """Interval of the mean over classes of the share that is right (MOVER: Zou and Donner, 2008).
+    """Return the interval of the mean over classes of the share that is right (MOVER: Zou and Donner, 2008).
 
     Parameters
     ----------
     right, labels, cases
-        (S,) each; classes that do not occur are left out of the mean.
+        They are (S,) each; classes that do not occur are left out of the mean.
     """
     present = np.unique(labels)
     shares = np.array([right[labels == label].mean() for label in present])
@@ -74,14 +74,14 @@ def balanced_interval(right: Bools, labels: Numbers, cases: Numbers) -> Interval
 
 
 def area(labels: Numbers, probabilities: Reals) -> float | None:
-    """Mean one-against-rest area under the ROC curve, over the classes that occur; None where one alone does.
+    """Return the mean one-against-rest area under the ROC curve over the classes that occur, or None for one class.
 
     Parameters
     ----------
     labels
-        (S,) in [0, Q).
+        The numbers of the classes, (S,) in [0, Q).
     probabilities
-        (S, Q).
+        The probabilities of the classes, (S, Q).
     """
     present = np.unique(labels)
     if len(present) == 1:
@@ -91,11 +91,12 @@ def area(labels: Numbers, probabilities: Reals) -> float | None:
 
 
 def area_interval(labels: Numbers, probabilities: Reals, cases: Numbers) -> tuple[Interval, str]:
-    """Interval of `area`, where there is one, and the method it was found by.
+    """Return the interval of `area`, where there is one, and its method.
 
-    DeLong et al. (1988), for slides of one case Obuchowski (1997), for several classes by the sum of what each slide
-    contributes to every class's area. Where that has no variance to estimate, as with a perfect ranking or with a
-    class of a single case, method 5 of Newcombe (2006) for the class of the fewest cases.
+    The method is that of DeLong et al. (1988), which Obuchowski (1997) extends to slides of one case; with several
+    classes, what each slide contributes to the areas of all is summed. Where there is no variance to estimate, as in
+    a perfect ranking or with a class of a single case, it is method 5 of Newcombe (2006) for the class of fewest
+    cases.
     """
     value = area(labels, probabilities)
     assert value is not None  # noqa: S101  the caller has looked
@@ -119,9 +120,9 @@ def area_interval(labels: Numbers, probabilities: Reals, cases: Numbers) -> tupl
 
 
 def _placements(positive: Bools, scores: Reals) -> Reals:
-    """Share of the other kind that each slide is ranked rightly against (S,); ties count half.
+    """Return the share of the other kind that each slide is ranked rightly against, (S,); ties count half.
 
-    By ranks, many times faster than scikit-learn's area: its mean over either kind is the area.
+    The mean over either kind is the area. By ranks this is many times faster than scikit-learn's.
     """
     placed = np.empty(len(scores))
     ranks = _ranks(scores)
@@ -132,16 +133,14 @@ def _placements(positive: Bools, scores: Reals) -> Reals:
 
 
 def _ranks(values: Reals) -> Reals:
-    """Ranks from 1 on, equal values sharing their mean."""
+    """Rank values from 1 on; equal values share their mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     shared: Reals = (np.cumsum(counts) - (counts - 1) / 2)[place]
     return shared
 
 
 def _newcombe(value: float, positives: int, negatives: int) -> float:
-    """Lower limit: the area from which `value` is just as far as its own standard error allows."""
-    from scipy.optimize import brentq
-
+    """Return the lower limit: the area that `value` lies above by just what its standard error allows."""
     if value < 1e-9:
         return 0.0
     mean_size = (positives + negatives) / 2 - 1
@@ -150,7 +149,11 @@ def _newcombe(value: float, positives: int, negatives: int) -> float:
         spread = 1 + mean_size * ((1 - area) / (2 - area) + area / (1 + area))
         return value - area - _Z * math.sqrt(max(area * (1 - area), 0.0) * spread / (positives * negatives))
 
-    return float(brentq(excess, 0.0, value - 1e-10))
+    low, high = 0.0, value - 1e-10
+    for _ in range(60):  # until no other number lies between
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return low
 
 
 def _logistic(value: float) -> float:

@@ -45,31 +45,31 @@ def predict(
     Parameters
     ----------
     entries
-        Slides; labels are carried into the table where there are any.
+        The slides; labels are carried into the table where there are any.
     run
-        Folder of a training run that has finished.
+        The folder of a training run that has finished.
     folder
-        Where predictions.csv, predictions.parquet and one JSON a slide go.
+        Where predictions.csv, predictions.parquet and one JSON file a slide go.
     address, workers
-        ``none`` for this process, else Ray workers.
+        The address of a Ray cluster and the number of workers there; ``none`` is this process.
     timeout_s
-        Seconds for a slide, after which a Ray worker that hangs is replaced.
+        How many seconds a slide may take before its Ray worker is replaced.
     overwrite
-        Classify again what is there.
+        Whether to classify again what is there.
     options
-        `Settings` to change.
+        The `Settings` to change.
 
     Returns
     -------
-    One row a slide, in the order of `entries`, as in the table; failed slides have an ``error``. ``split`` is the
-    run's where the manifest has none, ``seen`` says whether the training has seen the slide (`RunSplits.seen`), and
+    The table's row of each slide, in the order of `entries`; failed slides have an ``error``. ``split`` is the run's
+    where the manifest has none, ``seen`` says whether the training has seen the slide (`RunSplits.seen`), and
     ``model`` tells which model answered.
 
     Raises
     ------
     UsageError
-        `run` is no finished run, `samples` does not fit the model, or `folder` holds other predictions or is being
-        written by another process.
+        `run` is no finished run, `samples` does not fit the model, `folder` holds other predictions, or another
+        process writes to it.
     """
     settings = prediction_settings(run, **options)
     about = read_run(run)
@@ -108,11 +108,11 @@ def predict(
 def _collect(
     outcomes: Iterable[cluster.Outcome[Entry, Any]], rows: dict[str, dict[str, Any] | None], results: Path
 ) -> None:
-    """Enter results in the rows and commit each to its file, as they come."""
+    """Enter results in the rows as they come, and commit each to its file."""
     with progress("predict") as update:
         for outcome in outcomes:
             entry = outcome.item
-            row = outcome.result or failed(outcome.error)  # the latter where its worker was lost
+            row = outcome.result or failed(outcome.error)  # there is no result where its worker was lost
             if row["status"] == "ok":
                 predictions.write_result(results, entry, row)
             rows[entry.slide_id] = row
@@ -120,7 +120,7 @@ def _collect(
 
 
 def _pixels(entry: Entry) -> int:
-    """Pixels of a local slide, for the largest to start first; 0 of others, whose size takes a request."""
+    """Count the pixels of a local slide, so that the largest start first; for others it takes a request: 0."""
     if is_remote(entry.path):
         return 0
     with Net():

@@ -1,9 +1,9 @@
-"""The folder of predictions: its table, and a file for the result of each slide, which `predict` makes it of.
+"""Read and write a folder of predictions: its table, and the file of each slide from which `predict` makes it.
 
 slides/*.json           the result of each slide, written whole as it finishes
 predictions.csv         one row a slide, in the order of the manifest
 predictions.parquet     the same
-predict.json            the settings that all of it is of
+predict.json            the settings of all of them
 predict.lock            held by the process that predicts
 """
 
@@ -23,9 +23,9 @@ from pipeline.files import file_name, read_inside, write_atomic, write_json
 
 RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
 SIGNS = ("entropy", "uniform_entropy", "background")
-OF_CLASS = ("prob_", "se_", "low_", "high_")  # of each class: probability, standard error, limits of its interval
+OF_CLASS = ("prob_", "se_", "low_", "high_")  # each class has a probability, its standard error, and an interval
 _LAST = ("model", "status", "error")
-_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and of OF_CLASS
+_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and OF_CLASS
 
 
 def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -47,12 +47,12 @@ def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """Rows of the table that `predict` wrote.
+    """Read the rows of the table that `predict` wrote.
 
     Raises
     ------
     UsageError
-        There is none, or it is damaged.
+        There is no table, or it is damaged.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -69,7 +69,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def table_digest(folder: Path) -> str:
-    """Short hash of the table that `read_predictions` reads: tells whether it is the one that was evaluated."""
+    """Hash the table that `read_predictions` reads, to tell whether it is the one that was evaluated."""
     return digest(read_inside(folder, f"{TABLE}.parquet").hex())
 
 
@@ -79,7 +79,7 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
     Raises
     ------
     UsageError
-        It does, and `overwrite` is not given.
+        The folder holds some, and `overwrite` is not set.
     """
     about = read_about(folder)
     same = about.get("fingerprint") == fingerprint
@@ -89,7 +89,7 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
             f"{folder}: holds predictions of another model or other settings; give another --out, or --overwrite"
         )
     if overwrite:
-        # The table too: stopped from here on, a run must not leave one that is not of these settings.
+        # The table goes, too: a run that is stopped from here on must not leave one of other settings.
         for path in (*there, folder / f"{TABLE}.csv", folder / f"{TABLE}.parquet"):
             path.unlink(missing_ok=True)
 
@@ -100,7 +100,7 @@ def write_result(results: Path, entry: Entry, row: dict[str, Any]) -> None:
 
 
 def read_result(results: Path, entry: Entry) -> dict[str, Any] | None:
-    """Return an earlier result of this slide; none where there is none, a damaged one, or one of another file."""
+    """Return an earlier result of this slide; None where there is none, or it is damaged or of another file."""
     result = _read_object(results, f"{file_name(entry.slide_id)}.json")
     return result if result is not None and result.pop("path", None) == entry.path else None
 
@@ -114,20 +114,20 @@ def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What `predict` says of the predictions in a folder; empty where there is nothing."""
+    """Read what `predict` says about the predictions in a folder; it is empty where there is nothing."""
     return _read_object(folder, ABOUT) or {}
 
 
 def identity(entry: Entry) -> dict[str, str]:
-    """Columns of a slide that say which it is, with those that its manifest brought along."""
+    """Return the columns that say which slide this is, with those that its manifest brought along."""
     own = {"slide_id": entry.slide_id, "case_id": entry.case_id, "label": entry.label, "split": entry.split}
     return own | dict(entry.extra)
 
 
 def check_columns(entries: Sequence[Entry], classes: Sequence[str]) -> None:
-    """See that no column that a manifest brings along has the name of one of the table's own.
+    """See that no column of a manifest has the name of one of the table's own.
 
-    What begins with prob_ would be taken for a class, too; columns such as low_grade are the user's own.
+    A name that begins with prob_ would be taken for a class, too; columns such as low_grade are the user's own.
     """
     own = {*_COLUMNS, *(prefix + name for prefix in OF_CLASS for name in classes)}
     for name in dict.fromkeys(name for entry in entries for name in entry.extra):

@@ -1,4 +1,4 @@
-"""``report``: one self-contained HTML page on a run: how it trained, how good it is, where it looked."""
+"""``report``: write one self-contained HTML page on how a run trained, how good it is, and where it looked."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     Parameters
     ----------
     run
-        Folder of the training run.
+        The folder of the training run.
     predictions
-        Folder of predictions that were evaluated.
+        The folder of predictions that were evaluated.
     page
-        HTML file to write.
+        The HTML file to write.
     heatmaps
-        Folder of heatmaps, of which the first few are shown.
+        The folder of heatmaps, of which the first few are shown.
 
     Raises
     ------
     UsageError
-        A folder is not what it should be, the predictions were not evaluated or are of another model, or `page`
+        A folder is not what it should be, the predictions were not evaluated or another model made them, or `page`
         cannot be written.
     """
     about = read_run(run)
@@ -75,7 +75,7 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
 
 
 def describe_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of a table of metrics: name, and value with its interval."""
+    """Return the rows of a table of metrics: each has a name, and a value with its interval."""
     seen = sum(metrics["seen"].values())
     rows = [("slides", str(metrics["slides"])), ("failed", str(metrics["failed"]))]
     rows.append((f"seen, {'counted' if metrics['seen_included'] else 'left out'}", str(seen)))
@@ -94,16 +94,18 @@ def _read_metrics(predictions: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         raise UsageError(f"{predictions}: not evaluated yet; run nested-ats evaluate first") from None
     if metrics.get("predictions") != table_digest(predictions) or "verdict" not in metrics:
-        raise UsageError(f"{predictions}: other predictions than were evaluated; run nested-ats evaluate again")
+        raise UsageError(
+            f"{predictions}: the predictions were changed after they were evaluated; run nested-ats evaluate again"
+        )
     return metrics
 
 
 def _check_model(run: Path, predictions: Path, metrics: dict[str, Any]) -> None:
-    """See that the predictions are those of the run's model, as it is now."""
+    """See that the run's model, as it is now, made the predictions."""
     if metrics["model"] != model_fingerprint(run):
         raise UsageError(
             f"{predictions}: predictions of another model than {run / MODEL}: of another run, or from before it was "
-            "trained on; give those of this run, or run nested-ats predict and evaluate again"
+            "trained further; give those of this run, or run nested-ats predict and evaluate again"
         )
 
 
@@ -125,14 +127,14 @@ def _results(metrics: dict[str, Any]) -> str:
 
 
 def _seen(metrics: dict[str, Any]) -> str:
-    """A sentence on slides that the training has seen; empty where there are none."""
+    """Write a sentence on slides that the training has seen; it is empty where there are none."""
     labelled = metrics["slides"] + (0 if metrics["seen_included"] else sum(metrics["seen"].values()))
     words = seen_words(metrics["seen"], labelled)
     return words and f"{words} and are {'counted' if metrics['seen_included'] else 'left out of the results'}."
 
 
 def _warning(verdict: str) -> str:
-    """A paragraph on what speaks against anything having been learned."""
+    """Write a paragraph on what speaks against anything having been learned."""
     return f"<p class=wrong>The model {html.escape(verdict)}.</p>" if verdict else ""
 
 
@@ -157,7 +159,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
 
 
 def _slides(rows: Sequence[dict[str, Any]]) -> str:
-    """Failed slides first, then wrong ones, then the rest."""
+    """Write a table of slides: the failed ones first, then the wrong ones, then the rest."""
     order = sorted(rows, key=lambda row: (row["status"] == "ok", not _is_wrong(row)))
     classes = [name for name in rows[0] if name.startswith("prob_")] if rows else []
     lines = []
@@ -172,7 +174,7 @@ def _slides(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _is_wrong(row: dict[str, Any]) -> bool:
-    """Whether a slide failed, or has a label and another prediction."""
+    """Tell whether a slide failed, or has a label and another prediction."""
     return bool(row["status"] != "ok" or (row["label"] and row["prediction"] != row["label"]))
 
 

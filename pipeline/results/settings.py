@@ -1,4 +1,4 @@
-"""What decides a prediction besides the slide: as the run was configured, but for what the user gives."""
+"""The settings that decide a prediction besides the slide: those of the run, and what the user gives instead."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
 from pipeline.errors import UsageError
 from pipeline.runs import model_folder, read_run
 
-_FORMAT = 2  # of a result: rows of before have no intervals
+_FORMAT = 2  # the format of a result: rows of format 1 have no intervals
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What, besides the slide, decides a prediction."""
+    """What decides a prediction, besides the slide."""
 
-    model: str  # folder of the model
-    device: str = "auto"  # auto, cpu or cuda; with Ray, cuda are the cluster's GPUs, shared evenly by the workers
-    draws: int  # independent draws, averaged
-    samples: tuple[int, ...] = ()  # units drawn at each level; empty: as trained
-    background: float  # of pixels off the slide
+    model: str  # the folder of the model
+    device: str = "auto"  # auto, cpu or cuda; with Ray, the workers share the cluster's GPUs evenly
+    draws: int  # how many independent draws are averaged
+    samples: tuple[int, ...] = ()  # how many units are drawn at each level; empty: as many as in training
+    background: float  # the value of pixels off the slide
     seed: int
-    target_error: float | None = None  # error to be expected at which drawing stops before that many draws
+    target_error: float | None = None  # drawing stops before that many draws at this expected error
     exact: bool = False  # encode every patch of the opened regions instead of drawing among them
-    precision: Precision = "float32"  # of the networks
+    precision: Precision = "float32"  # what the networks compute in
     trust_encoder: bool = False  # import the model's encoder where it is code of the user's
-    cache: CacheConfig | None = None  # of chunks fetched from URLs
-    features: FeaturesConfig | None = None  # of patches, where the encoder is frozen
-    model_sha256: str = ""  # which model that folder holds (`nested_ats.ModelInfo`)
+    cache: CacheConfig | None = None  # keeps chunks that are fetched from URLs
+    features: FeaturesConfig | None = None  # keeps features of patches, where the encoder is frozen
+    model_sha256: str = ""  # tells which model that folder holds (`nested_ats.ModelInfo`)
 
     @property
     def plain(self) -> dict[str, Any]:
-        """JSON values, but for what is kept where, which decides nothing but time."""
+        """The settings as JSON values, without where things are kept, which decides nothing but time."""
         values = asdict(replace(self, cache=None, features=None))
-        del values["features"]  # which predictions of before do not have
+        del values["features"]  # earlier predictions do not have them
         return values
 
     @property
@@ -48,7 +48,7 @@ class Settings:
 
 
 class Options(TypedDict, total=False):
-    """The `Settings` that a user may give; those left out, or empty, are as configured."""
+    """The `Settings` that a user may give; those that are left out or empty are the run's."""
 
     draws: int | None
     samples: Sequence[int]
@@ -59,7 +59,7 @@ class Options(TypedDict, total=False):
 
 
 def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
-    """Settings for a finished run.
+    """Return the settings for a finished run.
 
     Raises
     ------

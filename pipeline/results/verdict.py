@@ -1,7 +1,7 @@
-"""What the numbers of a training or of a test say in words, above all where nothing was learned.
+"""Say in words what the numbers of a training or a test mean, above all where nothing was learned.
 
-Four signs: a cross-entropy that class frequencies alone would reach, an area under the ROC curve that chance would
-reach, an attention that is as good as uniform, and patches drawn where there is nothing to see.
+There are four signs: a cross-entropy that class frequencies alone would reach, an area under the ROC curve that
+chance would reach, an attention that is almost uniform, and patches that are drawn where there is nothing to see.
 
 Shape letters: B batch, P patches, C channels, H W pixels.
 """
@@ -20,23 +20,23 @@ from nested_ats.expectation import uniform_entropy
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.uniform import UniformSampling
 
-_BETTER = 0.98  # of the cross-entropy of guessing: what is above has not become better than that
-_EVEN = 0.9  # share of the cells that the attention is as good as spread over, from where on it is called uniform
-_MOSTLY = 0.9  # share of background from where on it is worth a word
-_FLAT = 0.1  # standard deviation of a background patch as the encoder sees it: of its pixels over the model's std
+_BETTER = 0.98  # a cross-entropy above this share of that of guessing is not better than guessing
+_EVEN = 0.9  # an attention that is spread over this share of the cells is called uniform
+_MOSTLY = 0.9  # this share of background is worth a word
+_FLAT = 0.1  # a background patch's pixels have at most this standard deviation, in units of the model's std
 
 
 def class_shares(labels: Sequence[str], classes: Sequence[str], *, balanced: bool = False) -> dict[str, float]:
-    """What a model answers that has learned the frequencies of the classes and nothing else.
+    """Return what a model answers that has learned the frequencies of the classes and nothing else.
 
     Parameters
     ----------
     labels
-        Of the training slides.
+        The labels of the training slides.
     classes
-        Names.
+        The names of the classes.
     balanced
-        Whether classes are weighted to count the same in the loss.
+        Whether weights make the classes count alike in the loss.
     """
     if balanced:
         return dict.fromkeys(classes, 1 / len(classes))
@@ -44,13 +44,13 @@ def class_shares(labels: Sequence[str], classes: Sequence[str], *, balanced: boo
 
 
 def run_shares(run: Mapping[str, Any]) -> dict[str, float]:
-    """`class_shares` of a run, from its run.json."""
+    """Return `class_shares` of a run, from its run.json."""
     labels = [row["label"] for row in run["entries"] if row["split"] == "train"]
     return class_shares(labels, run["classes"], balanced=run["config"]["train"]["class_weights"] == "balanced")
 
 
 def guess_cross_entropy(shares: Mapping[str, float], labels: Sequence[str]) -> float:
-    """Cross-entropy in nats of answering `shares` for every slide; the labels are among its classes."""
+    """Return the cross-entropy in nats of answering `shares` for every slide; the labels are among its classes."""
     return -sum(math.log(max(shares[label], 1e-12)) for label in labels) / len(labels)
 
 
@@ -64,18 +64,18 @@ def verdict(
     uniform: float = 0.0,
     background: float | None = None,
 ) -> str:
-    """Say whether anything was learned; empty where all signs are good.
+    """Say whether anything was learned; the answer is empty where all signs are good.
 
     Parameters
     ----------
     cross_entropy, guess
-        Of the model, and of guessing by class frequencies (`guess_cross_entropy`), in nats.
+        The cross-entropy of the model, and of guessing by class frequencies (`guess_cross_entropy`), in nats.
     auc, interval
-        Area under the ROC curve and its 95 % interval, where they are known.
+        The area under the ROC curve and its 95 % interval, where they are known.
     entropy, uniform
-        Of the attention, and of a uniform one; both 0 where there is none.
+        The entropy of the attention, and of a uniform one; both are 0 where there is no attention.
     background
-        Share of the drawn patches in which there is nothing to see, where it is known.
+        The share of the drawn patches in which there is nothing to see, where it is known.
     """
     near = cross_entropy < guess / _BETTER
     compared = f"cross-entropy {cross_entropy:.3f} is {'that' if near else 'worse than that'} of guessing by class "
@@ -102,17 +102,17 @@ def verdict(
 
 
 class Observer:
-    """Sees what a model draws, for the two signs that its answers do not show.
+    """Watches what a model draws, for the two signs that its answers do not show.
 
-    Background is a patch that hardly varies: glass, black margins, what lies off the slide. Its standard deviation,
-    as the encoder sees it, is below a tenth in every channel, which is 0.025 of the pixels' range with the default
-    ``model.std``. The model tells it of each patch, whose pixels need not be at hand (`PatchModel.observe`); to find
-    it takes a hundredth of the encoder's time.
+    A patch is background where it hardly varies: glass, black margins, what lies off the slide. Its standard
+    deviation, as the encoder sees it, is below a tenth in every channel, which is 0.025 of the pixels' range with
+    the default ``model.std``. The model tells the spread of each patch, also where it has no pixels at hand
+    (`PatchModel.observe`); this takes a hundredth of the encoder's time.
 
     Parameters
     ----------
     model
-        Of any kind; patches are counted of one that draws, and entropies given of one whose attention learns.
+        A model of any kind. Patches are counted if it draws, and entropies are given if its attention learns.
     """
 
     def __init__(self, model: ImageModel) -> None:
@@ -131,12 +131,12 @@ class Observer:
         return counts
 
     def uniform_entropy(self, output: Output) -> Tensor:
-        """Entropy that the attention would have if it were uniform, (B,) nats; 0 for a model that learns none."""
+        """Return the entropy of a uniform attention, (B,) nats; it is 0 for a model that learns no attention."""
         if not self._attends or not output.phases:
             return torch.zeros_like(output.entropy)
         return uniform_entropy(output.phases).to(output.entropy)
 
 
 def is_background(spreads: Tensor) -> Tensor:
-    """Whether there is nothing to see in patches of such `nested_ats.models.patches.spread`: (P,) -> (P,) bool."""
+    """Tell by their spreads (`nested_ats.models.patches.spread`) which patches are background: (P,) -> (P,) bool."""
     return spreads < _FLAT**2

@@ -128,9 +128,7 @@ def write_pyramid(
     name: str | None = None,
     mpp: float | None = None,
     downsample: float = 1.0,
-    origin_l0_yx: tuple[float, float] = (0.0, 0.0),
     channels: tuple[str, ...] | None = None,
-    window: tuple[float, float] | None = None,
     options: ConvertOptions | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
@@ -148,12 +146,8 @@ def write_pyramid(
         Micrometres per pixel of the *slide's* level 0; None where unknown (then the unit is its pixel).
     downsample
         Level-0 pixels of the slide per pixel of ``array`` along each axis.
-    origin_l0_yx
-        Upper left corner of the array's first pixel, in level-0 pixels of the slide.
     channels
         Channel names.
-    window
-        Values shown darkest and brightest; the array's range for floats by default.
     options
         Codec and layout; its ``mpp`` is not used.
     overwrite
@@ -171,20 +165,20 @@ def write_pyramid(
     place = os.fspath(target)
     source = ArraySource(array.astype(array.dtype.newbyteorder("="), copy=False))
     pixel = mpp or 1.0
-    first_y, first_x = (pixel * (corner + (downsample - 1) / 2) for corner in origin_l0_yx)
+    first = pixel * (downsample - 1) / 2  # the first pixel's centre: the array begins where its slide does
     info = plan(
         source,
         options or ConvertOptions(),
         place,
         scale_yx=(pixel * downsample, pixel * downsample),
         unit="micrometer" if mpp else None,
-        first_yx=(first_y, first_x),
+        first_yx=(first, first),
     )
     info = replace(
         info,
         name=name or info.name,
         channels=channels or info.channels,
-        window=window or (_value_range(array) if array.dtype.kind == "f" else info.window),
+        window=_value_range(array) if array.dtype.kind == "f" else info.window,
     )
     return _write(source, info, place, overwrite=overwrite)
 

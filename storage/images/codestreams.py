@@ -1,7 +1,8 @@
-"""What an encoded image says of itself, read from its first bytes before any decoder allocates for it.
+"""Read what an encoded image says about itself from its first bytes, before any decoder allocates for it.
 
-JPEG (ITU T.81), JPEG 2000 (ITU T.800), WebP (RFC 9649) and PNG (ISO 15948). Each function raises ``ValueError`` where
-the stream is not of its kind or is cut short; numbers are as the stream claims them and may lie.
+The kinds are JPEG (ITU T.81), JPEG 2000 (ITU T.800), WebP (RFC 9649) and PNG (ISO 15948). Each function raises
+``ValueError`` where the stream is not of its kind or is cut short; the numbers are what the stream claims, and may
+lie.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JP2_MAGIC = b"\0\0\0\x0cjP  "
 J2K_MAGIC = b"\xff\x4f\xff\x51"
-# Frames that libjpeg decodes to 8 bits: baseline, extended and progressive Huffman.
+# libjpeg decodes these frames to 8 bits: baseline, extended and progressive Huffman.
 JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
-MAX_J2K_TILES = 256  # in one stream, normally one; a decoder allocates kilobytes for each
+MAX_J2K_TILES = 256  # a stream normally has one, and a decoder allocates kilobytes for each
 ORIENTATION = 274  # the EXIF tag
 
 
 @dataclass(frozen=True, slots=True)
 class StreamHeader:
-    """Size and pixels of one encoded image."""
+    """The size and the kind of pixels of one encoded image."""
 
     height: int
     width: int
     samples: int = 1  # components of a pixel
-    bits: int = 8  # of a sample
-    kind: int = 0  # JPEG: the frame's marker; PNG: the colour type
-    orientation: int = 1  # EXIF: 1 is upright
+    bits: int = 8  # bits of a sample
+    kind: int = 0  # the frame's marker of a JPEG, or the colour type of a PNG
+    orientation: int = 1  # by EXIF, where 1 is upright
 
 
 def whole_jpeg_header(data: bytes) -> StreamHeader:
@@ -94,7 +95,7 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def exif_orientation(exif: bytes) -> int:
-    """Orientation, 1 to 8, in a block of EXIF; 1 where it says none."""
+    """Read the orientation, 1 to 8, from a block of EXIF; it is 1 where there is none."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None or len(exif) < 8:
         return 1
@@ -126,7 +127,7 @@ def j2k_header(data: bytes) -> StreamHeader:
 
 
 def _j2k_start(data: bytes) -> int:
-    """Where the codestream begins: at once, or in the ``jp2c`` box of a JP2 file."""
+    """Find where the codestream begins: at once, or in the ``jp2c`` box of a JP2 file."""
     if not data.startswith(JP2_MAGIC):
         return 0
     position = 0
@@ -163,7 +164,7 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _webp_size(kind: bytes, body: bytes) -> tuple[int, int]:
-    """Height and width that a chunk claims."""
+    """Read the height and width that a chunk claims."""
     if len(body) < 10:
         raise ValueError("a WebP header that is cut short")
     if kind == b"VP8X":  # flags, then width - 1 and height - 1 in 24 bits each

@@ -1,4 +1,4 @@
-"""The mean of 2 x 2 pixels, of which every coarser level of a pyramid is made.
+"""Average 2 x 2 pixels, which makes every coarser level of a pyramid.
 
 Shape letters: C channels, H height, W width.
 """
@@ -13,19 +13,19 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BLOCK_ROWS = 128  # averaged at once
-SUM_TYPES = {"uint8": np.uint16, "uint16": np.uint32, "int16": np.int32}  # of four pixels; floats keep their type
+BLOCK_ROWS = 128  # so many rows are averaged at once
+SUM_TYPES = {"uint8": np.uint16, "uint16": np.uint32, "int16": np.int32}  # for sums of four; floats keep their type
 
 
 def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Mean of 2x2 pixels.
+    """Average 2x2 pixels.
 
     Parameters
     ----------
     pixels
         (C, H, W) uint8, uint16, int16, float32 or float64.
     out
-        (C, ceil(H / 2), ceil(W / 2)) of the same type, to be filled; made if None.
+        An array (C, ceil(H / 2), ceil(W / 2)) of the same type to fill; it is made if None.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray
     if out is None:
         out = np.empty((channels, height // 2, width // 2), pixels.dtype)
     for c in range(channels):
-        for y in range(0, height, BLOCK_ROWS):  # in parts that stay in the processor's cache
+        for y in range(0, height, BLOCK_ROWS):  # these parts stay in the processor's cache
             _mean_2x2(pixels[c, y : y + BLOCK_ROWS], out[c, y // 2 : (y + BLOCK_ROWS) // 2])
     return out
 
@@ -63,7 +63,7 @@ def _mean_2x2(pixels: NDArray[Any], out: NDArray[Any]) -> None:
     """Average (H, W) into (H / 2, W / 2), both even: first pairs of rows, which lie side by side in memory."""
     if pixels.dtype.kind == "f":
         quarter = pixels.dtype.type(0.25)  # scaled before they are added, so that no sum overflows
-        with np.errstate(invalid="ignore"):  # of infinities of both signs the mean is no number, as it should be
+        with np.errstate(invalid="ignore"):  # the mean of infinities of both signs is no number, as it should be
             rows = pixels[0::2] * quarter
             rows += pixels[1::2] * quarter
             np.add(rows[:, 0::2], rows[:, 1::2], out=out)

@@ -1,4 +1,4 @@
-"""What images opened for reading have in common: what is known of them, their boxes, and errors that name their file.
+"""The base of images that are opened for reading: their description, their boxes, and errors that name their file.
 
 Shape letters: C channels, H height, W width.
 """
@@ -56,11 +56,11 @@ class Image:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the decoded image."""
+        """The number of bytes of the decoded image."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Give back what the image holds."""
         raise NotImplementedError
 
     def _check_box(self, y: int, x: int, h: int, w: int) -> None:

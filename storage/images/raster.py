@@ -1,14 +1,15 @@
-"""A plain PNG, JPEG or BMP file as a source of pixels.
+"""Read a plain PNG, JPEG or BMP file.
 
 Notable: such a file is decoded whole, so it is held in memory; what its header claims is checked before.
 
-- PNG: grey or RGB, with or without alpha, 8 or 16 bits, kept as they are. Palette colours become the RGB (or RGBA)
-  that they stand for, a transparent colour becomes an alpha channel, and grey of 1, 2 or 4 bits the 8 bits that it
-  stands for (ISO 15948, 13.12), as libpng does all three.
-- JPEG: 8 bits, grey or colour (as RGB). CMYK is refused, because files disagree on its sign.
-- BMP: uncompressed, 24 bits (as RGB) or 8 bits of grey. Palettes of colours, other depths and compressed rows are
-  refused.
-- EXIF orientation is applied: the image lies as viewers show it. Other metadata, colour profiles included, is not.
+- A PNG is grey or RGB, with or without alpha, of 8 or 16 bits, and kept as it is. As with libpng, palette colours
+  become the RGB (or RGBA) that they stand for, a transparent colour becomes an alpha channel, and grey of 1, 2 or 4
+  bits becomes the 8 bits that it stands for (ISO 15948, 13.12).
+- A JPEG has 8 bits and is grey or in colour (read as RGB). CMYK is refused, because files disagree on its sign.
+- A BMP is uncompressed and has 24 bits (read as RGB) or 8 bits of grey. Palettes of colours, other depths and
+  compressed rows are refused.
+- The EXIF orientation is applied, so the image lies as viewers show it. Other metadata, such as colour profiles, is
+  ignored.
 
 Shape letters: C channels, H height, W width.
 """
@@ -38,8 +39,8 @@ from storage.place.files import RandomFile
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BMP_HEADERS = (40, 52, 56, 108, 124)  # bytes of the second header: BITMAPINFOHEADER and what extends it
-MAGIC_BYTES = 18  # enough of a file to tell its kind; "BM" alone could begin a text
+BMP_HEADERS = (40, 52, 56, 108, 124)  # how many bytes the second header may have: BITMAPINFOHEADER and its extensions
+MAGIC_BYTES = 18  # they tell a file's kind; "BM" alone could begin a text
 BMP_AS_PNG = "python -c \"from PIL import Image; Image.open('IN.bmp').save('OUT.png')\""
 JPEG_AS_TIFF = (
     "store it as TIFF: python -c \"import imagecodecs as i, tifffile as t; t.imwrite('OUT.tif', i.imread('IN.jpg'))\""
@@ -48,7 +49,7 @@ CHANNELS = {1: ("0",), 2: ("0", "A"), 3: ("R", "G", "B"), 4: ("R", "G", "B", "A"
 
 
 def raster_kind(first: bytes) -> str:
-    """Tell "png", "jpeg" or "bmp" from a file's first ``MAGIC_BYTES``; "" is none of them."""
+    """Tell "png", "jpeg" or "bmp" from a file's first ``MAGIC_BYTES``; the answer is empty for anything else."""
     if first.startswith(PNG_MAGIC):
         return "png"
     if first.startswith(JPEG_MAGIC):
@@ -57,7 +58,7 @@ def raster_kind(first: bytes) -> str:
 
 
 class RasterImage(Image):
-    """A PNG, JPEG or BMP, decoded whole: its segment is the image; see ``Image``.
+    """A PNG, JPEG or BMP that is decoded whole, so that the image is its one segment; see ``Image``.
 
     Raises
     ------
@@ -76,7 +77,7 @@ class RasterImage(Image):
         self.channels = CHANNELS[channels]
 
     def _read(self, file: RandomFile) -> bytes:
-        """Return the file's bytes; none of a kind that is accepted is larger than its pixels may be."""
+        """Return the file's bytes, which must be no more than the pixels may have."""
         if file.size > self._limits.raster_bytes:
             raise self._unsupported(
                 f"{file.size} bytes, and more than {self._limits.raster_bytes} are not read; {REWRITE}"
@@ -87,9 +88,9 @@ class RasterImage(Image):
         return data
 
     def _decode(self, data: bytes) -> NDArray[Any]:
-        """(H, W, C) pixels, upright."""
+        """Decode to (H, W, C) pixels that are upright."""
         kind = raster_kind(data)
-        if not kind:  # behind a URL named as one
+        if not kind:  # a URL may be named like an image and lead to something else
             raise self._unsupported(f"not a PNG, JPEG or BMP; give {ACCEPTED}")
         read_header = {"png": png_header, "jpeg": whole_jpeg_header, "bmp": _bmp_header}[kind]
         try:
@@ -156,9 +157,9 @@ class RasterImage(Image):
 
 
 def _bmp_header(data: bytes) -> StreamHeader:
-    """Read the two headers of a BMP, all of whose rows must be there (Microsoft, BITMAPFILEHEADER, BITMAPINFOHEADER).
+    """Read the two headers of a BMP, whose rows must all be there (Microsoft, BITMAPFILEHEADER, BITMAPINFOHEADER).
 
-    Its ``kind`` is 0 where the pixels are stored as they are, else 1.
+    The ``kind`` is 0 where the pixels are stored as they are, else 1.
     """
     if len(data) < 54:
         raise ValueError("a BMP header that is cut short")
@@ -166,7 +167,7 @@ def _bmp_header(data: bytes) -> StreamHeader:
     row = (width * bits + 31) // 32 * 4  # bytes
     if compression == 0 and start + row * abs(height) > len(data):
         raise ValueError("a BMP that is cut short")
-    palette = data[14 + size : start]  # blue, green, red and a byte of no meaning for each of 256
+    palette = data[14 + size : start]  # it has blue, green, red and a byte of no meaning for each of 256 colours
     grey = all(palette[colour : 4 * 256 : 4] == bytes(range(256)) for colour in range(3))
     plain = compression == 0 and (bits != 8 or grey)
     samples = 3 if bits == 24 else 1
@@ -174,9 +175,9 @@ def _bmp_header(data: bytes) -> StreamHeader:
 
 
 def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn (H, W, C) pixels as EXIF orientation 1 to 8 says: 5 to 8 are transposed, then rows or columns flipped.
+    """Turn (H, W, C) pixels as EXIF orientation 1 to 8 says: 5 to 8 are transposed, then rows or columns are flipped.
 
-    EXIF 2.32, tag 274: where the stored image's row 0 and column 0 are to be shown.
+    By tag 274 of EXIF 2.32, it says where the stored image's row 0 and column 0 are to be shown.
     """
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)

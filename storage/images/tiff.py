@@ -45,7 +45,7 @@ class TiffImage(TiffStructure):
         CorruptImageError
             A segment cannot be decoded.
         TransferError
-            It does not arrive.
+            A segment does not arrive.
         ValueError
             The box leaves the image.
         """
@@ -93,13 +93,13 @@ class TiffImage(TiffStructure):
             yield self._held(self._segment(plane, part.index, part, data))
 
     def _held(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """(h, w, C) of (h, w, S): colours for a palette's numbers, 0 and 255 for bits; else as they are."""
+        """Turn (h, w, S) into (h, w, C): a palette's numbers become colours, bits 0 and 255, others stay."""
         if self._colours is not None:
             return self._colours[pixels[..., 0].astype(np.uint16, copy=False)]
         return pixels * np.uint8(255) if pixels.dtype == bool else pixels
 
     def _ranges(self, plane: Plane, part: Part) -> list[Range]:
-        """Bytes of the file that a part needs; of plain pixels only the rows, and their columns if few."""
+        """List the bytes of the file that a part needs; of plain pixels only its rows, or its columns if few."""
         offset, count = int(plane.offsets[part.index]), int(plane.counts[part.index])
         if not self.direct or not count:
             return [(offset, count)] if count else []
@@ -114,7 +114,7 @@ class TiffImage(TiffStructure):
         return (part.x1 - part.x0) * 4 >= self.segment_yx[1]
 
     def _segment(self, plane: Plane, i: int, part: Part, data: Iterator[bytes]) -> NDArray[Any]:
-        """(y1 - y0, x1 - x0, S) pixels of segment ``i`` of a plane, whose bytes come next in ``data``."""
+        """Make the (y1 - y0, x1 - x0, S) pixels of segment ``i`` of a plane, whose bytes come next in ``data``."""
         shape = (part.y1 - part.y0, part.x1 - part.x0, self._stored)
         wanted = self._ranges(plane, part)
         if not wanted:
@@ -128,7 +128,7 @@ class TiffImage(TiffStructure):
         return self._decoded(plane, i, pieces[0])[part.y0 : part.y1, part.x0 : part.x1]
 
     def _decoded(self, plane: Plane, i: int, data: bytes) -> NDArray[Any]:
-        """(h, w, S) pixels of a compressed segment."""
+        """Decode the (h, w, S) pixels of a compressed segment."""
         self._check_stream(i, data)
         try:
             with named(self.location):
@@ -140,7 +140,7 @@ class TiffImage(TiffStructure):
         except Exception as error:  # each codec has its own errors
             raise self._corrupt(f"{self._cut.where(i)} does not decode as {self._codec}") from error
         if pixels is not None and self._codec == "CCITT":
-            pixels = pixels.astype(bool)  # bits as bytes
+            pixels = pixels.astype(bool)  # they came as bytes
         height, width = self._cut.inside(i)
         if pixels is None or pixels.shape[1] < height or pixels.shape[2] < width or pixels.dtype != self._key.dtype:
             raise self._corrupt(f"{self._cut.where(i)} decodes to other pixels than its header says")

@@ -1,9 +1,9 @@
-"""A first look at a TIFF's directories, before any library reads it.
+"""Take a first look at a TIFF's directories, before any library reads it.
 
-tifffile follows what a header says; this walk bounds it first: the chain of directories must lie inside the file,
-be short and not circular, and no tag may claim more bytes than the file has. It reads directories only, never
-pixels, so a hostile file is refused at once and in little memory.
-TIFF 6.0, section 2; BigTIFF: https://www.awaresystems.be/imaging/tiff/bigtiff.html
+tifffile follows what a header says; this walk bounds it first: the chain of directories must lie inside the file, be
+short and not circular, and no tag may claim more bytes than the file has. It reads directories only, never pixels,
+so a hostile file is refused at once and in little memory. The format is in TIFF 6.0, section 2, and for BigTIFF at
+https://www.awaresystems.be/imaging/tiff/bigtiff.html
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from storage.limits import Limits
     from storage.place.files import BlockReader
 
-# Bytes per value of each TIFF field type; unknown types count as one byte.
+# The bytes per value of each TIFF field type; unknown types count as one byte.
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
@@ -52,7 +52,7 @@ def check_directories(reader: BlockReader, limits: Limits) -> Tables:
     Raises
     ------
     UnsupportedImageError
-        Not a TIFF, or more directories or tags than ``limits`` allows.
+        The file is no TIFF, or has more directories or tags than ``limits`` allows.
     CorruptImageError
         A directory or a tag points past the end of the file, or the chain is circular.
     """
@@ -73,7 +73,7 @@ def check_directories(reader: BlockReader, limits: Limits) -> Tables:
         raise CorruptImageError(f"{name}: a TIFF header without an image; {AGAIN}")
     seen: set[int] = set()
     tables: Tables = {}
-    waiting = [(offset, True)]  # and whether its chain goes on
+    waiting = [(offset, True)]  # each with whether its chain goes on
     while waiting:
         offset, chained = waiting.pop()
         if offset in seen:
@@ -91,7 +91,7 @@ def check_directories(reader: BlockReader, limits: Limits) -> Tables:
 
 
 def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
-    """Tell whether the first directory has Hamamatsu's tag; beyond 4 GB its offset has eight bytes, as no TIFF's."""
+    """Tell whether the first directory has Hamamatsu's tag; beyond 4 GB its offset has eight bytes."""
     for offset in {int.from_bytes(head[4:8], "little"), int.from_bytes(head[4:12], "little")} - {0}:
         count = int.from_bytes(reader.read_at(offset, 2), "little")
         entries = reader.read_at(offset + 2, 12 * count)
@@ -103,7 +103,7 @@ def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
 def _check_directory(
     reader: BlockReader, offset: int, order: str, tables: Tables, *, big: bool, limits: Limits
 ) -> tuple[list[int], int]:
-    """Check one directory and return the offsets of its SubIFDs and of the next, 0 at the end."""
+    """Check one directory and return the offsets of its SubIFDs and of the next directory, which is 0 at the end."""
     name, size = reader.file.location, reader.file.size
     count_format, entry_format, next_format = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
     count_bytes, entry_bytes = struct.calcsize("<" + count_format), struct.calcsize("<" + entry_format)

@@ -1,8 +1,8 @@
-"""Kinds of TIFF pixels: as what each is held, and for those that are refused why, and what helps.
+"""Decide in what type TIFF pixels are held, or why they are refused and what helps.
 
-What a pyramid cannot hold as it is goes into the next type that holds every value exactly; nothing is rescaled, but
-for the one bit of black and white, which becomes 0 and 255 as every viewer shows it. Each command that a refusal
-advises was tried: ``test_advice`` runs those of Python, and those of other programs where they are installed.
+What a pyramid cannot hold as it is goes into the next type that holds every value exactly. Nothing is rescaled but
+the one bit of black and white, which becomes 0 and 255 as every viewer shows it. Each command that a refusal advises
+was tried: ``test_advice`` runs those of Python, and those of other programs where they are installed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ COMPRESSIONS = {
     32773: "PackBits",
     32946: "deflate",
     33004: "JPEG 2000",
-    33005: "JPEG 2000",  # Aperio's, RGB
+    33005: "JPEG 2000",  # Aperio's own number, for RGB
     34712: "JPEG 2000",
     34925: "LZMA",
     50000: "zstd",
     50001: "WebP",
 }
-# Compressions that only tifffile and few others read, and those that only libtiff does.
+# Only tifffile and few others read the first of these compressions, and only libtiff the second.
 REWRITTEN_BY_TIFFFILE = {
     34887: "LERC",
     34892: "JPEG of DNG",
@@ -76,7 +76,7 @@ OTHER_COLOURS = {
 
 
 def by_tifffile(key: tifffile.TiffPage, expression: str = "t.imread('IN.tif')") -> str:
-    """Command that rewrites an image in the Python in which this runs, as tifffile and all its codecs are there."""
+    """Give the command that rewrites an image in this Python, where tifffile and all its codecs are."""
     colours = "rgb" if key.photometric == 2 else "minisblack"
     planes = "separate" if key.planarconfig == 2 else "contig"
     layout = f", planarconfig='{planes}'" if key.samplesperpixel > 1 else ""
@@ -84,17 +84,17 @@ def by_tifffile(key: tifffile.TiffPage, expression: str = "t.imread('IN.tif')") 
 
 
 def held_as(key: tifffile.TiffPage) -> np.dtype[Any]:
-    """Type of the pixels in memory and in a pyramid, in native byte order."""
+    """Return the type of the pixels in memory and in a pyramid, in native byte order."""
     if key.photometric == PALETTE:
         return palette(key).dtype
     return np.dtype(HELD_AS.get(str(key.dtype), key.dtype)).newbyteorder("=")
 
 
 def palette(key: tifffile.TiffPage) -> NDArray[Any]:
-    """Colours of a palette.
+    """Return the colours of a palette.
 
-    A TIFF has 16 bits for each (section 5 of TIFF 6.0), of which most writers fill 8: as high bytes, as both bytes,
-    or against the specification as low bytes. Those are 8 bits here too; others keep all 16.
+    A TIFF has 16 bits for each colour (section 5 of TIFF 6.0), of which most writers fill 8: the high byte, both
+    bytes alike, or against the specification the low byte. These become 8 bits here; others keep all 16.
 
     Returns
     -------
@@ -108,14 +108,14 @@ def palette(key: tifffile.TiffPage) -> NDArray[Any]:
 
 
 def why_refused(key: tifffile.TiffPage, samples: int) -> str:
-    """Tell what would be decoded or kept wrongly, or not at all, and what helps; empty for a page that is read.
+    """Tell why a page is refused, and what helps; the answer is empty for a page that is read.
 
     Parameters
     ----------
     key
         The page, or the first of planes that are stored alike.
     samples
-        Channels of the image, as they are stored.
+        The number of channels of the image, as they are stored.
     """
     orientation = key.tags.valueof(274, 1)
     bits, kind = key.bitspersample, "" if key.dtype is None else key.dtype.kind
@@ -190,7 +190,7 @@ def why_a_stack(axes: str, sizes: Sequence[int]) -> str:
     Parameters
     ----------
     axes, sizes
-        Of the image, as tifffile names them, without those of length 1.
+        The axes and sizes of the image, as tifffile names them, without those of length 1.
     """
     names = {"Z": "in depth", "T": "in time", "C": "channels", "S": "colours", "X": "columns", "Y": "rows"}
     many = {axis: size for axis, size in zip(axes, sizes, strict=True) if axis not in "YX"}

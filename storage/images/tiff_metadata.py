@@ -1,4 +1,4 @@
-"""What a TIFF says about its pixels: their physical size and the names of its channels."""
+"""Read what a TIFF says about its pixels: their physical size and the names of its channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from storage.limits import Limits
 
-# Resolution tags often hold a screen's or printer's dots per inch; above this they are not a microscope's.
+# Resolution tags often hold a screen's or printer's dots per inch; a microscope's are not above this.
 MAX_PLAUSIBLE_MPP = 10.0
 MICROMETRES = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
 IMAGEJ_UNITS = MICROMETRES | {"\\u00B5m": 1.0, "micron": 1.0, "microns": 1.0, "inch": 25400.0}
@@ -35,7 +35,7 @@ def check_claims(tif: tifffile.TiffFile, name: str, limits: Limits) -> None:
         claims += [_number(get(key, "")) for key in ("PlaneCount", "NumPlanes", "sizeZ")]
         claims.append(prod(_number(get(f"Size{axis}", "1")) for axis in get("DimensionOrder", "")[2:]))
         claims.append((_number(get("c", "")) + 1) * (_number(get("z", "")) + 1))
-        if "Start" in element.attrib:  # of a modulo annotation
+        if "Start" in element.attrib:  # this is a modulo annotation
             step = _number(get("Step", "1")) or 1.0
             claims.append((_number(get("End", "")) - _number(get("Start", ""))) / step)
     if max(claims) > 4 * limits.ifds:  # samples stored together count as planes too
@@ -43,9 +43,9 @@ def check_claims(tif: tifffile.TiffFile, name: str, limits: Limits) -> None:
 
 
 def mpp_yx(tif: tifffile.TiffFile, key: tifffile.TiffPage) -> tuple[float, float] | None:
-    """Micrometres per pixel (y, x): from the SVS description, OME-XML, or plausible resolution tags.
+    """Find micrometres per pixel (y, x) in the SVS description, OME-XML, or plausible resolution tags.
 
-    An SVS that tells its magnification alone has 10 micrometres over it.
+    For an SVS that tells its magnification alone, they are 10 over it.
     """
     if tif.is_svs:
         if found := re.search(r"\bMPP\s*=\s*([0-9.eE+-]+)", key.description):
@@ -81,7 +81,7 @@ def _plausible(y: float, x: float) -> tuple[float, float] | None:
 
 
 def _xml(text: str | None) -> ET.Element:
-    """Parse a description; what is no XML is an empty element."""
+    """Parse a description; what is not XML becomes an empty element."""
     try:
         return ET.fromstring(text or "")  # noqa: S314  tifffile parses the same text
     except ET.ParseError:
@@ -95,13 +95,13 @@ def _ome_pixels(tif: tifffile.TiffFile) -> ET.Element:
 
 
 def _ome_size(pixels: ET.Element, axis: str) -> float:
-    """Physical size of a pixel along an axis in micrometres; 0 where it is not given in metres."""
+    """Read the physical size of a pixel along an axis in micrometres; it is 0 where it is not in a metric unit."""
     unit = pixels.get(f"PhysicalSize{axis}Unit", "µm")
     return _number(pixels.get(f"PhysicalSize{axis}", "")) * MICROMETRES.get(unit, 0.0)
 
 
 def channel_names(tif: tifffile.TiffFile, key: tifffile.TiffPage, channels: int) -> tuple[str, ...]:
-    """Names of the channels: the file's own, else letters where the colours are known, else numbers."""
+    """Name the channels: by the file's own names, else by letters where the colours are known, else by numbers."""
     elements = [element for element in _ome_pixels(tif) if element.tag.endswith("Channel")] if tif.is_ome else []
     names = [name for element in elements if (name := element.get("Name"))]
     if len(names) == channels:

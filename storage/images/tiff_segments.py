@@ -1,4 +1,4 @@
-"""The tiles or strips that a TIFF's planes are cut into: where they lie in the image and in the file.
+"""Where the tiles or strips of a TIFF's planes lie in the image and in the file.
 
 Shape letters: S samples of a pixel stored together.
 """
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plane:
-    """Segments of the channels ``first .. first + S``, which are stored together, in row-major order."""
+    """The segments of the channels ``first .. first + S``, which are stored together, in row-major order."""
 
     offsets: NDArray[np.int64]
     counts: NDArray[np.int64]
     first_channel: int
-    first_index: int  # of these segments in the page's own numbering
+    first_index: int  # the page's own number of the first of these segments
     jpegtables: bytes | None
 
 
@@ -37,7 +37,7 @@ class Part:
     y1: int
     x0: int
     x1: int
-    place: tuple[slice, slice]  # in the box
+    place: tuple[slice, slice]  # where the part lies in the box
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Cut:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of segments."""
+        """How many rows and columns of segments there are."""
         return (-(-self.image_yx[0] // self.segment_yx[0]), -(-self.image_yx[1] // self.segment_yx[1]))
 
     def where(self, i: int) -> str:
@@ -58,7 +58,7 @@ class Cut:
         return f"{self.name} {divmod(i, self.grid[1])}"
 
     def inside(self, i: int) -> tuple[int, int]:
-        """Height and width of what of a segment lies inside the image."""
+        """Return the height and width of the part of a segment that lies inside the image."""
         row, column = divmod(i, self.grid[1])
         height, width = self.segment_yx
         return min(height, self.image_yx[0] - row * height), min(width, self.image_yx[1] - column * width)
@@ -69,7 +69,7 @@ class Cut:
         return Part(i, 0, height, 0, width, (slice(0, height), slice(0, width)))
 
     def plain_bytes(self, pixel_bits: int) -> NDArray[np.int64]:
-        """Bytes that each segment of a plane has uncompressed; rows begin at whole bytes."""
+        """Return the bytes that each segment of a plane has uncompressed; rows begin at whole bytes."""
         rows, columns = self.grid
         heights = np.full(rows, self.segment_yx[0], np.int64)
         if self.name == "strip":
@@ -90,9 +90,9 @@ class Cut:
 
 
 def why_misplaced(offsets: NDArray[np.int64], counts: NDArray[np.int64], file_bytes: int) -> str:
-    """Tell what is wrong with the places of stored segments in the file; empty if they are sound.
+    """Tell what is wrong with the places of stored segments in the file; the answer is empty if they are sound.
 
-    Each must lie inside the file and not overlap another, but for those that share their bytes.
+    Each must lie inside the file and must not overlap another, but segments may share all their bytes.
     """
     if (offsets <= 0).any() or (counts <= 0).any():
         return "tiles or strips with an offset but no length, or a length but no offset"
@@ -100,7 +100,7 @@ def why_misplaced(offsets: NDArray[np.int64], counts: NDArray[np.int64], file_by
         return "truncated, tiles or strips lie past the end of the file"
     if (offsets[1:] - offsets[:-1] >= counts[:-1]).all():  # one after the other, as most writers store them
         return ""
-    order = np.lexsort((-counts, offsets))  # of segments that share their bytes the longest comes first
+    order = np.lexsort((-counts, offsets))  # the longest of segments that share bytes comes first
     starts, first = np.unique(offsets[order], return_index=True)
     ends = starts + counts[order][first]
     return "tiles or strips overlap in the file" if (ends[:-1] > starts[1:]).any() else ""

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from storage.images.tiff_header import Table, Tables
 
-# What decides how a page's segments are decoded.
+# These decide how a page's segments are decoded.
 STORED_AS = (
     "compression",
     "predictor",
@@ -72,7 +72,7 @@ _logger = logging.getLogger("storage.images.tiff")
 
 
 def _ours(record: logging.LogRecord) -> bool:
-    """Let pass what tifffile logs of files that others read; of ours it goes, with the file's name, to our log."""
+    """Let pass what tifffile logs about files that others read, and send what it logs about ours to our own log."""
     if location := _reading.get():
         _logger.debug("%s: %s", location, record.getMessage())
     return not location
@@ -99,9 +99,10 @@ class TiffStructure(Image):
     path
         A path or a URL (http, https, s3, gs, az), or the file, opened, which is closed with this.
     allow_sparse
-        Read tiles that are not stored as zeros (or the file's own "no data" value) rather than refuse the file.
+        Whether to read tiles that are not stored as zeros (or the file's own "no data" value), rather than refuse the
+        file.
     limits
-        Caps on what the file may claim.
+        The limits of what the file may claim.
     coarser
         Look for the coarser levels of a pyramid too.
 
@@ -176,7 +177,7 @@ class TiffStructure(Image):
             raise self._unsupported(reason)
         self._colours = palette(key) if key.photometric == PALETTE else None
         self._stored = key.samplesperpixel if key.planarconfig == 1 else 1  # S
-        self._made = self._stored if self._colours is None else 3  # of S samples
+        self._made = self._stored if self._colours is None else 3  # channels that S samples become
         self.shape = (samples * self._made // max(self._stored, 1), key.imagelength, key.imagewidth)
         self.dtype = held_as(key)
         self._file_dtype = np.dtype(key.dtype).newbyteorder(tif.byteorder)
@@ -196,7 +197,7 @@ class TiffStructure(Image):
         self.channels = channel_names(tif, key, self.shape[0])
 
     def _check_format(self, tif: tifffile.TiffFile) -> None:
-        """Refuse what tifffile's own look at the metadata would choke on, and tiles that must be stitched."""
+        """Refuse metadata that would be too much for tifffile, and tiles that must be stitched."""
         check_claims(tif, self.location, self._limits)
         if tif.is_bif and any(_bif_overlaps(page) for page in tif.pages):
             raise self._unsupported(f"a BIF whose tiles overlap, which are not stitched; {REWRITE_SLIDE}")
@@ -216,7 +217,7 @@ class TiffStructure(Image):
         return axes
 
     def _check_sizes(self, key: tifffile.TiffPage) -> None:
-        """Refuse what could not be held."""
+        """Refuse what could not be held in memory."""
         channels, height, width = self.shape
         if channels > self._limits.channels:
             raise self._unsupported(
@@ -270,14 +271,14 @@ class TiffStructure(Image):
         return np.frombuffer(data, kind).astype(np.int64)
 
     def _check_alike(self, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
-        """Refuse a plane that is stored otherwise than the first, as which tifffile would decode it."""
+        """Refuse a plane that is not stored like the first, because tifffile would decode it like that one."""
         key = self._key
         own = page.aspage() if page.offset else key  # ImageJ's later planes may have no directory of their own
         if any(getattr(own, name) != getattr(key, name) for name in STORED_AS):
             raise self._unsupported(DIFFERENT_PLANES)
 
     def _check_segments(self) -> None:
-        """Every segment must be stored, rightly placed and long enough for its pixels; ratios must be sane."""
+        """Check that every segment is stored, rightly placed and long enough, and that ratios are plausible."""
         offsets = np.concatenate([plane.offsets for plane in self.planes])
         counts = np.concatenate([plane.counts for plane in self.planes])
         stored = (offsets != 0) | (counts != 0)
@@ -306,7 +307,7 @@ def _shape_yx(series: tifffile.TiffPageSeries) -> tuple[int, int]:
 
 
 def _baseline(tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
-    """Return the first series that is no reduced copy; of an SCN, whose first is an overview, the largest."""
+    """Return the first series that is no reduced copy; in an SCN, where the first is an overview, the largest."""
     if not tif.is_scn:
         return next((series for series in tif.series if not series.keyframe.is_reduced), tif.series[0])
     return max(tif.series, key=lambda series: series.keyframe.imagelength * series.keyframe.imagewidth)

@@ -1,4 +1,4 @@
-"""A tiled TIFF, written tile by tile."""
+"""Write a tiled TIFF tile by tile."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def write_tiff(
     Parameters
     ----------
     path
-        File to make or replace.
+        The file to make or replace.
     tiles
-        Tiles of (h, w, C) or (h, w) in row-major order; those at the lower and right edges may be cut to the image.
+        The (h, w, C) or (h, w) tiles in row-major order; those at the lower and right edges may be cut to the image.
     shape
-        (H, W, C) or (H, W) of the image.
+        The image's (H, W, C) or (H, W).
     dtype
         uint8, uint16 or float32.
     tile
-        Side of a tile in pixels, a multiple of 16.
+        The side of a tile in pixels, a multiple of 16.
     compression
         None, "deflate", "lzw", "zstd", or "jpeg" (uint8 only; quality 80, colours as YCbCr 4:2:0).
     mpp
-        Micrometres per pixel, stored as resolution tags.
+        Micrometres per pixel, which are stored as resolution tags.
     """
     if compression not in (None, "deflate", "lzw", "zstd", "jpeg"):
         raise ValueError(f"compression {compression!r} is not one of None, deflate, lzw, zstd, jpeg")

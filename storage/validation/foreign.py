@@ -1,4 +1,4 @@
-"""What is wrong with a pyramid of another writer, as far as ``Slide`` reads it: chunks that do not decode, pixels."""
+"""Find what is wrong with a pyramid of another writer, as far as ``Slide`` reads it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_foreign(check: Check, slide: Slide, source: str | os.PathLike[str] | N
 def _examine_box(
     check: Check, slide: Slide, number: int, origin: Place, side: int, source: PixelSource | None
 ) -> None:
-    """Read a box of whole shards; if it does not decode, chunk by chunk, to name each that does not."""
+    """Read a box of whole shards; where it does not decode, read its chunks one by one and name those that do not."""
     level = slide.levels[number]
     (y, x), (height, width) = origin, level.shape_yx
     h, w = min(side, height - y), min(side, width - x)

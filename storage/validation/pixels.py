@@ -1,4 +1,4 @@
-"""Whether level 0 equals the image that it was made from, pixel by pixel.
+"""Compare level 0 with the image that it was made from, pixel by pixel.
 
 Shape letters: C channels, H height, W width.
 """
@@ -32,7 +32,7 @@ def open_source(
     *,
     allow_sparse: bool = False,
 ) -> Iterator[PixelSource | None]:
-    """Open the source, if there is one; where level 0 cannot equal it, that is noted and none is given."""
+    """Open the source, if there is one; where level 0 cannot equal it, note that and yield None."""
     if source is None:
         yield None
         return
@@ -60,7 +60,7 @@ def compare_source(
 
 
 def differences(pixels: NDArray[Any], expected: NDArray[Any], origin: Place, chunk: int) -> str:
-    """Say how many pixels differ and where the first does; nothing if none does. NaN equals NaN."""
+    """Say how many pixels differ and where the first one is, if any differ; NaN equals NaN."""
     different = pixels != expected
     if pixels.dtype.kind == "f":
         different &= ~(np.isnan(pixels) & np.isnan(expected))

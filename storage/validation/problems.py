@@ -1,4 +1,4 @@
-"""What can be wrong with a pyramid, and what one validation was asked for, has found and has done."""
+"""The problems that a pyramid can have, and the state of one validation: what it found and has done."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Problem:
     source's), "stray" (a file that does not belong here) or "unchecked" (it could not be looked at).
     """
 
-    level: int | None  # 0 is the finest; None: the pyramid as a whole
-    place: Place | None  # row and column of the chunk where ``what`` is "chunk", else of the shard
+    level: int | None  # 0 is the finest; None stands for the pyramid as a whole
+    place: Place | None  # the row and column of the chunk where ``what`` is "chunk", else of the shard
     what: Kind
     message: str
 
@@ -36,7 +36,7 @@ class Problem:
 
 
 class Check:
-    """One validation, ``full`` or quick: problems found and bytes done, by several threads."""
+    """One validation, ``full`` or quick, by several threads: the problems that were found and the bytes done."""
 
     def __init__(self, progress: Callable[[int, int], None] | None, workers: int, *, full: bool) -> None:
         self.problems: list[Problem] = []
@@ -50,7 +50,7 @@ class Check:
         self.problems.append(Problem(level, place, what, message))
 
     def run(self, tasks: Sequence[Callable[[], object]], total: int) -> None:
-        """Run tasks in threads; after an error or an interrupt no others are started."""
+        """Run tasks in threads; after an error or an interrupt no more are started."""
         self._total = total
         self.advance(0)  # speed is measured from here
         with ThreadPoolExecutor(self.workers, thread_name_prefix="storage-validate") as pool:

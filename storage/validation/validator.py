@@ -1,12 +1,12 @@
-"""``validate``: whether a pyramid is what the converter wrote, and if not, what is wrong and where.
+"""``validate``: tell whether a pyramid is what the converter wrote, and if not, what is wrong and where.
 
-Quick reads every file and checks it against the pyramid's own table of shards (length and CRC-32). Full decodes every
-chunk besides, averages each level and compares it with the next coarser one, and level 0 with its source where that
-is given. Memory is a few shards per thread whatever the image's size: the shards of a level are read by the shard of
-the next level that they are averaged into.
+A quick validation reads every file and checks it against the pyramid's own table of shards (length and CRC-32). A
+full one also decodes every chunk, averages each level and compares it with the next coarser one, and compares level
+0 with its source where that is given. It takes the memory of a few shards per thread for images of any size, because
+the shards of a level are read by the shard of the next level that they are averaged into.
 
-Pyramids of other writers have no such table: their metadata is checked, in full also that every chunk decodes, and
-the result says what could not be checked.
+Pyramids of other writers have no such table. Their metadata is checked, and in a full validation that every chunk
+decodes; the result says what could not be checked.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def validate(
     location
         A pyramid's folder or URL.
     source
-        Path or URL of the image it was made from, to compare level 0 with; implies ``full``.
+        The path or URL of the image that it was made from, to compare level 0 with; this implies ``full``.
     full
-        Decode and compare all levels, instead of only checking the stored bytes against the table of shards.
+        Whether to decode and compare all levels, and not only check the stored bytes against the table of shards.
     progress
-        Called with (bytes done, bytes in all), counted as decoded pixels, from one thread at a time.
+        It is called with (bytes done, bytes in all), counted as decoded pixels, from one thread at a time.
     workers
-        Threads; the processors of this process if None.
+        The number of threads; if None, that of the processors of this process.
 
     Returns
     -------
     list of Problem
-        By level and place; empty for a sound pyramid.
+        The problems by level and place; a sound pyramid has none.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def validate(
             with slide:
                 try:
                     root = load_json(store.get, "zarr.json", text)
-                except NotAPyramidError:  # of zarr v2
+                except NotAPyramidError:  # it is zarr v2
                     root = {}
                 if is_own(root):
                     check_sharded(check, store, root, source)

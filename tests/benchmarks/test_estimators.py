@@ -37,7 +37,7 @@ def image_and(kind, levels, **options):
     for network in model.attention:  # a map far from flat, at every level
         torch.nn.init.normal_(network.layers[-1].weight, std=3.0)
     image = ArrayImage(torch.rand(1, 64, 64), levels=3)
-    image.identity = "an image"
+    image.identity = "an image"  # type: ignore[attr-defined]
     return image, model
 
 

@@ -197,7 +197,7 @@ def occupied(head):
         def here(self):
             return True
 
-    neighbour = Neighbour.remote()
+    neighbour = Neighbour.remote()  # type: ignore[attr-defined]
     assert ray.get(neighbour.here.remote())
     yield
     ray.kill(neighbour)

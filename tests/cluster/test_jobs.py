@@ -204,8 +204,8 @@ class TestToken:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        status, body = self.server.answers.get(self.path, (404, "no"))
-        self.server.tokens.append(self.headers.get("Authorization"))
+        status, body = self.server.answers.get(self.path, (404, "no"))  # type: ignore[attr-defined]
+        self.server.tokens.append(self.headers.get("Authorization"))  # type: ignore[attr-defined]
         self.send_response(status)
         self.end_headers()
         self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
@@ -218,12 +218,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def server():
     """A dashboard's answers, by path, and the tokens that it was sent."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.answers = {
+        server.answers = {  # type: ignore[attr-defined]
             "/api/authentication_mode": (200, {"authentication_mode": "disabled"}),
             "/api/version": (200, {"ray_version": "2.60.0"}),
         }
-        server.tokens = []
-        server.url = f"http://127.0.0.1:{server.server_port}"
+        server.tokens = []  # type: ignore[attr-defined]
+        server.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server
@@ -494,7 +494,7 @@ def cli(head):
         out, err = process.communicate(timeout=240)
         return SimpleNamespace(code=process.returncode, out=out, err=err)
 
-    run.start = start
+    run.start = start  # type: ignore[attr-defined]
     return run
 
 

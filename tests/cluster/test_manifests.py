@@ -23,8 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pydantic.alias_generators import to_camel
 
 from cluster import ClusterError
-from cluster.jobs.manifests import RAY_VERSION, RayJob, kuberay
-from cluster.jobs.slurm import SlurmJob, slurm
+from cluster.jobs.manifests import RAY_VERSION, kuberay, slurm
 
 ROOT = Path(__file__).parents[2]
 NASTY = ["a b", "$HOME", "'", '"', "; exit 9", "`id`", "$(id)", "*", "~", "#", "&", "line\nline", "", "é", "\\", "-n"]
@@ -172,7 +171,7 @@ class Manifest(Strict):
 
 def rendered(**changes):
     values = {"command": ["nested-ats", "info", "/data/a"], "name": "first", "image": "registry/nested-ats:1"}
-    return Manifest.model_validate(yaml.safe_load(kuberay(RayJob(**{**values, "claim": "shared", **changes}))))
+    return Manifest.model_validate(yaml.safe_load(kuberay(**{**values, "claim": "shared", **changes})))
 
 
 class TestKubeRay:
@@ -181,8 +180,10 @@ class TestKubeRay:
         rendered(gpus=2, workers=8, namespace="pathology", hours=0.5, retries=0)
 
     def test_is_plain_to_read(self):
-        text = kuberay(RayJob(command=["nested-ats", "info"], name="first", image="image", claim="shared"))
+        text = kuberay(["nested-ats", "info"], name="first", image="image", claim="shared")
         assert not re.search(r"[&*]id\d", text)  # aliases
+        assert "# " in text
+        assert "{{" not in text + job()  # every field is filled in
 
     def test_head_does_no_work_and_workers_have_what_was_asked(self):
         made = rendered(workers=4, cpus=8, memory="64Gi", gpus=2)
@@ -281,7 +282,7 @@ def allocation(tmp_path):
         with (tmp_path / "log").open("w") as log:
             return subprocess.Popen(["bash", "job.sh"], env=environment | more, cwd=tmp_path, stdout=log, stderr=log)
 
-    start.folder, start.number = tmp_path, number
+    start.folder, start.number = tmp_path, number  # type: ignore[attr-defined]
     yield start
     for pid in (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else ():
         if psutil.pid_exists(int(pid)):
@@ -289,7 +290,7 @@ def allocation(tmp_path):
 
 
 def job(**changes):
-    return SlurmJob(**{"command": ["nested-ats", "info", "/data/a"], "name": "first", **changes})
+    return slurm(**{"command": ["nested-ats", "info", "/data/a"], "name": "first", **changes})
 
 
 def started(allocation):
@@ -298,29 +299,29 @@ def started(allocation):
 
 class TestSlurm:
     def test_options(self):
-        script = slurm(job(nodes=3, cpus=8, memory="64G", gpus=2, hours=1.5, partition="gpu", account="lab"))
+        script = job(nodes=3, cpus=8, memory="64G", gpus=2, hours=1.5, partition="gpu", account="lab")
         options = dict(line.removeprefix("#SBATCH --").split("=") for line in re.findall("#SBATCH.*=.*", script))
         wanted = {"nodes": "3", "ntasks-per-node": "1", "cpus-per-task": "8", "mem": "64G", "gpus-per-node": "2"}
         assert wanted.items() <= options.items()
         assert (options["time"], options["partition"], options["account"]) == ("90", "gpu", "lab")
         assert "#SBATCH --requeue" in script.splitlines()
-        assert "gpus-per-node" not in slurm(job())
+        assert "gpus-per-node" not in job()
         assert script.startswith("#!/bin/bash\n#SBATCH ")
 
     def test_bash_reads_it(self):
-        script = slurm(job(command=NASTY))
+        script = job(command=NASTY)
         done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=True)
         assert done.stderr == ""
 
     @settings(max_examples=15, deadline=None)
     @given(words=st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), min_size=1))
     def test_any_words_make_one_command(self, words):
-        line = slurm(job(command=["printf", r"%s\0", *words])).split("at once.\n")[1].split(" &\nstarted")[0]
+        line = job(command=["printf", r"%s\0", *words]).split("at once.\n")[1].split(" &\nstarted")[0]
         done = subprocess.run(["bash", "-c", line], capture_output=True, check=True)
         assert done.stdout.decode() == "".join(f"{word}\0" for word in words)
 
     def test_head_then_workers_then_the_command_then_nothing(self, allocation):
-        script = slurm(job(command=["nested-ats", *NASTY], nodes=3, setup="export SET_UP=1"))
+        script = job(command=["nested-ats", *NASTY], nodes=3, setup="export SET_UP=1")
         assert allocation(script, STUB_EXIT="3").wait(60) == 3
         port = 10000 + int(allocation.number) % 5000 * 4
         arguments = (allocation.folder / "arguments").read_bytes().decode().split("\0")[:-1]
@@ -342,11 +343,11 @@ class TestSlurm:
         assert not Path(f"/tmp/ray-{allocation.number}").exists()
 
     def test_one_node_has_no_others(self, allocation):
-        assert allocation(slurm(job()), STUB_NODES="node1").wait(60) == 0
+        assert allocation(job(), STUB_NODES="node1").wait(60) == 0
         assert (allocation.folder / "calls").read_text().count("srun") == 1
 
     def test_end_of_the_allocation_ends_all(self, allocation):
-        process = allocation(slurm(job(nodes=3)), STUB_WAIT="1")
+        process = allocation(job(nodes=3), STUB_WAIT="1")
         end = time.monotonic() + 60
         while not (allocation.folder / "arguments").exists():
             assert time.monotonic() < end
@@ -361,7 +362,7 @@ class TestSlurm:
     )
     def test_wrong_values_are_refused(self, change):
         with pytest.raises(ClusterError, match=f"--{next(iter(change))}"):
-            slurm(job(**change))
+            job(**change)
 
     @pytest.mark.ray
     @pytest.mark.slow
@@ -371,7 +372,7 @@ class TestSlurm:
             (allocation.folder / "bin" / name).unlink()
             (allocation.folder / "bin" / name).symlink_to(Path(sys.executable).with_name(name))
         home = tempfile.mkdtemp(prefix="s", dir="/tmp")
-        script = slurm(job(command=["nested-ats", "job", "nodes"], cpus=1, start_s=120))
+        script = job(command=["nested-ats", "job", "nodes"], cpus=1, start_s=120)
         code = allocation(script, STUB_NODES="127.0.0.1", HOME=home).wait(200)
         assert code == 0, (allocation.folder / "log").read_text()
         assert "  1 CPUs  0 GPUs\n" in (allocation.folder / "log").read_text()

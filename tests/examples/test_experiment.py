@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 import megapixel_mnist
 import numpy as np
 import pytest
+from conduct import command_line, conduct, save
 from experiment import (
     RESULTS,
     Experiment,
@@ -18,15 +19,12 @@ from experiment import (
     Point,
     Result,
     attention_maps,
-    command_line,
-    conduct,
     mean_and_error,
     measure_again,
     merge,
     read_results,
     run_experiment,
     run_folder,
-    save,
     table,
 )
 from figures import (
@@ -169,7 +167,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_last_stage(manifest, monkeypatc
             raise KeyboardInterrupt
         return actual(entries, config, *arguments, **options)
 
-    actual = experiment.train
+    actual = experiment.train  # type: ignore[attr-defined]
     monkeypatch.setattr(experiment, "train", stop)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(EXPERIMENT, manifest, tmp_path, only=["ATS-2"], device="cpu")

@@ -171,6 +171,6 @@ class Small(nn.Module):
 def strangers(monkeypatch):
     """Module of encoders that can be imported as ``strangers``."""
     module = ModuleType("strangers")
-    module.Small = Small
+    module.Small = Small  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "strangers", module)
     return module

@@ -116,7 +116,7 @@ class TestDeepMIL:
     def test_equations_of_ilse(self, name):
         """Their equations 7 to 9, written out over the grid in row-major order."""
         torch.manual_seed(0)
-        model = DeepMIL(dataclasses.replace(CONFIGS[name], location=False), in_channels=3, classes=4)
+        model = DeepMIL(dataclasses.replace(CONFIGS[name], location=False), in_channels=3, classes=4)  # type: ignore[call-arg]
         picture = image(60, 80)
         y, x = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
         starts = torch.stack([y.flatten(), x.flatten()], -1) * 20 + 10 - 14

@@ -35,11 +35,6 @@ def test_a_box_starts_at_the_nearest_pixel():
     assert box_starts(centers / 2, 1, 9).tolist() == [[11, 12], [12, 13]]
 
 
-def test_receptive_field_moves_the_first_cell_inwards():
-    centers = cell_centers(6, 10, receptive_field=5)
-    assert centers.tolist() == [2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (16, 16), (5, 9), (32, 8)])
 def test_curve_visits_every_cell_once(shape):
     order = curve_order(*shape)

@@ -47,7 +47,7 @@ class TestAdaptive:
             for mine, its in zip(result[1:4], alone[1:4], strict=True):  # error and interval
                 torch.testing.assert_close(mine[row], its[0], atol=1e-5, rtol=1e-3)
             for mine, its in zip(result.of(row), alone.outputs, strict=True):
-                assert torch.equal(mine.phases[-1].centers_l0, its.phases[-1].centers_l0)
+                assert torch.equal(mine.phases[-1].centers_l0, its.phases[-1].centers_l0)  # type: ignore[attr-defined]
             if draws > 4:
                 assert expected_error(model.head, features[:-1]).max() > target
 

@@ -82,7 +82,7 @@ def test_the_whole_architecture(name):
     assert built.features == PRESETS[name].features
     if name in PARAMETERS:
         assert sum(value.numel() for value in built.module.parameters()) == PARAMETERS[name]
-    for key, shape in SHAPES.get(name, {}).items():
+    for key, shape in SHAPES.get(name, {}).items():  # type: ignore[attr-defined]
         assert state[key].shape == shape
     assert (built.mean, built.std) == (PRESETS[name].mean, PRESETS[name].std)
 

@@ -157,7 +157,7 @@ def nodes():
     home = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths must stay short
     settings = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     nodes = Nodes({**os.environ, "HOME": home, "RAY_TMPDIR": home, **settings})
-    nodes.stays = nodes.add(2)
+    nodes.stays = nodes.add(2)  # type: ignore[attr-defined]
     yield nodes
     kill(psutil.Process(nodes.process.pid))
     nodes.process.communicate()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -71,6 +72,10 @@ class TestHelp:
     def test_no_command_is_missing_above(self, cli):
         names = [command.name or command.callback.__name__ for command in app.registered_commands]
         assert {*names, "synth"} == {command for command in COMMANDS if " " not in command}
+
+    def test_version(self, cli):
+        result = cli("--version")
+        assert (result.exit_code, result.stdout) == (0, f"nested-ats {version('nested-ats')}\n")
 
     def test_needs_no_heavy_package(self):
         """In a fresh interpreter: this one has imported everything."""

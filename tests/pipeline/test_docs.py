@@ -40,7 +40,7 @@ def test_every_key_is_explained():
 def test_every_command_has_its_place():
     text = "\n".join(hooks._commands())
     root = typer.main.get_command(app)
-    for name, command in root.commands.items():
+    for name, command in root.commands.items():  # type: ignore[attr-defined]
         assert f"## `nested-ats {name}`" in text
         assert all(f"`{option}`" in text for each in command.params for option in each.opts if option[:2] == "--")
 

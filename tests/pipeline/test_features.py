@@ -144,7 +144,7 @@ class TestDiskFeatures:
         for start in range(0, 2000, 500):
             DiskFeatures(tmp_path, 10**8).put("a", places(*range(start, start + 500)), torch.rand(500, 1000))
         read, pread = [], os.pread
-        monkeypatch.setattr(module.os, "pread", lambda *args: read.append(pread(*args)) or read[-1])
+        monkeypatch.setattr(module.os, "pread", lambda *args: read.append(pread(*args)) or read[-1])  # type: ignore[attr-defined]
         assert DiskFeatures(tmp_path, 10**8).get("a", places(700), 1000)[1].all()
         assert sum(map(len, read)) < 0.02 * 2000 * 1000 * 4
 
@@ -221,7 +221,7 @@ class TestDiskFeatures:
         put(store, "b", 1)
         assert found(store, "b", 1) == []  # for a while nothing is tried
         later = time.monotonic() + 61
-        monkeypatch.setattr(module.time, "monotonic", lambda: later)
+        monkeypatch.setattr(module.time, "monotonic", lambda: later)  # type: ignore[attr-defined]
         put(store, "b", 1)
         assert found(store, "b", 1) == [1]
 
@@ -234,7 +234,7 @@ class TestDiskFeatures:
                 raise OSError(28, "No space left on device")
             return write(file, data[: block(1) + 10])
 
-        monkeypatch.setattr(module.os, "write", short)
+        monkeypatch.setattr(module.os, "write", short)  # type: ignore[attr-defined]
         put(store, "a", 2, 3)
         put(store, "a", 4)
         monkeypatch.undo()

@@ -487,7 +487,7 @@ class TestSlidesThatDoNotFit:
         assert "x.ome.zarr: what the model computes is not finite" in row["error"]
 
     def test_probabilities_that_are_no_numbers_fail_the_slide(self, finished, entries, tmp_path, monkeypatch):
-        original = module.estimate
+        original = module.estimate  # type: ignore[attr-defined]
 
         def broken(*arguments, **settings):
             prediction = original(*arguments, **settings)

@@ -73,7 +73,7 @@ class TestSlideProgress:
         clock.now = 10
         slides.on_bytes(350_000_000, 400_000_000)
         assert shown == [(0, 1, "a (1/2)"), (0, 0.25, "b (2/2)"), (0.125, 0.25, "b (2/2), 5 MB/s")]
-        assert progress_line("convert", *shown[-1], clock.now) == "convert: 50% b (2/2), 5 MB/s, 10 s left"
+        assert progress_line("convert", *shown[-1], clock.now) == "convert: 50% b (2/2), 5 MB/s, 10 s left"  # type: ignore[call-arg]
         slides.on_bytes(400_000_000, 400_000_000)
         slides.end()
         assert shown[-1][:2] == (0.25, 0.25)

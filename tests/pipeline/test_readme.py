@@ -48,3 +48,11 @@ def test_there_are_commands_to_parse():
 )
 def test_its_python_runs(text):
     exec(compile(text, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_the_files_that_it_names_are_there(page):
+    rooms = "storage|nested_ats|cluster|pipeline|tests|examples|benchmarks|docs"
+    named = re.findall(rf"`((?:{rooms})/[\w./]*)`", (ROOT / page).read_text())
+    assert named
+    assert [each for each in named if not (ROOT / each).exists()] == []

@@ -31,7 +31,7 @@ def network(seed):
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / METRICS).write_text('{"epoch": 1, "cross_entropy": 0.5}\n')
-    save_state(tmp_path, *network(0), Position(1, 2), torch.arange(5.0), {"steps": torch.tensor(7)}, "abc")
+    save_state(tmp_path, *network(0), Position(1, 2), torch.arange(5.0), {"steps": torch.tensor(7)}, "abc")  # type: ignore[call-arg]
     return tmp_path
 
 
@@ -122,7 +122,7 @@ class TestWhatIsNoFile:
                 | {"config": plain(config)}
             ),
         )
-        model = checkpoint.build_model(config.model, in_channels=1, classes=2)
+        model = checkpoint.build_model(config.model, in_channels=1, classes=2)  # type: ignore[attr-defined]
         checkpoint.save_model(run / MODEL, model, classes=["a", "b"])
         return run
 

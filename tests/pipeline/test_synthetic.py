@@ -122,7 +122,7 @@ def test_default_counts_grow_with_the_area_for_distractors_only():
 
 
 def lone_sign(number, shift=(0, 0), yx=(64, 64), radius=20, shade=1.0):
-    disc = Disc(*yx, radius, DiscKind(SIGN_RING, number, shade, shift))
+    disc = Disc(*yx, radius, DiscKind(SIGN_RING, number, shade, shift))  # type: ignore[call-arg]
     return replace(scene(size_yx=(128, 128), distractors=0), discs=(disc,))
 
 
@@ -278,7 +278,7 @@ def test_write_sign_scene_in_jpeg_is_close_to_the_rendering(tmp_path):
     write_sign_scene(tmp_path / "scene.tif", made, tile=256, compression="jpeg")
     with tifffile.TiffFile(tmp_path / "scene.tif") as tif:
         page = tif.pages[0]
-        assert (page.compression.name, page.tile, page.shape) == ("JPEG", (256, 256), (700, 900, 3))
+        assert (page.compression.name, page.tile, page.shape) == ("JPEG", (256, 256), (700, 900, 3))  # type: ignore[attr-defined]
         difference = page.asarray().astype(int) - made.render(0, 0, 700, 900)
     assert np.abs(difference).mean() < 6
 

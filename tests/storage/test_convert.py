@@ -206,15 +206,15 @@ def test_wide_images_have_smaller_shards_rather_than_more_memory(tmp_path, textu
 
 def test_map_lies_over_its_slide(tmp_path):
     values = np.linspace(-1, 3, 12, dtype=np.float32).reshape(1, 3, 4)
-    write_pyramid(tmp_path / "m.zarr", values, mpp=0.5, downsample=8, origin_l0_yx=(16, 0), name="attention")
+    write_pyramid(tmp_path / "m.zarr", values, mpp=0.5, downsample=8, name="attention")
     ome = json.loads((tmp_path / "m.zarr/zarr.json").read_text())["attributes"]["ome"]
     first = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
     assert first[0]["scale"] == [1.0, 4.0, 4.0]
-    assert first[1]["translation"] == [0.0, 0.5 * (16 + 3.5), 0.5 * 3.5]
+    assert first[1]["translation"] == [0.0, 0.5 * 3.5, 0.5 * 3.5]
     assert ome["omero"]["channels"][0]["window"]["end"] == 3.0
     with Slide(tmp_path / "m.zarr") as slide:
         assert slide.name == "attention"
-        assert slide.levels[0].translation_yx == (9.75, 1.75)
+        assert slide.levels[0].translation_yx == (1.75, 1.75)
         np.testing.assert_array_equal(whole(slide), values)
 
 

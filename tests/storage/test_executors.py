@@ -6,12 +6,15 @@ import socket
 import subprocess
 import sys
 import time
+from operator import itemgetter
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import tifffile
 
 from storage import ConversionError, ConvertOptions, CorruptImageError, Slide, convert
+from storage.conversion.executors import open_executor
 
 
 def contents(folder):
@@ -82,6 +85,13 @@ def test_errors_of_workers_arrive_as_they_are(damage, tmp_path, small, executor,
     assert not (tmp_path / "p.zarr").exists()
     if executor in ("threads", "processes"):  # elsewhere a task may still run
         assert not (tmp_path / "p.zarr.partial").exists()
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_errors_that_nobody_foresaw_arrive_as_they_are(executor):
+    job = SimpleNamespace(attempt=itemgetter(9))
+    with pytest.raises(IndexError, match="out of range"), open_executor(executor, 2, job) as run:
+        run(["short", "too"], lambda _: None)
 
 
 def test_strips_are_banded_in_other_processes(tmp_path, textured, small):

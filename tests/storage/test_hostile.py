@@ -323,7 +323,7 @@ class TestClaims:
         (tmp_path / "p.zarr/zarr.json").write_text(text)
         change_root(tmp_path / "p.zarr", lambda root, image, own: None)
         with Slide(tmp_path / "p.zarr") as slide:
-            assert [index._lines.nbytes for index in slide._source._indexes] == [0, 0]
+            assert [index._lines.nbytes for index in slide._source._indexes] == [0, 0]  # type: ignore[attr-defined]
             assert not slide.read(0, (0, 0, 40, 40)).any()
         assert {problem.what for problem in validate(tmp_path / "p.zarr", full=True)} == {
             "metadata"

@@ -54,7 +54,7 @@ def test_grey_of_16_bits_and_a_single_pixel(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(imagecodecs.png_encode(image))
         with Slide(tmp_path / f"{name}.png") as slide:
             assert len(slide.levels) == 2
-            np.testing.assert_array_equal(slide.read(0, (0, 0, *image.shape))[0], image)
+            np.testing.assert_array_equal(slide.read(0, (0, 0, *image.shape))[0], image)  # type: ignore[attr-defined]
 
 
 def test_a_jpeg_is_told_by_its_content(tmp_path, pixels):

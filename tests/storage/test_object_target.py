@@ -38,11 +38,11 @@ def shard(job, place):
 
 def make(partial, job, place):
     if place == BLANK:
-        return Receipt(*place, 0, 0, 0)
+        return Receipt(*place, 0, 0, 0)  # type: ignore[call-arg]
     data = shard(job, place)
-    key = Receipt(*place, 1, 0, 0).key
+    key = Receipt(*place, 1, 0, 0).key  # type: ignore[call-arg]
     tag = partial.output.put(key, [data[:7], data[7:]], if_absent=True)
-    return Receipt(*place, len(data), zlib.crc32(data), google_crc32c.value(data[-20:-4]), tag)
+    return Receipt(*place, len(data), zlib.crc32(data), google_crc32c.value(data[-20:-4]), tag)  # type: ignore[call-arg]
 
 
 def drive(url, job=JOB, stop_after=None):

@@ -93,8 +93,8 @@ class TestSound:
         assert validate(tmp_path / "p.zarr", full=full) == []
 
     def test_of_a_map_that_lies_over_a_slide(self, tmp_path, textured, small, full):
-        settings = {"mpp": 0.2431, "downsample": 37.3, "origin_l0_yx": (-113.7, 90001.1)}
-        write_pyramid(tmp_path / "p.zarr", textured((1, HEIGHT, WIDTH)), options=small, **settings)
+        pixels = textured((1, HEIGHT, WIDTH))
+        write_pyramid(tmp_path / "p.zarr", pixels, options=small, mpp=0.2431, downsample=37.3)
         assert validate(tmp_path / "p.zarr", full=full) == []
 
     def test_an_absent_shard_is_no_problem(self, pyramid, full):
