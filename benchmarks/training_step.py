@@ -34,7 +34,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import psutil
@@ -167,7 +167,7 @@ class Reads:
         wanted = next(reading)
         try:
             while True:
-                asked.append([read.args for read in wanted])
+                asked.append([cast("partial[Any]", read).args for read in wanted])
                 wanted = reading.send((yield wanted))
         except StopIteration as end:
             return end.value

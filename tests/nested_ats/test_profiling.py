@@ -100,9 +100,9 @@ def test_reads_run_on_the_threads_given(tiny_model, tiny_image):
     calls = []
 
     class Readers(ThreadPoolExecutor):
-        def submit(self, *arguments):
-            calls.append(arguments)
-            return super().submit(*arguments)
+        def submit(self, fn, /, *args, **kwargs):
+            calls.append(fn)
+            return super().submit(fn, *args, **kwargs)
 
     with Readers(1) as readers:
         step_cost(tiny_model(1), [tiny_image(1)], repeats=2, readers=readers)
