@@ -1,7 +1,9 @@
 """Slides that OpenSlide reads and tifffile does not: NDPI, MRXS, BIF, VMS, DICOM and others; with the extra "slides".
 
-OpenSlide gives pixels with an alpha channel, premultiplied; what a scanner left out is transparent and becomes the
-slide's background colour, white where it names none. Only local files are read.
+OpenSlide gives pixels with an alpha channel; what a scanner left out is transparent and becomes the slide's
+background colour, white where it names none. Only local files are read. OpenSlide believes what a file claims and
+ends the process where memory for that is not to be had, so a process of its own first opens each file and reads a
+pixel of each level.
 
 Shape letters: C channels, H height, W width.
 """
@@ -10,7 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +33,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INSTALL = 'to read it by OpenSlide: pip install "nested-ats[slides]"'
+PROBE = """
+import resource, sys, openslide
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+if most == resource.RLIM_INFINITY:
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, most))
+slide = openslide.OpenSlide(sys.argv[1])
+for level, (width, height) in enumerate(slide.level_dimensions):
+    slide.read_region((0, 0), level, (1, 1))
+"""
+PROBE_S = 120.0  # that it may take, on a slow disk
 MAX_SIDE = 4096  # pixels read at once; memory of a box is a multiple of its pixels
 WHITE = (255, 255, 255)
 
@@ -48,6 +63,18 @@ def instead_of(error: StorageError, location: str) -> OpenSlideImage:
     return OpenSlideImage(location)
 
 
+@lru_cache(maxsize=1024)
+def _survives(location: str, _changed_ns: int) -> bool:
+    """Whether a process that opens a file with OpenSlide comes to its end, be it by an error."""
+    try:
+        done = subprocess.run(  # noqa: S603  the file's path is an argument of ours
+            [sys.executable, "-I", "-c", PROBE, location], capture_output=True, check=False, timeout=PROBE_S
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode >= 0
+
+
 class OpenSlideImage(Image):
     """A slide that OpenSlide reads, as (3, H, W) of uint8; thread safe; see ``Image``.
 
@@ -65,6 +92,8 @@ class OpenSlideImage(Image):
         super().__init__(os.fspath(path), limits)
         if not os.path.exists(self.location):
             raise MissingImageError(f"{self.location}: does not exist; check the path")
+        if not _survives(self.location, os.stat(self.location).st_mtime_ns):
+            raise self._corrupt("a process that opens it with OpenSlide does not survive that")
         self._lock = threading.Lock()
         self._slide: openslide.OpenSlide | None = None
         properties = self._ask(lambda slide: dict(slide.properties))
@@ -129,7 +158,7 @@ class OpenSlideImage(Image):
             with self._lock:
                 slide = self._slide = self._slide or openslide.OpenSlide(self.location)
             return question(slide)
-        except (openslide.OpenSlideError, OSError, ValueError) as error:
+        except Exception as error:
             with self._lock:
                 self._slide = None
             raise self._corrupt(f"OpenSlide cannot read it ({error})") from error

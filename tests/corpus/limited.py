@@ -1,8 +1,9 @@
 """Opens and reads images under a memory limit, one request a line; run as a process of its own by ``test_corpus``.
 
 A request is `{"path": ...}`, answered by what became of the file, or `{"fuzz": seed, "first": n, "count": k}`,
-answered by the outcomes of its mutations n to n + k, or `{"metadata": pyramid, "first": n, "step": k}`, answered by
-those of every k-th mutation of a pyramid's metadata from n on. Every answer is one line of JSON.
+answered by the outcomes of its mutations n to n + k (with `"in_place": true` as slides, where they lie), or
+`{"metadata": pyramid, "first": n, "step": k}`, answered by those of every k-th mutation of a pyramid's metadata from
+n on. Every answer is one line of JSON.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 ADDRESS_SPACE = 1536 * 2**20  # above what the imports took
 GROWTH = 128 * 2**20  # bytes that mutated metadata of a small pyramid may make this process take
 SAFE_BYTES = 128 * 2**20  # larger images are only read in part
+IN_PLACE = 128  # pixels, side of what is read of a slide where it lies
 
 
 def memory(field: str) -> int:
@@ -95,6 +97,26 @@ def look(path: Path) -> dict[str, Any]:
     return answer
 
 
+def look_in_place(path: Path) -> dict[str, Any]:
+    """Open a slide where it lies, and read a box of each level and one that leaves it."""
+    answer: dict[str, Any] = {"outcome": "refused", "message": ""}
+    try:
+        with Slide(path) as slide:
+            answer["outcome"] = "damaged"
+            for number, level in enumerate(slide.levels):
+                if level.made_of is None or max(level.shape_yx) < 4 * IN_PLACE:
+                    slide.read_many(
+                        number, [(3, 5, IN_PLACE, IN_PLACE), (level.shape_yx[0] - 9, -9, IN_PLACE, IN_PLACE)]
+                    )
+            assert slide.identity
+            answer["outcome"] = "read"
+    except StorageError as error:
+        answer["message"] = str(error)
+    except BaseException as error:  # noqa: BLE001  what must never happen is told, not raised
+        answer["outcome"] = f"{type(error).__name__}: {error}"
+    return answer
+
+
 def mutate(data: bytes, number: int) -> bytes:
     """Change a few bytes: half of the times near the start, where headers are, else anywhere."""
     chance = random.Random(number)
@@ -107,14 +129,14 @@ def mutate(data: bytes, number: int) -> bytes:
     return bytes(out)
 
 
-def fuzz(seed: Path, first: int, count: int) -> dict[str, Any]:
+def fuzz(seed: Path, first: int, count: int, *, in_place: bool = False) -> dict[str, Any]:
     """Look at mutations of a seed; the last one stays in a file, should this process die of it."""
     data, path = seed.read_bytes(), seed.with_name(f"mutated-{seed.name}")
     outcomes: Counter[str] = Counter()
     wrong = []
     for number in range(first, first + count):
         path.write_bytes(mutate(data, number))
-        answer = look(path)
+        answer = look_in_place(path) if in_place else look(path)
         outcomes[answer["outcome"]] += 1
         named = answer["outcome"] == "read" or path.name in answer["message"]
         if not named or answer.get("equal") is False:
@@ -211,7 +233,7 @@ def main() -> None:
         elif "metadata" in request:
             answer = fuzz_metadata(Path(request["metadata"]), request["first"], request["step"])
         else:
-            answer = fuzz(Path(request["fuzz"]), request["first"], request["count"])
+            answer = fuzz(Path(request.pop("fuzz")), **request)
         print(json.dumps(answer), flush=True)
 
 

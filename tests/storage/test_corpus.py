@@ -3,12 +3,14 @@
 import json
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from zarr.codecs import Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from storage import ConvertOptions, Slide, StorageError, convert, open_image, write_pyramid
@@ -121,10 +123,10 @@ SEEDS = [
 ]  # fmt: skip
 
 
-def assert_only_errors_of_ours(limited, seed, count):
+def assert_only_errors_of_ours(limited, seed, count, at_once=50, **how):
     counts = {"read": 0, "refused": 0, "damaged": 0}
-    for first in range(0, count, 50):
-        answer = limited.ask(fuzz=str(seed), first=first, count=50)
+    for first in range(0, count, at_once):
+        answer = limited.ask(fuzz=str(seed), first=first, count=at_once, **how)
         assert answer["wrong"] == []
         for outcome, number in answer["outcomes"].items():
             counts[outcome] += number
@@ -145,6 +147,46 @@ def test_changed_bytes_raise_only_errors_of_ours(limited, corpus, name):
 @pytest.mark.parametrize("name", SEEDS)
 def test_more_changed_bytes_raise_only_errors_of_ours(limited, corpus, name):
     assert_only_errors_of_ours(limited, corpus / "seeds" / name, 1000)
+
+
+def write_slides(folder):
+    """Small slides of several levels as scanners and GDAL write them, by name."""
+    pixels = np.random.default_rng(0).integers(0, 255, (520, 640, 3), dtype=np.uint8)
+    pixels[:260, :320] //= 8
+    jpeg = {"tile": (128, 128), "compression": "jpeg", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(folder / "slide.svs") as tif:
+        tif.write(pixels, description="Aperio Image Library v1|AppMag = 20|MPP = 0.5", **jpeg)
+        tif.write(pixels[::8, ::8], photometric="rgb", metadata=None)
+        tif.write(pixels[::4, ::4], description="Aperio Image Library v1", **jpeg)
+    with tifffile.TiffWriter(folder / "cog.tif", bigtiff=True) as tif:
+        grey = {"tile": (128, 128), "compression": "deflate", "predictor": True, "metadata": None}
+        for step in (1, 2, 4):
+            tif.write(pixels[::step, ::step, 0].astype(np.uint16) * 200, subfiletype=int(step > 1), **grey)
+    with tifffile.TiffWriter(folder / "jpeg2000.svs") as tif:
+        tif.write(pixels[:160, :160], tile=(128, 128), compression="jpeg2000", photometric="rgb", metadata=None)
+    with tifffile.TiffWriter(folder / "subifds.ome.tif") as tif:
+        tif.write(pixels, subifds=1, tile=(128, 128), compression="lzw", photometric="rgb")
+        tif.write(pixels[::2, ::2], subfiletype=1, tile=(128, 128), compression="lzw", photometric="rgb")
+
+
+IN_PLACE = {"slide.svs": 900, "cog.tif": 700, "jpeg2000.svs": 100, "subifds.ome.tif": 300}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_changed_slides_are_read_in_place_or_refused_by_errors_of_ours(limited, tmp_path, name):
+    write_slides(tmp_path)
+    assert_only_errors_of_ours(limited, tmp_path / name, IN_PLACE[name], at_once=10, in_place=True)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_changed_slides_that_openslide_reads(limited, tmp_path, data):
+    shutil.copy(data / "wsi-flavours" / "hamamatsu-test3-dapi.ndpi", tmp_path / "slide.ndpi")
+    for first in range(0, 60, 10):
+        answer = limited.ask(fuzz=str(tmp_path / "slide.ndpi"), first=first, count=10, in_place=True)
+        assert answer["wrong"] == []
+        assert answer["outcomes"].keys() <= {"read", "refused", "damaged"}
 
 
 STEP = 11  # of the mutations of metadata, of which there are 14,000; all take a minute and a half

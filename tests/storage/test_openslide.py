@@ -50,7 +50,7 @@ def test_an_ndpi_at_each_of_its_levels(data):
         outside = slide.read(0, (-30, -30, 60, 60), fill=9)
         assert (outside[:, :30] == 9).all()
         np.testing.assert_array_equal(outside[:, 30:, 30:], region(path, 0, 0, 0, 30))
-        assert slide.statistics.requests == 7
+        assert slide.statistics.chunks_decoded == 7
 
 
 def test_a_dicom_series_by_its_folder_or_one_of_its_files(data):
