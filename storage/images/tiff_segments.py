@@ -74,7 +74,8 @@ class Cut:
         heights = np.full(rows, self.segment_yx[0], np.int64)
         if self.name == "strip":
             heights[-1] = self.image_yx[0] - (rows - 1) * self.segment_yx[0]
-        return np.repeat(heights * -(-self.segment_yx[1] * pixel_bits // 8), columns)
+        row_bytes = -(-self.segment_yx[1] * pixel_bits // 8)
+        return np.broadcast_to((heights * row_bytes)[:, None], (rows, columns)).reshape(-1)
 
     def parts(self, y: int, x: int, h: int, w: int) -> Iterator[Part]:
         """Cut a box at the borders of segments, row by row."""

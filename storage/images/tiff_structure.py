@@ -268,7 +268,8 @@ class TiffStructure(Image):
         data = self._file.read_at(table.offset, table.count * kind.itemsize)
         if len(data) < table.count * kind.itemsize:
             raise self._corrupt("truncated inside a table of tiles or strips")
-        return np.frombuffer(data, kind).astype(np.int64)
+        numbers = np.frombuffer(data, kind)
+        return numbers.view(np.int64) if kind == np.uint64 else numbers.astype(np.int64)
 
     def _check_alike(self, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
         """Refuse a plane that is not stored like the first, because tifffile would decode it like that one."""
@@ -279,8 +280,10 @@ class TiffStructure(Image):
 
     def _check_segments(self) -> None:
         """Check that every segment is stored, rightly placed and long enough, and that ratios are plausible."""
-        offsets = np.concatenate([plane.offsets for plane in self.planes])
-        counts = np.concatenate([plane.counts for plane in self.planes])
+        offsets, counts = self.planes[0].offsets, self.planes[0].counts
+        if len(self.planes) > 1:  # of one plane with millions of tiles nothing is copied
+            offsets = np.concatenate([plane.offsets for plane in self.planes])
+            counts = np.concatenate([plane.counts for plane in self.planes])
         stored = (offsets != 0) | (counts != 0)
         if not self._allow_sparse and not stored.all():
             missing = int(np.count_nonzero(~stored))
@@ -289,8 +292,9 @@ class TiffStructure(Image):
                 "if they are meant to be blank, read them as zeros with --allow-sparse (allow_sparse=True)"
             )
         plain_bytes = self._cut.plain_bytes(self._stored * self._key.bitspersample)
-        plain_bytes = np.tile(plain_bytes, len(self.planes))[stored]
-        offsets, counts = offsets[stored], counts[stored]
+        if len(self.planes) > 1 or not stored.all():
+            plain_bytes = np.tile(plain_bytes, len(self.planes))[stored]
+            offsets, counts = offsets[stored], counts[stored]
         if reason := why_misplaced(offsets, counts, self._file.size):
             raise self._corrupt(reason)
         if self._key.compression == 1 and (counts < plain_bytes).any():
