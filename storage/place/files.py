@@ -76,10 +76,10 @@ class RandomFile:
         Of a server, near ranges are fetched together, a bounded number of bytes ahead.
         """
         inside = [(offset, min(length, max(0, self.size - offset))) for offset, length in ranges]
-        if self._store.concurrency == 1:
-            yield from self._get(inside)
-            return
-        for batch in _batches(inside):
+        return self._get(inside) if self._store.concurrency == 1 else self._get_ahead(inside)
+
+    def _get_ahead(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+        for batch in _batches(ranges):
             wanted = [pair for pair in batch if pair[1]]  # a server has no answer to an empty range
             found = iter(self._fetch(wanted))
             yield from (next(found) if length else b"" for _, length in batch)
@@ -98,7 +98,7 @@ class RandomFile:
 
     def _get(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         try:
-            yield from self._store.get_ranges([(self.name, *pair) for pair in ranges])
+            yield from self._store.get_ranges([(self.name, offset, length) for offset, length in ranges])
         except FileNotFoundError as error:
             raise MissingImageError(f"{self.location}: does not exist any more") from error
 

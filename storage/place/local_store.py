@@ -154,6 +154,8 @@ class LocalStore:
 
     def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         """Yield the bytes of each range, fewer where its file ends."""
+        descriptor: _Descriptor  # of all ranges of a file that follow each other; held, or a thread could end it
+        held = None  # its key
         for first in range(0, len(ranges), ANNOUNCED_RANGES):
             window = ranges[first : first + ANNOUNCED_RANGES]
             if self._slow:
@@ -162,7 +164,8 @@ class LocalStore:
             for key, start, length in window:
                 started = time.perf_counter()
                 try:
-                    descriptor = _descriptors.get(self, key)  # held, or a thread could end it
+                    if key != held:
+                        held, descriptor = key, _descriptors.get(self, key)
                     if start < 0:
                         start = max(0, start + os.fstat(descriptor.fd).st_size)
                     data = os.pread(descriptor.fd, length, start)
