@@ -14,6 +14,7 @@ import typer
 
 from pipeline.cli.output import say
 from pipeline.interrupt import interruptible
+from storage.place.urls import is_remote
 
 if TYPE_CHECKING:
     from cluster.jobs.client import Job, Jobs
@@ -256,7 +257,7 @@ def _check_command(
     if values.get("cluster", "auto") != "auto":
         raise UsageError(f"{command[0]}: add --cluster auto, or all the work is done by the head of the cluster")
     for option, place in _written(command[0], values).items():
-        if "://" in place:
+        if is_remote(place):
             continue
         if not PurePosixPath(place).is_absolute():
             raise UsageError(
@@ -312,7 +313,7 @@ def _written(command: str, values: dict[str, Any]) -> dict[str, str]:
     """Tell where a command writes, by option."""
     places = {"--out": str(values["out"])} if "out" in values and not values.get("mirror") else {}
     if command == "convert":  # it writes its manifest into --out, or into the working folder where --out is a URL
-        fallback = "manifest.csv" if "://" in places["--out"] else places["--out"]
+        fallback = "manifest.csv" if is_remote(places["--out"]) else places["--out"]
         places["--manifest"] = str(values["manifest"] or fallback)
     return places
 
@@ -321,4 +322,4 @@ def _relative(values: dict[str, Any]) -> list[str]:
     """List the relative paths that a command reads; URLs and patterns are none."""
     given = [values[name] for name in _READ if values.get(name)]
     paths = [str(path) for value in given for path in (value if isinstance(value, (list, tuple)) else [value])]
-    return [path for path in paths if "://" not in path and "*" not in path and not path.startswith("/")]
+    return [path for path in paths if not is_remote(path) and "*" not in path and not path.startswith("/")]
