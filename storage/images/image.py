@@ -22,7 +22,8 @@ ACCEPTED = "TIFF (BigTIFF, OME-TIFF, SVS and other whole-slide TIFFs), PNG, JPEG
 # By these names, files at URLs are told apart; local ones by their first bytes.
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
-OPENSLIDE_SUFFIXES = (".ndpi", ".bif", ".mrxs", ".vms", ".vmu", ".svslide", ".dcm")  # read with the extra "slides"
+# Of files that OpenSlide may read, with the extra "slides", where nothing else does.
+OPENSLIDE_SUFFIXES = (".ndpi", ".bif", ".mrxs", ".vms", ".vmu", ".svslide", ".dcm", ".svs", ".scn")
 
 
 class Image:

@@ -38,8 +38,9 @@ import resource, sys, openslide
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 if most == resource.RLIM_INFINITY:
     resource.setrlimit(resource.RLIMIT_AS, (2**33, most))
+print(openslide.OpenSlide.detect_format(sys.argv[1]), flush=True)
 slide = openslide.OpenSlide(sys.argv[1])
-for level, (width, height) in enumerate(slide.level_dimensions):
+for level in range(slide.level_count):
     slide.read_region((0, 0), level, (1, 1))
 """
 PROBE_S = 120.0  # that it may take, on a slow disk
@@ -48,31 +49,39 @@ WHITE = (255, 255, 255)
 
 
 def instead_of(error: StorageError, location: str) -> OpenSlideImage:
-    """Open a file that nothing else reads, or raise the error that says so, with what else could be done."""
-    if is_remote(location):
+    """Open a file that nothing else reads, or raise the error that says so, with what else could be done.
+
+    That is tried for files that are named as its kinds. Of any other TIFF it would read the first page, which need
+    not be the image.
+    """
+    if is_remote(location) or not location.lower().endswith(OPENSLIDE_SUFFIXES) or not os.path.isfile(location):
         raise error
     try:
-        import openslide
+        import openslide  # noqa: F401
     except ImportError:
-        if location.lower().endswith(OPENSLIDE_SUFFIXES):
-            raise type(error)(f"{error}; or, {INSTALL}") from error
-        raise error from None
-    # Of any TIFF it reads the first page, which need not be the image; that is no slide to it.
-    if openslide.OpenSlide.detect_format(location) in (None, "generic-tiff"):
+        raise type(error)(f"{error}; or, {INSTALL}") from error
+    if _probe(location, os.stat(location).st_mtime_ns) in ("None", "generic-tiff"):
         raise error
     return OpenSlideImage(location)
 
 
 @lru_cache(maxsize=1024)
-def _survives(location: str, _changed_ns: int) -> bool:
-    """Whether a process that opens a file with OpenSlide comes to its end, be it by an error."""
+def _probe(location: str, _changed_ns: int) -> str:
+    """Have a process of its own open a file with OpenSlide: its kind there, or "" where that process did not survive.
+
+    One that ends by an error has survived.
+    """
     try:
         done = subprocess.run(  # noqa: S603  the file's path is an argument of ours
-            [sys.executable, "-I", "-c", PROBE, location], capture_output=True, check=False, timeout=PROBE_S
+            [sys.executable, "-I", "-c", PROBE, location],
+            capture_output=True,
+            check=False,
+            timeout=PROBE_S,
+            text=True,
         )
     except subprocess.TimeoutExpired:
-        return False
-    return done.returncode >= 0
+        return ""
+    return done.stdout.strip() if done.returncode >= 0 else ""
 
 
 class OpenSlideImage(Image):
@@ -92,7 +101,7 @@ class OpenSlideImage(Image):
         super().__init__(os.fspath(path), limits)
         if not os.path.exists(self.location):
             raise MissingImageError(f"{self.location}: does not exist; check the path")
-        if not _survives(self.location, os.stat(self.location).st_mtime_ns):
+        if not _probe(self.location, os.stat(self.location).st_mtime_ns):
             raise self._corrupt("a process that opens it with OpenSlide does not survive that")
         self._lock = threading.Lock()
         self._slide: openslide.OpenSlide | None = None
