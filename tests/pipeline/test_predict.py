@@ -497,9 +497,9 @@ class TestSlidesThatDoNotFit:
         [row] = predict(entries[:1], finished, tmp_path)
         assert "not finite" in row["error"]
 
-    def test_an_image_that_was_not_converted(self, finished, pyramids, tmp_path):
+    def test_a_file_that_is_no_image(self, finished, pyramids, tmp_path):
         [row] = predict([Entry(slide_id="x", path=str(pyramids))], finished, tmp_path)
-        assert "run nested-ats convert" in row["error"]
+        assert "manifest.csv: not an image of a kind that is read; give a TIFF" in row["error"]
 
     def test_a_damaged_chunk(self, finished, entries, tmp_path):
         shutil.copytree(entries[0].path, tmp_path / "x.ome.zarr")
