@@ -332,7 +332,7 @@ def test_missing_and_foreign_folders(tmp_path):
     with pytest.raises(NotAPyramidError, match="convert the image first"):
         Slide(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(NotAPyramidError, match="not an image of a kind that is read; give a TIFF"):
+    with pytest.raises(NotAPyramidError, match="an empty file; give a TIFF"):
         Slide(tmp_path / "file")
 
 
