@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.data.selection import select
 from pipeline.results.predict import predict
 from pipeline.runs import MODEL
@@ -28,17 +28,15 @@ from storage import Slide, write_tiff
 def tiffs(pyramids, tmp_path_factory) -> Path:
     """Manifest of the same slides as single-level TIFFs, in a folder of their own."""
     folder = tmp_path_factory.mktemp("tiffs")
-    rows = list(csv.DictReader(pyramids.read_text().splitlines()))
-    for row in rows:
-        with Slide(pyramids.parent / row["path"]) as slide:
+    entries = []
+    for entry in read_manifest(pyramids):
+        with Slide(entry.path) as slide:
             pixels = slide.read(0, (0, 0, *slide.shape_yx)).transpose(1, 2, 0)
-        row["path"] = f"{row['slide_id']}.tif"
+        path = folder / f"{entry.slide_id}.tif"
         tiles = [pixels[y : y + 64, x : x + 64] for y in range(0, len(pixels), 64) for x in range(0, 150, 64)]
-        write_tiff(folder / row["path"], iter(tiles), shape=pixels.shape, dtype="uint8", tile=64)
-    with (folder / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        write_tiff(path, iter(tiles), shape=pixels.shape, dtype="uint8", tile=64)
+        entries.append(replace(entry, path=str(path)))
+    write_manifest(folder / "manifest.csv", entries)
     return folder / "manifest.csv"
 
 
@@ -126,14 +124,12 @@ def test_what_is_slow_to_read_is_said(config, tmp_path, capsys):
 
 
 def test_a_cohort_in_a_bucket_trains_where_it_lies(config, tiffs, finished, s3, tmp_path):
-    rows = list(csv.DictReader(tiffs.read_text().splitlines()))
-    for row in rows:
-        s3.put(row["path"], (tiffs.parent / row["path"]).read_bytes())
-        row["path"] = f"{s3.url}/{row['path']}"
-    with (tmp_path / "m.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    entries = []
+    for entry in read_manifest(tiffs):
+        name = Path(entry.path).name
+        s3.put(name, Path(entry.path).read_bytes())
+        entries.append(replace(entry, path=f"{s3.url}/{name}"))
+    write_manifest(tmp_path / "m.csv", entries)
     train(read_manifest(tmp_path / "m.csv"), config, tmp_path / "run")
     mine, theirs = (load_file(folder / MODEL / "model.safetensors") for folder in (tmp_path / "run", finished))
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
