@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage.errors import ConversionError
-from storage.format.levels import MIN_LEVEL_SIZE, halved, level_sizes
+from storage.format.levels import MIN_LEVEL_SIZE, coarsened, level_sizes
 from storage.format.ome_zarr import LevelInfo, PyramidInfo
 from storage.format.shard import BloscCodec, ShardLayout
 from storage.limits import LIMITS
@@ -60,7 +60,7 @@ def plan(
     channels, height, width = source.shape
     layout = _layout(source, options, target)
     levels = [
-        LevelInfo(str(number), (channels, *size_yx), layout, *halved(number, scale_yx, first_yx))
+        LevelInfo(str(number), (channels, *size_yx), layout, *coarsened(2**number, scale_yx, first_yx))
         for number, size_yx in enumerate(level_sizes(height, width, options.min_level_size))
     ]
     if (shards := sum(math.prod(level.shard_grid) for level in levels)) > LIMITS.shards:

@@ -48,11 +48,14 @@ def half_size(height: int, width: int) -> tuple[int, int]:
     return (-(-height // 2), -(-width // 2))
 
 
-def halved(
-    number: int, scale_yx: tuple[float, float], first_yx: tuple[float, float]
+def coarsened(
+    factor: float, scale_yx: tuple[float, float], first_yx: tuple[float, float]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Pixel size and centre of the first pixel of level ``number``, of those of level 0: means lie in the middle."""
-    (y, x), (first_y, first_x), factor = scale_yx, first_yx, 2**number
+    """Pixel size and centre of the first pixel of a level that is ``factor`` times coarser than one with these.
+
+    A mean lies in the middle of what it is of.
+    """
+    (y, x), (first_y, first_x) = scale_yx, first_yx
     return (y * factor, x * factor), (first_y + y * (factor - 1) / 2, first_x + x * (factor - 1) / 2)
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from storage.format.levels import MIN_LEVEL_SIZE, Level, half_size
+from storage.format.levels import MIN_LEVEL_SIZE, Level, coarsened, half_size
 from storage.images.halving import downsample, whole_ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -80,6 +80,20 @@ class HalvedSource:
             out[:, top - y : bottom - y, left - x : right - x] = downsample(finer[0])
 
 
+def fill_apart(
+    boxes: NDArray[np.int64], out: NDArray[Any], shape_yx: tuple[int, int], read: Callable[..., NDArray[Any]]
+) -> int:
+    """Fill boxes one by one by ``read(y, x, h, w)`` of their part in the image; return how often it was asked."""
+    asked = 0
+    for box, own in zip(boxes, out, strict=True):
+        y, x = box[:2].tolist()
+        y0, x0, y1, x1 = inside(box, shape_yx)
+        if y0 < y1 and x0 < x1:
+            own[:, y0 - y : y1 - y, x0 - x : x1 - x] = read(y0, x0, y1 - y0, x1 - x0)
+            asked += 1
+    return asked
+
+
 def inside(box: NDArray[np.int64], shape_yx: tuple[int, int]) -> tuple[int, int, int, int]:
     """What of a box (y, x, h, w) lies in the image: its first row and column, and the ends of both."""
     y, x, h, w = box.tolist()
@@ -114,14 +128,14 @@ def _halved(step: _Step) -> _Step:
 
 
 def _level(step: _Step, piece: int, known_yx: tuple[float, float] | None) -> Level:
-    mpp_y, mpp_x = known_yx or (1.0, 1.0)
+    scale_yx, translation_yx = coarsened(step.downsample, known_yx or (1.0, 1.0), (0.0, 0.0))
     return Level(
         shape_yx=step.shape_yx,
         downsample=step.downsample,
-        mpp=mpp_y * step.downsample if known_yx else None,
+        mpp=scale_yx[0] if known_yx else None,
         chunk=piece,
         shard=piece,
-        scale_yx=(mpp_y * step.downsample, mpp_x * step.downsample),
-        translation_yx=(mpp_y * (step.downsample - 1) / 2, mpp_x * (step.downsample - 1) / 2),
+        scale_yx=scale_yx,
+        translation_yx=translation_yx,
         made_of=None if step.number is not None else step.stored,
     )

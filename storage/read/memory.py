@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.format.levels import MIN_LEVEL_SIZE, Level, halved, level_sizes
+from storage.format.levels import MIN_LEVEL_SIZE, Level, coarsened, level_sizes
 from storage.images.halving import downsample
 from storage.images.raster import RasterImage
 from storage.place.files import RandomFile
@@ -64,7 +64,7 @@ class MemorySource:
 
 
 def _level(number: int, size_yx: tuple[int, int]) -> Level:
-    scale_yx, first_yx = halved(number, (1.0, 1.0), (0.0, 0.0))
+    scale_yx, first_yx = coarsened(2**number, (1.0, 1.0), (0.0, 0.0))
     return Level(
         shape_yx=size_yx,
         downsample=scale_yx[0],

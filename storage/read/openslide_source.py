@@ -5,10 +5,11 @@ Shape letters: N boxes, C channels.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.read.halved import HalvedSource, inside
+from storage.read.halved import HalvedSource, fill_apart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,12 +28,9 @@ class OpenSlideSource(HalvedSource):
         self.name, self.identity = Path(image.location).stem, image.identity
 
     def _fill_stored(self, number: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
-        for box, own in zip(boxes, out, strict=True):
-            y0, x0, y1, x1 = inside(box, self._image.sizes_yx[number])
-            if y0 < y1 and x0 < x1:
-                y, x = box[:2].tolist()
-                own[:, y0 - y : y1 - y, x0 - x : x1 - x] = self._image.read_level(number, y0, x0, y1 - y0, x1 - x0)
-                self._counters.add(requests=1, chunks=1)
+        read = partial(self._image.read_level, number)
+        asked = fill_apart(boxes, out, self._image.sizes_yx[number], read)
+        self._counters.add(requests=asked, chunks=asked)
 
     def close(self) -> None:
         """Let go of the file."""

@@ -18,7 +18,7 @@ from storage.format.shard import CHECKSUM_BYTES, crc32c
 from storage.images.tiff import TiffImage
 from storage.place.files import RandomFile
 from storage.read.boxes import cut
-from storage.read.halved import HalvedSource, inside
+from storage.read.halved import HalvedSource, fill_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,14 +65,10 @@ class TiffSource(HalvedSource):
     def _fill_stored(self, number: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Decode each tile once; plain pixels are read row by row."""
         image = self._images[number]
-        if not image.direct:
+        if image.direct:
+            fill_apart(boxes, out, (image.shape[1], image.shape[2]), image.read)
+        else:
             self._decode(image, boxes, out)
-            return
-        for box, own in zip(boxes, out, strict=True):
-            y0, x0, y1, x1 = inside(box, (image.shape[1], image.shape[2]))
-            if y0 < y1 and x0 < x1:
-                y, x = box[:2].tolist()
-                own[:, y0 - y : y1 - y, x0 - x : x1 - x] = image.read(y0, x0, y1 - y0, x1 - x0)
 
     def close(self) -> None:
         """Close the file."""

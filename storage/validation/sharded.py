@@ -16,7 +16,7 @@ import numpy as np
 
 from storage.conversion.build import children
 from storage.errors import CorruptImageError, NotAPyramidError, StorageError, TransferError
-from storage.format.levels import half_size, halved
+from storage.format.levels import coarsened, half_size
 from storage.format.ngff import load_json
 from storage.format.ome_zarr import LevelInfo, PyramidInfo, pyramid_info
 from storage.format.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
@@ -67,7 +67,7 @@ def _check_copies(check: Check, store: Store, info: PyramidInfo, copies: dict[st
 def _check_places(check: Check, levels: tuple[LevelInfo, ...]) -> None:
     """Each level's pixels must have the size and place that halving gives, or patches would come from elsewhere."""
     for number, level in enumerate(levels):
-        size, place = map(np.array, halved(number, levels[0].scale_yx, levels[0].translation_yx))
+        size, place = map(np.array, coarsened(2**number, levels[0].scale_yx, levels[0].translation_yx))
         sound = np.abs(level.scale_yx - size) <= size * ROUNDING
         sound &= np.abs(level.translation_yx - place) <= (size + np.abs(place)) * ROUNDING
         if not sound.all():
