@@ -23,8 +23,9 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 from torch.nn import functional
 
-from nested_ats import ArrayImage, ModelConfig
+from nested_ats import ArrayImage, Mask, ModelConfig
 from pipeline.data.signs import LABELS, sign_scene
+from pipeline.data.tissue import Finding, tissue
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
@@ -70,6 +71,9 @@ class Data(NamedTuple):
     folds: list[tuple[Tensor, Tensor]]
 
 
+_MASK = 4.0  # downsample of the view on which tissue is found
+
+
 class ByteImage(ArrayImage):
     """An `ArrayImage` whose levels are bytes, as those of a pyramid on disk are: a quarter of the memory.
 
@@ -80,6 +84,12 @@ class ByteImage(ArrayImage):
         self._levels = levels
         self._background = round(background * 255)
         self.identity: str | None = None
+        self.mask = None
+
+    @property
+    def levels(self) -> list[Tensor]:
+        """Pixels (C, H, W) of every level."""
+        return self._levels
 
     @property
     def finest(self) -> NDArray[np.uint8]:
@@ -110,6 +120,10 @@ def make_data(name: str, task: Task, places: Places, jobs: int) -> Data:
     labels = torch.tensor([label for label, _ in made])
     for image, (_, digest) in zip(images, made, strict=True):
         image.identity = digest
+        if name == "slides":
+            view = image.downsamples.index(_MASK)
+            found = tissue(image.levels[view].numpy(), Finding(), None, "a slide")
+            image.mask = Mask(torch.from_numpy(found), (_MASK, _MASK))
     rows = torch.arange(count)
     folds = [(rows[: task.train], rows[task.train :])]
     if name == "slides":

@@ -33,11 +33,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nested_ats.images import find_level
+from nested_ats import Mask
 from nested_ats.networks.encoders import build_encoder
 from nested_ats.networks.presets import IMAGENET_MEAN, IMAGENET_STD
-from nested_ats.prior import occupied, signal, thresholds
+from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
+from pipeline.data.tissue import find_mask
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.training.train import versions
@@ -47,7 +48,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sixty_slides_cpu.json"
 CONFIG = HERE.parent / "examples" / "histology.yaml"
 FOLDS = 3
-TILE, VIEW = 64, 16  # pixels; downsample at which tissue is told
+TILE = 64  # pixels
 ONE_LEVEL = "model.levels=[{downsample: 8, stride: 8, samples: 32, channels: [16, 16]}]"
 ALL_TILES = "attention over all tiles"
 ARMS: dict[str, list[str]] = {
@@ -141,14 +142,11 @@ def encode_tiles(slides: list[Path], weights: Path) -> tuple[list[Tensor], float
     bags = []
     for path in slides:
         image = SlideImage(Slide(path), background=1.0)
-        level = find_level(image, VIEW)
-        stride = TILE // VIEW
-        view = image.read(
-            level, torch.tensor([[0, 0, *(-(-side // stride) * stride for side in image.shapes[level])]])
-        )
-        seen = signal(view / 255, "tissue", 0.0)
-        rows, columns = occupied(seen, thresholds(seen, "tissue"), stride)[0].nonzero(as_tuple=True)
-        boxes = torch.stack([rows * TILE, columns * TILE, *(torch.full_like(rows, TILE) for _ in range(2))], 1)
+        corners = torch.cartesian_prod(*(torch.arange(0, side, TILE) for side in image.shapes[0]))
+        found = find_mask(image.slide, Entry(slide_id="", path=str(path)), "tissue")
+        covered = Mask(torch.from_numpy(found.pixels), found.pitch_yx).area(torch.cat([corners, corners + TILE], -1))
+        corners = corners[covered > 0.05 * TILE**2]
+        boxes = torch.cat([corners, torch.full_like(corners, TILE)], -1)
         parts = [(image.read(0, part) / 255 - mean) / std for part in boxes.split(128)]
         bags.append(torch.cat([encoder(part.contiguous(memory_format=torch.channels_last)) for part in parts]))
     return bags, time.monotonic() - began

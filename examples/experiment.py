@@ -370,11 +370,10 @@ def _keep_attention(folder: Path, entries: Sequence[Entry], slides: Sequence[str
     classifier = Classifier(prediction_settings(folder / "run", draws=1, device=device))
     by_id = {entry.slide_id: entry for entry in entries}
     for slide_id in slides:
-        with classifier.open(by_id[slide_id]) as slide:
-            image = SlideImage(slide, background=classifier.settings.background)
+        with classifier.opened(by_id[slide_id]) as image:
             outputs = classifier.estimate(by_id[slide_id], image).outputs
             if outputs[0].phases:
-                density, pitch = attention_map(outputs, slide.shape_yx)
+                density, pitch = attention_map(outputs, image.shapes[0])
                 place = make_folder(folder / "attention") / f"{file_name(slide_id)}-{epoch}.npz"
                 np.savez(place, weights=density.numpy(), pitch=pitch)
 

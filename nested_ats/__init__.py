@@ -19,6 +19,7 @@ from nested_ats.expectation import entropy, expectation
 from nested_ats.feature_store import FeatureStore
 from nested_ats.images import ArrayImage, Image, read_batch
 from nested_ats.losses import attention_sampling_loss
+from nested_ats.mask import Mask
 from nested_ats.models.base import ImageModel
 from nested_ats.models.cnn import CNN
 from nested_ats.models.deepmil import DeepMIL
@@ -45,6 +46,7 @@ __all__ = [
     "ImageModel",
     "ImpossibleWeightsError",
     "LevelConfig",
+    "Mask",
     "ModelConfig",
     "ModelFileError",
     "ModelInfo",

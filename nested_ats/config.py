@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from nested_ats.mask import PRIORS, Prior
 from nested_ats.networks.builtin import ENCODERS
 from nested_ats.networks.encoders import check_encoder, read_choice
 from nested_ats.networks.trainable import Trainable, check_trainable
-from nested_ats.prior import PRIORS, Prior
 from nested_ats.sampling import METHODS, Method
 
 # Of `levels_for`: pixels of the coarse view, ratio of downsamples, pixels of a region; pixels of a cell of the
@@ -87,6 +87,11 @@ class PatchConfig(EncoderConfig):
     allow_gaps: bool = (
         False  # whether cells may be larger than a patch, which is centred on one: no draw sees the rest
     )
+    # Patches that can be drawn: all; those with tissue, which is told by its colour; with valid pixels, all but
+    # nodata; or with something of the mask that the manifest's column mask names.
+    prior: Prior = "none"
+    min_tissue: float = 0.05  # share of a patch that must be tissue, valid, or of the mask
+    nodata: float | None = None  # of pixels that are not valid, in [0, 1], in files that do not tell it themselves
 
     def _check_encoder(self, patch_size: int | None) -> None:
         assert patch_size is None  # noqa: S101 - the size is the configuration's own
@@ -95,10 +100,19 @@ class PatchConfig(EncoderConfig):
             raise ValueError("patch_downsample: must be at least 1")
         if not self.scale > 0:
             raise ValueError("scale: must be positive")
+        if self.prior not in PRIORS:
+            raise ValueError(f"prior: must be one of {', '.join(PRIORS)}, not {self.prior!r}")
+        if not 0 <= self.min_tissue <= 1:
+            raise ValueError("min_tissue: must be between 0 and 1")
 
-    def _check_cover(self, field: str, cell_l0: float) -> None:
+    @property
+    def cell_l0(self) -> float:
+        """Side of the cells that patches are centred on, in level-0 pixels."""
+        raise NotImplementedError
+
+    def _check_cover(self, field: str) -> None:
         """Raise ValueError where a patch is smaller than the cell that it stands for, and that is not meant."""
-        side = self.patch_size * self.patch_downsample
+        side, cell_l0 = self.patch_size * self.patch_downsample, self.cell_l0
         if side * (1 + 1e-9) < cell_l0 and not self.allow_gaps:  # 30 * 1.1 is to cover 33
             raise ValueError(
                 f"{field}: patches of patch_size * patch_downsample = {side:g} level-0 pixels do not cover the cells "
@@ -150,8 +164,6 @@ class ModelConfig(PatchConfig):
     kind: Literal["ats"] = "ats"
     levels: tuple[LevelConfig, ...]  # coarse to fine; one level is the paper's model
     attention: Literal["residual", "independent"] = "residual"  # residual: a finer level adds to its parent's map
-    prior: Prior = "none"  # cells that can be drawn: all, those with tissue, or those with valid pixels
-    nodata: float = 0.0  # of pixels that are not valid, in [0, 1]
     method: Method = "pivotal"  # sampler: pivotal, systematic, desraj or multinomial
 
     def __post_init__(self) -> None:
@@ -170,13 +182,11 @@ class ModelConfig(PatchConfig):
                     f"cells of {self.levels[depth - 1].extent_l0:g} above them"
                 )
         super().__post_init__()
-        self._check_cover(f"levels[{len(self.levels) - 1}].stride", self.levels[-1].extent_l0)
+        self._check_cover(f"levels[{len(self.levels) - 1}].stride")
         if self.levels[-1].group != 1:
             raise ValueError("levels: the last level draws the patches, cells of its map: its group must be 1")
         if self.attention not in ("residual", "independent"):
             raise ValueError(f"attention: must be residual or independent, not {self.attention!r}")
-        if self.prior not in PRIORS:
-            raise ValueError(f"prior: must be one of {', '.join(PRIORS)}, not {self.prior!r}")
         if self.method not in METHODS:
             raise ValueError(f"method: must be one of {', '.join(METHODS)}, not {self.method!r}")
 
@@ -184,6 +194,11 @@ class ModelConfig(PatchConfig):
     def downsamples(self) -> tuple[float, ...]:
         """Of all levels that the model reads, coarse to fine."""
         return (*(level.downsample for level in self.levels), self.patch_downsample)
+
+    @property
+    def cell_l0(self) -> float:
+        """Side of the cells that patches are centred on, in level-0 pixels."""
+        return self.levels[-1].extent_l0
 
 
 def levels_for(shape_yx: tuple[int, int], *, patch_size: int = 64, samples: int = 8) -> tuple[LevelConfig, ...]:
@@ -233,9 +248,14 @@ class DeepMILConfig(PatchConfig):
         super().__post_init__()
         if min(self.stride, self.attention_features, self.chunk) < 1:
             raise ValueError("stride, attention_features and chunk must be positive")
-        self._check_cover("stride", self.stride * self.patch_downsample)
+        self._check_cover("stride")
         if self.attention not in ("plain", "gated"):
             raise ValueError(f"attention: must be plain or gated, not {self.attention!r}")
+
+    @property
+    def cell_l0(self) -> float:
+        """Side of the cells that patches are centred on, in level-0 pixels."""
+        return self.stride * self.patch_downsample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +271,12 @@ class UniformConfig(PatchConfig):
         super().__post_init__()
         if min(self.samples, self.cell) < 1:
             raise ValueError("samples and cell must be at least 1")
-        self._check_cover("cell", self.cell)
+        self._check_cover("cell")
+
+    @property
+    def cell_l0(self) -> float:
+        """Side of the cells that patches are centred on, in level-0 pixels."""
+        return self.cell
 
 
 @dataclass(frozen=True, kw_only=True)

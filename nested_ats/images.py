@@ -23,7 +23,8 @@ class Image(Protocol):
     """An image at several resolutions; level 0 is the finest.
 
     It may also have an ``identity``, text or None: equal texts are equal pixels in every box of every level, so that
-    features of its patches may be kept (`nested_ats.FeatureStore`).
+    features of its patches may be kept (`nested_ats.FeatureStore`). A model with a ``prior`` asks for a ``mask``, of
+    what there is to see (`nested_ats.Mask`).
     """
 
     @property
@@ -54,6 +55,14 @@ class Image(Protocol):
         ...
 
 
+class HasArea(Protocol):
+    """What a model asks of the mask of an image; `nested_ats.Mask` is one."""
+
+    def area(self, boxes_l0: Tensor) -> Tensor:
+        """Area of the mask in (..., 4) boxes; see `nested_ats.Mask.area`."""
+        ...
+
+
 class ArrayImage:
     """An image in memory, with levels by 2x2 mean (odd edges average the pixels there are).
 
@@ -65,6 +74,8 @@ class ArrayImage:
         Number of levels, the first being `pixels` itself.
     background
         Value of pixels off the image, on the scale of `scale_pixels`.
+    mask
+        Where there is something to see, for models with a ``prior``.
 
     Raises
     ------
@@ -72,9 +83,12 @@ class ArrayImage:
         `pixels` are integers of another type.
     """
 
-    def __init__(self, pixels: Tensor, *, levels: int = 1, background: float = 0.0) -> None:
+    def __init__(
+        self, pixels: Tensor, *, levels: int = 1, background: float = 0.0, mask: HasArea | None = None
+    ) -> None:
         pixels = scale_pixels(pixels)
         self._background = background
+        self.mask: HasArea | None = mask
         self._levels = [pixels]
         for _ in range(levels - 1):
             coarser = functional.avg_pool2d(self._levels[-1], 2, ceil_mode=True, count_include_pad=False)

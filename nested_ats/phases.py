@@ -31,15 +31,12 @@ class Population(NamedTuple):
     cells
         (B, n, k, g, g): logits of the attention map within each unit, g x g cells in their place; a unit that is
         drawn hands them on to the next level. None where there is no next level.
-    threshold
-        (B,): above which something is in a pixel (`nested_ats.prior`). None where any cell is possible.
     """
 
     log_attention: Tensor
     centers_l0: Tensor
     extent_l0: float
     cells: Tensor | None = None
-    threshold: Tensor | None = None
 
 
 class Phase(NamedTuple):

@@ -35,6 +35,17 @@ def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
         ) from error
 
 
+def cache_folder() -> Path:
+    """Return the product's folder in the user's cache (XDG base directory specification).
+
+    Raises
+    ------
+    RuntimeError
+        There is no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested-ats"
+
+
 def read_inside(folder: Path, name: str) -> bytes:
     """Content of a file of a folder that the pipeline made, which may since have been anybody's.
 

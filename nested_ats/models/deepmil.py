@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from nested_ats.cells import image_cells
 from nested_ats.config import DeepMILConfig
 from nested_ats.expectation import entropy
 from nested_ats.images import Image
@@ -42,7 +41,7 @@ class _AttentionPooling(nn.Module):
 class DeepMIL(PatchModel):
     """Attention over the features of **all** patches of a grid; every draw is the same.
 
-    Patches are centred on the cells of a grid that tiles the image. Nothing is left out as background.
+    Patches are centred on the cells of a grid that tiles the image; the configuration's ``prior`` leaves some out.
 
     Memory of a training step grows with the image: the activations of every patch are kept, as in the paper, or with
     ``recompute`` those of one chunk at a time, for one more forward pass; the pixels of all patches are kept either
@@ -77,20 +76,20 @@ class DeepMIL(PatchModel):
     ) -> Reading[Output]:
         """Classify a batch of images; see `ImageModel.forward`. The one phase holds every patch, with z = 1."""
         del keys, views
-        extent = self.config.patch_downsample * self.config.stride
-        centers, there = image_cells(images, extent)
+        centers, possible = self._grid(images)
+        grids = [own[mine] for own, mine in zip(centers, possible, strict=True)]
+        most = max(map(len, grids))
         bags = []
-        for image, own, inside in zip(images, centers, there, strict=True):
-            bags.append((yield from self._bag(image, own[inside])))
-        logits = [
-            functional.pad(self.pooling(bag), (0, centers.shape[1] - len(bag)), value=-torch.inf) for bag in bags
-        ]
+        for image, own in zip(images, grids, strict=True):
+            bags.append((yield from self._bag(image, own)))
+        logits = [functional.pad(self.pooling(bag), (0, most - len(bag)), value=-torch.inf) for bag in bags]
+        places = [functional.pad(own, (0, 0, 0, most - len(own))) for own in grids]
         stacked = torch.stack(logits)
         log_attention = stacked.log_softmax(-1, dtype=torch.promote_types(stacked.dtype, torch.float32))
         attention = log_attention.exp()
         # Not a matrix product: autocast would make it one of bf16.
         pooled = torch.stack([(a[: len(f), None] * f).sum(0) for a, f in zip(attention, bags, strict=True)])
-        phase = _all_of(Population(log_attention[:, None], centers[:, None], extent))
+        phase = _all_of(Population(log_attention[:, None], torch.stack(places)[:, None], self.config.cell_l0))
         return Output(self.head(pooled), entropy(log_attention), pooled, (phase,))
 
     def _bag(self, image: Image, centers_l0: Tensor) -> Reading[Tensor]:

@@ -19,18 +19,14 @@ from torch.nn import functional
 
 from nested_ats.cells import boxes_at, cell_centers, curve_order, grid_centers, image_sizes
 from nested_ats.config import ModelConfig
-from nested_ats.errors import EncoderError
 from nested_ats.expectation import entropy, expectation
 from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.residual import group_logits, inherited
 from nested_ats.networks.attention import AttentionNetwork
 from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase, take_all
-from nested_ats.prior import occupied, signal, thresholds
 from nested_ats.reading import Reading
 from nested_ats.sampling import Draw, draw, fold_in
-
-_RGB = 3
 
 
 class NestedATS(SamplingModel):
@@ -57,8 +53,6 @@ class NestedATS(SamplingModel):
     attention: nn.ModuleList
 
     def __init__(self, config: ModelConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
-        if config.prior == "tissue" and in_channels != _RGB:
-            raise EncoderError(f"prior: tissue is told by colour, and the images have {in_channels} channels, not 3")
         residual = config.attention == "residual"
         attention = nn.ModuleList(
             AttentionNetwork(
@@ -103,14 +97,12 @@ class NestedATS(SamplingModel):
             filled = [functional.pad(p, (0, 0) * (p.ndim - 3) + (0, most - p.shape[2]), value=value) for p in parts]
             return torch.cat(filled)[order.to(filled[0].device)]
 
-        thresholds = [each.threshold for each in maps if each.threshold is not None]
         cells = [each.cells for each in maps if each.cells is not None]
         return Population(
             together([each.log_attention for each in maps], -torch.inf),
             together([each.centers_l0 for each in maps], 0.0),
             self.config.levels[0].extent_l0,
             together(cells, -torch.inf) if cells else None,
-            torch.cat(thresholds)[order.to(thresholds[0].device)] if thresholds else None,
         )
 
     def sample(
@@ -171,7 +163,7 @@ class NestedATS(SamplingModel):
         above = None
         if self.config.attention == "residual":
             above = self._inherit(depth, parents, origins)
-        return self._look(depth, images, views, origins, above, parents.population.threshold)
+        return self._look(depth, images, views, origins, above)
 
     def _inherit(self, depth: int, parents: Phase, origins: Tensor) -> Tensor:
         """Logits (B, n, k, k) that the cells of drawn regions have from the map above."""
@@ -193,27 +185,22 @@ class NestedATS(SamplingModel):
         views: Tensor,
         origins: Tensor,
         above: Tensor | None = None,
-        threshold: Tensor | None = None,
     ) -> Population:
         """Attend to (B, n, C, H, W) views at (B, n, 2) origins, in pixels of their level."""
-        level, network, prior = self.config.levels[depth], self._network(depth), self.config.prior
+        level, network = self.config.levels[depth], self._network(depth)
         shape = views.shape[:2]
-        pixels = self._scale(views.flatten(0, 1))
-        logits: Tensor = network(self._normalise(pixels).contiguous(memory_format=torch.channels_last))
+        logits: Tensor = network(
+            self._normalise(self._scale(views.flatten(0, 1))).contiguous(memory_format=torch.channels_last)
+        )
         # In bf16 the probabilities of many cells would not sum to one.
         rows, columns = logits.shape[-2:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(*shape, rows, columns)
         if above is not None:
             logits = logits + above
         centers = (origins.cpu()[..., None, None, :] + _grid(rows, columns, level.stride)) * level.downsample
-        possible = _inside(images, centers, level.downsample * level.stride).to(logits.device)
-        if prior != "none":
-            m = network.margin
-            seen = signal(pixels[..., m : pixels.shape[-2] - m, m : pixels.shape[-1] - m], prior, self.config.nodata)
-            if threshold is None:
-                threshold = thresholds(seen, prior)
-            each = threshold[:, None].expand(shape).flatten()
-            possible = _prefer(occupied(seen, each, level.stride).reshape(possible.shape) & possible, possible)
+        extent = level.downsample * level.stride
+        possible = _inside(images, centers, extent)
+        possible = _prefer(possible & self.worth_drawing(images, centers, extent), possible).to(logits.device)
         if above is not None:
             possible = _prefer(possible & (above > -torch.inf), above > -torch.inf)
             # A slot that repeats another where too few were drawn may have nothing above; it weighs nothing.
@@ -232,7 +219,6 @@ class NestedATS(SamplingModel):
             places * level.downsample,
             level.extent_l0,
             None if last else cells,
-            threshold,
         )
 
     def _draw(self, weights: Tensor, n: int, keys: Tensor) -> Draw:

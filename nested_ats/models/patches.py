@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nested_ats.cells import boxes_at, image_sizes
+from nested_ats.cells import boxes_at, image_cells, image_sizes
 from nested_ats.config import PatchConfig
 from nested_ats.feature_store import EncoderName, FeatureStore
 from nested_ats.images import Image, batch_reads, find_level
+from nested_ats.mask import worth_seeing
 from nested_ats.models.base import ImageModel
 from nested_ats.networks.encoders import read_choice
 from nested_ats.phases import Output, Phase, Population, Sampler
@@ -27,7 +28,17 @@ from nested_ats.reading import Reading, run
 _LEAST_SPREAD = 0.01  # of a feature that is standardised, of the mean of all
 _READS = 8  # parts in which one image's patches are read, so that several threads can read them
 # Keys that decide nothing of what a frozen encoder makes of a patch.
-_AFTER_FEATURES = ("trainable", "scale", "standardise", "location", "allow_gaps", "mpp")
+_AFTER_FEATURES = (
+    "trainable",
+    "scale",
+    "standardise",
+    "location",
+    "allow_gaps",
+    "mpp",
+    "prior",
+    "min_tissue",
+    "nodata",
+)
 
 
 class PatchModel(ImageModel):
@@ -105,6 +116,36 @@ class PatchModel(ImageModel):
         wanted = zip(images, levels, parts, strict=True)
         pixels = iter((yield [partial(image.read, level, part) for image, level, own in wanted for part in own]))
         return [torch.cat([next(pixels) for _ in own]) for own in parts]
+
+    def worth_drawing(self, images: Sequence[Image], centers_l0: Tensor, extent_l0: float) -> Tensor:
+        """Whether cells have, around some point of theirs, a patch with enough of the image's mask in it.
+
+        A cell of no more than one patch has its own patch; a larger one, all those that may be drawn inside it.
+
+        Parameters
+        ----------
+        images
+            B of them; each has a ``mask`` unless the configuration's ``prior`` is none.
+        centers_l0
+            (B, ..., 2) float64: centres of cells in level-0 pixels.
+        extent_l0
+            Side of a cell in level-0 pixels.
+
+        Returns
+        -------
+        (B, ...) bool
+        """
+        if self.config.prior == "none":
+            return torch.ones(centers_l0.shape[:-1], dtype=torch.bool)
+        patch = self.config.patch_size * self.config.patch_downsample
+        reach = (extent_l0 - self.config.cell_l0 + patch) / 2
+        return worth_seeing(images, centers_l0, reach, self.config.min_tissue * patch**2)
+
+    def _grid(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
+        """Cells of `image_cells`, and on which of them patches are centred: all, of an image with nothing to see."""
+        centers, there = image_cells(images, self.config.cell_l0)
+        possible = there & self.worth_drawing(images, centers, self.config.cell_l0)
+        return centers, torch.where(possible.any(-1, keepdim=True), possible, there)
 
     def _patch_boxes(self, centers_l0: Tensor) -> Tensor:
         return boxes_at(centers_l0, self.config.patch_downsample, self.config.patch_size)

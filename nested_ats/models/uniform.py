@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nested_ats.cells import image_cells
 from nested_ats.config import UniformConfig
 from nested_ats.expectation import entropy, expectation
 from nested_ats.images import Image
@@ -48,10 +47,10 @@ class UniformSampling(SamplingModel):
     def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
         """Give every cell of an image the same attention; see `SamplingModel.attend`. No pixel is read."""
         del views
-        centers, there = image_cells(images, self.config.cell)
+        centers, possible = self._grid(images)
         weight = self.head.weight
-        logits = torch.zeros(there.shape, device=weight.device, dtype=weight.dtype)
-        logits = logits.masked_fill(~there.to(weight.device), -torch.inf)
+        logits = torch.zeros(possible.shape, device=weight.device, dtype=weight.dtype)
+        logits = logits.masked_fill(~possible.to(weight.device), -torch.inf)
         return Population(logits.log_softmax(-1)[:, None], centers[:, None], self.config.cell)
 
     def sample(

@@ -10,16 +10,34 @@ Shape letters: N boxes, C channels, h w pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nested_ats.images import Image, find_level
+from nested_ats.images import HasArea, Image, find_level
 from nested_ats.sampling import uniform
 
 if TYPE_CHECKING:
     from pipeline.config import AugmentConfig
+
+
+class _MovedMask(NamedTuple):
+    """A mask behind the symmetry and the translation of an image; see `nested_ats.Mask`."""
+
+    mask: HasArea
+    shift: Tensor  # (2,) level-0 pixels
+    mirrored: Tensor  # (2,) bool
+    extent: Tensor  # (2,) level-0 pixels, the size of what is mirrored
+    transposed: bool
+
+    def area(self, boxes_l0: Tensor) -> Tensor:
+        """Area of the mask in (..., 4) boxes of the changed image."""
+        starts, ends = boxes_l0[..., :2] - self.shift, boxes_l0[..., 2:] - self.shift
+        edges = [
+            torch.where(self.mirrored, self.extent - far, near) for near, far in ((starts, ends), (ends, starts))
+        ]
+        return self.mask.area(torch.cat([edge.flip(-1) if self.transposed else edge for edge in edges], -1))
 
 
 class AugmentedImage:
@@ -84,6 +102,16 @@ class AugmentedImage:
         if identity is None or self._shifts.any() or self._contrast != 1 or self._brightness != 0:
             return None
         return f"{identity}/{self._turn}/{self._extents.tolist()}" if self._turn else identity
+
+    @property
+    def mask(self) -> _MovedMask | None:
+        """The image's mask, moved like the image."""
+        mask: HasArea | None = getattr(self._image, "mask", None)
+        return (
+            None
+            if mask is None
+            else _MovedMask(mask, self._shifts[0], self._mirrored, self._extents[0], self._transposed)
+        )
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """Read boxes as (N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""

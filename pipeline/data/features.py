@@ -32,6 +32,7 @@ from torch import Tensor
 from nested_ats import ImageModel
 from nested_ats.models.patches import PatchModel
 from pipeline.config import FeaturesConfig
+from pipeline.files import cache_folder
 from storage import StorageError
 from storage.format.shard import checksum_holds, crc32c
 from storage.place.local_store import NotAFile, open_regular
@@ -231,17 +232,12 @@ def use_features(model: ImageModel, config: FeaturesConfig | None) -> DiskFeatur
     if config is None or not isinstance(model, PatchModel) or model.config.trainable != "none":
         return None
     try:
-        folder = config.folder or default_folder()
+        folder = config.folder or cache_folder() / "features"
         model.store = store = DiskFeatures(folder, int(config.gigabytes * 1e9))
     except (StorageError, RuntimeError) as error:  # RuntimeError: there is no home folder
         _say(f"{error} (features of patches are not kept)")
         return None
     return store
-
-
-def default_folder() -> Path:
-    """Return the folder for features in the user's cache (XDG base directory specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested-ats" / "features"
 
 
 @contextmanager

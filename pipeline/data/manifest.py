@@ -1,6 +1,6 @@
 """The manifest has one row a slide, in CSV or Parquet, and is checked as a whole before any work.
 
-Columns are slide_id, path and label, and optionally case_id, split, fold and mpp; the column names of TRIDENT
+Columns are slide_id, path and label, and optionally case_id, split, fold, mpp and mask; the column names of TRIDENT
 (wsi), Slideflow (slide) and STAMP (PATIENT, FILENAME) are understood. Other columns are kept as they are, for the
 manifests and tables that are made of this one. Identifiers are texts, so leading zeros survive. Paths are relative
 to the manifest's folder.
@@ -46,6 +46,7 @@ class Entry:
     split: str = ""  # train, val or test; empty where the manifest has none
     fold: str = ""  # the cross-validation fold
     mpp: float | None = None  # micrometres per pixel of the finest level; this overrules what the file says
+    mask: str = ""  # path or URL of its mask, GeoJSON or an image: where there is something to see
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)  # further columns, as they were
 
 
@@ -105,8 +106,9 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
     rows = [asdict(entry) for entry in entries]
     extra = dict.fromkeys(name for row in rows for name in row["extra"])
     for row in rows:
-        if not is_remote(row["path"]):
-            row["path"] = _relative(Path(row["path"]), path.parent)
+        for name in ("path", "mask"):
+            if row[name] and not is_remote(row[name]):
+                row[name] = _relative(Path(row[name]), path.parent)
         row |= row.pop("extra")
     columns = [name for name in COLUMNS if name in ("slide_id", "path") or any(row[name] for row in rows)]
     text = io.StringIO()
@@ -241,21 +243,26 @@ def _check_whole(table: _Table) -> list[str]:
 
 def _entries(table: _Table, folder: Path) -> list[Entry]:
     here = os.path.abspath(folder)
+
+    def whole(path: str) -> str:
+        return path if not path or is_remote(path) else os.path.normpath(path if path[0] == "/" else f"{here}/{path}")
+
     mpps = {text: _number(text) for text in set(table.get("mpp", ("",)))}
     extra = [name for name in table if name not in COLUMNS]
     extras = (dict(zip(extra, more, strict=True)) for more in _rows(table, extra)) if extra else repeat({})
     return [
         Entry(
             slide_id=slide_id,
-            path=path if is_remote(path) else os.path.normpath(path if path[0] == "/" else f"{here}/{path}"),
+            path=whole(path),
             label=label,
             case_id=case_id,
             split=split,
             fold=fold,
             mpp=mpps[mpp],
+            mask=whole(mask),
             extra=more,
         )
-        for (slide_id, path, label, case_id, split, fold, mpp), more in zip(
+        for (slide_id, path, label, case_id, split, fold, mpp, mask), more in zip(
             _rows(table, COLUMNS), extras, strict=False
         )
     ]

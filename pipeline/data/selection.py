@@ -14,7 +14,7 @@ from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from pipeline.config import Config
 from pipeline.data.manifest import Entry, remarks
-from pipeline.data.slides import check_slide, open_slide
+from pipeline.data.slides import check_slide, open_image
 from pipeline.data.splits import assign_splits
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
@@ -155,8 +155,10 @@ def _encoder_remarks(config: Config) -> list[str]:
 
 def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> list[_Found]:
     def look(entry: Entry) -> _Found:
-        with Net(entry.slide_id, fail_fast=fail_fast) as net, open_slide(entry.path, config.data.cache) as slide:
-            levels = [slide.levels[number] for number in check_slide(slide, config.model, own_mpp=entry.mpp)]
+        with Net(entry.slide_id, fail_fast=fail_fast) as net:
+            image = open_image(entry, config.model, cache=config.data.cache)
+            with image.slide as slide:
+                levels = [slide.levels[number] for number in check_slide(image, config.model)]
             slow = next(filter(None, map(_why_slow, levels)), "")
             downsamples = tuple(level.downsample for level in levels)
             return _Found(entry, len(slide.channels), downsamples, slow, entry.mpp or slide.mpp)

@@ -7,15 +7,20 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nested_ats.config import EncoderConfig
+from nested_ats.config import EncoderConfig, PatchConfig
 from nested_ats.images import find_level
+from nested_ats.mask import Mask
 from pipeline.config import CacheConfig
+from pipeline.data.manifest import Entry
+from pipeline.data.tissue import model_mask
 from pipeline.errors import DataError
 from storage import Slide
 from storage.place.urls import is_remote
@@ -49,6 +54,7 @@ class SlideImage:
     fill : `background` as a value of the slide's type
     scale : pixels of the slide's finest level to a pixel of the image's, along each axis
     sources : number of the slide's level that each of the image's levels is read from
+    mask : where there is something to see; see `open_image`
 
     Raises
     ------
@@ -65,6 +71,7 @@ class SlideImage:
         self.scale = 1.0 if mpp is None else _scale(slide, mpp, own_mpp or slide.mpp)
         self._levels = list(_scaled_levels(slide, self.scale))
         self.sources = [level.source for level in self._levels]
+        self.mask: Mask | None = None
 
     @property
     def shapes(self) -> Sequence[tuple[int, int]]:
@@ -164,40 +171,27 @@ def _shares(starts: Tensor, count: int, shrink: float, read: int) -> Tensor:
 
 
 class SlideCache:
-    """Keeps slides open, by path, and closes the least recently used first; it is thread safe.
+    """Keeps slides open and closes the least recently used first; it is thread safe.
 
     Parameters
     ----------
-    background
-        The value of pixels off the slide; see `SlideImage`.
-    cache
-        Where chunks of slides at URLs are kept.
-    mpp
-        Micrometres per pixel of the images; see `SlideImage`.
+    config, background, cache
+        As `open_image` takes them.
     """
 
-    def __init__(self, *, background: float, cache: CacheConfig | None = None, mpp: float | None = None) -> None:
-        self._background, self._mpp = background, mpp
-        self._cache = cache
-        self._slides: OrderedDict[str, SlideImage] = OrderedDict()
+    def __init__(self, config: EncoderConfig, *, background: float, cache: CacheConfig | None = None) -> None:
+        self._open = partial(open_image, config=config, background=background, cache=cache)
+        self._slides: OrderedDict[Entry, SlideImage] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, path: str, own_mpp: float | None = None) -> SlideImage:
-        """Open a slide, whose pixels may measure otherwise than its file says, or return it open.
-
-        Raises
-        ------
-        storage.StorageError, DataError
-            The slide cannot be opened, or not at the model's scale.
-        """
+    def open(self, entry: Entry) -> SlideImage:
+        """Open the slide of an entry, or return it open; the errors are those of `open_image`."""
         with self._lock:
-            image = self._slides.pop(path, None)
+            image = self._slides.pop(entry, None)
         # This opens without the lock, as it may wait for a store. Two threads may open one slide, which does no harm.
-        image = image or SlideImage(
-            open_slide(path, self._cache), background=self._background, mpp=self._mpp, own_mpp=own_mpp
-        )
+        image = image or self._open(entry)
         with self._lock:
-            self._slides[path] = image
+            self._slides[entry] = image
             while len(self._slides) > _OPEN_SLIDES or (len(self._slides) > 1 and self._held_bytes() > _HELD_BYTES):
                 # It is not closed here, as another thread may read it; its descriptors go with the last reference.
                 self._slides.popitem(last=False)
@@ -205,6 +199,37 @@ class SlideCache:
 
     def _held_bytes(self) -> int:
         return sum(image.slide.memory_bytes for image in self._slides.values())
+
+
+def open_image(
+    entry: Entry, config: EncoderConfig, *, background: float = 0.0, cache: CacheConfig | None = None
+) -> SlideImage:
+    """Open a slide as a model looks at it, with the mask that the model's prior asks for.
+
+    Parameters
+    ----------
+    entry
+        The slide.
+    config
+        The configuration of the model.
+    background
+        The value of pixels off the slide; see `SlideImage`.
+    cache
+        Where chunks of slides at URLs are kept.
+
+    Raises
+    ------
+    storage.StorageError, DataError
+        The slide cannot be opened, or not at the model's scale, or there is nothing to see on it.
+    """
+    slide = open_slide(entry.path, cache)
+    with ExitStack() as stack:
+        stack.enter_context(slide)
+        image = SlideImage(slide, background=background, mpp=config.mpp, own_mpp=entry.mpp)
+        if isinstance(config, PatchConfig):
+            image.mask = model_mask(slide, entry, config, image.scale)
+        stack.pop_all()
+    return image
 
 
 def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
@@ -220,31 +245,26 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
 
 
-def check_slide(
-    slide: Slide, config: EncoderConfig, channels: int | None = None, own_mpp: float | None = None
-) -> list[int]:
+def check_slide(image: SlideImage, config: EncoderConfig, channels: int | None = None) -> list[int]:
     """See that a slide has what a model reads, and return the numbers of the slide's levels that are read.
 
     Parameters
     ----------
-    slide
-        An open slide.
+    image
+        The slide as the model looks at it.
     config
         The configuration of the model.
     channels
         The number of channels that the slide must have.
-    own_mpp
-        Micrometres per pixel of its finest level, over what its file says.
 
     Raises
     ------
     DataError
-        The slide has other channels, lacks a level or the model's scale, or is too small for the model's encoder.
+        The slide has other channels, lacks a level, or is too small for the model's encoder.
     """
-    path, count = slide.location, len(slide.channels)
+    path, count = image.slide.location, len(image.slide.channels)
     if channels is not None and count != channels:
         raise DataError(f"{path}: {count} channels where the model has {channels}; convert slides of one kind")
-    image = SlideImage(slide, mpp=config.mpp, own_mpp=own_mpp)
     try:
         found = [find_level(image, downsample) for downsample in config.downsamples]
     except ValueError as error:

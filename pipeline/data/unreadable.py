@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cluster import Context
 from nested_ats import Image
+from nested_ats.images import HasArea
 from pipeline.errors import DataError
 from pipeline.net import Net
 
@@ -94,6 +95,12 @@ class WatchedImage:
         """The identity of the image, if it has one."""
         identity: str | None = getattr(self._image, "identity", None)
         return identity
+
+    @property
+    def mask(self) -> HasArea | None:
+        """The mask of the image, if it has one."""
+        mask: HasArea | None = getattr(self._image, "mask", None)
+        return mask
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """Read boxes as (N, C, h, w) of the image's own type; see `nested_ats.Image.read`."""

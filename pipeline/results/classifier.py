@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from nested_ats import Image, ImageModel, ImpossibleWeightsError, Prediction, lo
 from nested_ats import predict as estimate
 from pipeline.data.features import use_features
 from pipeline.data.manifest import Entry
-from pipeline.data.slides import SlideImage, check_slide, draw_key, open_slide
+from pipeline.data.slides import SlideImage, check_slide, draw_key, open_image
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.results.predictions import OF_CLASS, SIGNS
 from pipeline.results.settings import Settings, with_samples
 from pipeline.results.verdict import Observer
 from pipeline.runs import autocast, choose_device
-from storage import Slide
 
 _ENCODED_AT_ONCE = 256  # patches of an exact evaluation
 _READERS = 8  # threads that read a slide: its draws wait for their reads together
@@ -59,22 +59,20 @@ class Classifier:
         use_features(self.model, settings.features)
         self.observer = Observer(self.model)
 
-    def open(self, entry: Entry) -> Slide:
-        """Open a slide that has what the model reads.
+    @contextmanager
+    def opened(self, entry: Entry) -> Iterator[SlideImage]:
+        """Open a slide that has what the model reads, as the model looks at it.
 
         Raises
         ------
         storage.StorageError, DataError
             It cannot be opened, or has not.
         """
-        slide = open_slide(entry.path, self.settings.cache)
-        check_slide(slide, self.model.config, self.model.in_channels, entry.mpp)
-        return slide
-
-    def image(self, entry: Entry, slide: Slide) -> SlideImage:
-        """The slide as the model looks at it."""
-        background = self.settings.background
-        return SlideImage(slide, background=background, mpp=self.model.config.mpp, own_mpp=entry.mpp)
+        config, settings = self.model.config, self.settings
+        image = open_image(entry, config, background=settings.background, cache=settings.cache)
+        with image.slide:
+            check_slide(image, config, self.model.in_channels)
+            yield image
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:
         """Classify an image; equal slides and settings draw equal patches.
@@ -111,9 +109,9 @@ class Classifier:
 
     def _row(self, entry: Entry) -> dict[str, Any]:
         began = time.monotonic()
-        with self.open(entry) as slide:
-            prediction = self.estimate(entry, self.image(entry, slide))
-            read = slide.statistics
+        with self.opened(entry) as image:
+            prediction = self.estimate(entry, image)
+            read = image.slide.statistics
         limits = (prediction.low, prediction.high)
         columns = [each[0].tolist() for each in (prediction.probabilities, prediction.standard_error, *limits)]
         probabilities = columns[0]

@@ -28,6 +28,7 @@ from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
 from pipeline.progress import progress
 from pipeline.results.classifier import Classifier
+from pipeline.results.pictures import thumbnail, to_rgb
 from pipeline.results.settings import Settings
 from storage import Slide, write_pyramid
 
@@ -105,8 +106,8 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
 def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
     config = classifier.model.config
     assert isinstance(config, PatchConfig)  # noqa: S101  seen in `heatmaps`
-    with classifier.open(entry) as slide:
-        image = classifier.image(entry, slide)
+    with classifier.opened(entry) as image:
+        slide = image.slide
         prediction = classifier.estimate(entry, image)
         density, pitch = attention_map(prediction.outputs, image.shapes[0])
         pitch *= image.scale  # from the model's pixels to those of the slide
@@ -204,8 +205,8 @@ def draw_picture(
     figure = Figure(figsize=(9, 9 * min(max(height / width, 0.4), 2) + 1.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[6, 1])[:, 0]
     axes = top.subplots()
-    thumbnail, reach = _thumbnail(slide)
-    axes.imshow(thumbnail, extent=(0, reach[1], reach[0], 0), interpolation="nearest")
+    view, reach = thumbnail(slide, _PICTURE_PIXELS)
+    axes.imshow(view, extent=(0, reach[1], reach[0], 0), interpolation="nearest")
     # Colour begins at the uniform attention, so that the slide itself shows where attention is less than chance.
     peak = max(float(heat.max()), 1.1)
     scale = LogNorm(1, peak)
@@ -228,7 +229,7 @@ def draw_picture(
     for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
         place.axis("off")
         if patch is not None:
-            place.imshow(_to_rgb(_read_patch(slide, patch, fill)))
+            place.imshow(to_rgb(_read_patch(slide, patch, fill)))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
     buffer = io.BytesIO()
@@ -239,19 +240,6 @@ def draw_picture(
     return buffer.getvalue()
 
 
-def _thumbnail(slide: Slide) -> tuple[NDArray[Any], tuple[float, float]]:
-    """Return the finest level that is small enough, and where it ends in level-0 pixels, y and x.
-
-    A level's last row and column may reach past the slide: its sides are rounded up.
-    """
-    fitting = [i for i, level in enumerate(slide.levels) if max(level.shape_yx) <= _PICTURE_PIXELS]
-    number = fitting[0] if fitting else len(slide.levels) - 1
-    level = slide.levels[number]
-    height, width = level.shape_yx
-    pixels = slide.read(number, (0, 0, height, width))
-    return _to_rgb(pixels), (height * level.downsample, width * level.downsample)
-
-
 def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
     """Read the (C, h, w) pixels of a patch, from a level that is coarse enough for a large one to be cheap."""
     fine = [i for i, level in enumerate(slide.levels) if patch.side_l0 / level.downsample >= _PATCH_PIXELS]
@@ -259,17 +247,6 @@ def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
     corner_and_side = (patch.y_l0, patch.x_l0, patch.side_l0, patch.side_l0)
     box = [round(value / slide.levels[number].downsample) for value in corner_and_side]
     return slide.read(number, box, fill=fill)
-
-
-def _to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Turn (C, H, W) into (H, W, 3) to show: the first three channels as RGB, or the first one as grey."""
-    image = np.moveaxis(pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, 0), 0, -1)
-    if image.dtype == np.uint8:
-        return image
-    # Other types have no agreed range to show, so the values that are there are stretched.
-    image = image.astype(np.float32)
-    low, high = float(image.min()), float(image.max())
-    return (image - low) / max(high - low, 1e-12)
 
 
 def _scale_bar(axes: Any, slide: Slide) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import cluster
+from nested_ats.config import EncoderConfig
 from pipeline.config import CacheConfig, Config
 from pipeline.data.manifest import SPLITS, Entry
 from pipeline.data.selection import Failure, Selection, select
@@ -88,9 +89,7 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
     """
     trainer = make_trainer(context, arguments)
     data = trainer.config.data
-    trainer.slides = slides = _CountedSlides(
-        background=data.background, cache=data.cache, mpp=trainer.config.model.mpp
-    )
+    trainer.slides = slides = _CountedSlides(trainer.config.model, background=data.background, cache=data.cache)
     seconds, read = 0.0, 0
     began = time.perf_counter()
     before: Mapping[str, int] = {}
@@ -107,13 +106,13 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
 class _CountedSlides(SlideCache):
     """Slides that were opened, those closed again included, for what was read of them."""
 
-    def __init__(self, *, background: float, cache: CacheConfig | None, mpp: float | None) -> None:
-        super().__init__(background=background, cache=cache, mpp=mpp)
+    def __init__(self, config: EncoderConfig, *, background: float, cache: CacheConfig | None) -> None:
+        super().__init__(config, background=background, cache=cache)
         self._opened: defaultdict[str, set[SlideImage]] = defaultdict(set)
 
-    def open(self, path: str, own_mpp: float | None = None) -> SlideImage:
-        image = super().open(path, own_mpp)
-        self._opened[path].add(image)
+    def open(self, entry: Entry) -> SlideImage:
+        image = super().open(entry)
+        self._opened[entry.path].add(image)
         return image
 
     def bytes_read(self, path: str) -> int:

@@ -112,7 +112,7 @@ class Trainer(Learner):
     ) -> None:
         self.mirror, self.fingerprint = Mirror(mirror, folder) if mirror else None, fingerprint
         self.validation = [entry for entry in entries if entry.split == "val"]
-        self.slides = SlideCache(background=config.data.background, cache=config.data.cache, mpp=config.model.mpp)
+        self.slides = SlideCache(config.model, background=config.data.background, cache=config.data.cache)
         self.unreadable = Unreadable(fail_fast=fail_fast)
         training = [entry for entry in entries if entry.split == "train"]
         super().__init__(context, config, training, classes, channels, folder)
@@ -281,7 +281,7 @@ class Trainer(Learner):
     def _open(self, entry: Entry) -> Image:
         """Open a slide; it, or reading it later, may raise `SlideError`."""
         with Net() as net:
-            return WatchedImage(self.slides.open(entry.path, entry.mpp), entry.slide_id, self.unreadable)
+            return WatchedImage(self.slides.open(entry), entry.slide_id, self.unreadable)
         raise self.unreadable.error(entry.slide_id, net)
 
     def _opened(self, entries: Sequence[Entry]) -> list[Row]:

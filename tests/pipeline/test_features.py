@@ -18,10 +18,11 @@ import torch
 from cluster import LocalContext
 from pipeline.config import FeaturesConfig, parse_config, plain
 from pipeline.data import features as module
-from pipeline.data.features import DiskFeatures, default_folder
+from pipeline.data.features import DiskFeatures
 from pipeline.data.manifest import read_manifest
 from pipeline.data.selection import select
 from pipeline.data.slides import SlideImage
+from pipeline.files import cache_folder
 from pipeline.results.heatmap import heatmaps
 from pipeline.results.predict import predict
 from pipeline.results.settings import prediction_settings
@@ -257,6 +258,7 @@ FILL = """if True:
     import random, sys
     import torch
     from pipeline.data.features import DiskFeatures
+from pipeline.files import cache_folder
     store, draw = DiskFeatures(__import__("pathlib").Path(sys.argv[1]), int(sys.argv[3])), random.Random(sys.argv[2])
     print("ready", flush=True)
     for _ in range(int(sys.argv[4])):
@@ -499,10 +501,10 @@ def test_by_default_it_lies_in_the_users_cache(monkeypatch, tmp_path):
     assert parse_config({}, "").data.features == FeaturesConfig(gigabytes=10)
     assert parse_config({"data": {"features": None}}, "").data.features is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "nested-ats" / "features"
+    assert cache_folder() == tmp_path / "nested-ats"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_folder() == tmp_path / "home" / ".cache" / "nested-ats" / "features"
+    assert cache_folder() == tmp_path / "home" / ".cache" / "nested-ats"
     monkeypatch.chdir(tmp_path)
     assert parse_config({"data": {"features": {"folder": "kept"}}}, "").data.features.folder == tmp_path / "kept"
 

@@ -186,7 +186,7 @@ class TestTheWholeWay:
 
     def test_a_level_that_no_power_of_two_reaches(self, tmp_path, scaled):
         with slide_at(tmp_path / "a.ome.zarr", smooth(400, 520), 0.3) as slide:
-            assert check_slide(slide, scaled.model) == [2, 1, 0]
+            assert check_slide(SlideImage(slide, mpp=scaled.model.mpp), scaled.model) == [2, 1, 0]
 
 
 def test_pixels_that_are_not_square_are_refused(tmp_path):

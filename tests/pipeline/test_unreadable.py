@@ -41,10 +41,10 @@ def break_reads(monkeypatch):
                 raise CorruptImageError("a damaged chunk")
             return read(image, level, boxes)
 
-        def opening(cache, path, own_mpp=None):
-            if not levels and matches(path):
+        def opening(cache, entry):
+            if not levels and matches(entry.path):
                 raise CorruptImageError("no sound metadata")
-            return open_(cache, path, own_mpp)
+            return open_(cache, entry)
 
         monkeypatch.setattr(SlideImage, "read", reading)
         monkeypatch.setattr(SlideCache, "open", opening)

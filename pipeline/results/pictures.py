@@ -1,0 +1,34 @@
+"""Slides as people look at them: small, and in three channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage import Slide
+
+
+def thumbnail(slide: Slide, pixels: int) -> tuple[NDArray[Any], tuple[float, float]]:
+    """Return the finest level with no more pixels a side, or the coarsest, and where it ends in level-0 pixels.
+
+    A level's last row and column may reach past the slide: its sides are rounded up.
+    """
+    fitting = [i for i, level in enumerate(slide.levels) if max(level.shape_yx) <= pixels]
+    number = fitting[0] if fitting else len(slide.levels) - 1
+    level = slide.levels[number]
+    height, width = level.shape_yx
+    view = slide.read(number, (0, 0, height, width))
+    return to_rgb(view), (height * level.downsample, width * level.downsample)
+
+
+def to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Turn (C, H, W) into (H, W, 3) to show: the first three channels as RGB, or the first one as grey."""
+    image = np.moveaxis(pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, 0), 0, -1)
+    if image.dtype == np.uint8:
+        return image
+    # Other types have no agreed range to show, so the values that are there are stretched.
+    image = image.astype(np.float32)
+    low, high = float(image.min()), float(image.max())
+    return (image - low) / max(high - low, 1e-12)
