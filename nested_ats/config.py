@@ -91,7 +91,7 @@ class PatchConfig(EncoderConfig):
     # nodata; or with something of the mask that the manifest's column mask names.
     prior: Prior = "none"
     min_tissue: float = 0.05  # share of a patch that must be tissue, valid, or of the mask
-    nodata: float | None = None  # of pixels that are not valid, in [0, 1], in files that do not tell it themselves
+    nodata: float | None = None  # of pixels that are not valid, as they are scaled, in files that do not tell it
 
     def _check_encoder(self, patch_size: int | None) -> None:
         assert patch_size is None  # noqa: S101 - the size is the configuration's own
@@ -104,6 +104,8 @@ class PatchConfig(EncoderConfig):
             raise ValueError(f"prior: must be one of {', '.join(PRIORS)}, not {self.prior!r}")
         if not 0 <= self.min_tissue <= 1:
             raise ValueError("min_tissue: must be between 0 and 1")
+        if self.nodata is not None and not -1 <= self.nodata <= 1:
+            raise ValueError("nodata: must be between -1 and 1, the ends of the type's range")
 
     @property
     def cell_l0(self) -> float:

@@ -210,6 +210,7 @@ def test_wrong_values_at_every_place_are_refused_or_of_the_right_type(kind, tmp_
                 number = isinstance(right, float) and type(wrong) is int
                 number |= last in ("mean", "std") and wrong == [1]  # of each channel, of which there is one
                 number |= last == "mpp" and type(wrong) in (int, float) and wrong > 0  # none here
+                number |= last == "nodata" and type(wrong) in (int, float) and -1 <= wrong <= 1  # likewise
                 assert type(wrong) is type(right) or number, (way, last, wrong)
                 assert not isinstance(wrong, float) or isfinite(wrong)
     assert refused > 100
