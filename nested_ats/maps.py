@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nested_ats.phases import Output, Phase
 
-_CELLS = 10_000  # spread at once
+_CELLS = 10_000  # how many are spread at once
 
 
 def attention_map(
@@ -26,7 +26,7 @@ def attention_map(
     Parameters
     ----------
     outputs
-        Of the model for the same batch, one a draw.
+        The model's outputs for the same batch, one for each draw.
     shape_l0
         Height and width of the image in level-0 pixels.
     row
@@ -38,7 +38,7 @@ def attention_map(
     -------
     map, pitch_l0
         (ceil(H / pitch), ceil(W / pitch)) float64 that sums to one; pixel (i, j) covers level-0 pixels
-        [i, i + 1) x [j, j + 1) times the pitch. And the pitch.
+        [i, i + 1) x [j, j + 1) times the pitch, which is returned too.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def attention_map(
 
 
 def _unopened(phases: Sequence[Phase], row: int) -> list[Tensor]:
-    """Attention that rests in the cells of each level, (n k) each: that of opened cells has gone down."""
+    """Attention left in the cells of each level, (n k) each: that of opened cells has gone to the level below."""
     masses = []
     parent = torch.ones(1, dtype=torch.float64)
     for depth, phase in enumerate(phases):

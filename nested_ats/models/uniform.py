@@ -24,7 +24,7 @@ class UniformSampling(SamplingModel):
     """The mean feature of N patches drawn without attention (U-N).
 
     Patches are centred on the cells of a map, as those of attention sampling are; N distinct cells are drawn, every
-    subset with the same chance, and weigh the same.
+    subset with the same chance, and have equal weight.
 
     Parameters
     ----------

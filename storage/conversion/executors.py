@@ -1,7 +1,7 @@
-"""Where the tasks of a conversion run: Dask's threads, processes or cluster, or whatever the caller brings.
+"""Where the tasks of a conversion run: in Dask's threads, processes or cluster, or in the caller's own executor.
 
-All of them run the same picklable tasks (``storage.conversion.build``) and hand receipts back to the one driver,
-which alone keeps the journal. Processes and clusters must see the source and the target under the same names.
+All of them run the same picklable tasks (``storage.conversion.build``) and return receipts to the one driver, which
+alone keeps the journal. Processes and clusters must see the source and the target under the same names.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CONNECT_TIMEOUT_S = 10.0
 Executor = str | CustomExecutor
 Attempt = Callable[["Task"], "list[Receipt] | Exception"]
 Take = Callable[["list[Receipt] | Exception"], None]
-Spread = Callable[[Attempt, "Sequence[Task]", Take], None]  # attempts tasks elsewhere, and takes each answer here
+Spread = Callable[[Attempt, "Sequence[Task]", Take], None]  # attempts elsewhere, takes answers here
 Run = Callable[["Sequence[Task]", Callable[["list[Receipt]"], None]], None]
 
 
 def check_executor(executor: Executor) -> None:
-    """Raise ValueError where it is none that `open_executor` knows."""
+    """Raise ValueError for an executor that `open_executor` does not know."""
     if callable(executor) or executor in ("threads", "processes"):
         return
     if executor.partition("://")[0] not in ("tcp", "tls", "ws", "wss", "ucx"):
@@ -44,7 +44,7 @@ def check_executor(executor: Executor) -> None:
 
 @contextmanager
 def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
-    """Give a function that runs the tasks of a wave, calling back with the receipts of each.
+    """Yield a function that runs the tasks of a wave and calls back with the receipts of each.
 
     Parameters
     ----------
@@ -52,14 +52,14 @@ def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
         "threads", "processes", the address of a ``distributed`` scheduler (``tcp://host:port``), or a function as
         described at ``CustomExecutor``.
     workers
-        The number of threads or processes; clusters have their own number.
+        Number of threads or processes; a cluster has its own.
     job
-        What the tasks need.
+        The job that the tasks belong to.
 
     Raises
     ------
     ConversionError
-        The cluster does not answer or lost its workers.
+        The cluster does not answer or has lost its workers.
     """
     attempt: Attempt = job.attempt if executor == "threads" else partial(attempt_pickled, pickle.dumps(job))
     opened: AbstractContextManager[Spread]
@@ -75,7 +75,7 @@ def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
                     raise answer
                 finish(answer)
 
-            if len(tasks) == 1:  # nothing would be gained elsewhere
+            if len(tasks) == 1:  # another worker would gain nothing
                 take(job.attempt(tasks[0]))
             elif tasks:
                 spread(attempt, tasks, take)
@@ -86,16 +86,14 @@ def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
 def attempt_pickled(job: bytes, task: Task) -> list[Receipt] | Exception:
     """Run a task of a pickled job."""
     answer = _load(job).attempt(task)
-    if isinstance(
-        answer, Exception
-    ):  # its causes are errors of libraries, which may not pickle; the message tells them
+    if isinstance(answer, Exception):  # the libraries' errors behind it may not pickle; the message tells them
         answer.__cause__ = answer.__context__ = None
     return answer
 
 
 @lru_cache(maxsize=1)
 def _load(job: bytes) -> Job:
-    loaded: Job = pickle.loads(job)  # noqa: S301  made by the driver of this very conversion
+    loaded: Job = pickle.loads(job)  # noqa: S301  the driver of this conversion made it
     return loaded
 
 
@@ -106,7 +104,7 @@ def _custom(executor: CustomExecutor, attempt: Attempt, tasks: Sequence[Task], t
 
 @contextmanager
 def _pool(kind: str, workers: int) -> Iterator[Spread]:
-    """Run tasks by Dask on threads or processes, of which an error or an interrupt waits for those in flight."""
+    """Run tasks by Dask on threads or processes; an error or an interrupt waits for those in flight."""
     from dask.local import get_async  # Dask's scheduler for any pool of concurrent.futures
 
     pool: ThreadPoolExecutor | ProcessPoolExecutor
@@ -129,7 +127,7 @@ def _pool(kind: str, workers: int) -> Iterator[Spread]:
 
 
 def _end_with_parent() -> None:
-    """Have this worker end when the driver is gone, however it went."""
+    """Have this worker end when the driver does, however it ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101  a worker has one
 
