@@ -22,21 +22,7 @@ class CNN(ImageModel):
 
     Its feature is not normalised, since nothing is weighted. Memory grows with the image.
 
-    Parameters
-    ----------
-    config
-        Downsample and network.
-    in_channels
-        C of the images.
-    classes
-        Q.
-    pretrained
-        Read the weights that ``encoder`` names.
-
-    Raises
-    ------
-    EncoderError
-        The encoder cannot be built.
+    Its parameters and errors are those of `nested_ats.build_model`.
     """
 
     config: CNNConfig

@@ -48,21 +48,7 @@ class DeepMIL(PatchModel):
     with ``recompute`` those of one chunk at a time, for one more forward pass. The pixels of all patches, (K, C,
     patch_size, patch_size), are kept either way. Without gradients one chunk is held at a time.
 
-    Parameters
-    ----------
-    config
-        Grid, patches and networks.
-    in_channels
-        C of the images.
-    classes
-        Q.
-    pretrained
-        Read the weights that ``encoder`` names.
-
-    Raises
-    ------
-    EncoderError
-        The encoder cannot be built.
+    Its parameters and errors are those of `nested_ats.build_model`.
     """
 
     config: DeepMILConfig
