@@ -64,7 +64,7 @@ from pipeline.data.features import DiskFeatures
 from pipeline.data.slides import draw_key
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.training.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.training.course import PAPERS_COURSE, KeptWeights, clip, entropy_weight, learning_rate, more_samples
 from pipeline.training.train import versions
 
 SEEDS = (0, 1, 2)
@@ -253,7 +253,7 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=course.learning_rate, weight_decay=course.weight_decay, eps=1e-6)
     if model.config.standardise:
         look_first(model, course, data, rows, seed)
-    kept = Kept(model, course.average)
+    kept = KeptWeights(model, course.average)
     curve = []
     for epoch in range(task.epochs):
         told = train_epoch(model, optimizer, kept, course, data, rows, seed, epoch)
@@ -275,7 +275,7 @@ def look_first(model: SamplingModel, course: TrainConfig, data: Data, rows: Tens
 def train_epoch(
     model: SamplingModel,
     optimizer: torch.optim.Optimizer,
-    kept: Kept,
+    kept: KeptWeights,
     course: TrainConfig,
     data: Data,
     rows: Tensor,

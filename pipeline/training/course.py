@@ -47,7 +47,7 @@ def more_samples(config: TrainConfig, progress: float) -> int:
     return config.early_samples if progress < config.early_share else 1
 
 
-class Kept:
+class KeptWeights:
     """The kept weights of a training: a moving average, and the best of these by validation.
 
     Averaged weights wander less than those of the last step. Floating-point buffers, such as the statistics of batch

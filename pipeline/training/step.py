@@ -30,7 +30,7 @@ from pipeline.data.unreadable import SlideError
 from pipeline.errors import DataError, UsageError
 from pipeline.results.verdict import Observer
 from pipeline.runs import autocast
-from pipeline.training.course import Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.training.course import KeptWeights, clip, entropy_weight, learning_rate, more_samples
 from pipeline.training.epochs import TOTALS
 
 # This many parts of a batch read or compute while another goes backward: enough to keep a slow store busy, and at
@@ -66,7 +66,7 @@ class Learner:
             eps=1e-6,
         )
         self.observer = Observer(self.model)
-        self.kept = Kept(self.model, config.train.average)
+        self.kept = KeptWeights(self.model, config.train.average)
         self.class_weights = self._class_weights().to(context.device)
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)  # sums of this epoch, named by `TOTALS`
 

@@ -36,7 +36,7 @@ from pipeline.files import make_folder, write_atomic
 from pipeline.net import Net
 from pipeline.results.verdict import class_shares
 from pipeline.runs import METRICS, MODEL, STATE, Position, load_state, read_metrics, save_state
-from pipeline.training.course import Kept
+from pipeline.training.course import KeptWeights
 from pipeline.training.epochs import TOTALS, Curves, describe, epoch_verdict, means, stored_share, validation_auc
 from pipeline.training.mirror import Mirror
 from pipeline.training.step import Learner, Row
@@ -186,7 +186,7 @@ class Trainer(Learner):
         self.context.all_reduce(moments)
         model.standardise_by(moments)
         self.observer.take()  # these patches count for no epoch
-        self.kept = Kept(model, self.config.train.average)  # or the average would begin with other features
+        self.kept = KeptWeights(model, self.config.train.average)  # or the average would begin with other features
 
     def _check_agreement(self, position: Position) -> None:
         """Check that all workers start from one state, since they might not share the disk that holds it."""

@@ -29,9 +29,9 @@ it returned, and yield the results in any order. Both arguments are picklable, a
 CONNECT_TIMEOUT_S = 10.0
 Executor = str | CustomExecutor
 Attempt = Callable[["Task"], "list[Receipt] | Exception"]
-Take = Callable[["list[Receipt] | Exception"], None]
-Spread = Callable[[Attempt, "Sequence[Task]", Take], None]  # attempts elsewhere, takes answers here
-Run = Callable[["Sequence[Task]", Callable[["list[Receipt]"], None]], None]
+OnAnswer = Callable[["list[Receipt] | Exception"], None]
+Distribute = Callable[[Attempt, "Sequence[Task]", OnAnswer], None]  # attempts elsewhere, calls back in this thread
+RunTasks = Callable[["Sequence[Task]", Callable[["list[Receipt]"], None]], None]
 
 
 def check_executor(executor: Executor) -> None:
@@ -43,7 +43,7 @@ def check_executor(executor: Executor) -> None:
 
 
 @contextmanager
-def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
+def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[RunTasks]:
     """Yield a function that runs the tasks of a wave and calls back with the receipts of each.
 
     Parameters
@@ -62,23 +62,23 @@ def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
         The cluster does not answer or has lost its workers.
     """
     attempt: Attempt = job.attempt if executor == "threads" else partial(attempt_pickled, pickle.dumps(job))
-    opened: AbstractContextManager[Spread]
+    opened: AbstractContextManager[Distribute]
     if callable(executor):
         opened = nullcontext(partial(_custom, executor))
     else:
         opened = _pool(executor, workers) if executor in ("threads", "processes") else _cluster(executor)
-    with opened as spread:
+    with opened as distribute:
 
         def run(tasks: Sequence[Task], finish: Callable[[list[Receipt]], None]) -> None:
-            def take(answer: list[Receipt] | Exception) -> None:
+            def on_answer(answer: list[Receipt] | Exception) -> None:
                 if isinstance(answer, Exception):
                     raise answer
                 finish(answer)
 
             if len(tasks) == 1:  # another worker would gain nothing
-                take(job.attempt(tasks[0]))
+                on_answer(job.attempt(tasks[0]))
             elif tasks:
-                spread(attempt, tasks, take)
+                distribute(attempt, tasks, on_answer)
 
         yield run
 
@@ -97,13 +97,13 @@ def _load(job: bytes) -> Job:
     return loaded
 
 
-def _custom(executor: CustomExecutor, attempt: Attempt, tasks: Sequence[Task], take: Take) -> None:
+def _custom(executor: CustomExecutor, attempt: Attempt, tasks: Sequence[Task], on_answer: OnAnswer) -> None:
     for answer in executor(partial(partial, attempt), tasks):
-        take(answer)
+        on_answer(answer)
 
 
 @contextmanager
-def _pool(kind: str, workers: int) -> Iterator[Spread]:
+def _pool(kind: str, workers: int) -> Iterator[Distribute]:
     """Run tasks by Dask on threads or processes; an error or an interrupt waits for those in flight."""
     from dask.local import get_async  # Dask's scheduler for any pool of concurrent.futures
 
@@ -113,13 +113,13 @@ def _pool(kind: str, workers: int) -> Iterator[Spread]:
     else:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
-    def spread(attempt: Attempt, tasks: Sequence[Task], take: Take) -> None:
+    def distribute(attempt: Attempt, tasks: Sequence[Task], on_answer: OnAnswer) -> None:
         graph = {number: (attempt, task) for number, task in enumerate(tasks)}
-        after_each = (None, None, None, lambda _key, answer, *_state: take(answer), None)  # in this thread
+        after_each = (None, None, None, lambda _key, answer, *_state: on_answer(answer), None)  # in this thread
         get_async(pool.submit, workers, graph, list(graph), callbacks=[after_each])
 
     try:
-        yield spread
+        yield distribute
     except BrokenExecutor as error:
         raise ConversionError("a worker process was killed; run again to go on from here") from error
     finally:
@@ -139,7 +139,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _cluster(address: str) -> Iterator[Spread]:
+def _cluster(address: str) -> Iterator[Distribute]:
     """Run tasks on a cluster of Dask."""
     try:
         from distributed import Client, as_completed
@@ -151,16 +151,16 @@ def _cluster(address: str) -> Iterator[Spread]:
     except (OSError, ValueError) as error:
         raise ConversionError(f"{address}: no Dask scheduler answers there ({error})") from error
 
-    def spread(attempt: Attempt, tasks: Sequence[Task], take: Take) -> None:
+    def distribute(attempt: Attempt, tasks: Sequence[Task], on_answer: OnAnswer) -> None:
         futures = client.map(attempt, tasks, pure=False)
         try:
             for _, answer in as_completed(futures, with_results=True):
-                take(answer)
+                on_answer(answer)
         finally:
             client.cancel(futures)
 
     try:
         with client, client.as_current():
-            yield spread
+            yield distribute
     except (KilledWorker, CancelledError) as error:
         raise ConversionError(f"{address}: the cluster or its workers were lost ({error}); run again") from error
