@@ -174,7 +174,7 @@ def _reopen(location: str, cache: ChunkCache | None) -> Slide:
 
 def _open_source(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
     """Choose the kind of source."""
-    location = _dicom_file(location) or location
+    location = dicom_file(location) or location
     kind = _kind_of_file(location)
     if kind is None:
         return _open_pyramid(location, counters, cache)
@@ -207,8 +207,8 @@ def _kind_of_file(location: str) -> str | None:
     return image_kind(location)
 
 
-def _dicom_file(location: str) -> str:
-    """One file of a DICOM series in a folder, by which OpenSlide finds the others; None if there is none."""
+def dicom_file(location: str) -> str:
+    """One file of a DICOM series in a folder, by which OpenSlide finds the others; "" if there is none."""
     if is_remote(location) or not os.path.isdir(location):
         return ""
     with os.scandir(location) as files:
