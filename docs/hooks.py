@@ -1,6 +1,6 @@
-"""What pages of the site take from elsewhere as they are built: READMEs, commands, and the keys of a configuration.
+"""What pages of the site take from elsewhere: READMEs, commands, the keys of a configuration, and layers of modules.
 
-A page says what it wants by a line ``<!-- readme: PATH -->``, ``<!-- commands -->`` or ``<!-- keys -->``.
+A page says what it wants by a line ``<!-- readme: PATH -->``, or by commands, keys or layers in place of the readme.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ast
 import io
 import re
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(r"<!-- readme: (\S+) -->", lambda match: _readme(match[1]), markdown)
     markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
     markdown = markdown.replace("<!-- keys -->", "\n".join(_keys()))
+    markdown = markdown.replace("<!-- layers -->", "\n".join(_layers()))
     return _relink(markdown, Path("docs"))
 
 
@@ -67,6 +69,22 @@ def _relink(text: str, folder: Path) -> str:
         return f"[{words}]({PAGES[path]}{mark}{place})" if path in PAGES else words
 
     return re.sub(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)", lead, text)
+
+
+def _layers() -> Iterator[str]:
+    """Draw the layers of the import contracts, a box of modules for each line of a contract."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    for contract in contracts:
+        if contract["type"] == "layers":
+            room = contract["layers"][0].partition(".")[0] + "."
+            lines = [layer.replace(room, "").replace("|", "│") for layer in contract["layers"]]
+            width = max(map(len, lines))
+            boxes = [f"│ {line:^{width}} │" for line in lines]
+            below = f"├{'─' * (width // 2 + 1)}▼{'─' * (width - width // 2)}┤"
+            edge = "─" * (width + 2)
+            yield f"\n**{contract['name']}**\n\n```text\n┌{edge}┐"
+            yield f"\n{below}\n".join(boxes)
+            yield f"└{edge}┘\n```"
 
 
 def _commands() -> Iterator[str]:

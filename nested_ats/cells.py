@@ -2,7 +2,7 @@
 
 An attention network of receptive field RF sees a view of an image at some downsample. With valid convolutions, as in
 the paper's implementation, its map starts (RF - 1) / 2 pixels inside the view. `NestedATS` reads every view with that
-margin around it, so that the cells of the map tile the view exactly (`cell_centers`) and no border is without one.
+margin around it, so that the cells of the map tile the view exactly (`cell_centers`) and none is missing at a border.
 
 Coordinates are y, x; ``_l0`` marks pixels of the finest level, others are in pixels of the view.
 """
@@ -40,27 +40,27 @@ def cell_centers(cells: int, view: float) -> Tensor:
 
 
 def box_starts(centers_l0: Tensor, downsample: float, size: int) -> Tensor:
-    """First pixel of boxes of `size` pixels centred on points, at a level: the nearest, the lower of two as near.
+    """First pixels of boxes of `size` pixels of a level that are centred on points; halves are rounded down.
 
     Parameters
     ----------
     centers_l0
         (..., 2) float64, y and x in level-0 pixels.
     downsample
-        Of the level that the box is read from, >= 1.
+        The downsample of the level that the box is read from, >= 1.
     size
         Side of the box in that level's pixels.
 
     Returns
     -------
-    (..., 2) int64, may be negative: boxes may leave the image.
+    (..., 2) int64; negative where a box leaves the image.
     """
     return (centers_l0 / downsample - size / 2 - 0.5).ceil().long()
 
 
 @lru_cache(maxsize=32)
 def curve_order(height: int, width: int) -> Tensor:
-    """Indices ``y * width + x`` of a map's cells along a Hilbert curve, so that list neighbours are neighbours.
+    """Indices ``y * width + x`` of a map's cells along a Hilbert curve, whose neighbours are neighbours in the map.
 
     The curve is the same for every map, so a map's order does not depend on what it is batched with. On a map that
     is no square of a power of two the list jumps where the curve leaves the map, between a few of the cells.
@@ -68,7 +68,7 @@ def curve_order(height: int, width: int) -> Tensor:
     Parameters
     ----------
     height, width
-        Of the map in cells, at most 65,536.
+        Size of the map in cells, at most 65,536.
 
     Returns
     -------
@@ -95,7 +95,7 @@ def image_cells(images: Sequence[Image], extent_l0: float) -> tuple[Tensor, Tens
     Returns
     -------
     centers_l0, there
-        (B, K, 2) float64 with K of the largest image, and (B, K): whether an image has this cell.
+        (B, K, 2) float64 with the K of the largest image, and (B, K): whether an image has this cell.
     """
     lists = []
     for image in images:

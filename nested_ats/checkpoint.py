@@ -1,11 +1,10 @@
 """Models on disk: weights as safetensors, configuration as JSON; nothing is ever unpickled.
 
-A model folder holds ``model.safetensors`` and ``config.json``; the latter states everything that is needed to
-build the network again and to name its classes, with a checksum of the weights and one of itself, so that a flipped
-bit anywhere is noticed. Folders of the first format, which lack the latter, and of the second, whose encoder had its
-options elsewhere, load as they are. Both are regular files in the folder: what is a pipe or a device, or a link that
-leads out of it, is refused. Nothing outside is read: not the weights that the encoder began with, nor what lies
-beside them.
+A model folder holds ``model.safetensors`` and ``config.json``. The latter states everything that is needed to build
+the network again and to name its classes, with a checksum of the weights and one of itself, so that a flipped bit
+anywhere is noticed. Folders of the first format, without the second checksum, and of the second, with the encoder's
+options elsewhere, still load. Both must be regular files: pipes, devices and links out of the folder are refused.
+Nothing outside the folder is read, not even the weights that the encoder began with.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ __all__ = ["CONFIG", "WEIGHTS", "ModelInfo", "inspect_model", "load_model", "sav
 M = TypeVar("M", bound=ImageModel)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
-# There is no third: a single bit would make it the first, which is taken without its checksum.
+_AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+# There is no third: one flipped bit would make it the first, whose checksum is not required.
 _FIRST_FORMAT, _SECOND_FORMAT, _FORMAT = "nested-ats/1", "nested-ats/2", "nested-ats/4"
-_SUM, _WEIGHTS_SUM = "sha256", "weights_sha256"
-_KEYS = {"format", "model", "in_channels", "classes", _WEIGHTS_SUM, _SUM}
-_LONGEST = 64 * 2**20  # bytes of a description
+_OWN_SUM, _WEIGHTS_SUM = "sha256", "weights_sha256"
+_KEYS = {"format", "model", "in_channels", "classes", _WEIGHTS_SUM, _OWN_SUM}
+_LONGEST = 64 * 2**20  # bytes that a description may have
 
 
 def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> None:
@@ -53,14 +52,14 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
         Where `WEIGHTS` and `CONFIG` go; an earlier model there is replaced in one step (on Linux; elsewhere a reader
         may find none for a moment).
     model
-        The network, of any kind; its weights are written as they are.
+        A model of any kind; its weights are written as they are.
     classes
         Names of the Q classes, in the order of the logits.
 
     Raises
     ------
     OSError, safetensors.SafetensorError
-        The folder cannot be written; an earlier model there is as it was.
+        The folder cannot be written; an earlier model there is unchanged.
     """
     from safetensors.torch import save_file
 
@@ -74,12 +73,12 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
         "in_channels": model.in_channels,
         "classes": list(classes),
     }
-    description = json.loads(json.dumps(said))  # as it will be read: the checksum is of that
+    description = json.loads(json.dumps(said))  # as it will be read, since the checksum is taken of that
     save_file(weights, partial / WEIGHTS)
     description[_WEIGHTS_SUM] = sha256(partial / WEIGHTS)
-    description[_SUM] = _checksum(description)
+    description[_OWN_SUM] = _checksum(description)
     (partial / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
-    shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read it
+    shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read its file
     if not _exchange(partial, folder):
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -91,9 +90,9 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; False, and nothing done, where one is missing or the system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux; Python has no function for it
-    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0
+    """Exchange two folders in one step; return False if one is missing or the system cannot do it."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Python has no function for this call of Linux
+    return rename is not None and rename(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
 
 
 class ModelInfo(NamedTuple):
@@ -102,13 +101,13 @@ class ModelInfo(NamedTuple):
     Attributes
     ----------
     config
-        Of the network.
+        Configuration of the network.
     in_channels
         C of the images.
     classes
         Names of the classes, in the order of the logits.
     sha256
-        Of the description and the weights: tells one model from another.
+        Checksum of the description and the weights, which identifies the model.
     """
 
     config: AnyConfig
@@ -118,7 +117,7 @@ class ModelInfo(NamedTuple):
 
 
 def inspect_model(folder: Path, *, expect: type[ImageModel] = ImageModel, trust_encoder: bool = False) -> ModelInfo:
-    """See that a folder holds a whole model, and say which: nothing is built, and the weights are read in pieces.
+    """Check that a folder holds a whole model and describe it, without building it or loading its weights.
 
     The parameters are those of `load_model`.
 
@@ -133,9 +132,9 @@ def inspect_model(folder: Path, *, expect: type[ImageModel] = ImageModel, trust_
         _check_format(description)
         config = _parse_config(description["model"], first_format=description["format"] == _FIRST_FORMAT)
         channels, classes = description["in_channels"], description["classes"]
-        if not _is(channels, int) or channels < 1:
+        if not _has_type(channels, int) or channels < 1:
             raise ValueError(f"in_channels is {channels!r}")
-        if not isinstance(classes, list) or not classes or not all(_is(name, str) for name in classes):
+        if not isinstance(classes, list) or not classes or not all(_has_type(name, str) for name in classes):
             raise ValueError(f"classes is {classes!r}, not a list of names")
         if len(set(classes)) < len(classes):
             raise ValueError(f"classes is {classes!r}, which names one twice")
@@ -160,17 +159,17 @@ def load_model(folder: Path, *, expect: type[M], trust_encoder: bool = ...) -> t
 def load_model(
     folder: Path, *, expect: type[ImageModel] = NestedATS, trust_encoder: bool = False
 ) -> tuple[ImageModel, list[str]]:
-    """Build the model of a folder again.
+    """Load the model of a folder.
 
     Parameters
     ----------
     folder
-        From `save_model`.
+        Was written by `save_model`.
     expect
-        Class that the model must be of; `ImageModel` for a model of any kind.
+        Class that the model must have; `ImageModel` allows any kind.
     trust_encoder
-        Import the encoder that the folder names by an import path. Its code runs: only for models whose origin, and
-        the module of that name here, you trust.
+        Import the encoder that the folder names by an import path, which runs its code. Set it only if you trust the
+        model's origin and the module of that name on this machine.
 
     Returns
     -------
@@ -180,9 +179,9 @@ def load_model(
     Raises
     ------
     ModelFileError
-        As of `inspect_model`, or the weights do not fit the configuration.
+        `inspect_model` refuses the folder, or the weights do not fit the configuration.
     EncoderError
-        The encoder cannot be built here.
+        The encoder cannot be built on this machine.
     """
     config, channels, classes, _ = inspect_model(folder, expect=expect, trust_encoder=trust_encoder)
     try:
@@ -198,28 +197,28 @@ def load_model(
 
 
 def _check_format(description: dict[str, Any]) -> None:
-    """Raise ValueError where a description is of a format that is unknown here, or not as it was written.
+    """Raise ValueError where a description has an unknown format or is not as it was written.
 
-    Those of the first format have no checksum of their own and are taken as they are. No single bit makes the first
-    of another.
+    Descriptions of the first format have no checksum of their own and are accepted without. No single flipped bit
+    turns another format into the first.
     """
     if description["format"] == _FIRST_FORMAT:
         return
     if description["format"] not in (_SECOND_FORMAT, _FORMAT):
         raise ValueError(f"format is {description['format']!r}, not {_FORMAT!r}")
-    if description.keys() != _KEYS or description[_SUM] != _checksum(description):
+    if description.keys() != _KEYS or description[_OWN_SUM] != _checksum(description):
         raise ValueError("damaged, or edited by hand, as its checksum shows; copy the folder again, or train again")
 
 
 def _checksum(description: dict[str, Any]) -> str:
-    """SHA-256 of what a description says, but for its own checksum, whatever the blanks between."""
-    said = {key: value for key, value in description.items() if key != _SUM}
+    """SHA-256 of a description's contents without its own checksum; white space does not matter."""
+    said = {key: value for key, value in description.items() if key != _OWN_SUM}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
     raw = bring_up_to_date(description)
-    kind = raw.setdefault("kind", "ats")  # there was one kind before there were several
+    kind = raw.setdefault("kind", "ats")  # older files know one kind
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
     if "levels" in raw:
@@ -228,7 +227,7 @@ def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
         )
     raw |= {key: tuple(raw[key]) for key in ("mean", "std") if isinstance(raw.get(key), list)}
     if first_format and "patch_size" in raw:
-        # Nothing was said of these then: what was trained with gaps has them, and so on.
+        # These keys came later; the model was trained as with these values.
         raw = {"allow_gaps": True, "scale": 1.0, **({"attention": "independent"} if kind == "ats" else {}), **raw}
     config: AnyConfig = KINDS[kind].config(**raw)  # type: ignore[assignment]
     _check_types(config)
@@ -238,23 +237,23 @@ def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
 
 
 def _check_types(config: Any) -> None:
-    """Raise ValueError where a field of a configuration is not of its type: a file can hold anything."""
+    """Raise ValueError where a field of a configuration has another type, since a file can hold anything."""
     for name, wanted in get_type_hints(type(config)).items():
-        if get_origin(wanted) is not ClassVar and not _is(getattr(config, name), wanted):
+        if get_origin(wanted) is not ClassVar and not _has_type(getattr(config, name), wanted):
             raise ValueError(f"{name} is {getattr(config, name)!r}")
     for level in getattr(config, "levels", ()):
         _check_types(level)
 
 
-def _is(value: Any, wanted: Any) -> bool:
-    """Whether a value is of the type of a field; numbers are finite, and true and false are none."""
+def _has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value has the type of a field; numbers must be finite, and booleans are no numbers."""
     kind, parts = get_origin(wanted) or wanted, get_args(wanted)
     if kind in (Union, UnionType):
-        return any(_is(value, part) for part in parts)
+        return any(_has_type(value, part) for part in parts)
     if kind is Literal:
         return value in parts
     if kind is tuple:  # of any length
-        return isinstance(value, tuple) and all(_is(each, parts[0]) for each in value)
+        return isinstance(value, tuple) and all(_has_type(each, parts[0]) for each in value)
     if kind in (int, float):
         if isinstance(value, float):
             return kind is float and math.isfinite(value)

@@ -10,7 +10,7 @@ class NestedATSError(Exception):
 
 
 class ImpossibleWeightsError(NestedATSError, ValueError):
-    """Weights that nothing can be drawn by, such as the attention of a model that has diverged."""
+    """Nothing can be drawn by these weights, such as the attention of a model that has diverged."""
 
 
 class ModelFileError(NestedATSError):
@@ -23,9 +23,9 @@ class UntrustedEncoderError(ModelFileError):
     Attributes
     ----------
     path
-        Of the description that names it.
+        The description that names the encoder.
     encoder
-        Its name, ``package.module:factory``.
+        The encoder's name, ``package.module:factory``.
     """
 
     def __init__(self, path: Path, encoder: str) -> None:
@@ -33,7 +33,7 @@ class UntrustedEncoderError(ModelFileError):
         self.path, self.encoder = path, encoder
 
     def __str__(self) -> str:
-        """Say how a program trusts it."""
+        """Say which argument allows the import."""
         return (
             f"{self.path}: its encoder is code to import, {self.encoder}; if you trust it, "
             "load the model with trust_encoder=True"
@@ -41,4 +41,4 @@ class UntrustedEncoderError(ModelFileError):
 
 
 class EncoderError(NestedATSError):
-    """An encoder cannot be built: a library or a file is missing, an option is wrong, or it takes other patches."""
+    """An encoder cannot be built: a library or a file is missing, an option is wrong, or the patches do not fit."""

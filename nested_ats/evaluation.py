@@ -1,11 +1,11 @@
 """Classify with several independent draws, and say how far the draws agree.
 
-Draws may be as many as asked for, as many as a wanted error takes, or none where all patches of the opened regions
-are encoded instead.
+The number of draws is given, or follows from a wanted error; or all patches of the opened regions are encoded and
+none is drawn.
 
-A handful of draws is a small sample, and a class's probability is bent where it is near 0 or 1. Both matter: what
-the draws say of a class is taken on its logit against the rest, where it is nearly linear in F_hat, with Student's t
-of M - 1 degrees of freedom, and only then made a probability (`benchmarks/interval_coverage.py` simulates it).
+A handful of draws is a small sample, and a probability is far from linear in F_hat where it is near 0 or 1. Intervals
+are therefore Student's t, with M - 1 degrees of freedom, on the logit of a class against the rest, which is nearly
+linear in F_hat, and are then transformed to probabilities (`benchmarks/interval_coverage.py` simulates them).
 
 Shape letters: B batch, M draws, Q classes, D features.
 """
@@ -28,15 +28,15 @@ from nested_ats.models.patches import SamplingModel
 from nested_ats.phases import Output, take_rows
 from nested_ats.reading import Reading, interleave, run
 
-CONFIDENCE = 0.95  # of intervals
+CONFIDENCE = 0.95  # of every interval
 _AHEAD = 4  # draws under way at a time
-_CELLS, _FINE_CELLS = 512, 4096  # of the integrals over Student's t: of errors, and of its quantile
+_CELLS, _FINE_CELLS = 512, 4096  # points of the integrals over Student's t, for errors and for its quantile
 
 Head = Callable[[Tensor], Tensor]  # (..., D) features -> (..., Q) logits
 
 
 class Estimate(NamedTuple):
-    """What several draws say of the class probabilities.
+    """Class probabilities from several draws.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
     standard_error
         (B, Q), the jackknife standard error of `probabilities`; NaN for a single draw.
     low, high
-        (B, Q), limits of the 95 % interval of each probability, in [0, 1] and around it; NaN for a single draw.
+        (B, Q), limits in [0, 1] of the 95 % interval of each probability; NaN for a single draw.
     """
 
     probabilities: Tensor
@@ -65,11 +65,11 @@ class Prediction(NamedTuple):
         (B, Q), the jackknife standard error of `probabilities` over the draws; NaN for a single draw, zero where
         nothing is drawn.
     low, high
-        (B, Q), limits of the 95 % interval of each probability (`estimate`): where the model that draws nothing would
-        be, were only the draws at fault. NaN for a single draw, the probability itself where nothing is drawn.
+        (B, Q), limits of the 95 % interval of each probability (`estimate`): the range in which a model without
+        sampling error would lie. NaN for a single draw, the probability itself where nothing is drawn.
     outputs
-        Outputs of the model, one a draw, for the images that took part in it, in order: image b is in the first
-        ``draws[b]`` of them. `of` picks those of one image.
+        Outputs of the model, one for each draw, for the images that took part in it, in order: image b is in the
+        first ``draws[b]`` of them. `of` picks those of one image.
     draws
         (B,) int64: how many draws each image had.
     """
@@ -104,22 +104,22 @@ def predict(
     Parameters
     ----------
     model
-        Of any kind. One that draws nothing is asked once.
+        A model of any kind. One that draws nothing is run once.
     images
-        B of them. Each coarse view is read and attended to once, whatever M.
+        The B images. Each coarse view is read and attended to once, whatever M.
     keys
         (B, M) int64: a random key for each draw. M is the number of draws, or their budget.
     readers
-        Threads that read, for several draws at a time; by default this one does.
+        The threads that read, for several draws at a time; by default this thread does.
     target_error
         An image stops drawing when the largest error to be expected of its probabilities (`expected_error`) is at
         most this; the others go on.
     least
-        Draws before an image may stop, >= 2.
+        The least number of draws before an image may stop, >= 2.
     exact
-        Patches to encode at once where **all** patches of the opened regions are to be encoded, instead of those
-        drawn; 0 to draw. Drawing regions is then the only source of error: a model of one level has none, and is
-        asked once. Costs as many patches as the opened regions have cells.
+        0 to draw patches. Otherwise **all** patches of the opened regions are encoded, this many at once, which costs
+        as many patches as the regions have cells. Drawing regions is then the only source of error: a model of one
+        level has none and is run once.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def estimate(head: Head, features: Tensor) -> Estimate:
     Parameters
     ----------
     head
-        From features to logits.
+        Maps features to logits.
     features
         (M, B, D): F_hat of each draw.
     """
@@ -160,26 +160,26 @@ def estimate(head: Head, features: Tensor) -> Estimate:
     probabilities = logits.softmax(-1)
     if draws == 1:
         return Estimate(probabilities, *(torch.full_like(probabilities, torch.nan) for _ in range(3)))
-    center, spread = _against_rest(head, features)
+    center, spread = _logit_against_rest(head, features)
     reach = t_quantile(draws - 1) * spread
     low, high = ((center + side * reach).sigmoid().to(probabilities) for side in (-1, 1))
-    error = _jackknife(head(_without(features)).softmax(-1))
+    error = _jackknife(head(_leave_one_out_means(features)).softmax(-1))
     return Estimate(probabilities, error, low.minimum(probabilities), high.maximum(probabilities))
 
 
 def expected_error(head: Head, features: Tensor) -> Tensor:
-    """Root mean square error to be expected of the probabilities that `estimate` makes of the same draws, (B, Q).
+    """Root mean square error to be expected of the probabilities of `estimate` from M >= 2 draws, (B, Q).
 
-    The mean is over where the logit of the class against the rest may be, given M >= 2 draws: its own Student's t.
-    Near 0 and 1 a standard error goes by the slope there, which is nearly none whatever the draws; this goes by how
-    far the logit may reach. An integral and no bootstrap, it takes no random numbers.
+    The mean is over Student's t of the logit of the class against the rest. Near 0 and 1 a standard error is nearly
+    zero whatever the draws, since the probability is flat there; this considers how far the logit may reach. It is an
+    integral and takes no random numbers.
 
     Parameters
     ----------
     head, features
-        As of `estimate`.
+        See `estimate`.
     """
-    center, spread = _against_rest(head, features)
+    center, spread = _logit_against_rest(head, features)
     t, weights = (part.to(center.device) for part in _student(len(features) - 1, _CELLS))
     errors = (center[..., None] + spread[..., None] * t).sigmoid() - center[..., None].sigmoid()
     return (errors.square() @ weights).sqrt()
@@ -188,7 +188,7 @@ def expected_error(head: Head, features: Tensor) -> Tensor:
 def t_quantile(freedom: int) -> float:
     """Half the width, in standard errors, of a 95 % interval by Student's t of `freedom` >= 1 degrees."""
     _, weights = _student(freedom, _FINE_CELLS)
-    above = weights.flip(0).cumsum(0)  # mass beyond the edges of cells, from the far end
+    above = weights.flip(0).cumsum(0)  # mass beyond the edges of the cells, from the far end
     outside = (1 - CONFIDENCE) / 2
     cell = int((above < outside).sum())
     beyond = float(above[cell - 1]) if cell else 0.0
@@ -200,32 +200,32 @@ def t_quantile(freedom: int) -> float:
 def _student(freedom: int, cells: int) -> tuple[Tensor, Tensor]:
     """Points of Student's t and their weights, which sum to one: (cells,) doubles each.
 
-    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1), and the whole line a half turn.
+    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1) over half a turn.
     """
     angles = ((torch.arange(cells, dtype=torch.float64) + 0.5) / cells - 0.5) * math.pi
     density = (angles.cos().log() * (freedom - 1)).exp()
     return math.sqrt(freedom) * angles.tan(), density / density.sum()
 
 
-def _against_rest(head: Head, features: Tensor) -> tuple[Tensor, Tensor]:
+def _logit_against_rest(head: Head, features: Tensor) -> tuple[Tensor, Tensor]:
     """Logit of each class against the rest, (B, Q) doubles, and its jackknife standard error over the draws."""
-    return _rest_logits(head(features.mean(0))), _jackknife(_rest_logits(head(_without(features))))
+    return _rest_logits(head(features.mean(0))), _jackknife(_rest_logits(head(_leave_one_out_means(features))))
 
 
 def _rest_logits(logits: Tensor) -> Tensor:
-    logits = logits.double()  # differences of nearly equal ones
+    logits = logits.double()  # their differences are small
     own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
     rest = logits[..., None, :].masked_fill(own, -torch.inf).logsumexp(-1)
     return logits - rest
 
 
-def _without(features: Tensor) -> Tensor:
+def _leave_one_out_means(features: Tensor) -> Tensor:
     """Means of all draws but one, (M, B, D)."""
     return (features.sum(0) - features) / (len(features) - 1)
 
 
 def _jackknife(without: Tensor) -> Tensor:
-    """Standard error of what the (M, ...) values are that leave one draw out."""
+    """Standard error from the (M, ...) values that leave out one draw each."""
     draws = len(without)
     return ((without - without.mean(0)).square().sum(0) * (draws - 1) / draws).sqrt()
 
@@ -247,12 +247,12 @@ def _draw_until(
     least: int,
     readers: Executor | None,
 ) -> Prediction:
-    """Draw for the images that go on, until none does or the budget is spent; ``shape`` is (images, budget)."""
+    """Draw until every image has stopped or the budget is spent; ``shape`` is (images, budget)."""
     size, budget = shape
     going = torch.arange(size)  # images that still draw
-    number = budget if target is None else min(least, budget)  # of draws, which are made in any case
+    number = budget if target is None else min(least, budget)  # draws that are made in any case
     outputs = list(interleave((draw(each, going) for each in range(number)), readers, ahead=_AHEAD))
-    features = [output.features for output in outputs]  # of those images, (going, D) a draw
+    features = [output.features for output in outputs]  # (going, D) for each draw
     draws = torch.zeros(size, dtype=torch.int64)
     estimates: dict[int, Estimate] = {}
     while True:

@@ -28,7 +28,7 @@ def expectation(attention: Tensor, features: Tensor, z: Tensor) -> Tensor:
     features
         (B, n, D), with gradient.
     z
-        (B, n), from `nested_ats.draw` (the product along the path, where nested).
+        (B, n), from `nested_ats.draw`; in a nested model the product along the path.
 
     Returns
     -------
@@ -45,8 +45,8 @@ def entropy(log_attention: Tensor) -> Tensor:
 def uniform_entropy(phases: Sequence[Phase]) -> Tensor:
     """Entropy in nats that the attention of a model's phases would have if it were uniform, (B,).
 
-    The logarithm of the number of cells; where levels are nested, that of the leaves, estimated from the same draws
-    as the attention's own entropy (`Output.entropy`), so that the two may be compared.
+    It is the logarithm of the number of cells. Where levels are nested it is that of the leaves, estimated from the
+    same draws as the attention's own entropy (`Output.entropy`), so that the two may be compared.
     """
     cells = [phase.population.log_attention.isfinite().sum(-1) for phase in phases]  # (B, n) each
     total = cells[0][:, 0].log()

@@ -1,9 +1,9 @@
-"""Features of patches that are kept and used again: what a frozen encoder has once made of a patch does not change.
+"""Features of patches are kept and used again, since those of a frozen encoder never change.
 
 Notable: a name tells everything that decides a feature, so that nothing has to be thrown away when something changes.
-It is made of the image's identity and of a digest of the encoder: its configuration, every bit of its state, the code
-of its modules, the precision that it runs in and the kind of device. Images without an identity, encoders whose code
-cannot be seen, and weights of another type than float32 have no name: their features are computed anew each time.
+It joins the image's identity and a digest of the encoder: its configuration, every bit of its state, the code of its
+modules, the precision that it runs in and the kind of device. Images without an identity, encoders whose code cannot
+be read, and weights of another type than float32 have no name: their features are computed anew each time.
 
 Shape letters: N patches, W values a patch.
 """
@@ -21,11 +21,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-_FORMAT = 1  # raise it where other numbers are made of the same pixels, weights and code of an encoder
+_FORMAT = 1  # raise it when the same pixels, weights and code of an encoder come to give other numbers
 
 
 class FeatureStore(Protocol):
-    """Rows of numbers by name and place; thread safe. What it has forgotten is computed again."""
+    """Rows of numbers by name and place. It must be thread safe and may forget: lost rows are computed again."""
 
     def get(self, name: str, places: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Look rows up.
@@ -33,34 +33,34 @@ class FeatureStore(Protocol):
         Parameters
         ----------
         name
-            Of what they belong to.
+            The image and encoder that the rows belong to.
         places
             (N, 2) int64, y and x.
         width
-            W, that of all rows of this name.
+            W, the same for all rows of this name.
 
         Returns
         -------
         rows, found
-            (N, W) float32, as they were put, and (N,) bool: which there are. The others' values mean nothing.
+            (N, W) float32, as they were put, and (N,) bool: which were found. The others' values mean nothing.
         """
         ...
 
     def put(self, name: str, places: Tensor, rows: Tensor) -> None:
-        """Keep (N, W) float32 rows of (N, 2) places if there is room; no place comes twice."""
+        """Keep (N, W) float32 rows of (N, 2) distinct places if there is room."""
         ...
 
 
 class EncoderName:
-    """Names an encoder by all that decides what it makes of pixels.
+    """Name an encoder by all that decides the features it computes.
 
-    Tensors are hashed when a name is first asked for, and again those that were changed since, which torch's count of
-    changes in place tells.
+    Tensors are hashed when a name is first asked for; those that torch's count of changes in place tells have changed
+    are hashed again.
 
     Parameters
     ----------
     settings
-        What a patch and its pixels are before the encoder, and how that was built: plain values.
+        Plain values that say how the encoder was built and how its pixels are prepared.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -69,13 +69,13 @@ class EncoderName:
         self._digest: str | None = None
 
     def __call__(self, encoder: nn.Module, device: torch.device) -> str | None:
-        """Name of the features computed now on a device; None where not all that decides them can be known."""
+        """Name the features computed now on a device; None where something that decides them is unknown."""
         found = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
         if not (list(found) == list(self._known) and all(starmap(self._is_known, found.items()))):
-            anew = {n: (t, _state(t), _hash_tensor(t)) for n, t in found.items() if not self._is_known(n, t)}
+            anew = {n: (t, _change_marks(t), _hash_tensor(t)) for n, t in found.items() if not self._is_known(n, t)}
             known = {name: anew[name] if name in anew else self._known[name] for name in found}
             self._digest = self._hash(encoder, {name: own for name, (_, _, own) in known.items()})
-            self._known = known  # last: another thread goes by it
+            self._known = known  # last, since another thread may look at it
         if self._digest is None:
             return None
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else "as it is"
@@ -84,10 +84,10 @@ class EncoderName:
     def _is_known(self, name: str, tensor: Tensor) -> bool:
         """Whether this is the very tensor that was hashed under this name, unchanged."""
         known = self._known.get(name)
-        return known is not None and known[0] is tensor and known[1] == _state(tensor)
+        return known is not None and known[0] is tensor and known[1] == _change_marks(tensor)
 
     def _hash(self, encoder: nn.Module, digests: Mapping[str, bytes]) -> str | None:
-        code = _code(encoder)
+        code = _code_digests(encoder)
         if code is None:
             return None
         digest = hashlib.sha256(f"{self._settings}\n{code}\n".encode())
@@ -96,8 +96,8 @@ class EncoderName:
         return digest.hexdigest()
 
 
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """What is another after a tensor was changed in place, or given other memory."""
+def _change_marks(tensor: Tensor) -> tuple[Any, ...]:
+    """Values that change when a tensor is changed in place or gets other memory."""
     return (None if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype)
 
 
@@ -107,14 +107,14 @@ def _hash_tensor(tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-def _code(encoder: nn.Module) -> list[str] | None:
-    """Digests of the files that define the encoder's modules, but for torch's own; None where one cannot be seen."""
+def _code_digests(encoder: nn.Module) -> list[str] | None:
+    """Digests of the files that define the encoder's modules except torch's; None where one cannot be read."""
     files = set()
     for kind in {base for module in encoder.modules() for base in type(module).__mro__}:
         home = kind.__module__
         if kind is object or home.startswith("torch.nn."):
             continue
-        if home.partition(".")[0] == "torch":  # a compiled or traced module: its code is its own
+        if home.partition(".")[0] == "torch":  # a compiled or traced module has no file
             return None
         try:
             files.add(Path(inspect.getsourcefile(kind) or ""))

@@ -1,4 +1,4 @@
-"""Files of a folder that may be anybody's: opened without waiting, and only where they are what they seem."""
+"""Opening files of a folder that nobody vouches for: only regular files inside it, and without waiting."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def open_regular(path: Path, within: Path | None = None) -> BufferedReader:
     Parameters
     ----------
     path
-        Of the file.
+        The file.
     within
-        Folder that the file must lie in; a link *to* the folder may be anywhere, one that leads out of it is refused.
+        Folder that the file must lie in; a link that leads out of it is refused, a link to the folder is not.
 
     Raises
     ------
     OSError
-        There is no such file, it cannot be opened, it is a pipe, a device or a folder, or lies outside `within`.
+        The file is missing, cannot be opened, is a pipe, a device or a folder, or lies outside `within`.
     """
     if within is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(within)):
         raise OSError("a link that leads out of its folder; copy the file itself there")

@@ -1,7 +1,7 @@
 """What the model asks of an image: its levels, and boxes of pixels from one of them.
 
-`Image` is the whole protocol; the model never sees a store. `ArrayImage` serves it from memory, the pipeline's
-adapter serves it from a slide.
+`Image` is the whole protocol; the model never sees a store. `ArrayImage` implements it in memory, the pipeline
+does for slides.
 
 Shape letters: B batch, N boxes, C channels, H W pixels.
 """
@@ -22,9 +22,9 @@ from nested_ats.reading import Read
 class Image(Protocol):
     """An image at several resolutions; level 0 is the finest.
 
-    It may also have an ``identity``, text or None: equal texts are equal pixels in every box of every level, so that
-    features of its patches may be kept (`nested_ats.FeatureStore`). A model with a ``prior`` asks for a ``mask``, of
-    what there is to see (`nested_ats.Mask`).
+    It may also have an ``identity``, a text or None. Equal texts promise equal pixels in every box of every level, so
+    that features of its patches may be kept (`nested_ats.FeatureStore`). A model with a ``prior`` asks for a ``mask``
+    of what there is to see (`nested_ats.Mask`).
     """
 
     @property
@@ -64,7 +64,7 @@ class HasArea(Protocol):
 
 
 class ArrayImage:
-    """An image in memory, with levels by 2x2 mean (odd edges average the pixels there are).
+    """An image in memory, with levels by 2x2 mean (an odd edge averages the pixels it has).
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ class ArrayImage:
     Raises
     ------
     ValueError
-        `pixels` are integers of another type.
+        The pixels are integers of another type.
     """
 
     def __init__(
@@ -118,12 +118,12 @@ class ArrayImage:
 
 
 def scale_pixels(pixels: Tensor) -> Tensor:
-    """Pixels as floating point: integers divided by the largest value of their type, floats as they are.
+    """Convert pixels to floating point: integers are divided by the largest value of their type.
 
     Raises
     ------
     ValueError
-        They are integers of a type other than uint8, uint16 and int16.
+        The pixels are integers of a type other than uint8, uint16 and int16.
     """
     if pixels.is_floating_point():
         return pixels
@@ -134,12 +134,12 @@ def scale_pixels(pixels: Tensor) -> Tensor:
 
 
 def find_level(image: Image, downsample: float) -> int:
-    """Level of `image` with the given downsample: of several that have it nearly, as in a small image, the nearest.
+    """Find the level with a downsample; where several have it nearly, as in a small image, the nearest.
 
     Raises
     ------
     ValueError
-        No level has it, to within half of the level's pixels over the whole image.
+        No level has the downsample to within half a pixel over the whole level.
     """
     levels = enumerate(zip(image.downsamples, image.shapes, strict=True))
     near = [level for level, (have, shape) in levels if abs(have / downsample - 1) * max(shape) < 0.5]
@@ -150,7 +150,7 @@ def find_level(image: Image, downsample: float) -> int:
 
 
 def batch_reads(images: Sequence[Image], downsample: float, boxes: Tensor) -> list[Read]:
-    """What `read_batch` reads, one read an image; the parameters and errors are its own."""
+    """List the reads of `read_batch`, one for each image, with its parameters and errors."""
     levels = [find_level(image, downsample) for image in images]
     return [partial(image.read, *rest) for image, *rest in zip(images, levels, boxes.cpu(), strict=True)]
 
@@ -161,15 +161,15 @@ def read_batch(images: Sequence[Image], downsample: float, boxes: Tensor) -> Ten
     Parameters
     ----------
     images
-        B of them.
+        The B images.
     downsample
-        Of the level to read.
+        The downsample of the level to read.
     boxes
         (B, N, 4) int64: y, x, height, width.
 
     Returns
     -------
-    (B, N, C, height, width) as the images give them.
+    (B, N, C, height, width), of the images' own type.
 
     Raises
     ------

@@ -26,7 +26,7 @@ def attention_sampling_loss(
     labels
         (B,) int64 in [0, Q).
     entropy
-        (B,) nats, of the attention over all leaves.
+        (B,) nats: the entropy of the attention over all leaves.
     entropy_weight
         Lambda, >= 0; the paper has 0.01 and 0.05.
     class_weights
@@ -35,7 +35,7 @@ def attention_sampling_loss(
     Returns
     -------
     loss, cross_entropy
-        (B,) each: what to minimise, and its first term.
+        (B,) each: the loss to minimise, and its first term.
     """
     cross_entropy = functional.cross_entropy(logits, labels, weight=class_weights, reduction="none")
     return cross_entropy - entropy_weight * entropy, cross_entropy

@@ -15,22 +15,20 @@ from torch import Tensor
 
 from nested_ats.phases import Output, Phase
 
-_CELLS = 10_000  # spread at once
+_CELLS = 10_000  # how many are spread at once
 
 
 def attention_map(
-    outputs: Sequence[Output], shape_l0: tuple[int, int], *, row: int = 0, pitch_l0: float | None = None
+    outputs: Sequence[Output], shape_l0: tuple[int, int], *, pitch_l0: float | None = None
 ) -> tuple[Tensor, float]:
     """Mean attention map of one image over several draws.
 
     Parameters
     ----------
     outputs
-        Of the model for the same batch, one a draw.
+        The model's outputs for the image, one for each draw; see `Prediction.of`.
     shape_l0
         Height and width of the image in level-0 pixels.
-    row
-        The image's place in the batch.
     pitch_l0
         Side of a pixel of the map in level-0 pixels; by default that of the finest cells.
 
@@ -38,7 +36,7 @@ def attention_map(
     -------
     map, pitch_l0
         (ceil(H / pitch), ceil(W / pitch)) float64 that sums to one; pixel (i, j) covers level-0 pixels
-        [i, i + 1) x [j, j + 1) times the pitch. And the pitch.
+        [i, i + 1) x [j, j + 1) times the pitch, which is returned too.
 
     Raises
     ------
@@ -51,24 +49,24 @@ def attention_map(
     height, width = (math.ceil(side / pitch) for side in shape_l0)
     total = torch.zeros(height, width, dtype=torch.float64)
     for output in outputs:
-        for phase, mass in zip(output.phases, _unopened(output.phases, row), strict=True):
+        for phase, mass in zip(output.phases, _unopened(output.phases), strict=True):
             population = phase.population
-            _spread(total, mass, population.centers_l0[row].flatten(0, 1), population.extent_l0, pitch)
+            _spread(total, mass, population.centers_l0[0].flatten(0, 1), population.extent_l0, pitch)
     return total / total.sum(), pitch
 
 
-def _unopened(phases: Sequence[Phase], row: int) -> list[Tensor]:
-    """Attention that rests in the cells of each level, (n k) each: that of opened cells has gone down."""
+def _unopened(phases: Sequence[Phase]) -> list[Tensor]:
+    """Attention left in the cells of each level, (n k) each: that of opened cells has gone to the level below."""
     masses = []
     parent = torch.ones(1, dtype=torch.float64)
     for depth, phase in enumerate(phases):
-        within = phase.population.log_attention[row].double().exp().cpu()  # (n, k)
+        within = phase.population.log_attention[0].double().exp().cpu()  # (n, k)
         mass = (parent[:, None] * within).flatten()
         if depth + 1 < len(phases):
             # A cell drawn twice, or repeated to fill an empty slot, is opened once.
-            indices = phase.drawn.indices[row].cpu()
+            indices = phase.drawn.indices[0].cpu()
             first = torch.cat([torch.ones(1, dtype=torch.bool), indices.diff() != 0])
-            first &= phase.drawn.z[row].cpu() > 0
+            first &= phase.drawn.z[0].cpu() > 0
             parent = torch.where(first, mass[indices], 0.0)
             mass = mass.index_fill(0, indices[first], 0.0)
         masses.append(mass)

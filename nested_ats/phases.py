@@ -1,4 +1,4 @@
-"""A phase of the model: what a level looked at, and what was drawn of it.
+"""A phase of the model: the cells that a level looked at, and those that were drawn.
 
 Shape letters: B batch, n drawn units, k cells of one map, D features, Q classes.
 """
@@ -29,8 +29,8 @@ class Population(NamedTuple):
     extent_l0
         Side of a cell in level-0 pixels.
     cells
-        (B, n, k, g, g): logits of the attention map within each unit, g x g cells in their place; a unit that is
-        drawn hands them on to the next level. None where there is no next level.
+        (B, n, k, g, g): logits of the g x g cells of the attention map within each unit; a drawn unit hands them on
+        to the next level. None where there is no next level.
     """
 
     log_attention: Tensor
@@ -47,13 +47,13 @@ class Phase(NamedTuple):
     population
         The cells of every view of this level.
     drawn
-        Indices into the (n k) cells, and z of this phase alone.
+        Indices into the (n k) cells, and the z of this phase alone.
     attention
-        (B, n) product of attention along the path to each drawn unit, with gradient.
+        (B, n) product of the attention along the path to each drawn unit, with gradient.
     z
         (B, n) product of z along the path.
     carry
-        (B, parents) stop-gradient of z a of the views that the population lies in.
+        (B, parents): z a, without gradient, of the views that the population lies in.
     centers_l0
         (B, n, 2) float64.
     """
@@ -76,7 +76,7 @@ class Output(NamedTuple):
     entropy
         (B,) nats: estimate of the entropy of the attention over all leaves; zero where there is no attention.
     features
-        (B, D): F_hat, the estimate of the expected feature; what the head sees.
+        (B, D): F_hat, the estimate of the expected feature, which the head sees.
     phases
         One for each level, coarse to fine; the last one's units are the patches. Empty where there is no attention.
     """
@@ -90,7 +90,7 @@ class Output(NamedTuple):
 def draw_phase(
     population: Population, attention: Tensor, z: Tensor, sampler: Sampler, samples: int, keys: Tensor
 ) -> Phase:
-    """Draw jointly from all cells of all views, whose own (B, n) path attention and z are given."""
+    """Draw jointly from the cells of all views, given the (B, n) attention and z along the path to each view."""
     within = population.log_attention.exp()  # (B, n, k)
     cells = within.shape[-1]
     carry = (z * attention).detach()
@@ -110,7 +110,7 @@ def take_all(weights: Tensor, n: int, keys: Tensor) -> Draw:
 
 
 def take_rows(value: Rows, rows: Tensor) -> Rows:
-    """The given images of a batch, from an `Output`, a `Population` or anything made of (B, ...) tensors."""
+    """Pick images of a batch from an `Output`, a `Population` or anything made of (B, ...) tensors."""
     taken: Any = value
     if isinstance(value, Tensor):
         taken = value[rows.to(value.device)]

@@ -1,4 +1,4 @@
-"""What a training step costs in time and memory, as the paper reports it (section 4.1.2).
+"""The time and memory of a training step, as the paper reports them (section 4.1.2).
 
 Notable: on a CPU torch keeps no high-water mark, so the peak is found from the allocations and frees that its
 profiler records, in a pass of its own because recording takes time. A step includes its reads: views, regions and
@@ -24,7 +24,7 @@ from nested_ats.images import Image
 from nested_ats.losses import attention_sampling_loss
 from nested_ats.models.base import ImageModel
 
-_ENTROPY_WEIGHT = 0.01  # one of the paper's; its value does not change what is computed
+_ENTROPY_WEIGHT = 0.01  # one of the paper's; its value changes no cost
 
 
 class Cost(NamedTuple):
@@ -33,10 +33,10 @@ class Cost(NamedTuple):
     Attributes
     ----------
     seconds
-        Wall clock of forward and backward pass, median over repeats.
+        Wall-clock time of the forward and backward pass, median over repeats.
     peak_bytes
-        Most that torch held at once on the model's device, beyond what it held before the step: gradients are in
-        it, parameters are not.
+        Most that torch held at once on the model's device, beyond what it held before the step. Gradients are
+        counted, parameters are not.
     """
 
     seconds: float
@@ -48,18 +48,18 @@ def step_cost(
 ) -> Cost:
     """Measure one training step: forward, loss, backward; no optimizer (section 4.1.2 of the paper).
 
-    Divide by ``len(images)`` for the paper's time per sample, or give one image, as for its memory.
+    Divide by ``len(images)`` for the paper's time per sample; for its memory give one image.
 
     Parameters
     ----------
     model
-        On the device to measure. It is left in training mode, without gradients.
+        The model, on the device to measure. It is left in training mode, without gradients.
     images
         The batch; each repeat draws anew from it.
     repeats
-        Steps timed, at least 1, after one that is not.
+        How many steps are timed, at least 1, after one that is not.
     readers
-        Threads that read while time is measured; by default this one does.
+        The threads that read while time is measured; by default this thread does.
     """
     device = next(model.parameters()).device
     training_step(model, images, 0, readers=readers)
@@ -80,18 +80,18 @@ def step_cost(
 def training_step(
     model: ImageModel, images: Sequence[Image], number: int, *, readers: Executor | None = None
 ) -> None:
-    """Read, forward, loss of made-up labels (equation 21), backward; gradients are added to what there is.
+    """Read, run forward and backward with the loss of made-up labels (equation 21), and add up gradients.
 
     Parameters
     ----------
     model
-        Set to training mode.
+        The model; it is set to training mode.
     images
         The batch.
     number
-        Of the step, at least 0: every step draws by other keys.
+        The step's number, at least 0; every step draws by other keys.
     readers
-        As of `step_cost`.
+        See `step_cost`.
     """
     model.train()
     keys = torch.arange(len(images)) + number * len(images)

@@ -1,8 +1,8 @@
-"""Computations that read: generators that yield what they want to have read and are sent it.
+"""Computations that read: generators that yield the reads they need and are sent the results.
 
-A forward pass looks, draws, reads, looks closer, draws and reads again, and how bytes come is not its concern. `run`
-drives one plainly. `interleave` drives many in one thread: what one of them waits for is read by other threads while
-another one computes, and no two of them ever compute at the same time.
+A forward pass alternates between computing and reading, and need not know how its pixels are fetched. `run` drives
+one such generator. `interleave` drives several in one thread: other threads read for those that wait while one
+computes, and no two of them ever compute at the same time.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 Read = Callable[[], Any]
-"""Something to fetch, such as pixels of boxes; any thread may call it."""
+"""Fetches something, such as the pixels of boxes; any thread may call it."""
 
 Reading = Generator[Sequence[Read], list[Any], T]
-"""Yields reads, is sent what each returned, in order, and returns a T. The first failure of a read is thrown in."""
+"""Yields reads, is sent their results in order, and returns a T. The first failed read is thrown into it."""
 
 
 def run(reading: Reading[T], readers: Executor | None = None) -> T:
-    """Run a computation to its end; what it reads at once is read by ``readers``, or else in turn by this thread."""
+    """Run a computation to its end; ``readers`` do its reads side by side, or this thread does them in turn."""
     return next(interleave([reading], readers))
 
 
@@ -39,20 +39,20 @@ def interleave(
     Parameters
     ----------
     readings
-        The computations; each is taken when it can start.
+        The computations; each is taken from the iterable when it can start.
     readers
-        Reads run here; by default in this thread.
+        The threads that read; by default this thread does.
     ahead
-        How many computations are under way at a time, at least 1: what each of them holds is in memory.
+        How many computations are under way at a time, at least 1; each holds its memory.
     context
-        Made anew and entered around each stretch of computing, such as `torch.autocast`.
+        Makes the context of each stretch of computing, such as `torch.autocast`.
 
     Raises
     ------
     Exception
-        What a computation raised, when its turn comes.
+        A computation raised it; it is raised here when that result is due.
     """
-    submit = readers.submit if readers else _at_once
+    submit = readers.submit if readers else _read_here
     coming, under_way = iter(readings), deque[_Run[T]]()
     while True:
         while len(under_way) < ahead and (reading := next(coming, None)) is not None:
@@ -65,7 +65,7 @@ def interleave(
         if under_way[0].outcome.done() and not any(each.turns < under_way[0].turns - 1 for each in ready):
             yield under_way.popleft().outcome.result()
         elif ready:
-            # Those that have read least: they will wait again, and the others' computing is what hides it.
+            # The one that has read least goes first: it will wait again, and the others compute meanwhile.
             min(ready, key=lambda each: each.turns).go_on(submit, context)
         else:
             wait([read for each in waiting for read in each.reads if not read.done()], return_when=FIRST_COMPLETED)
@@ -76,14 +76,14 @@ class _Run(Generic[T]):
 
     def __init__(self, reading: Reading[T]) -> None:
         self._reading = reading
-        self.reads: list[Future[Any]] = []  # that it waits for
+        self.reads: list[Future[Any]] = []  # it waits for these
         self.turns = 0  # how often it has computed
         self.outcome: Future[T] = Future()
 
     def go_on(
         self, submit: Callable[[Read], Future[Any]], context: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        """Compute until the next reads or to the end; those that it waited for are done."""
+        """Compute until the next reads or to the end; the reads that it waited for are done."""
         failure = next((error for read in self.reads if (error := read.exception())), None)
         self.turns += 1
         try:
@@ -96,17 +96,17 @@ class _Run(Generic[T]):
                     wanted = self._reading.send([read.result() for read in self.reads])
         except StopIteration as end:
             self.outcome.set_result(end.value)
-        except Exception as error:  # noqa: BLE001  raised when its turn comes
+        except Exception as error:  # noqa: BLE001  it is raised when its turn comes
             self.outcome.set_exception(error)
         else:
             self.reads = [submit(read) for read in wanted]
 
 
-def _at_once(read: Read) -> Future[Any]:
+def _read_here(read: Read) -> Future[Any]:
     """Read in this thread."""
     done: Future[Any] = Future()
     try:
         done.set_result(read())
-    except Exception as error:  # noqa: BLE001  the computation's to handle
+    except Exception as error:  # noqa: BLE001  the computation handles it
         done.set_exception(error)
     return done

@@ -33,7 +33,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 # A unit this close to certain is taken for certain: below it, rounding could draw it twice.
 _NEARLY_CERTAIN = 1 - 1e-9
 
-_TINY = 1e-300  # in place of a length of zero, to divide by
+_TINY = 1e-300  # divisor in place of a length of zero
 
 
 class Draw(NamedTuple):
@@ -80,16 +80,16 @@ def draw(
         estimators; the last of them is the paper's equations 14-17. ``multinomial``: independent draws with
         replacement, z = 1 / (n a), the paper's equation 4.
     keys
-        (B,) int64, one a row: equal keys and weights draw equal units. Default: from torch's generator.
+        (B,) int64, one for each row: equal keys and weights draw equal units. By default torch draws them.
     noise
         (B, `noise_size(method, K, n)`) in [0, 1), the uniform numbers themselves instead of `keys`.
 
     Raises
     ------
     ImpossibleWeightsError
-        A negative, NaN or infinite weight, or a row without a positive one; also a ValueError.
+        A weight is negative, NaN or infinite, or a row has no positive one; it is a ValueError too.
     ValueError
-        `n` < 1, an unknown method, or wrong shapes.
+        `n` is below 1, the method is unknown, or shapes are wrong.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
@@ -119,7 +119,7 @@ def draw(
 
 
 def noise_size(method: Method, population: int, n: int) -> int:
-    """Uniform numbers that one row of `draw` takes."""
+    """How many uniform numbers one row of `draw` takes."""
     return {"pivotal": n, "systematic": 1, "desraj": population, "multinomial": n}[method]
 
 
@@ -150,19 +150,19 @@ class _Line:
     """(B, K) weights laid end to end on a line, of which only the blocks that are asked for are looked into.
 
     A block of neighbours is as long as its sum in the weights' own precision; its units share that length in
-    proportion, worked out in double when the block is opened. What a million float32 weights sum to is so read once,
-    and a unit's length, `locate`'s third result, is its probability exactly, whatever the block's sum was rounded to.
+    proportion, in double precision, when the block is opened. A million float32 weights are so summed once, and a
+    unit's length, `locate`'s third result, is exactly its probability, however the block's sum was rounded.
     """
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
-        self.side = 2 ** max(4, round(math.log2(weights.shape[-1]) / 2))  # of a block; about as many are blocks
+        self.side = 2 ** max(4, round(math.log2(weights.shape[-1]) / 2))  # units in a block
         whole = weights.shape[-1] // self.side * self.side
         blocks = weights[:, :whole].reshape(len(weights), whole // self.side, self.side), weights[:, None, whole:]
         self.sums = torch.cat([each.sum(-1) for each in blocks], -1).double()  # (B, G)
-        if not bool(self.sums.isfinite().all()):  # too large for their own precision, or not finite themselves
+        if not bool(self.sums.isfinite().all()):  # a sum overflows, or a weight is not finite
             self.sums = torch.cat([each.sum(-1, dtype=torch.float64) for each in blocks], -1)
-        self._taken: Tensor | None = None  # (B, K) units that are on the line no more
+        self._taken: Tensor | None = None  # (B, K) units that are no longer on the line
 
     @property
     def length(self) -> Tensor:
@@ -170,7 +170,7 @@ class _Line:
         return self.sums.sum(-1, keepdim=True)
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
-        """Take those units off the line that are certain among n drawn with probabilities like their weights.
+        """Take those units off the line that are certain to be among n drawn in proportion to weight.
 
         Returns
         -------
@@ -178,7 +178,7 @@ class _Line:
             (B, k) the largest units in turn, k = min(n, K), and (B, 1) how many of these were taken.
         """
         k = min(n, self.weights.shape[-1])
-        # A unit that is certain lies in one of the n longest blocks: n others as long would be more than there is.
+        # A certain unit lies in one of the n longest blocks: n others as long would exceed the whole line.
         blocks = self.sums.topk(min(n, self.sums.shape[-1]), dim=-1).indices
         opened = self._open(blocks)  # (B, p, side)
         top, place = opened.flatten(1).topk(k, dim=-1)  # (B, k)
@@ -189,7 +189,7 @@ class _Line:
         left = n - torch.arange(k, device=top.device)
         certain = ((left * top >= rest * _NEARLY_CERTAIN) & (top > 0)).cumprod(-1).bool()
         units = blocks.gather(-1, place // self.side) * self.side + place % self.side
-        # What is not certain may be a place past the last unit, and stands for the largest unit from here on.
+        # A unit that is not certain may lie past the last one; the largest unit stands in for it from here on.
         units = torch.where(certain, units, units[:, :1])
         if bool(certain.any()):
             others = others.scatter(-1, place, top.masked_fill(certain, 0.0)).view_as(opened)
@@ -207,7 +207,7 @@ class _Line:
         begin = ends.gather(-1, block) - length
         opened = self._open(block)  # (B, p, side)
         inner = opened.cumsum(-1)
-        scale = inner[..., -1] / length.clamp_min(_TINY)  # of the block's own sum to its length on the line
+        scale = inner[..., -1] / length.clamp_min(_TINY)  # from the block's own sum to its length on the line
         unit = _stretch(inner, ((points - begin) * scale)[..., None], opened)
         weight, end = opened.gather(-1, unit)[..., 0], inner.gather(-1, unit)[..., 0]
         per = 1 / scale.clamp_min(_TINY)
@@ -225,11 +225,11 @@ class _Line:
 
 
 def _stretch(ends: Tensor, points: Tensor, lengths: Tensor) -> Tensor:
-    """Stretches (..., p) in which (..., p) points fall, by their (..., K) ends; one of positive length."""
+    """Indices (..., p) of the stretches of positive length in which points fall; ``ends`` are (..., K)."""
     found = torch.searchsorted(ends, points.contiguous(), right=True).clamp_max(ends.shape[-1] - 1)
     if bool((lengths.gather(-1, found) > 0).all()):
         return found
-    # Rounding may put a point past the end, or a parallel sum into a stretch of no length: the one before it.
+    # Rounding may put a point past the end or into a stretch of no length: take the one before it.
     places = torch.arange(ends.shape[-1], device=ends.device).expand_as(ends)
     return torch.where(lengths > 0, places, 0).cummax(-1).values.gather(-1, found)
 
@@ -244,10 +244,10 @@ def _systematic(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pivotal(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Deville's systematic sampling: one unit from each of n equal intervals of the line, by a number for each.
+    """Deville's systematic sampling: one unit from each of n equal intervals of the line, by one number each.
 
-    A unit that lies across the border of two intervals may be drawn in either: in the second with the probability
-    that gives it, and all others, their due, knowing whether it was drawn in the first.
+    A unit across the border of two intervals may be drawn in either. Its chance in the second depends on whether it
+    was drawn in the first, so that every unit keeps its inclusion probability.
     """
     sure, certain = line.take(n)
     left = n - certain  # (B, 1) intervals
@@ -258,14 +258,12 @@ def _pivotal(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     before = (slot - begin / step).clamp(0.0, 1.0)  # its share of the interval before
     after = (lengths / step - before).clamp(0.0, 1.0).masked_fill(slot == 0, 0.0)  # and of this one
     ahead = torch.nn.functional.pad(before[:, 1:], (0, 1)).masked_fill(slot >= left - 1, 0.0)
-    after_none = (after / (1 - before).clamp_min(_TINY)).clamp_max(
-        1.0
-    )  # its chance here, not having been drawn there
+    after_none = (after / (1 - before).clamp_min(_TINY)).clamp_max(1.0)  # its chance here if it was not drawn before
     first = noise < after_none
     free = after + ((noise - after_none) / (1 - after_none).clamp_min(_TINY)).clamp_min(0.0) * (1 - after)
-    bound = after + noise * (1 - after)  # the place in the interval, it having been drawn before
+    bound = after + noise * (1 - after)  # the place in the interval if it was drawn before
     upper = ahead > 0
-    # Whether the unit across the upper border is drawn, by whether that across the lower one was drawn before.
+    # Whether the unit across the upper border is drawn, given whether the one across the lower border was.
     drawn = _run(~first & upper & (free >= 1 - ahead), upper & (bound >= 1 - ahead))
     known = torch.nn.functional.pad(drawn[:, :-1], (1, 0))
     place = torch.where(known, bound, free)
@@ -277,7 +275,7 @@ def _pivotal(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     ):
         indices, found = torch.where(chosen, unit, indices), torch.where(chosen, size, found)
     indices, z = _with_sure(indices, length / (left * found), sure, left, slot)
-    # Rounding may draw a unit across a border twice, once in many million million draws: then as `systematic`.
+    # In very rare draws rounding takes a unit across a border twice; these rows are drawn as by `systematic`.
     units, held = _sort(indices, z, line.weights.shape[-1])
     rows = ((units.diff(dim=-1) == 0) & (held[:, 1:] > 0)).any(-1)
     if bool(rows.any()):
@@ -288,8 +286,8 @@ def _pivotal(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
 def _run(if_not: Tensor, if_so: Tensor) -> Tensor:
     """States (B, n) after each of n steps of a chain that starts in the state false.
 
-    ``if_not`` and ``if_so`` are the state after each step by that before it. Steps are put together two by two, four
-    by four and so on, so that their number costs its logarithm.
+    ``if_not`` and ``if_so`` are the state after each step, by the state before it. Steps are combined two by two,
+    four by four and so on, so that the time is logarithmic in their number.
     """
     shift = 1
     while shift < if_not.shape[-1]:
@@ -301,7 +299,7 @@ def _run(if_not: Tensor, if_so: Tensor) -> Tensor:
 
 
 def _with_sure(indices: Tensor, z: Tensor, sure: Tensor, left: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """Units drawn in the first `left` slots, those taken for certain in the others."""
+    """Put drawn units into the first `left` slots and the certain ones into the others."""
     place = (slot - left).clamp_min(0).clamp_max(sure.shape[-1] - 1)
     drawn = slot < left
     return torch.where(drawn, indices, sure.gather(-1, place)), torch.where(
@@ -337,7 +335,7 @@ def _multinomial(line: _Line, n: int, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sort(indices: Tensor, z: Tensor, population: int) -> tuple[Tensor, Tensor]:
-    # Empty slots last, as repeats of the first drawn index.
+    # Empty slots come last and repeat the first drawn index.
     place, order = torch.where(z > 0, indices, population).sort(-1)
     z = z.gather(-1, order)
     return torch.where(z > 0, place, place[:, :1]), z

@@ -1,4 +1,4 @@
-"""Enumerate what a sampler can draw: to prove an estimator unbiased exactly, not by simulation.
+"""Enumerate what a sampler can draw, to prove that an estimator is unbiased without simulation.
 
 Shape letters: K units, M outcomes.
 """
@@ -21,14 +21,14 @@ def outcomes(method: Method, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
     method
         The sampler.
     weights
-        (K,) double, more than n of them positive; those of zero are never drawn.
+        (K,) double, more than n of them positive; units of weight zero are never drawn.
     n
-        Units drawn.
+        How many units are drawn.
 
     Returns
     -------
     noise, probabilities
-        (M, noise_size) to hand to `draw`, one row for each of the M outcomes, and (M,), which sum to one.
+        (M, noise_size) to hand to `draw`, a row for each of the M outcomes, and (M,), which sum to one.
     """
     w = weights / weights.sum()
     units = w.nonzero().flatten().tolist()
@@ -47,7 +47,7 @@ def outcomes(method: Method, weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return torch.exp(-w * place.exp()).clamp_max(1 - 2.0**-53), probabilities
     if method == "pivotal":
         return _pivotal_outcomes(w, n)
-    # systematic: the outcome changes where the cumulated probabilities pass an integer; u uniform in between.
+    # systematic: the outcome changes where the cumulated probabilities pass an integer; u is uniform in between.
     breaks = _systematic_breaks(w, n)
     return ((breaks[:-1] + breaks[1:]) / 2)[:, None], breaks.diff()
 
@@ -99,7 +99,7 @@ def inclusion(w: Tensor, n: int) -> Tensor:
     while True:
         rest = w[~capped].sum()
         pi = torch.where(capped, 1.0, (n - capped.sum()) * w / rest)
-        over = (pi >= 1 - 1e-12) & ~capped  # rounding leaves some just below
+        over = (pi >= 1 - 1e-12) & ~capped  # rounding leaves some just below one
         if not over.any():
             return pi
         capped |= over

@@ -7,27 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.manifest import is_image_file
 from storage import Slide
+from storage.read.slide import dicom_file
 
 if TYPE_CHECKING:
     from nested_ats.networks.presets import Preset
 
 
 def describe(location: str) -> dict[str, Any]:
-    """Describe an image file or a pyramid, by path or URL, or an encoder by its name (`nested_ats.networks.presets`).
+    """Describe an image or a pyramid, by path or URL, or an encoder by its name (`nested_ats.networks.presets`).
 
-    No pixels are read but those of PNG, JPEG and BMP files. A level that an image file lacks says of which
-    downsample it is ``made_of`` at each read.
+    Only the pixels of PNG, JPEG and BMP files are read. A level that an image file lacks says of which downsample it
+    is ``made_of`` at each read.
 
     Raises
     ------
     storage.StorageError
-        The location is none of them, or is damaged.
+        The location is nothing of this kind, or is damaged.
     """
     if not set("./:") & set(location) and not os.path.exists(location):
         from nested_ats.networks.presets import PRESETS
 
         if location in PRESETS:
             return _describe_encoder(location, PRESETS[location])
+    kind = "DICOM series" if dicom_file(location) else "image" if is_image_file(location) else "pyramid"
     with Slide(location) as slide:
         levels = [
             {"size": list(level.shape_yx), "downsample": level.downsample, "mpp": level.mpp}
@@ -36,7 +38,7 @@ def describe(location: str) -> dict[str, Any]:
         ]
         return {
             "path": location,
-            "kind": "image" if is_image_file(location) else "pyramid",
+            "kind": kind,
             "size": list(slide.shape_yx),
             "channels": list(slide.channels),
             "dtype": str(slide.dtype),

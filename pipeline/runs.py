@@ -83,7 +83,7 @@ def save_state(
     totals
         The sums of the epoch that is under way.
     kept
-        The state of `pipeline.training.course.Kept`.
+        The state of `pipeline.training.course.KeptWeights`.
     fingerprint
         The fingerprint of the run.
     """

@@ -15,6 +15,7 @@ from pipeline.files import file_name
 from pipeline.net import Net
 from pipeline.progress import SlideProgress, progress
 from storage import Problem, Slide, validate
+from storage.read.slide import dicom_file
 
 _SHOWN = 20  # problems of one pyramid
 _NO_SOURCE = "no source image has its name, or several have"
@@ -121,7 +122,7 @@ def validate_all(
             source = None if sources is None else sources.get(entry.slide_id)
             lacking = [] if sources is None or source else [Problem(0, None, "unchecked", _NO_SOURCE)]
             with Net() as net:
-                if is_image_file(entry.path):
+                if is_image_file(entry.path) or dicom_file(entry.path):
                     with Slide(entry.path) as slide:
                         if full:
                             _decode(slide, shown.on_bytes)

@@ -1,4 +1,4 @@
-"""What every model has in common: its configuration, its encoder and head, and what it returns.
+"""What all models have in common: their configuration, encoder and head, and what they return.
 
 `ImageModel` encodes patches and is the interface that training and evaluation see; `SamplingModel` is one whose
 answer depends on what is drawn.
@@ -32,23 +32,23 @@ class ImageModel(nn.Module):
     Parameters
     ----------
     config
-        Of the model; its own, which a saved model keeps, has in it what was left open.
+        Configuration of the model. The model keeps a copy in which what was left open is filled in.
     in_channels
         C of the images.
     classes
         Q.
     patch_size
-        H = W of the patches that the encoder sees; none for whole images.
+        H = W of the patches that the encoder sees; None for whole images.
     location
         Whether features are told where their patch lies: its centre's y and x, -1 to 1 over the image, are appended
         to the encoder's feature vector, and a linear layer maps the D + 2 numbers to D (section 3.3).
     pretrained
         Read the weights that ``encoder`` names.
     attention
-        Networks that come before the encoder in the order of parameters, which optimizer states go by.
+        Networks whose parameters come before the encoder's; optimizer states rely on the order.
 
     Frozen parts of the encoder (``trainable``) stay in evaluation mode and their parameters have
-    ``requires_grad = False``; give an optimizer those that have it.
+    ``requires_grad = False``; give an optimizer the others.
 
     Raises
     ------
@@ -91,18 +91,18 @@ class ImageModel(nn.Module):
         self._frozen = freeze(self.encoder, config.trainable)
         self.locate = nn.Linear(self.features + 2, self.features) if location else None
         self.head = _Head(self.features, classes, config.scale if isinstance(config, PatchConfig) else 1.0)
-        for name in ("mean", "std"):  # (C, 1, 1) each; not of the state: the configuration has them
+        for name in ("mean", "std"):  # (C, 1, 1) each; the configuration keeps them, the state does not
             values = getattr(config, name)
             if isinstance(values, tuple) and len(values) != in_channels:
                 raise EncoderError(f"{name}: {len(values)} values for images of {in_channels} channels")
             each = torch.tensor([float(v) for v in (values if isinstance(values, tuple) else [values] * in_channels)])
             self.register_buffer(f"_{name}", each[:, None, None], persistent=False)
         self.train()
-        # A third faster on CPUs, and what tensor cores want; the overload is missing from torch's annotations.
+        # This is a third faster on CPUs and suits tensor cores; torch's annotations lack the overload.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def coarse_view(self, image: Image) -> Tensor:
-        """Read what the model looks at first, (C, H, W) as the image gives it; (C, 0, 0) where that is nothing.
+        """Read what the model looks at first: (C, H, W) of the image's type, or (C, 0, 0) if it looks at nothing.
 
         It depends on the image alone, so it may be read ahead of the step that uses it.
 
@@ -127,13 +127,13 @@ class ImageModel(nn.Module):
         Parameters
         ----------
         images
-            B of them, of any sizes.
+            B images of any sizes.
         keys
-            (B,) int64, the random key of each image: it decides what is drawn, whatever the batch.
+            (B,) int64: the random key of each image alone decides what is drawn from it.
         views
             `coarse_view` of each image, where it was read ahead.
         readers
-            Threads that read what is read at once; by default this one does.
+            The threads that read; by default this thread does.
 
         Raises
         ------
@@ -147,11 +147,11 @@ class ImageModel(nn.Module):
     def classify(
         self, images: Sequence[Image], keys: Tensor, *, views: Sequence[Tensor] | None = None
     ) -> Reading[Output]:
-        """`forward` as a computation that others read for (`nested_ats.reading`); the errors are its own."""
+        """`forward` as a generator that yields its reads (`nested_ats.reading`), with the same errors."""
         raise NotImplementedError
 
     def coarse_views(self, images: Sequence[Image]) -> Reading[Sequence[Tensor]]:
-        """`coarse_view` of each image."""
+        """Read the `coarse_view` of each image."""
         return (yield [partial(self.coarse_view, image) for image in images])
 
     def train(self, mode: bool = True) -> ImageModel:
@@ -162,15 +162,15 @@ class ImageModel(nn.Module):
         return self
 
     def _scale(self, pixels: Tensor) -> Tensor:
-        """Pixels as an image gives them -> in [0, 1], on the model's device and of its type."""
+        """Pixels of an image's own type -> in [0, 1], on the model's device and of its type."""
         weight = self.head.weight
         return scale_pixels(_to_device(pixels, weight.device)).to(weight.dtype)
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         return (pixels - self._mean) / self._std
 
-    def _see(self, pixels: Tensor) -> Tensor:
-        """(P, C, H, W) as an image gives them -> the same as the encoder sees them."""
+    def _prepare(self, pixels: Tensor) -> Tensor:
+        """(P, C, H, W) of an image's own type -> the same as the encoder sees them."""
         return self._normalise(self._scale(pixels)).contiguous(memory_format=torch.channels_last)
 
     def _encode_seen(self, seen: Tensor) -> Tensor:
@@ -178,16 +178,16 @@ class ImageModel(nn.Module):
         frozen = self.config.trainable == "none"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features: Tensor = self.encoder(seen)
-        return features.to(seen.dtype) if frozen else features  # whether they are kept in between or not
+        return features.to(seen.dtype) if frozen else features  # the type that kept features have
 
 
 class _Head(nn.Linear):
-    """A linear layer of `scale` times its input, in the precision of its weights, autocast or not.
+    """A linear layer of `scale` times its input, in the precision of its weights even under autocast.
 
-    Features have unit length, of which a new layer makes logits so small that the gradient of the attention drowns in
-    that of the entropy; scaled, a model learns in half the epochs.
+    Features have unit length, so a new layer's logits are so small that the gradient of the entropy hides that of the
+    attention; scaled, a model learns in half the epochs.
 
-    Standard errors are differences between logits of nearly equal features, which bf16 would drown in its rounding.
+    Standard errors are differences between logits of nearly equal features, which the rounding of bf16 would hide.
     """
 
     def __init__(self, features: int, classes: int, scale: float) -> None:
@@ -201,9 +201,9 @@ class _Head(nn.Linear):
 
 
 def _to_device(pixels: Tensor, device: torch.device) -> Tensor:
-    """Pixels on a device; to a GPU through pinned memory, so that the copy runs beside what the CPU does next.
+    """Copy pixels to a device; to a GPU through pinned memory, so that the CPU need not wait for the copy.
 
-    The pinned block may be let go of at once: torch's allocator of them waits for the copy before it is used again.
+    The pinned block may be freed at once: torch's allocator waits for the copy before it uses the block again.
     """
     if device.type == "cuda" and pixels.device.type == "cpu":
         return pixels.pin_memory().to(device, non_blocking=True)

@@ -20,23 +20,9 @@ from nested_ats.reading import Reading
 class CNN(ImageModel):
     """An encoder that sees the whole image at one downsample; every draw is the same.
 
-    Its feature is not normalised, there being nothing to weigh. Memory grows with the image.
+    Its feature is not normalised, since nothing is weighted. Memory grows with the image.
 
-    Parameters
-    ----------
-    config
-        Downsample and network.
-    in_channels
-        C of the images.
-    classes
-        Q.
-    pretrained
-        Read the weights that ``encoder`` names.
-
-    Raises
-    ------
-    EncoderError
-        The encoder cannot be built.
+    Its parameters and errors are those of `nested_ats.build_model`.
     """
 
     config: CNNConfig
@@ -59,7 +45,7 @@ class CNN(ImageModel):
         features: dict[int, Tensor] = {}
         for shape in dict.fromkeys(view.shape for view in views):
             rows = [i for i, view in enumerate(views) if view.shape == shape]
-            encoded = self._encode_seen(self._see(torch.stack([views[i] for i in rows])))
+            encoded = self._encode_seen(self._prepare(torch.stack([views[i] for i in rows])))
             features |= dict(zip(rows, encoded, strict=True))
         pooled = torch.stack([features[i] for i in range(len(views))])
         return Output(self.head(pooled), pooled.new_zeros(len(views)), pooled, ())

@@ -27,7 +27,7 @@ class _AttentionPooling(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(features, width)
         self.gate = nn.Linear(features, width) if gated else None
-        self.logit = nn.Linear(width, 1, bias=False)  # softmax does not see a bias
+        self.logit = nn.Linear(width, 1, bias=False)  # a bias would not change the softmax
 
     def forward(self, features: Tensor) -> Tensor:
         """(K, D) -> (K,)."""
@@ -43,25 +43,11 @@ class DeepMIL(PatchModel):
 
     Patches are centred on the cells of a grid that tiles the image; the configuration's ``prior`` leaves some out.
 
-    Memory of a training step grows with the image: the activations of every patch are kept, as in the paper, or with
-    ``recompute`` those of one chunk at a time, for one more forward pass; the pixels of all patches are kept either
-    way, as the image gives them, (K, C, patch_size, patch_size). Without gradients one chunk is held at a time.
+    The memory of a training step grows with the image: the activations of every patch are kept, as in the paper, or
+    with ``recompute`` those of one chunk at a time, for one more forward pass. The pixels of all patches, (K, C,
+    patch_size, patch_size), are kept either way. Without gradients one chunk is held at a time.
 
-    Parameters
-    ----------
-    config
-        Grid, patches and networks.
-    in_channels
-        C of the images.
-    classes
-        Q.
-    pretrained
-        Read the weights that ``encoder`` names.
-
-    Raises
-    ------
-    EncoderError
-        The encoder cannot be built.
+    Its parameters and errors are those of `nested_ats.build_model`.
     """
 
     config: DeepMILConfig
@@ -89,7 +75,7 @@ class DeepMIL(PatchModel):
         attention = log_attention.exp()
         # Not a matrix product: autocast would make it one of bf16.
         pooled = torch.stack([(a[: len(f), None] * f).sum(0) for a, f in zip(attention, bags, strict=True)])
-        phase = _all_of(Population(log_attention[:, None], torch.stack(places)[:, None], self.config.cell_l0))
+        phase = _draw_all(Population(log_attention[:, None], torch.stack(places)[:, None], self.config.cell_l0))
         return Output(self.head(pooled), entropy(log_attention), pooled, (phase,))
 
     def _bag(self, image: Image, centers_l0: Tensor) -> Reading[Tensor]:
@@ -104,7 +90,7 @@ class DeepMIL(PatchModel):
         return torch.cat(features)
 
 
-def _all_of(population: Population) -> Phase:
-    """A phase that has drawn everything."""
+def _draw_all(population: Population) -> Phase:
+    """Make the phase that has drawn every cell."""
     ones = torch.ones_like(population.log_attention[:, :, 0])
     return draw_phase(population, ones, ones, take_all, 0, torch.empty(0))

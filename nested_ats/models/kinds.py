@@ -19,7 +19,7 @@ class Kind(NamedTuple):
     """A configuration and its model."""
 
     config: type[EncoderConfig]
-    model: Any  # type[ImageModel] with its own configuration
+    model: Any  # a type[ImageModel] that takes this configuration
 
 
 KINDS: dict[str, Kind] = {
@@ -56,18 +56,18 @@ def build_model(config: AnyConfig, *, in_channels: int, classes: int, pretrained
 
 
 def plain_encoder(model: Mapping[str, Any]) -> Any:
-    """The encoder in a model's plain configuration: its kind's where it names none, empty for an unknown kind."""
+    """The encoder in a model's plain configuration; if it names none, its kind's default, or "" if unknown."""
     kind = str(model.get("kind", "ats"))
     return model.get("encoder", KINDS[kind].config.encoder if kind in KINDS else "")
 
 
 def bring_up_to_date(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a model's plain configuration of before, with ``encoder_options`` or ``baseline``, as it is now.
+    """Rewrite an older plain configuration, with ``encoder_options`` or ``baseline``, in today's form.
 
     Raises
     ------
     ValueError
-        The options are no mapping, or lack what was needed; or there is a baseline, which nothing replaces.
+        The options are no mapping or lack a name, or there is a baseline, which nothing replaces.
     """
     folded = dict(model)
     if folded.pop("baseline", "none") != "none":
@@ -78,7 +78,7 @@ def bring_up_to_date(model: Mapping[str, Any]) -> dict[str, Any]:
     if not options:
         return folded
     if not isinstance(options, Mapping):
-        raise ValueError(  # noqa: TRY004 - a wrong value of the configuration, as everywhere
+        raise ValueError(  # noqa: TRY004 - wrong values of a configuration are ValueErrors
             "encoder_options: must be a mapping; write it as encoder: {name: ..., weights: ..., ...}"
         )
     name, weights, rest = read_choice(plain_encoder(folded))

@@ -25,9 +25,9 @@ from nested_ats.networks.encoders import read_choice
 from nested_ats.phases import Output, Phase, Population, Sampler
 from nested_ats.reading import Reading, run
 
-_LEAST_SPREAD = 0.01  # of a feature that is standardised, of the mean of all
+_LEAST_SPREAD = 0.01  # least spread that a feature is divided by, as a part of the mean spread
 _READS = 8  # parts in which one image's patches are read, so that several threads can read them
-# Keys that decide nothing of what a frozen encoder makes of a patch.
+# These keys do not change the features of a frozen encoder.
 _AFTER_FEATURES = (
     "trainable",
     "scale",
@@ -47,10 +47,10 @@ class PatchModel(ImageModel):
     Attributes
     ----------
     store
-        Where features are kept of a frozen encoder (``trainable: none``), of images that tell an ``identity``: a
-        patch found there is neither read nor encoded. Results change by rounding alone. None: nowhere.
+        Keeps the features of a frozen encoder (``trainable: none``) for images that have an ``identity``: a patch
+        found there is neither read nor encoded. Results change by rounding alone. None keeps nothing.
     observe
-        Told the `spread` (P,) of all patches that are encoded or found; twice of one that comes twice. None: nobody.
+        Is called with the `spread` (P,) of all patches that are encoded or found, repeated ones included; or None.
     """
 
     config: PatchConfig
@@ -81,7 +81,7 @@ class PatchModel(ImageModel):
         for name, value in (("_feature_mean", 0.0), ("_feature_std", 1.0)) if config.standardise else ():
             self.register_buffer(name, torch.full((self.features,), value))
         before = {f.name: getattr(self.config, f.name) for f in fields(PatchConfig) if f.name not in _AFTER_FEATURES}
-        before["encoder"] = read_choice(self.config.encoder)._replace(weights=None).plain  # their bits count, no path
+        before["encoder"] = read_choice(self.config.encoder)._replace(weights=None).plain  # not the path
         self._encoder_name = EncoderName({**before, "in_channels": in_channels})
 
     def encode(self, images: Sequence[Image], centers_l0: Tensor) -> Tensor:
@@ -89,11 +89,11 @@ class PatchModel(ImageModel):
         return run(self.encoding(images, centers_l0))
 
     def encoding(self, images: Sequence[Image], centers_l0: Tensor) -> Reading[Tensor]:
-        """`encode` as a computation that others read for."""
+        """`encode` as a generator that yields its reads."""
         boxes = self._patch_boxes(centers_l0)
         location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
         if self._keeps:
-            return self._point((yield from self._recall(images, boxes)), location)
+            return self._finish_features((yield from self._recall(images, boxes)), location)
         patches = torch.stack((yield batch_reads(images, self.config.patch_downsample, boxes)))
         return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*boxes.shape[:2], -1)
 
@@ -101,7 +101,7 @@ class PatchModel(ImageModel):
         """Features of many patches of one image, read in parts: (P, 2) level-0 pixels -> (P, D)."""
         if self._keeps:
             [features] = yield from self._recall([image], self._patch_boxes(centers_l0)[None])
-            return self._point(features, centers_l0 / image_sizes([image]) * 2 - 1)
+            return self._finish_features(features, centers_l0 / image_sizes([image]) * 2 - 1)
         return self._embed(*(yield from self._read(image, centers_l0)))
 
     def _read(self, image: Image, centers_l0: Tensor) -> Reading[tuple[Tensor, Tensor]]:
@@ -110,7 +110,7 @@ class PatchModel(ImageModel):
         return pixels, centers_l0 / image_sizes([image]) * 2 - 1
 
     def _read_parts(self, images: Sequence[Image], boxes: Sequence[Tensor]) -> Reading[list[Tensor]]:
-        """Pixels (P, C, H, W) of (P, 4) boxes of each image, P > 0 of any number, read in parts."""
+        """Pixels (P, C, H, W) of (P, 4) boxes of each image, read in parts; P > 0 may differ between images."""
         levels = [find_level(image, self.config.patch_downsample) for image in images]
         parts = [torch.split(each, -(-len(each) * len(images) // _READS)) for each in boxes]
         wanted = zip(images, levels, parts, strict=True)
@@ -152,12 +152,12 @@ class PatchModel(ImageModel):
 
     def _embed(self, pixels: Tensor, location: Tensor) -> Tensor:
         """Patches (P, C, H, W) and their (P, 2) places in [-1, 1] -> (P, D) of unit length (section 3.2.1)."""
-        seen = self._see(pixels)
+        seen = self._prepare(pixels)
         if self.observe is not None:
             self.observe(spread(seen))
-        return self._point(self._encode_seen(seen), location)
+        return self._finish_features(self._encode_seen(seen), location)
 
-    def _point(self, features: Tensor, location: Tensor) -> Tensor:
+    def _finish_features(self, features: Tensor, location: Tensor) -> Tensor:
         """Features (..., D) as encoded and the (..., 2) places of their patches -> (..., D) of unit length."""
         if self._moments is not None:
             rows = features.detach().flatten(0, -2).to(self._moments.dtype)
@@ -185,12 +185,12 @@ class PatchModel(ImageModel):
     def standardise_by(self, moments: Tensor) -> None:
         """Bring every feature to mean 0 and spread 1 from now on, by (3, D) moments (`standardise` is set).
 
-        Features of a pretrained network have a common mean, beside which they hardly differ once they have unit
-        length, and a few of them have most of the spread; a model would learn slowly, and from those few.
+        Features of a pretrained network have a common mean, so that they hardly differ once they have unit length,
+        and a few of them have most of the spread; a model would learn slowly, and from those few.
         """
         mean, square = moments[1:] / moments[0].clamp_min(1)
         spreads = (square - mean.square()).clamp_min(0).sqrt()
-        # One that was never anything else says nothing yet; it must not drown the others once it does.
+        # A feature that was constant so far must not outweigh the others once it varies.
         spreads = spreads.clamp_min(_LEAST_SPREAD * spreads.mean())
         self._feature_mean.copy_(mean)
         self._feature_std.copy_(torch.where(spreads > 0, spreads, 1.0))
@@ -200,13 +200,13 @@ class PatchModel(ImageModel):
         return self.store is not None and self.config.trainable == "none" and self.head.weight.dtype == torch.float32
 
     def _recall(self, images: Sequence[Image], boxes: Tensor) -> Reading[Tensor]:
-        """Features (B, n, D) as encoded of (B, n, 4) boxes: out of the store, or put there.
+        """Look up the features (B, n, D) of (B, n, 4) boxes in the store; encode and store the missing ones.
 
         A row of the store, and of a table here, holds the D numbers and the `spread` of a patch.
         """
         store, device, width = self.store, self.head.weight.device, self.features + 1
-        assert store is not None  # noqa: S101 - seen by the caller
-        names = self._names(images)
+        assert store is not None  # noqa: S101 - the caller has checked it
+        names = self._store_names(images)
         each = [rows.unique(dim=0, return_inverse=True) for rows in boxes.cpu()]
         wanted = [own for own, _ in each]
 
@@ -231,15 +231,15 @@ class PatchModel(ImageModel):
             self.observe(drawn[..., -1].flatten())
         return drawn[..., :-1]
 
-    def _names(self, images: Sequence[Image]) -> list[str | None]:
-        """Under what the store has the patches of each image; None where it cannot have them."""
+    def _store_names(self, images: Sequence[Image]) -> list[str | None]:
+        """The name of each image's patches in the store; None where they cannot be kept."""
         encoder = self._encoder_name(self.encoder, self.head.weight.device)
         identities = [getattr(image, "identity", None) for image in images]
         return [f"{encoder}/{identity}" if encoder and identity else None for identity in identities]
 
     def _encode_boxes(self, images: Sequence[Image], boxes: Sequence[Tensor]) -> Reading[list[Tensor]]:
         """Rows (P, D + 1) of the patches in (P, 4) boxes of each image, all encoded at once."""
-        seen = self._see(torch.cat((yield from self._read_parts(images, boxes))))
+        seen = self._prepare(torch.cat((yield from self._read_parts(images, boxes))))
         rows = torch.cat([self._encode_seen(seen), spread(seen)[:, None]], -1)
         return list(torch.split(rows, [len(own) for own in boxes]))
 
@@ -269,7 +269,7 @@ class SamplingModel(PatchModel):
         sampler: Sampler | None = None,
         more: int = 1,
     ) -> Reading[Output]:
-        """`forward` as a computation that others read for; see `ImageModel.classify`."""
+        """`forward` as a generator that yields its reads; see `ImageModel.classify`."""
         if views is None:
             views = yield from self.coarse_views(images)
         return (yield from self.sample(images, self.attend(images, views), keys, sampler=sampler, more=more))
@@ -293,16 +293,16 @@ class SamplingModel(PatchModel):
         Parameters
         ----------
         images, keys
-            As of `forward`.
+            See `forward`.
         population
-            From `attend`.
+            The result of `attend`.
         sampler
-            Draws from (weights, n, keys) in place of the configured sampler.
+            Draws, given (weights, n, keys), in place of the configured sampler.
         exact
-            Patches to encode at once, where the last level is not to be drawn from but summed over: F_hat is then
-            the sum over **all** leaves of the opened regions, exact where there is one level. 0 to draw.
+            0 to draw from the last level. Otherwise F_hat is the sum over **all** leaves of the opened regions, which
+            is exact where there is one level, and this many patches are encoded at once.
         more
-            Factor on the samples of every level.
+            Multiplies the samples of every level.
         """
         raise NotImplementedError
 
@@ -325,6 +325,6 @@ class SamplingModel(PatchModel):
 def spread(seen: Tensor) -> Tensor:
     """How much patches vary: the largest variance of a channel, (P, C, H, W) as the encoder sees them -> (P,)."""
     seen = seen.detach().float()
-    # Two means of what is at most a few units large: a tenth of the time of `var`, and exact enough for a threshold.
+    # Values are at most a few units, so two means are exact enough for a threshold, in a tenth of the time of `var`.
     variance: Tensor = seen.square().mean((-2, -1)) - seen.mean((-2, -1)).square()
     return variance.amax(-1)

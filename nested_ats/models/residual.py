@@ -1,9 +1,9 @@
-"""Attention that refines: a finer level's logits are what its parent's map already says, plus what it sees itself.
+"""Attention that refines: a finer level's logits are those of its parent's map plus what its own network adds.
 
-Nothing added, the nested model *is* the one-level model of its coarsest map, at any depth: the attention of a region
-is that of its cells together, ``A_r = softmax_r(logsumexp of l_c over c in r)``, and inside it each finer cell starts
-with the share of the parent's cells that it covers. The gradient of a patch so reaches the coarse network cell by
-cell, and not only as the sum over a region.
+Where nothing is added, the nested model *is* the one-level model of its coarsest map, at any depth: the attention of
+a region is that of its cells together, ``A_r = softmax_r(logsumexp of l_c over c in r)``, and inside it each finer
+cell starts with the share of the parent's cells that it covers. The gradient of a patch so reaches the coarse network
+cell by cell, and not only as the sum over a region.
 
 Shape letters: B batch, n regions, g parent's cells along a side of a region, k cells of the region's own map.
 """
@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAST = 1e-30  # of the largest cell in a region: beneath this a cell's share has no gradient
+_LEAST_SHARE = 1e-30  # a cell with a smaller part of the largest cell in its region has no gradient
 
 
 def group_logits(cells: Tensor) -> Tensor:
-    """Logit of each unit from the (..., g, g) logits of its cells: their logsumexp, -inf where all are."""
+    """Logit of each unit: the logsumexp of the (..., g, g) logits of its cells, -inf where all of them are."""
     flat = cells.flatten(-2)
-    possible = flat != -torch.inf  # also of what is not a number, which must not go unseen
-    # logsumexp of nothing but -inf has a gradient of NaN.
+    possible = flat != -torch.inf  # NaN is kept, so that a diverged model is noticed
+    # The logsumexp of nothing but -inf has a gradient of NaN.
     logits = flat.masked_fill(~possible, -1e5).logsumexp(-1)
     return logits.masked_fill(~possible.any(-1), -torch.inf)
 
@@ -29,8 +29,8 @@ def inherited(cells: Tensor, starts: Tensor, ratio: float, count: int) -> Tensor
     """Logits that the cells of regions inherit from the parent's map, by the area that they share with its cells.
 
     A parent's cell spreads evenly over its area: a finer cell has the log of the sum of ``exp(l_c)`` times the share
-    of c's area that lies in it. Where the grids nest that is the logit of the cell around it, less the log of the
-    number of finer cells there; where they do not, it is as exact.
+    of c's area that lies in it. Where the grids nest, that is the logit of the cell around it less the log of the
+    number of finer cells there.
 
     Parameters
     ----------
@@ -56,5 +56,5 @@ def inherited(cells: Tensor, starts: Tensor, ratio: float, count: int) -> Tensor
     possible = cells != -torch.inf
     top = cells.detach().flatten(-2).amax(-1)[..., None, None].clamp_min(-1e5)
     mass = rows @ (cells - top).masked_fill(~possible, -torch.inf).exp() @ columns.transpose(-1, -2)
-    logits = mass.clamp_min(_LEAST).log() + top
+    logits = mass.clamp_min(_LEAST_SHARE).log() + top
     return logits.masked_fill(mass <= 0, -torch.inf)

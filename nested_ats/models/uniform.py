@@ -23,23 +23,9 @@ class UniformSampling(SamplingModel):
     """The mean feature of N patches drawn without attention (U-N).
 
     Patches are centred on the cells of a map, as those of attention sampling are; N distinct cells are drawn, every
-    subset with the same chance, and weigh the same.
+    subset with the same chance, and have equal weight.
 
-    Parameters
-    ----------
-    config
-        Map, number of patches, and network.
-    in_channels
-        C of the images.
-    classes
-        Q.
-    pretrained
-        Read the weights that ``encoder`` names.
-
-    Raises
-    ------
-    EncoderError
-        The encoder cannot be built.
+    Its parameters and errors are those of `nested_ats.build_model`.
     """
 
     config: UniformConfig

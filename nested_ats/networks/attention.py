@@ -28,7 +28,7 @@ class AttentionNetwork(nn.Module):
     stride
         Pixels of the view per cell, the pool size; the paper has 1 and 8.
     silent
-        Start with a map of zeros: for a network that refines a parent's map.
+        Start with a map of zeros, as a network that refines a parent's map must.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class AttentionNetwork(nn.Module):
             layers += [nn.Conv2d(before, after, 3), nn.ReLU()]
         if stride > 1:
             layers.append(nn.MaxPool2d(stride))
-        # No bias: softmax does not see it, and an optimizer would let it drift on rounding noise.
+        # A bias would not change the softmax, and an optimizer would let it drift on rounding noise.
         last = nn.Conv2d(channels[-1], 1, 1, bias=False)
         if silent:
             nn.init.zeros_(last.weight)

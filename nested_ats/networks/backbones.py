@@ -1,7 +1,7 @@
 """Encoders from elsewhere: architectures of timm and transformers with weights of this machine, and import paths.
 
-timm and transformers are imported when they are asked for and are no dependencies. Neither is let near the network or
-a pickle: they build the architecture, and the weights are read here (`nested_ats.networks.weights`).
+timm and transformers are optional and imported only when needed. They build the architecture, but download and
+unpickle nothing: the weights are read here (`nested_ats.networks.weights`).
 
 Shape letters: P patches, C channels, H W pixels, T tokens, D features.
 """
@@ -23,7 +23,7 @@ from nested_ats.networks.hub import locate
 from nested_ats.networks.presets import Preset
 from nested_ats.networks.weights import read_checkpoint
 
-# Of a configuration of transformers: what is not the architecture, or would run code or read files.
+# Keys of a transformers configuration that are not the architecture, or would run code or read files.
 _NOT_ARCHITECTURE = (
     "_name_or_path",
     "architectures",
@@ -42,9 +42,9 @@ class Backbone(NamedTuple):
     module
         Maps (P, C, H, W) to (P, D).
     mean, std
-        Of each channel of the pixels that it was trained on, in [0, 1]; None where nothing says so.
+        Mean and spread of each channel of its training pixels, in [0, 1]; None where they are unknown.
     options
-        Of its entry in the configuration: all that it takes to build it again without its weights' folder.
+        Options of its entry in the configuration, enough to build it again without its weights' folder.
     """
 
     module: nn.Module
@@ -61,7 +61,7 @@ def import_encoder(name: str) -> Callable[..., Any]:
     Raises
     ------
     EncoderError
-        There is no such module, or it has no such name.
+        The module does not exist or lacks the name.
     """
     module, _, factory = name.partition(":")
     try:
@@ -78,12 +78,12 @@ def import_encoder(name: str) -> Callable[..., Any]:
 def preset_backbone(
     name: str, preset: Preset, *, in_channels: int, weights: str | None, options: Mapping[str, Any], pretrained: bool
 ) -> Backbone:
-    """Build a published encoder; `options` go on top of its own, the other parameters are those of `timm_backbone`.
+    """Build a published encoder; `options` add to its own, the other parameters are those of `timm_backbone`.
 
     Raises
     ------
     EncoderError
-        Its library is not installed or lacks it, the channels are others, or the weights are not here or do not fit.
+        Its library is not installed or lacks it, the channels differ, or the weights are missing or do not fit.
     """
     if preset.needs:
         raise EncoderError(
@@ -113,16 +113,16 @@ def timm_backbone(
     Parameters
     ----------
     architecture
-        Such as ``resnet18``, or with the tag of its weights, ``vit_small_patch16_224.dino``.
+        A name of timm such as ``resnet18``, with or without a tag, as in ``vit_small_patch16_224.dino``.
     in_channels
         C.
     weights
-        A file or folder of its weights for C channels, a classifier's left out; ``random``; or None to take them from
-        the cache of the Hugging Face hub.
+        A file or folder of its weights for C channels, whose classifier is ignored; ``random``; or None to take them
+        from the cache of the Hugging Face hub.
     options
         Passed to ``timm.create_model``, such as ``dynamic_img_size`` for a transformer.
     pretrained
-        Read the weights; without, they are left as they are made.
+        Read the weights; otherwise the network keeps its random ones.
 
     Raises
     ------
@@ -157,7 +157,7 @@ def transformers_backbone(
     Parameters
     ----------
     repository
-        On the Hugging Face hub, whose cache is looked into; may be empty where `weights` is given.
+        Repository of the Hugging Face hub, sought in its cache; may be empty where `weights` is given.
     in_channels
         C; must be what the model was made for.
     weights
@@ -166,14 +166,14 @@ def transformers_backbone(
     pretrained
         Read the weights.
     architecture
-        What ``config.json`` says, in its place; a saved model has it, so that it is loaded without that file.
+        The contents of ``config.json`` in its place; a saved model keeps them, so that it needs no such file.
     add_pooling_layer
-        False for a transformer whose weights lack its pooling layer; its first token is the feature then.
+        False for a transformer whose weights lack a pooling layer; its first token is then the feature.
 
     Raises
     ------
     EncoderError
-        transformers is not installed, the weights are not here, lack some or are others, or the channels are.
+        transformers is not installed, the weights are missing or do not fit, or the channels differ.
     """
     name = f"transformers/{repository}" if repository else "transformers"
     _library("transformers")
@@ -230,7 +230,7 @@ def _build_transformers(architecture: Mapping[str, Any], path: Path | None, *, p
         missing = sorted(loaded["missing_keys"])
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise EncoderError(f"{path or 'encoder'}: transformers cannot build its model: {error}") from error
-    if missing:  # transformers would go on with random numbers
+    if missing:  # transformers would fill them with random numbers
         raise EncoderError(
             f"{path}: lacks {len(missing)} weights of the encoder, such as {missing[0]}; "
             "if that is its pooling layer, set model.encoder.add_pooling_layer to false"
@@ -270,7 +270,7 @@ class _TransformersEncoder(nn.Module):
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises the latter
         raise EncoderError(
             f"encoder: {name} cannot be imported ({error}); install it, with a torchvision that belongs to this "
             f"torch: pip install {name}, or nested-ats[{name}]"
@@ -278,7 +278,7 @@ def _library(name: str) -> Any:
 
 
 def _read_json(path: Path, otherwise: str = "") -> dict[str, Any]:
-    """Read a mapping; where the file is not there, refuse with `otherwise`, or give an empty one."""
+    """Read a mapping; if the file is missing, refuse with `otherwise`, or return an empty one."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
@@ -291,12 +291,12 @@ def _read_json(path: Path, otherwise: str = "") -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Put the weights of a file or folder into an encoder; what it has besides, such as a classifier, is left.
+    """Put the weights of a file or folder into an encoder; further ones, such as a classifier's, are ignored.
 
     Raises
     ------
     EncoderError
-        They do not fit, or some are missing.
+        The weights do not fit, or some are missing.
     ModelFileError
         The file cannot be read.
     """

@@ -21,7 +21,7 @@ from nested_ats.networks.mobilenet import MobileNetV2Encoder
 
 
 class _Encoder(nn.Module):
-    """`layers` one after the other."""
+    """Runs `layers` one after the other."""
 
     features: int
     layers: nn.Sequential
@@ -43,7 +43,7 @@ class LeNetEncoder(_Encoder):
         self.features = channels
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, channels // 2, 5),
-            nn.MaxPool2d(2),  # before the ReLU, which it commutes with: a quarter of the work
+            nn.MaxPool2d(2),  # before the ReLU, with which it commutes, for a quarter of the work
             nn.ReLU(),
             nn.Conv2d(channels // 2, channels, 5),
             nn.MaxPool2d(2),
@@ -67,12 +67,12 @@ class IlseEncoder(_Encoder):
     in_channels
         C.
     patch_size
-        H = W: the linear layers see the whole patch, so they are made for one size.
+        H = W; the linear layers are made for this size.
     features
         D, the width of both linear layers; theirs is 512.
     dropout
-        Probability after each linear layer. Theirs drops (public versions of it, 0.5 or 0.2); ours does not by
-        default, since what is dropped depends on the batch and so on the number of workers.
+        Probability after each linear layer. Public versions of theirs have 0.5 or 0.2; ours has none by default,
+        since what is dropped depends on the batch and so on the number of workers.
     """
 
     def __init__(self, *, in_channels: int, patch_size: int = 27, features: int = 512, dropout: float = 0.0) -> None:
@@ -124,11 +124,11 @@ class ResNetEncoder(_Encoder):
     in_channels
         C.
     channels
-        Of the first convolution, a multiple of 8.
+        Output channels of the first convolution, a multiple of 8.
     stem, stem_stride
         Kernel and stride of the first convolution.
     widths, strides
-        Of each residual block of two 3x3 convolutions; widths in `channels`.
+        Width, in `channels`, and stride of each residual block of two 3x3 convolutions.
     """
 
     def __init__(
@@ -155,16 +155,16 @@ class ResNetEncoder(_Encoder):
 
 
 class Builtin(NamedTuple):
-    """An encoder of ours.
+    """One of our own encoders.
 
     Attributes
     ----------
     build
-        From (in_channels, channels, patch_size, options); patch_size is 0 where any size will come.
+        Is called with (in_channels, channels, patch_size, options); patch_size is 0 if sizes vary.
     smallest_patch
-        Pixels.
+        Least side of a patch in pixels.
     channel_multiple
-        Of ModelConfig.features.
+        ModelConfig.features must be a multiple of this.
     any_size
         Whether one network takes images of any size.
     imagenet

@@ -34,10 +34,10 @@ class Choice(NamedTuple):
     Attributes
     ----------
     name
-        A key of `ENCODERS` or `PRESETS`, ``timm/ARCHITECTURE``, ``transformers/OWNER/NAME``, ``transformers`` for a
-        folder that `weights` names, or ``package.module:factory``.
+        A key of `ENCODERS` or `PRESETS`, ``timm/ARCHITECTURE``, ``transformers/OWNER/NAME``, ``transformers`` with a
+        folder as `weights`, or ``package.module:factory``.
     weights
-        File or folder that its weights are read from; None for what the encoder does without.
+        File or folder of its weights; None for the encoder's default.
     options
         Further arguments of the encoder.
     """
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
 
     @property
     def plain(self) -> str | dict[str, Any]:
-        """As it stands in the configuration: the name, where there is nothing else."""
+        """Its entry in the configuration: a mapping, or the name alone if there is nothing else."""
         weights = {} if self.weights is None else {"weights": self.weights}
         return {"name": self.name, **weights, **self.options} if weights or self.options else self.name
 
@@ -59,14 +59,14 @@ def read_choice(encoder: str | Mapping[str, Any]) -> Choice:
     Raises
     ------
     ValueError
-        It is neither.
+        The entry is neither.
     """
     entries: dict[Any, Any] = dict(encoder) if isinstance(encoder, Mapping) else {"name": encoder}
     name, weights = entries.pop("name", None), entries.pop("weights", None)
     if isinstance(weights, Path):
         weights = str(weights)
     if not isinstance(name, str):
-        raise ValueError(  # noqa: TRY004 - a wrong value of the configuration, as everywhere
+        raise ValueError(  # noqa: TRY004 - wrong values of a configuration are ValueErrors
             "encoder: must be a name, or a mapping with a name, as in {name: mobilenet_v2, weights: PATH}"
         )
     if weights is not None and not isinstance(weights, str):
@@ -77,12 +77,12 @@ def read_choice(encoder: str | Mapping[str, Any]) -> Choice:
 
 
 def check_encoder(name: str, channels: int, patch_size: int | None) -> None:
-    """See that an encoder has a known name, or an import path's form, and takes such patches (None: any image).
+    """Check that an encoder's name is known or an import path, and that it takes such patches (None: any image).
 
     Raises
     ------
     ValueError
-        With the field of the configuration that is wrong.
+        The message names the wrong field of the configuration.
     """
     if name in PRESETS:
         _check_preset(name, patch_size)
@@ -129,9 +129,9 @@ class Built(NamedTuple):
     features
         D.
     encoder
-        Its entry in the configuration, with all that it takes to build it again without its weights.
+        Its entry in the configuration, enough to build it again without its weights.
     mean, std
-        Of each channel of the pixels, in [0, 1], that its weights were trained on; None where nothing says so.
+        Mean and spread of each channel of its training pixels, in [0, 1]; None where they are unknown.
     """
 
     module: nn.Module
@@ -159,16 +159,16 @@ def build_encoder(
     in_channels
         C.
     channels
-        Of the encoders of ours that have a width to choose.
+        Width of those of our own encoders that have one to choose.
     patch_size
-        H = W; none for whole images of any size.
+        H = W; None for whole images of any size.
     pretrained
-        Read the weights; without, only the architecture (another state will be loaded), and nothing is read.
+        Read the weights; False builds only the architecture, into which another state will be loaded.
 
     Raises
     ------
     EncoderError
-        It cannot be imported, built, or used on such patches, or its weights are not here.
+        It cannot be imported, built or used on such patches, or its weights are missing.
     """
     choice = read_choice(encoder)
     try:
@@ -176,17 +176,21 @@ def build_encoder(
     except NestedATSError:
         raise
     except Exception as error:  # whatever a stranger's code raises
-        reason = re.sub(r"^[\w.<>]+\(\) ", "", str(error))  # of a TypeError: the name of our function or class
+        reason = re.sub(r"^[\w.<>]+\(\) ", "", str(error))  # a TypeError begins with the name of our function
         raise EncoderError(f"encoder: {choice.name} cannot be built with {choice.options!r}: {reason}") from error
     module, name = backbone.module, choice.name
     if not isinstance(module, nn.Module):
         raise EncoderError(f"encoder: {name} gives a {type(module).__name__}, not a torch.nn.Module")
     said = getattr(module, "features", None)
-    found = said if isinstance(said, int) and name in ENCODERS else _try(name, module, in_channels, patch_size or 224)
+    found = (
+        said if isinstance(said, int) and name in ENCODERS else _try_out(name, module, in_channels, patch_size or 224)
+    )
     if isinstance(said, int) and said != found:
         raise EncoderError(f"encoder: {name} says that it has {said} features, and gives {found}")
     kept = choice._replace(options=backbone.options).plain
-    return Built(module, found, kept, _each(backbone.mean, in_channels), _each(backbone.std, in_channels))
+    return Built(
+        module, found, kept, _per_channel(backbone.mean, in_channels), _per_channel(backbone.std, in_channels)
+    )
 
 
 def _build(choice: Choice, in_channels: int, channels: int, patch_size: int, *, pretrained: bool) -> Backbone:
@@ -209,13 +213,13 @@ def _build(choice: Choice, in_channels: int, channels: int, patch_size: int, *, 
     return Backbone(module, IMAGENET_MEAN if imagenet else None, IMAGENET_STD if imagenet else None, options)
 
 
-def _each(values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
-    """Values of a library for each channel; none where they are for other channels."""
+def _per_channel(values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
+    """Values of a library as floats; None where they are for another number of channels."""
     return tuple(map(float, values)) if values is not None and len(values) == channels else None
 
 
-def _try(name: str, encoder: nn.Module, in_channels: int, size: int) -> int:
-    """D, by encoding two blank patches; in evaluation mode, so that nothing is learned from them."""
+def _try_out(name: str, encoder: nn.Module, in_channels: int, size: int) -> int:
+    """Find D by encoding two blank patches, in evaluation mode so that nothing is learned from them."""
     training = encoder.training
     patches = torch.zeros(2, in_channels, size, size)
     try:

@@ -1,4 +1,4 @@
-"""Weights that are on this machine: nothing is ever downloaded, and what is missing is said with its remedy."""
+"""Finding weights on this machine: nothing is downloaded, and an error says how to get what is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nested_ats.errors import EncoderError
 
-RANDOM = "random"  # in place of a path: begin with random weights
+RANDOM = "random"  # stands in place of a path: begin with random weights
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -17,14 +17,14 @@ def locate(name: str, weights: str | None, repository: str, page: str) -> Path |
     Parameters
     ----------
     name
-        Of the encoder, for the message.
+        Name of the encoder, for the message.
     weights
         A file or folder that the user names, `RANDOM`, or None to look into the usual cache of the Hugging Face hub
         (``HF_HUB_CACHE``, ``HF_HOME``).
     repository
-        On the hub; may be empty.
+        Repository of the hub; may be empty.
     page
-        Where its licence is accepted; empty for that of the repository.
+        Page where its licence is accepted; empty for that of the repository.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def locate(name: str, weights: str | None, repository: str, page: str) -> Path |
     Raises
     ------
     EncoderError
-        They are not on this machine; it says how to get them.
+        The weights are not on this machine; the message says how to get them.
     """
     if weights == RANDOM:
         return None
@@ -50,9 +50,9 @@ def locate(name: str, weights: str | None, repository: str, page: str) -> Path |
 
 def _cached(repository: str) -> Path | None:
     """Folder of a repository in the cache."""
-    hub = importlib.import_module("huggingface_hub")  # which timm and transformers bring
+    hub = importlib.import_module("huggingface_hub")  # timm and transformers depend on it
     owner, _, model = repository.partition("/")
-    for name in dict.fromkeys((repository, f"{owner}/{model.lower()}")):  # some cards write them in small letters
+    for name in dict.fromkeys((repository, f"{owner}/{model.lower()}")):  # some cards write it in small letters
         for file in _FILES:
             found = hub.try_to_load_from_cache(name, file, cache_dir=hub.constants.HF_HUB_CACHE)
             if isinstance(found, str):

@@ -1,7 +1,7 @@
 """MobileNetV2 (Sandler et al. 2018) without its classifier, with the names that torchvision's weights have.
 
-A small network that runs on a CPU: frozen, with ImageNet's weights, it is what to try first on a new kind of image.
-It is here, in so few lines, because neither torchvision nor timm is a dependency.
+The network is small enough for a CPU: frozen, with ImageNet's weights, it is the one to try first on a new kind of
+image. It is written out here because neither torchvision nor timm is a dependency.
 
 Shape letters: P patches, C channels, H W pixels, D features.
 """
@@ -44,7 +44,7 @@ class _Block(nn.Module):
 class MobileNetV2Encoder(nn.Module):
     """(P, C, H, W), H and W >= 32 -> (P, 1280).
 
-    It has batch normalisation: frozen it runs by the statistics of its weights, which is what it is for.
+    It has batch normalisation, which uses the statistics of its weights where the network is frozen.
 
     Parameters
     ----------

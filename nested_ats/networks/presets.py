@@ -1,7 +1,7 @@
-"""Encoders of histology that people use, by plain name: facts of their authors' model cards, and no weights.
+"""Published encoders of histology by plain name: facts from their authors' model cards, and no weights.
 
 A preset knows the library and the arguments that build the architecture, what its patches must look like, and where
-its licence is accepted. Names of parameters, their number and the width of the features are held by tests.
+its licence is accepted. Tests check the names and number of parameters and the width of the features.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ class Preset:
     library
         ``timm`` or ``transformers``; empty where neither has the architecture, and `needs` says what to do.
     repository
-        On the Hugging Face hub.
+        Repository on the Hugging Face hub.
     architecture
-        Of timm, or the ``model_type`` of transformers.
+        Architecture of timm, or the ``model_type`` of transformers.
     options
         Arguments of the architecture.
     features
-        D of what the encoder gives.
+        D, the width of the features.
     pixels
         Side of the patches that it was made for.
     step
         Patches may have other sides that are multiples of this, from half of `pixels` up: the position embeddings
         are interpolated, as the card allows. 0: `pixels` alone.
     mpp
-        Micrometres a pixel of the patches that it was trained on.
+        Micrometres per pixel of the patches that it was trained on.
     mean, std
-        Of each channel, in [0, 1].
+        Mean and spread of each channel, in [0, 1].
     pooling
-        What becomes the feature: the class ``token``, or the ``token and mean`` of the other tokens but registers.
+        What becomes the feature: the class ``token``, or the ``token and mean`` of the patches' tokens.
     needs
         The package that builds it, and how; empty where `library` does.
     at
@@ -70,7 +70,7 @@ class Preset:
         return self.at or f"https://huggingface.co/{self.repository}"
 
     def takes(self, patch_size: int) -> bool:
-        """Whether patches may have a side of so many pixels."""
+        """Whether patches may have a side of this many pixels."""
         other = self.step and patch_size % self.step == 0 and 2 * patch_size >= self.pixels
         return patch_size == self.pixels or bool(other)
 

@@ -1,7 +1,7 @@
 """Which part of an encoder is trained: all, none, its last stages, or small matrices beside its attention (LoRA).
 
-What is not trained has ``requires_grad = False`` and stays in evaluation mode. So does all batch normalisation of an
-encoder that is trained in part: the statistics of its weights, not those of a few patches that one worker has drawn.
+What is not trained has ``requires_grad = False`` and stays in evaluation mode. All batch normalisation of an encoder
+that is trained in part stays there too: it uses its saved statistics, not those of the few patches of one worker.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LORA = "lora"
 
 
 def check_trainable(trainable: Any) -> None:
-    """Raise ValueError where a value of ``trainable`` is none."""
+    """Raise ValueError if ``trainable`` has no allowed value."""
     if isinstance(trainable, dict):
         if trainable.keys() != {LORA} or not _positive(trainable[LORA]):
             raise ValueError("trainable: as a mapping it must be {lora: r}, with the rank r of the matrices")
@@ -35,12 +35,12 @@ def _positive(value: Any) -> bool:
 
 
 def freeze(encoder: nn.Module, trainable: Trainable) -> list[nn.Module]:
-    """Take gradients from the parts of an encoder that are not trained.
+    """Freeze the parts of an encoder that are not trained.
 
     Parameters
     ----------
     encoder
-        Any.
+        Any encoder.
     trainable
         ``all``; ``none``; n: the last n stages are trained; or ``{lora: r}``: matrices of rank r are put beside every
         linear layer of its attention, in place, and trained (Hu et al. 2021, with alpha = r). The stages are the
@@ -49,12 +49,12 @@ def freeze(encoder: nn.Module, trainable: Trainable) -> list[nn.Module]:
 
     Returns
     -------
-    The parts that belong in evaluation mode: those that are frozen, and batch normalisation.
+    The parts that must stay in evaluation mode: the frozen ones and batch normalisation.
 
     Raises
     ------
     EncoderError
-        There are fewer than n stages, no attention to put matrices beside, or peft is not installed.
+        The encoder has fewer than n stages or no attention for the matrices, or peft is not installed.
     """
     if trainable == "all":
         return []
@@ -107,5 +107,5 @@ def _add_lora(encoder: nn.Module, rank: int) -> None:
 
 
 def batch_statistics(module: nn.Module) -> list[str]:
-    """Names of the layers that normalise by the statistics of the batch, in the mode in which they are."""
+    """Names of the layers that now normalise by the statistics of the batch."""
     return [name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.training]

@@ -1,4 +1,4 @@
-"""Tensors from files: of our own models from safetensors alone, of encoders that a user names also from PyTorch's."""
+"""Reading tensors: our own models from safetensors alone, encoders that a user names from PyTorch's files too."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from nested_ats.errors import ModelFileError
 from nested_ats.files import open_regular
 
-# What `torch.save` writes: a zip since torch 1.6, a pickle of protocol 2 before.
+# `torch.save` writes a zip since torch 1.6 and wrote a pickle of protocol 2 before.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02")
-# Files of the weights in a folder as the Hugging Face hub keeps it, the first that is there.
+# Names of the weights in a folder of the Hugging Face hub, the preferred ones first.
 _NAMES = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
 
 
@@ -23,14 +23,14 @@ def read_tensors(path: Path, *, within: Path | None = None) -> dict[str, Tensor]
     Parameters
     ----------
     path
-        Of the file.
+        The file.
     within
         Folder that it must lie in (`open_regular`).
 
     Raises
     ------
     ModelFileError
-        It is missing, no regular file, or not whole.
+        The file is missing, no regular file, or not whole.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -47,19 +47,19 @@ def read_tensors(path: Path, *, within: Path | None = None) -> dict[str, Tensor]
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Tensors of an encoder's weights, as they are published: safetensors, or what `torch.save` wrote.
 
-    Of the latter nothing but tensors and plain containers is read (``weights_only``). A state within a checkpoint
-    (``state_dict``, ``model`` or ``teacher``) is found, and prefixes that all names share are taken off.
+    Only tensors and plain containers are read from the latter (``weights_only``). A state within a checkpoint
+    (``state_dict``, ``model`` or ``teacher``) is found, and prefixes that all names share are removed.
 
     Parameters
     ----------
     path
-        Of a file, or of a folder as the Hugging Face hub keeps it (``model.safetensors``, ``pytorch_model.bin``, or
-        either in parts).
+        A file, or a folder as the Hugging Face hub keeps it (``model.safetensors``, ``pytorch_model.bin``, or either
+        in parts).
 
     Raises
     ------
     ModelFileError
-        It is missing, no regular file, not whole, or holds other objects.
+        The file is missing, no regular file, not whole, or holds other objects.
     """
     if path.is_dir():
         return {name: tensor for part in _parts(path) for name, tensor in read_checkpoint(part).items()}
@@ -74,7 +74,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
-    except Exception as error:  # whatever a damaged or hostile pickle makes of it
+    except Exception as error:  # a damaged or hostile pickle can raise anything
         reason = str(error).strip().splitlines()[0]
         raise ModelFileError(
             f"{path}: not weights alone, which is all that is read of a file by torch.save ({reason}); save its "
@@ -105,7 +105,7 @@ def sha256(path: Path, *, within: Path | None = None) -> str:
     Raises
     ------
     ModelFileError
-        It is missing, no regular file, or cannot be read.
+        The file is missing, no regular file, or cannot be read.
     """
     try:
         with open_regular(path, within) as file:

@@ -1,4 +1,4 @@
-"""A trained model that classifies one slide at a time: a slide's row of the table of predictions."""
+"""A trained model that classifies one slide at a time and makes its row of the table of predictions."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from pipeline.results.settings import Settings, with_samples
 from pipeline.results.verdict import Observer
 from pipeline.runs import autocast, choose_device
 
-_ENCODED_AT_ONCE = 256  # patches of an exact evaluation
-_READERS = 8  # threads that read a slide: its draws wait for their reads together
+_ENCODED_AT_ONCE = 256  # patches that an exact evaluation encodes together
+_READERS = 8  # threads that read a slide, whose draws wait for their reads together
 
 
 class Classifier:
-    """A model loaded once, that classifies one slide at a time.
+    """A model that is loaded once and classifies one slide at a time.
 
     Parameters
     ----------
     settings
-        Which model, and how.
+        Which model classifies, and how.
 
     Raises
     ------
     nested_ats.ModelFileError
         The model cannot be loaded.
     UsageError
-        A GPU is insisted on, and PyTorch sees none here.
+        A GPU is required, and PyTorch sees none here.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -53,7 +53,7 @@ class Classifier:
         model, self.classes = load_model(
             Path(settings.model), expect=ImageModel, trust_encoder=settings.trust_encoder
         )
-        model.config = with_samples(model.config, settings.samples)  # its weights do not depend on it
+        model.config = with_samples(model.config, settings.samples)  # the weights do not depend on it
         self.settings = settings
         self.model = model.to(choose_device(settings.device))
         use_features(self.model, settings.features)
@@ -61,12 +61,12 @@ class Classifier:
 
     @contextmanager
     def opened(self, entry: Entry) -> Iterator[SlideImage]:
-        """Open a slide that has what the model reads, as the model looks at it.
+        """Open a slide as the model looks at it, and check that it has what the model reads.
 
         Raises
         ------
         storage.StorageError, DataError
-            It cannot be opened, or has not.
+            It cannot be opened, or lacks what the model reads.
         """
         config, settings = self.model.config, self.settings
         image = open_image(entry, config, background=settings.background, cache=settings.cache)
@@ -132,9 +132,9 @@ class Classifier:
         }
 
     def _signs(self, prediction: Prediction) -> dict[str, float | None]:
-        """What tells an attention that has learned nothing (`verdict`), over the draws of one slide."""
+        """Values that reveal an attention that has learned nothing (`verdict`), over the draws of one slide."""
         background, patches = self.observer.take().tolist()
-        drawn = patches and not self.settings.exact  # or else patches were encoded that nobody has chosen
+        drawn = patches and not self.settings.exact  # an exact evaluation also encodes patches that were not drawn
         uniform = torch.cat([self.observer.uniform_entropy(output) for output in prediction.outputs])
         entropy = torch.cat([output.entropy for output in prediction.outputs]).mean()
         share = background / patches if drawn else None

@@ -1,4 +1,4 @@
-"""The course of a training: how learning rate, entropy weight and budget change, and what weights are kept of it.
+"""The course of a training: how learning rate, entropy weight and budget change, and which weights are kept.
 
 Everything is a function of how far training has come, from 0 to 1, so that a run that goes on after an interruption
 takes the same course.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
 
-# Keys of `train` as the paper has them: nothing changes as training goes on, and the last weights are kept.
+# Keys of `train` as in the paper: nothing changes during training, and the last weights are kept.
 PAPERS_COURSE: dict[str, Any] = {
     "schedule": "constant",
     "warmup": 0.0,
@@ -28,7 +28,7 @@ PAPERS_COURSE: dict[str, Any] = {
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Learning rate: rises linearly over `warmup`, then falls along half a cosine to none, or stays."""
+    """Learning rate: it rises linearly over `warmup`, then falls along half a cosine to zero, or stays."""
     rate = config.learning_rate * min(1.0, progress / config.warmup if config.warmup else 1.0)
     if config.schedule == "constant":
         return rate
@@ -37,28 +37,28 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 
 def entropy_weight(config: TrainConfig, progress: float) -> float:
-    """Weight of the entropy: falls linearly to none over `entropy_fade` of the training."""
+    """Weight of the entropy: it falls linearly to zero over `entropy_fade` of the training."""
     left = 1.0 - progress / config.entropy_fade if config.entropy_fade else 1.0
     return config.entropy_weight * max(0.0, left)
 
 
 def more_samples(config: TrainConfig, progress: float) -> int:
-    """Factor on the samples of every level: more early, where nothing is known of where to look."""
+    """Factor on the samples of every level, larger early on, while the attention has not learned where to look."""
     return config.early_samples if progress < config.early_share else 1
 
 
-class Kept:
-    """What of a training is kept: a moving average of the weights, and the best of these by validation.
+class KeptWeights:
+    """The kept weights of a training: a moving average, and the best of these by validation.
 
     Averaged weights wander less than those of the last step. Floating-point buffers, such as the statistics of batch
-    normalisation, go with the weights.
+    normalisation, are averaged too.
 
     Parameters
     ----------
     model
-        Its trained parameters, those that have ``requires_grad``, are kept.
+        The model, whose parameters with ``requires_grad`` are kept.
     decay
-        Share of the average that a step keeps, in [0, 1); less in the first steps. 0: the last weights are kept.
+        Share of the average that a step keeps, in [0, 1); less in the first steps. 0 keeps the last weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -72,7 +72,7 @@ class Kept:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step."""
+        """Add the weights after a step to the average."""
         self._steps += 1
         decay = min(self.decay, int(self._steps) / (int(self._steps) + 10)) if self.decay else 0.0
         torch._foreach_lerp_(self._average, [value.detach() for value in self._live], 1 - decay)
@@ -89,11 +89,11 @@ class Kept:
 
     @property
     def stale(self) -> int:
-        """How often in a row no better average was judged."""
+        """How often in a row the average was no better than the best."""
         return int(self._stale)
 
     def judge(self, score: float) -> None:
-        """Keep the average if its score is the least so far; NaN never is."""
+        """Keep the average if its score is the lowest so far, which NaN never is."""
         self._stale += 1
         if score < float(self._score):
             self._score.fill_(score)
@@ -101,7 +101,7 @@ class Kept:
             self._best = [value.clone() for value in self._average]
 
     def use_best(self) -> None:
-        """Put the best average, or the last one where none was judged, in the place of the weights for good."""
+        """Replace the weights for good by the best average, or by the last one where none was judged."""
         self._put(self._best or self._average)
 
     def _copy(self) -> list[Tensor]:
@@ -125,7 +125,7 @@ class Kept:
         Raises
         ------
         KeyError, RuntimeError
-            It is not that of this model.
+            The state is not that of this model.
         """
         self._steps.copy_(state["steps"])
         self._stale.copy_(state["stale"])
@@ -138,6 +138,6 @@ class Kept:
 
 
 def clip(parameters: Sequence[nn.Parameter], largest: float) -> None:
-    """Scale gradients down to a norm of at most `largest`, all together; 0 lets them be."""
+    """Scale all gradients down to a common norm of at most `largest`; 0 leaves them alone."""
     if largest:
         nn.utils.clip_grad_norm_(parameters, largest)

@@ -1,7 +1,7 @@
-"""``train --dry-run``: what a training would refuse, and what it would cost, found without anything being written.
+"""``train --dry-run``: find what a training would refuse and what it would cost, without writing anything.
 
-Notable: the cost is that of real steps, taken through the training's own `Trainer`. The first is not measured, since
-code is loaded and memory is first touched in it; the next one is, with its reads side by side as in training.
+Notable: the cost is that of real steps of the training's own `Trainer`. The first is not measured, since code is
+loaded and memory is first touched in it; the next one is, with its reads side by side as in training.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from pipeline.training.trainer import make_trainer
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step of one worker."""
+    """Cost of one training step of one worker."""
 
-    slides: int  # that could be read
-    read_bytes: int  # as stored, their metadata included where they were first opened
+    slides: int  # those that could be read
+    read_bytes: int  # as stored, with the metadata of slides opened for the first time
     seconds: float
-    peak_bytes: int  # of this process
-    gpu_bytes: int  # most that torch held on a GPU; 0 on a CPU
+    peak_bytes: int  # the peak memory of this process
+    gpu_bytes: int  # the most that torch held on a GPU; 0 on a CPU
     device: str
 
 
@@ -54,12 +54,12 @@ def dry_run(
     overwrite: bool = False,
     fail_fast: bool = False,
 ) -> tuple[list[str], list[Failure]]:
-    """Do what `train` does before its first step, and two steps; parameters and errors are its.
+    """Do what `train` does before its first step, and two steps, with its parameters and errors.
 
     Returns
     -------
     lines, failures
-        What was found, in words; and the slides that would be left out.
+        The findings in words, and the slides that would be left out.
     """
     chosen = select(entries, config, fail_fast=fail_fast)
     arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
@@ -80,12 +80,12 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
     Parameters
     ----------
     context, arguments
-        As of `pipeline.training.trainer.train_worker`.
+        See `pipeline.training.trainer.train_worker`.
 
     Returns
     -------
     cost, unreadable
-        Of the step; and the slides that could not be read, with the reason.
+        The cost of the step, and the slides that could not be read, with the reason.
     """
     trainer = make_trainer(context, arguments)
     data = trainer.config.data
@@ -104,7 +104,7 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
 
 
 class _CountedSlides(SlideCache):
-    """Slides that were opened, those closed again included, for what was read of them."""
+    """Counts what was read from all slides that were opened, closed ones included."""
 
     def __init__(self, config: EncoderConfig, *, background: float, cache: CacheConfig | None) -> None:
         super().__init__(config, background=background, cache=cache)
@@ -120,7 +120,7 @@ class _CountedSlides(SlideCache):
 
 
 def _check_out(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
-    """See that a training may write into a folder, or make it."""
+    """Check that a training may write into a folder or make it."""
     if folder.exists():
         make_folder(folder)
         check_folder(folder, fingerprint, overwrite=overwrite)

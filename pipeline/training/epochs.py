@@ -23,7 +23,7 @@ TOTALS = ("loss", "cross_entropy", "accuracy", "entropy", "uniform_entropy", "ba
 
 
 def means(totals: Tensor) -> dict[str, float]:
-    """Means over the slides of an epoch, so far; of background, over the patches that were drawn, if any were."""
+    """Means over the slides of an epoch so far; that of background is over the drawn patches, if there are any."""
     sums = dict(zip(TOTALS, totals.tolist(), strict=True))
     background, patches, slides = (sums.pop(name) for name in ("background", "patches", "slides"))
     found = {name: value / slides if slides else math.nan for name, value in sums.items()}
@@ -31,13 +31,13 @@ def means(totals: Tensor) -> dict[str, float]:
 
 
 def stored_share(looked_up: Tensor) -> dict[str, float]:
-    """Share of patches whose features were kept, of (2,) found and looked for; empty where none was looked for."""
+    """Share of patches whose features were kept, from (2,) found and looked up; empty if none was looked up."""
     found, asked = looked_up.tolist()
     return {"stored": found / asked} if asked else {}
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """A few words on the metrics of an epoch, for a progress bar."""
+    """Describe the metrics of an epoch in a few words, for a progress bar."""
     cross_entropy, accuracy, entropy = (metrics[name] for name in ("cross_entropy", "accuracy", "entropy"))
     stored = f" {metrics['stored']:.0%} of patches stored" if "stored" in metrics else ""
     return f"cross-entropy {cross_entropy:.3f} accuracy {accuracy:.3f} entropy {entropy:.2f}{stored}"
@@ -49,11 +49,11 @@ def validation_auc(entries: Sequence[Entry], classes: Sequence[str], probabiliti
     Parameters
     ----------
     entries
-        S slides.
+        The S slides.
     classes
-        Q names.
+        Names of the Q classes.
     probabilities
-        (S, Q); zeros for a slide that could not be read.
+        (S, Q), with zeros for a slide that could not be read.
     """
     answers = probabilities.double().cpu().numpy()
     read = [i for i, answer in enumerate(answers) if answer.any()]
@@ -69,18 +69,18 @@ def validation_auc(entries: Sequence[Entry], classes: Sequence[str], probabiliti
 def epoch_verdict(
     metrics: Mapping[str, float], training: Sequence[Entry], validation: Sequence[Entry], shares: Mapping[str, float]
 ) -> str:
-    """What an epoch's metrics say in words (`verdict`): those of validation slides where they can judge.
+    """Judge an epoch's metrics in words (`verdict`), by the validation slides where they suffice.
 
     Parameters
     ----------
     metrics
-        Of the epoch.
+        Metrics of the epoch.
     training, validation
-        Slides.
+        The slides of each.
     shares
         `class_shares` of the training slides.
     """
-    of = "val_" if "val_auc" in metrics else ""  # on slides of one class he does best who always answers that
+    of = "val_" if "val_auc" in metrics else ""  # on slides of one class, always answering it is best
     return verdict(
         cross_entropy=metrics[f"{of}cross_entropy"],
         guess=guess_cross_entropy(shares, [entry.label for entry in (validation if of else training)]),
@@ -93,7 +93,7 @@ def epoch_verdict(
 
 
 class Curves:
-    """TensorBoard curves, written by rank 0; those of epochs that will be done again are dropped."""
+    """TensorBoard curves, written by rank 0; epochs that will be repeated are dropped from them."""
 
     def __init__(self, folder: Path, position: Position, context: Context) -> None:
         self.writer = None

@@ -1,9 +1,9 @@
-"""A copy of a training run in an object store: it goes on from there where its folder is gone, or on another machine.
+"""A copy of a training run in an object store, from which it goes on if its folder is lost or on another machine.
 
-The copy is the truth. The process that starts training brings it up to date; every worker begins with what it holds,
-also where that is nothing; rank 0 puts what changes. A state is put on condition that the one in its place is what
-this process put or fetched last, and before everything else: of two trainings with one copy, one finds out at its
-next checkpoint and ends before it has changed anything.
+The copy has precedence. The process that starts training brings it up to date, every worker begins with its contents,
+even if it is empty, and rank 0 puts what changes. The state is put first, on condition that the one in its place is
+what this process last put or fetched: of two trainings with one copy, one notices at its next checkpoint and ends
+before it has changed anything.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from storage.place.objects import PutMode
     from storage.place.ranges import Entry
 
-_TIMEOUT_S = 300.0  # of a request: a state of some hundred megabytes must get through
+_TIMEOUT_S = 300.0  # for a request, as a state may have hundreds of megabytes
 
 
 class Mirror:
@@ -36,14 +36,14 @@ class Mirror:
     Parameters
     ----------
     url
-        Of an object store: ``s3://bucket/runs/first``, ``gs://`` or ``az://``.
+        A URL of an object store: ``s3://bucket/runs/first``, ``gs://`` or ``az://``.
     folder
-        Of the run.
+        The folder of the run.
 
     Raises
     ------
     UsageError
-        `url` is none of an object store.
+        `url` is not that of an object store.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -51,17 +51,17 @@ class Mirror:
             raise UsageError(f"--mirror {url}: not the URL of an object store; give one like s3://bucket/runs/first")
         self.url, self._folder = url.rstrip("/"), folder
         self._store = RemoteStore(self.url, _TIMEOUT_S, retry.WRITING)
-        self._run: PutMode = "create"  # what run.json and
-        self._state: PutMode = "create"  # the state may be put in place of
-        self._done: dict[str, tuple[int, int]] = {}  # time of change and length of what was put
+        self._run: PutMode = "create"  # conditions for putting run.json and
+        self._state: PutMode = "create"  # the state: the marks of those to replace
+        self._done: dict[str, tuple[int, int]] = {}  # time of change and length of each file that was put
 
     def check(self, fingerprint: str, *, overwrite: bool) -> None:
-        """See that the copy is of this run, or that there is none; changes nothing.
+        """Check, without changing anything, that the copy is of this run or that there is none.
 
         Raises
         ------
         UsageError
-            It is of another run and not to be overwritten, something else lies there, or it cannot be read.
+            The copy is of another run and not to be overwritten, is no run's, or cannot be read.
         """
         try:
             run, about = self._store.get_with_meta(RUN)
@@ -88,7 +88,7 @@ class Mirror:
         return UsageError(f"--mirror {error}; check its name, the credentials and the network")
 
     def claim(self, *, overwrite: bool) -> None:
-        """Bring the copy, which was checked, up to date with the folder.
+        """Bring the checked copy up to date with the folder.
 
         Raises
         ------
@@ -96,7 +96,7 @@ class Mirror:
             Another training has begun with it.
         """
         if overwrite:
-            self.remove(STATE)  # first: no run goes on from the state of another
+            self.remove(STATE)  # first, so that no run goes on from another's state
             self.remove(METRICS, MODEL, CURVES)
         self._replace(RUN, self._run)
         self._put(self._folder / CONFIG)
@@ -105,7 +105,7 @@ class Mirror:
             self.put()
 
     def fetch(self, fingerprint: str) -> None:
-        """Make the folder, on whichever machine, what the copy says: with its state, or without any.
+        """Make the folder on this machine agree with the copy, with its state or without any.
 
         Raises
         ------
@@ -126,7 +126,7 @@ class Mirror:
             write_atomic(path, state)
 
     def put(self) -> None:
-        """Put the state and what else has changed in the folder.
+        """Put the state, then everything else that has changed in the folder.
 
         Raises
         ------
@@ -142,7 +142,7 @@ class Mirror:
         self._store.delete(key for key in self._store.entries() if key.partition("/")[0] in names)
 
     def version(self) -> str | None:
-        """Tell one state of the copy from the next; None where that cannot be told."""
+        """Identify the state in the copy; None where that is not possible."""
         with suppress(StorageError, KeyError):
             return self._store.entries()[STATE].tag
         return None
@@ -186,7 +186,7 @@ def _fingerprint(run: bytes) -> object:
 
 
 def _position(state: bytes | None) -> tuple[int, int]:
-    """Epoch and step of a state; less than any where there is none or it is damaged."""
+    """Epoch and step of a state; below all others if it is missing or damaged."""
     try:
         about = state_metadata(state or b"")
         return int(about["epoch"]), int(about["step"])

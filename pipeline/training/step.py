@@ -30,18 +30,18 @@ from pipeline.data.unreadable import SlideError
 from pipeline.errors import DataError, UsageError
 from pipeline.results.verdict import Observer
 from pipeline.runs import autocast
-from pipeline.training.course import Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.training.course import KeptWeights, clip, entropy_weight, learning_rate, more_samples
 from pipeline.training.epochs import TOTALS
 
-# Parts of a batch that read or compute while another goes backward: as many as keep a slow store busy, and at most
-# half of them, since what a part computed for its backward pass is held until then.
+# This many parts of a batch read or compute while another goes backward: enough to keep a slow store busy, and at
+# most half of them, since each holds what its backward pass needs.
 _PARTS_AHEAD = 8
 
-Row = tuple[Entry, Image, Tensor | None]  # a slide, opened, and its coarse view where that has been read
+Row = tuple[Entry, Image, Tensor | None]  # a slide, its opened image, and its coarse view if that was read
 
 
 class Learner:
-    """A model that learns from one worker's slides of each step; `training` are those of all workers."""
+    """A model that learns from one worker's slides of each step; `training` are the slides of all workers."""
 
     def __init__(
         self,
@@ -61,18 +61,18 @@ class Learner:
             self._trained(),
             lr=config.train.learning_rate,
             weight_decay=config.train.weight_decay,
-            # Gradients that are rounding noise alone (softmax does not see a shift of its logits) must not become
-            # steps of the size of lr, or the number of threads and workers would show in the weights.
+            # Gradients that are mere rounding noise (softmax ignores a shift of its logits) must not become steps of
+            # the size of lr, or the weights would depend on the number of threads and workers.
             eps=1e-6,
         )
         self.observer = Observer(self.model)
-        self.kept = Kept(self.model, config.train.average)
+        self.kept = KeptWeights(self.model, config.train.average)
         self.class_weights = self._class_weights().to(context.device)
-        self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)  # of the epoch under way, as `TOTALS` names them
+        self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)  # sums of this epoch, named by `TOTALS`
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch."""
+        """Number of steps in an epoch."""
         return math.ceil(len(self.training) / self.config.train.batch_size)
 
     def _step(
@@ -84,9 +84,9 @@ class Learner:
         views: list[Tensor],
         readers: ThreadPoolExecutor,
     ) -> None:
-        """One step of the whole group; a worker without slides takes part with a gradient of zero.
+        """Take one step of the whole group; a worker without slides takes part with a gradient of zero.
 
-        A slide that cannot be read is left out, as if the step had been made of the others.
+        A slide that cannot be read is left out, as if the step had only the others.
         """
         rows: list[Row] = list(zip(batch, images, views, strict=True))
         self.optimizer.zero_grad()
@@ -121,9 +121,9 @@ class Learner:
     def _forward(
         self, rows: Sequence[Row], of: tuple[str | int, ...], more: int = 1
     ) -> Reading[tuple[Sequence[Entry], Output] | None]:
-        """Run the model on those slides of a batch that can be read, if there are any.
+        """Run the model on the slides of a batch that can be read, if there are any.
 
-        The draws have the names of `of` and of the slide; `more` is a factor on the samples.
+        `of` and the slide's name key the draws; `more` multiplies the samples.
         """
         options = {"more": more} if isinstance(self.model, SamplingModel) else {}
         while rows:
@@ -142,7 +142,7 @@ class Learner:
         return autocast(self.context.device, self.config.train.precision)
 
     def _reduce(self, sums: Tensor) -> Tensor:
-        """Sum gradients and `sums` over the workers, in one message, and average the gradients over the slides."""
+        """Sum gradients and `sums` over the workers in one message, and average gradients over the slides."""
         parameters = self._trained()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients] + [sums.to(gradients[0].dtype)])
@@ -164,7 +164,7 @@ class Learner:
         )
 
     def _sums(self, loss: Tensor, cross_entropy: Tensor, output: Output, labels: Tensor) -> Tensor:
-        """What `TOTALS` names, summed over the slides, and patches, of a batch."""
+        """Sum what `TOTALS` names over the slides and patches of a batch."""
         correct = output.logits.argmax(-1) == labels
         parts = (loss, cross_entropy, correct, output.entropy, self.observer.uniform_entropy(output))
         of_slides = torch.stack([part.detach().sum() for part in parts])
@@ -182,7 +182,7 @@ class Learner:
 
 
 def _check_statistics(model: nn.Module, context: Context) -> None:
-    """Raise UsageError where workers would each normalise by the patches that they happen to have."""
+    """Raise UsageError where each worker would normalise by the statistics of its own patches."""
     layers = batch_statistics(model) if context.world_size > 1 else []
     if layers:
         raise UsageError(

@@ -26,7 +26,7 @@ from pipeline.training.epochs import describe
 from pipeline.training.mirror import Mirror
 from pipeline.training.trainer import plain_entries, train_worker
 
-_COPY_TIMEOUT_S = 1200  # that workers wait for rank 0, which may be copying a state over a slow line
+_COPY_TIMEOUT_S = 1200  # workers wait so long for rank 0, which may copy a state over a slow line
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
 
 
@@ -47,28 +47,28 @@ def train(
     Parameters
     ----------
     entries
-        Slides with labels; their split is assigned where the manifest has none.
+        Slides with labels; a split is assigned where the manifest has none.
     config
         The resolved configuration.
     folder
-        Of the run (see `pipeline.runs`). A run of the same configuration and slides found there goes on.
+        Folder of the run (see `pipeline.runs`). If it holds a run of the same configuration and slides, that goes on.
     address
         ``none`` trains in this process, ``local`` on Ray workers of this machine, else on those of a cluster.
     workers
-        Number of Ray workers; or a range, of which as many are used as there is room for when they start.
+        Number of Ray workers, or a range, of which as many start as there is room for.
     device
         ``cpu``; ``cuda``, with Ray a GPU for each worker; or ``auto``, which is ``cuda`` where that is possible.
     mirror
-        URL in an object store, where the run is copied to at every checkpoint, and from which it goes on.
+        URL in an object store to which the run is copied at every checkpoint, and from which it goes on.
     overwrite
-        Start again, whatever is in `folder` and in its copy.
+        Start anew, whatever is in `folder` and in its copy.
     fail_fast
-        Stop at the first slide that cannot be used, instead of leaving it out; also one that cannot be read later.
+        Stop at the first slide that cannot be used, also later on, instead of leaving it out.
 
     Returns
     -------
     metrics, failures
-        Of the last epoch; and the slides left out.
+        Metrics of the last epoch, and the slides left out.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def train(
         _prepare(folder, config, arguments, entries, overwrite=overwrite)
         if copy:
             copy.claim(overwrite=overwrite)
-        # Workers elsewhere cannot call back: their epochs are followed in the run's folder.
+        # Workers elsewhere cannot call back; their epochs are followed in the run's folder.
         function = partial(train_worker, on_step=update) if address == "none" else train_worker
         with _follow(folder, config, update) if address != "none" else nullcontext():
             metrics, unreadable = cluster.fit(
@@ -108,7 +108,7 @@ def train(
 def worker_arguments(
     chosen: Selection, config: Config, folder: Path, *, mirror: str | None, fail_fast: bool
 ) -> dict[str, Any]:
-    """Arguments of `pipeline.training.trainer.train_worker`; parameters as of `train`."""
+    """Arguments of `pipeline.training.trainer.train_worker`, from the parameters of `train`."""
     arguments = {
         "config": plain(config),
         "entries": plain_entries([entry for entry in chosen.entries if entry.split != "test"]),
@@ -121,7 +121,7 @@ def worker_arguments(
 
 
 def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
-    """What makes a run this one; not where slides lie or how long it goes on: data may move, epochs may be added."""
+    """Identify a run; the place of slides and the number of epochs may change and do not count."""
     learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
     identity = {**arguments, "folder": "", "entries": learnt}
     del identity["mirror"]
@@ -129,21 +129,21 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["data"] |= {"cache": None}
     del decisive["data"]["channels"]  # the number itself is among the arguments
-    del decisive["data"]["features"]  # decides nothing but time
-    decisive["model"].pop("allow_gaps", None)  # a permission, which changes nothing that is computed
+    del decisive["data"]["features"]  # decides only time
+    decisive["model"].pop("allow_gaps", None)  # a permission, which changes no result
     identity["config"] = decisive
     return digest(identity)
 
 
 def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
-    """See that a folder is empty, or that of this run, or of one to be overwritten or not yet begun.
+    """Check that a folder is empty, or that of this run, or of one to be overwritten or not yet begun.
 
-    What stopped before its first state, as where the encoder's weights are missing, has nothing to lose.
+    A run that stopped before its first state, as where the encoder's weights are missing, has nothing to lose.
 
     Raises
     ------
     UsageError
-        It is not.
+        The folder holds something else.
     """
     if (folder / RUN).exists():
         other = read_run(folder)["fingerprint"] != fingerprint
@@ -159,7 +159,7 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
 def _prepare(
     folder: Path, config: Config, arguments: dict[str, Any], entries: Sequence[Entry], *, overwrite: bool
 ) -> None:
-    """Write what the run is into its folder."""
+    """Write the description of a run into its folder."""
     if overwrite:
         clear_run(folder)
     run = {
@@ -175,14 +175,14 @@ def _prepare(
 
 
 def _replaced(path: Path) -> int | None:
-    """When a file was last replaced, in nanoseconds; None where there is none."""
+    """Time in nanoseconds at which a file was last replaced; None if there is none."""
     with suppress(OSError):
         return path.stat().st_mtime_ns
     return None
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the results, and the commit of this code."""
+    """Versions of Python, of the packages that decide results, and the commit of this code."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in _PACKAGES:
         try:
@@ -202,7 +202,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def _follow(folder: Path, config: Config, update: OnProgress) -> Iterator[None]:
-    """Show the epochs that workers elsewhere have finished, from the run's metrics."""
+    """Show the epochs that workers elsewhere have finished, as the run's metrics tell."""
     done = threading.Event()
 
     def watch() -> None:

@@ -1,8 +1,8 @@
 """The training loop: the same lines on one process and on N workers.
 
-It talks to a small context (rank, world size, sums over workers) and knows nothing of Ray. Neither the number of
-workers nor interruptions change a run: a step's slides are a function of (seed, epoch, step) and are dealt out to the
-workers in turn, and what they make of them is one step (`pipeline.training.step`).
+It uses a small context (rank, world size, sums over workers) and knows nothing of Ray. Neither the number of workers
+nor interruptions change a run: a step's slides are a function of (seed, epoch, step) and are dealt out to the workers
+in turn, which together take one step (`pipeline.training.step`).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from pipeline.files import make_folder, write_atomic
 from pipeline.net import Net
 from pipeline.results.verdict import class_shares
 from pipeline.runs import METRICS, MODEL, STATE, Position, load_state, read_metrics, save_state
-from pipeline.training.course import Kept
+from pipeline.training.course import KeptWeights
 from pipeline.training.epochs import TOTALS, Curves, describe, epoch_verdict, means, stored_share, validation_auc
 from pipeline.training.mirror import Mirror
 from pipeline.training.step import Learner, Row
 
-_FIRST_SLIDES = 16  # from which the spread of features is taken
-_READERS = 16  # threads that read slides: reading waits for the disk or the network, and decoding drops the GIL
+_FIRST_SLIDES = 16  # slides that the spread of features is taken from
+_READERS = 16  # threads that read slides: they wait for disk or network, and decoding frees the GIL
 
-OnStep = Callable[[int, int, str], None]  # steps done, steps in all, a few words
+OnStep = Callable[[int, int, str], None]  # takes steps done, steps in all, and a few words
 
 
 def train_worker(
@@ -58,28 +58,28 @@ def train_worker(
         The worker's place in its group.
     arguments
         ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``classes``,
-        ``channels``, ``folder`` and ``fingerprint`` of the run; ``mirror`` if it has a copy: its URL; ``fail_fast``
-        if a slide that cannot be read ends the training, rather than being left out.
+        ``channels``, ``folder`` and ``fingerprint`` of the run; ``mirror``, the URL of its copy if it has one; and
+        ``fail_fast``, whether a slide that cannot be read ends the training.
     on_step
-        Told of every step.
+        Is called after every step.
 
     Returns
     -------
     metrics, unreadable
-        Of the last epoch, with its ``verdict`` in words (`verdict`); and slides that could not be read, with
-        the reason.
+        Metrics of the last epoch with its ``verdict`` in words (`verdict`), and the slides that could not be read,
+        with the reason.
 
     Raises
     ------
     DataError
-        The loss is no longer finite, or no slide of an epoch could be read; the last state stands.
+        The loss is no longer finite, or no slide of an epoch could be read; the last state is kept.
     """
     trainer = make_trainer(context, arguments)
     return trainer.run(on_step or (lambda *_: None)), trainer.unreadable.reasons
 
 
 def make_trainer(context: Context, arguments: Mapping[str, Any]) -> Trainer:
-    """One worker's part of a training run, which nothing has been written of; parameters as of `train_worker`."""
+    """Make one worker's part of a training run without writing anything; parameters are those of `train_worker`."""
     keep_freed_memory()
     return Trainer(
         context,
@@ -122,7 +122,7 @@ class Trainer(Learner):
         self.saved_at = time.monotonic()
 
     def trial(self) -> Iterator[list[Entry]]:
-        """Take a first step and then one that costs what most do, writing nothing; gives the slides of each."""
+        """Take a first step and then one of typical cost, writing nothing; return the slides of each."""
         epochs = (0, self.config.train.epochs - 1)
         batches = (found for epoch in epochs for found in self._batches(epoch, 0))
         self.model.train()
@@ -132,7 +132,7 @@ class Trainer(Learner):
                 yield batch
 
     def run(self, on_step: OnStep) -> dict[str, Any]:
-        """Train from the last state to the last epoch and write the model; that of a shorter run stays until then."""
+        """Train from the last state to the last epoch and write the model; an earlier model stays until then."""
         position = self._resume()
         self.features = use_features(self.model, self.config.data.features)
         metrics: dict[str, Any] = {}
@@ -155,7 +155,7 @@ class Trainer(Learner):
 
     def _resume(self) -> Position:
         if self.mirror:
-            make_folder(self.folder)  # of a worker that does not share the driver's disk
+            make_folder(self.folder)  # this worker may not share the driver's disk
             self.mirror.fetch(self.fingerprint)
         state = load_state(self.folder, self.model, self.optimizer, self.fingerprint)
         position, self.totals, kept, metrics = state or (Position(), self.totals, self.kept.state(), "")
@@ -168,12 +168,12 @@ class Trainer(Learner):
             ) from error
         self._check_agreement(position)
         if self.context.rank == 0:
-            # An epoch's line is written before its state: a line that the state does not know of is written again.
+            # An epoch's line is written before its state; a line that the state does not know is written again.
             write_atomic(self.folder / METRICS, metrics)
         return position
 
     def _look_first(self, readers: ThreadPoolExecutor) -> None:
-        """Set how features are standardised, by patches of some slides, drawn as the first step would."""
+        """Set how features are standardised from patches of some slides, drawn as in the first step."""
         model = self.model
         if not (isinstance(model, PatchModel) and model.config.standardise):
             return
@@ -185,11 +185,11 @@ class Trainer(Learner):
                 pass
         self.context.all_reduce(moments)
         model.standardise_by(moments)
-        self.observer.take()  # its patches are of no epoch
-        self.kept = Kept(model, self.config.train.average)  # else its average would begin with other features
+        self.observer.take()  # these patches count for no epoch
+        self.kept = KeptWeights(model, self.config.train.average)  # or the average would begin with other features
 
     def _check_agreement(self, position: Position) -> None:
-        """See that all workers start from one state: they might not share the disk that it lies on."""
+        """Check that all workers start from one state, since they might not share the disk that holds it."""
         weights = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
         mine = torch.tensor([position.epoch, position.step, weights.double().sum()], device=self.context.device)
         every = mine.clone()
@@ -234,7 +234,7 @@ class Trainer(Learner):
         return metrics
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[int, list[Entry], list[Image], list[Tensor]]]:
-        """Give this worker's slides of every step that can be read, with their coarse views read one step ahead."""
+        """Yield this worker's readable slides of every step, with their coarse views read one step ahead."""
         order = self._order(epoch)
         size = self.config.train.batch_size
 
@@ -249,7 +249,7 @@ class Trainer(Learner):
             rows = order[step * size : (step + 1) * size][self.context.rank :: self.context.world_size]
             return [ahead.submit(load, self.training[row]) for row in rows]
 
-        # Threads of their own, so that a step's reads do not queue behind the next one's.
+        # These threads are separate, so that a step's reads do not queue behind the next one's.
         with ThreadPoolExecutor(_READERS) as ahead:
             following = submit(start)
             for step in range(start, self.steps):
@@ -260,7 +260,7 @@ class Trainer(Learner):
     def _order(self, epoch: int) -> list[int]:
         """Training slides of an epoch in order: each once, or, where balanced, as many of each class.
 
-        Slides of a class with fewer than its share come again, those of one with more take turns over the epochs.
+        Slides of a class below its share are repeated, those of one above it take turns over the epochs.
         """
         generator = torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
         order = torch.randperm(len(self.training), generator=generator)
@@ -273,19 +273,19 @@ class Trainer(Learner):
         return order.tolist()
 
     def _augmented(self, epoch: int, entry: Entry) -> Image:
-        """Open a training slide, as it is seen in an epoch."""
+        """Open a training slide as it is augmented in an epoch."""
         key = draw_key(self.config.seed, "augment", epoch, entry.slide_id)
         coarsest = max(self.config.model.downsamples)
         return AugmentedImage(self._open(entry), self.config.train.augment, key, downsample=coarsest)
 
     def _open(self, entry: Entry) -> Image:
-        """Open a slide; it, or reading it later, may raise `SlideError`."""
+        """Open a slide; opening it, or reading it later, may raise `SlideError`."""
         with Net() as net:
             return WatchedImage(self.slides.open(entry), entry.slide_id, self.unreadable)
         raise self.unreadable.error(entry.slide_id, net)
 
     def _opened(self, entries: Sequence[Entry]) -> list[Row]:
-        """Those of some slides that can be opened, as they are."""
+        """Open slides without augmentation, leaving out those that cannot be opened."""
         rows: list[Row] = []
         for entry in entries:
             with suppress(SlideError):
@@ -321,7 +321,7 @@ class Trainer(Learner):
         return validated | validation_auc(self.validation, self.classes, answers)
 
     def _looked_up(self) -> Tensor:
-        """Patches whose features were in the store and those that were looked for, (2,) float64, of this worker."""
+        """Patches whose features this worker found in the store, and those it looked up, (2,) float64."""
         return self.features.counts if self.features else torch.zeros(2, dtype=torch.float64)
 
     def _save(self, position: Position) -> None:
@@ -335,5 +335,5 @@ class Trainer(Learner):
 
 
 def plain_entries(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Entries as plain values, to be sent to workers."""
+    """Turn entries into plain values that can be sent to workers."""
     return [asdict(entry) for entry in entries]

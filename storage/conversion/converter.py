@@ -50,7 +50,7 @@ class ConvertReport:
     shards: int
     shards_reused: int  # finished by an earlier run
     seconds: float
-    up_to_date: bool = False  # the target was already this pyramid: nothing was done
+    up_to_date: bool = False  # the target was already this pyramid and nothing was done
 
 
 def convert(
@@ -65,32 +65,32 @@ def convert(
 ) -> ConvertReport:
     """Turn an image into an OME-Zarr 0.5 pyramid.
 
-    Interrupted, it leaves ``TARGET.partial``; called again, it goes on from there and ends with the same bytes. Of a
-    source that turns out to be damaged nothing is left.
+    An interrupted conversion leaves ``TARGET.partial``; called again, it goes on from there and ends with the same
+    bytes. Nothing is left of a source that turns out to be damaged.
 
     Parameters
     ----------
     source
-        A TIFF, BigTIFF, OME-TIFF or SVS file, of a pyramidal file the finest level; or a PNG, JPEG or BMP file. A
-        path or an http, https, s3 or gs URL.
+        A TIFF, BigTIFF, OME-TIFF or SVS file, whose finest level is taken, or a PNG, JPEG or BMP file, by path or by
+        http, https, s3 or gs URL.
     target
         Folder or s3, gs or az URL to make, usually named ``*.ome.zarr``. It appears when it is whole and verified.
     options
-        Codec, layout and a pixel size overruling the source's.
+        Codec, layout and a pixel size that overrules the source's.
     executor
         "threads", "processes", the address of a ``distributed`` scheduler, or a function: see
-        ``storage.conversion.executors.open_executor``. Whatever it is, the bytes written are the same.
+        ``storage.conversion.executors.open_executor``. All of them write the same bytes.
     workers
-        Threads or processes; by default as many as this process has processors, and one more thread.
+        Number of threads or processes; by default one for each processor, and one more thread.
     progress
-        Called with (bytes done, bytes in all), decoded and over all levels, in this thread.
+        Called in this thread with (bytes done, bytes in all), decoded and over all levels.
     overwrite
         Replace a target made from another source or with other options.
 
     Raises
     ------
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
-        The source is missing, refused, damaged or does not arrive.
+        The source is missing, refused, damaged or cannot be fetched.
     ConversionError
         The target exists, is being written by another process, or cannot be written.
     """
@@ -113,7 +113,7 @@ def convert(
             place,
             strip_rows=_strip_rows(image, info.levels[0]),
             executor=executor,
-            # One thread more than processors: there is always one that waits for the disk.
+            # There is one thread more than processors, because one always waits for the disk.
             workers=workers or processors() + (executor == "threads"),
             progress=progress,
             overwrite=overwrite,
@@ -132,7 +132,7 @@ def write_pyramid(
     options: ConvertOptions | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
-    """Write an array in memory, such as an attention map, as a pyramid that lies right over its slide.
+    """Write an array in memory, such as an attention map, as a pyramid that is aligned with its slide.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def write_pyramid(
     name
         Name of the image; the target's by default.
     mpp
-        Micrometres per pixel of the *slide's* level 0; None where unknown (then the unit is its pixel).
+        Micrometres per pixel of the *slide's* level 0; None where unknown, so that its pixel is the unit.
     downsample
         Level-0 pixels of the slide per pixel of ``array`` along each axis.
     channels
@@ -165,7 +165,7 @@ def write_pyramid(
     place = os.fspath(target)
     source = ArraySource(array.astype(array.dtype.newbyteorder("="), copy=False))
     pixel = mpp or 1.0
-    first = pixel * (downsample - 1) / 2  # the first pixel's centre: the array begins where its slide does
+    first = pixel * (downsample - 1) / 2  # the first pixel's centre, where the array begins with its slide
     info = plan(
         source,
         options or ConvertOptions(),
@@ -195,7 +195,7 @@ def _write(
     strip_rows: int | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> ConvertReport:
-    """Build, verify and name a pyramid, or find that it is there.
+    """Build, verify and publish a pyramid, unless it already exists.
 
     With ``strip_rows`` the source is decoded in bands first, because one of its strips spans several shards. The
     ``file`` behind the source, if there is one, must not change meanwhile.
@@ -227,8 +227,8 @@ def _write(
         try:
             with open_executor(executor, workers, job) as run:
                 receipts = build(job, done, run, on_made)
-        except CorruptImageError:  # the source is, and will be when it is converted again: nothing is worth keeping
-            with contextlib.suppress(OSError, StorageError):  # a worker elsewhere may be writing still
+        except CorruptImageError:  # the source stays damaged, so nothing is worth keeping
+            with contextlib.suppress(OSError, StorageError):  # a worker elsewhere may still be writing
                 output.discard()
             raise
         if file is not None and fingerprint(file) != info.provenance["source"]:
@@ -242,9 +242,9 @@ def _write(
 def _counter(
     info: PyramidInfo, progress: Callable[[int, int], None] | None, reused: list[Receipt]
 ) -> Callable[[list[Receipt]], None]:
-    """Return a function that counts the decoded bytes of finished shards, and tells ``progress`` of each.
+    """Return a function that counts the decoded bytes of finished shards and reports them to ``progress``.
 
-    ``progress`` is first told how much was there before, be it nothing: speed is measured from there.
+    The first report is of what was there before, even if nothing, so that speed is measured from there.
     """
 
     def nbytes(receipt: Receipt) -> int:
@@ -265,12 +265,12 @@ def _counter(
 
 
 def _job(info: PyramidInfo) -> dict[str, Any]:
-    """Tell what the journalled shards belong to; arrays in memory, which have no fingerprint, match nothing."""
+    """Describe the job of the journalled shards; arrays in memory have no fingerprint and match nothing."""
     return info.provenance or {"array": f"{os.getpid()}-{time.time_ns()}"}
 
 
 def _strip_rows(image: Image, level: LevelInfo) -> int | None:
-    """Rows of a strip or tile that spans several shards and must be decoded whole; None if none does."""
+    """Rows of a strip or tile that spans several shards and must be decoded whole; None if there is none."""
     if image.direct or level.shard_grid == (1, 1) or max(image.segment_yx) <= level.layout.shard:
         return None
     return image.segment_yx[0]
@@ -286,7 +286,7 @@ def _with_receipts(info: PyramidInfo, receipts: list[Receipt]) -> PyramidInfo:
 
 
 def _report(info: PyramidInfo, target: str, started: float, *, reused: int | None) -> ConvertReport:
-    """Summarise a pyramid; ``reused`` None means that it was there."""
+    """Summarise a pyramid; ``reused`` is None if it already existed."""
     tables = [level.table for level in info.levels]
     shards = sum(table.length.size for table in tables)
     first = info.levels[0]

@@ -1,7 +1,7 @@
-"""Where the tasks of a conversion run: Dask's threads, processes or cluster, or whatever the caller brings.
+"""Where the tasks of a conversion run: in Dask's threads, processes or cluster, or in the caller's own executor.
 
-All of them run the same picklable tasks (``storage.conversion.build``) and hand receipts back to the one driver,
-which alone keeps the journal. Processes and clusters must see the source and the target under the same names.
+All of them run the same picklable tasks (``storage.conversion.build``) and return receipts to the one driver, which
+alone keeps the journal. Processes and clusters must see the source and the target under the same names.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ it returned, and yield the results in any order. Both arguments are picklable, a
 CONNECT_TIMEOUT_S = 10.0
 Executor = str | CustomExecutor
 Attempt = Callable[["Task"], "list[Receipt] | Exception"]
-Take = Callable[["list[Receipt] | Exception"], None]
-Spread = Callable[[Attempt, "Sequence[Task]", Take], None]  # attempts tasks elsewhere, and takes each answer here
-Run = Callable[["Sequence[Task]", Callable[["list[Receipt]"], None]], None]
+OnAnswer = Callable[["list[Receipt] | Exception"], None]
+Distribute = Callable[[Attempt, "Sequence[Task]", OnAnswer], None]  # attempts elsewhere, calls back in this thread
+RunTasks = Callable[["Sequence[Task]", Callable[["list[Receipt]"], None]], None]
 
 
 def check_executor(executor: Executor) -> None:
-    """Raise ValueError where it is none that `open_executor` knows."""
+    """Raise ValueError for an executor that `open_executor` does not know."""
     if callable(executor) or executor in ("threads", "processes"):
         return
     if executor.partition("://")[0] not in ("tcp", "tls", "ws", "wss", "ucx"):
@@ -43,8 +43,8 @@ def check_executor(executor: Executor) -> None:
 
 
 @contextmanager
-def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
-    """Give a function that runs the tasks of a wave, calling back with the receipts of each.
+def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[RunTasks]:
+    """Yield a function that runs the tasks of a wave and calls back with the receipts of each.
 
     Parameters
     ----------
@@ -52,33 +52,33 @@ def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
         "threads", "processes", the address of a ``distributed`` scheduler (``tcp://host:port``), or a function as
         described at ``CustomExecutor``.
     workers
-        The number of threads or processes; clusters have their own number.
+        Number of threads or processes; a cluster has its own.
     job
-        What the tasks need.
+        The job that the tasks belong to.
 
     Raises
     ------
     ConversionError
-        The cluster does not answer or lost its workers.
+        The cluster does not answer or has lost its workers.
     """
     attempt: Attempt = job.attempt if executor == "threads" else partial(attempt_pickled, pickle.dumps(job))
-    opened: AbstractContextManager[Spread]
+    opened: AbstractContextManager[Distribute]
     if callable(executor):
         opened = nullcontext(partial(_custom, executor))
     else:
         opened = _pool(executor, workers) if executor in ("threads", "processes") else _cluster(executor)
-    with opened as spread:
+    with opened as distribute:
 
         def run(tasks: Sequence[Task], finish: Callable[[list[Receipt]], None]) -> None:
-            def take(answer: list[Receipt] | Exception) -> None:
+            def on_answer(answer: list[Receipt] | Exception) -> None:
                 if isinstance(answer, Exception):
                     raise answer
                 finish(answer)
 
-            if len(tasks) == 1:  # nothing would be gained elsewhere
-                take(job.attempt(tasks[0]))
+            if len(tasks) == 1:  # another worker would gain nothing
+                on_answer(job.attempt(tasks[0]))
             elif tasks:
-                spread(attempt, tasks, take)
+                distribute(attempt, tasks, on_answer)
 
         yield run
 
@@ -86,27 +86,25 @@ def open_executor(executor: Executor, workers: int, job: Job) -> Iterator[Run]:
 def attempt_pickled(job: bytes, task: Task) -> list[Receipt] | Exception:
     """Run a task of a pickled job."""
     answer = _load(job).attempt(task)
-    if isinstance(
-        answer, Exception
-    ):  # its causes are errors of libraries, which may not pickle; the message tells them
+    if isinstance(answer, Exception):  # the libraries' errors behind it may not pickle; the message tells them
         answer.__cause__ = answer.__context__ = None
     return answer
 
 
 @lru_cache(maxsize=1)
 def _load(job: bytes) -> Job:
-    loaded: Job = pickle.loads(job)  # noqa: S301  made by the driver of this very conversion
+    loaded: Job = pickle.loads(job)  # noqa: S301  the driver of this conversion made it
     return loaded
 
 
-def _custom(executor: CustomExecutor, attempt: Attempt, tasks: Sequence[Task], take: Take) -> None:
+def _custom(executor: CustomExecutor, attempt: Attempt, tasks: Sequence[Task], on_answer: OnAnswer) -> None:
     for answer in executor(partial(partial, attempt), tasks):
-        take(answer)
+        on_answer(answer)
 
 
 @contextmanager
-def _pool(kind: str, workers: int) -> Iterator[Spread]:
-    """Run tasks by Dask on threads or processes, of which an error or an interrupt waits for those in flight."""
+def _pool(kind: str, workers: int) -> Iterator[Distribute]:
+    """Run tasks by Dask on threads or processes; an error or an interrupt waits for those in flight."""
     from dask.local import get_async  # Dask's scheduler for any pool of concurrent.futures
 
     pool: ThreadPoolExecutor | ProcessPoolExecutor
@@ -115,13 +113,13 @@ def _pool(kind: str, workers: int) -> Iterator[Spread]:
     else:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
-    def spread(attempt: Attempt, tasks: Sequence[Task], take: Take) -> None:
+    def distribute(attempt: Attempt, tasks: Sequence[Task], on_answer: OnAnswer) -> None:
         graph = {number: (attempt, task) for number, task in enumerate(tasks)}
-        after_each = (None, None, None, lambda _key, answer, *_state: take(answer), None)  # in this thread
+        after_each = (None, None, None, lambda _key, answer, *_state: on_answer(answer), None)  # in this thread
         get_async(pool.submit, workers, graph, list(graph), callbacks=[after_each])
 
     try:
-        yield spread
+        yield distribute
     except BrokenExecutor as error:
         raise ConversionError("a worker process was killed; run again to go on from here") from error
     finally:
@@ -129,7 +127,7 @@ def _pool(kind: str, workers: int) -> Iterator[Spread]:
 
 
 def _end_with_parent() -> None:
-    """Have this worker end when the driver is gone, however it went."""
+    """Have this worker end when the driver does, however it ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101  a worker has one
 
@@ -141,7 +139,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _cluster(address: str) -> Iterator[Spread]:
+def _cluster(address: str) -> Iterator[Distribute]:
     """Run tasks on a cluster of Dask."""
     try:
         from distributed import Client, as_completed
@@ -153,16 +151,16 @@ def _cluster(address: str) -> Iterator[Spread]:
     except (OSError, ValueError) as error:
         raise ConversionError(f"{address}: no Dask scheduler answers there ({error})") from error
 
-    def spread(attempt: Attempt, tasks: Sequence[Task], take: Take) -> None:
+    def distribute(attempt: Attempt, tasks: Sequence[Task], on_answer: OnAnswer) -> None:
         futures = client.map(attempt, tasks, pure=False)
         try:
             for _, answer in as_completed(futures, with_results=True):
-                take(answer)
+                on_answer(answer)
         finally:
             client.cancel(futures)
 
     try:
         with client, client.as_current():
-            yield spread
+            yield distribute
     except (KilledWorker, CancelledError) as error:
         raise ConversionError(f"{address}: the cluster or its workers were lost ({error}); run again") from error

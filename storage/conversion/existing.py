@@ -1,4 +1,4 @@
-"""What a target holds before it is written: nothing, the very pyramid that is to be made, or what is in the way."""
+"""Telling whether a target holds nothing yet, the very pyramid that is to be made, or something else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from storage.place.urls import is_remote
 
 
 def made_from(target: str | os.PathLike[str], source: str | os.PathLike[str]) -> bool:
-    """Tell whether a pyramid was made from this very file, as far as its fingerprint says."""
+    """Whether a pyramid was made from this very file, as far as its fingerprint tells."""
     try:
         return _read(os.fspath(target)).provenance.get("source") == fingerprint(source)
     except (StorageError, OSError):
@@ -29,7 +29,7 @@ def already_there(target: str, info: PyramidInfo, *, overwrite: bool) -> Pyramid
     Raises
     ------
     ConversionError
-        It holds something else, or is damaged, and is not to be overwritten.
+        The target holds something else, or is damaged, and is not to be overwritten.
     """
     if not partial_of(target).is_occupied(target):
         return None
@@ -63,7 +63,7 @@ def _read(target: str) -> PyramidInfo:
 
 
 def _check_lengths(target: str, present: PyramidInfo) -> None:
-    """See that the shards of a local pyramid are there, with their lengths."""
+    """Check that the shards of a local pyramid are there with their lengths."""
     for level in present.levels:
         for place in np.ndindex(level.shard_grid):
             path = os.path.join(target, level.shard_key(*place))

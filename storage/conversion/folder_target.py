@@ -1,7 +1,7 @@
 """A pyramid being written to a local folder, which is renamed when it is whole.
 
 Everything goes to ``NAME.partial``. A journalled shard is trusted if its file has the same length and checksum.
-``NAME.partial.lock`` is locked by the system for a process, so that of a killed converter does not hold.
+The system locks ``NAME.partial.lock`` for a process, so the lock of a killed converter is free.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from storage.conversion.receipts import Receipt
 
 SCRATCH = "scratch"
-# What else lies in a pyramid that is being written.
+# Further files of a pyramid that is being written.
 _OWN_PARTS = re.compile(rf"({OWN_KEYS.pattern}|{re.escape(JOURNAL)})(\.[\d-]+\.tmp)?|{SCRATCH}/band-\d+")
 
 
@@ -51,7 +51,7 @@ class FolderPartial(Partial):
                 held.enter_context(_locked(path))
                 if root.is_symlink():
                     raise ConversionError(f"{target}: {root} is a link, which is not written to; remove it")
-                _remove_replaced(path)  # or refuse now what would be in the way in the end
+                _remove_replaced(path)  # or refuse now what would be in the way later
                 root.mkdir(exist_ok=True)
                 if not os.access(root, os.W_OK | os.X_OK):
                     raise PermissionError(13, "Permission denied", str(root))
@@ -64,19 +64,19 @@ class FolderPartial(Partial):
     @staticmethod
     def sweep(target: str) -> None:
         """Remove an old pyramid and a lock."""
-        with contextlib.suppress(ConversionError):  # what is not ours stays
+        with contextlib.suppress(ConversionError):  # files that are not ours stay
             _remove_replaced(Path(target))
         with contextlib.suppress(ConversionError, OSError), _locked(Path(target)):
-            pass  # a lock that was taken properly is removed on the way out
+            pass  # leaving the block removes the lock
 
     @staticmethod
     def is_occupied(target: str) -> bool:
-        """Whether anything has this name."""
+        """Whether anything exists at the target."""
         return os.path.lexists(target)
 
     @staticmethod
     def check_replaceable(target: str) -> None:
-        """See that it is a folder that holds nothing but a pyramid of ours; raises ``ConversionError``."""
+        """Raise ``ConversionError`` unless the target is a folder with nothing but one of our pyramids."""
         path = Path(target)
         if path.is_symlink() or not path.is_dir():
             raise ConversionError(f"{target}: a file or a link, which is not overwritten; remove it")
@@ -90,14 +90,14 @@ class FolderPartial(Partial):
         shutil.rmtree(self._root)
 
     def _publish(self, *, overwrite: bool) -> None:
-        """Rename the finished folder, after an older pyramid was moved away if ``overwrite``."""
+        """Rename the finished folder; if ``overwrite``, an older pyramid is moved away first."""
         self.output.delete([JOURNAL])
         shutil.rmtree(self.scratch, ignore_errors=True)
         for folder, _, _ in os.walk(self._root, topdown=False):
             if os.listdir(folder):
                 flush_folder(Path(folder))
             else:
-                os.rmdir(folder)  # of another job that was begun here
+                os.rmdir(folder)  # left by another job that was begun here
         old = _replaced(self._target)
         _remove_replaced(self._target)
         if overwrite and self._target.exists():
@@ -109,10 +109,10 @@ class FolderPartial(Partial):
                 os.rename(old, self._target)
             raise
         flush_folder(self._target.parent)
-        with contextlib.suppress(ConversionError):  # the new one is whole; what came to lie in the old one stays
+        with contextlib.suppress(ConversionError):  # the new one is whole, and files put into the old one stay
             _remove_replaced(self._target)
 
-    def _refuse_strangers(self, present: Collection[str], *, known: bool) -> None:  # noqa: ARG002  links tell more
+    def _refuse_strangers(self, present: Collection[str], *, known: bool) -> None:  # noqa: ARG002
         if (stranger := _stranger(self._root, _OWN_PARTS)) is not None:
             raise ConversionError(f"{self._root}: holds {stranger}, which no conversion has put there; move it away")
 
@@ -133,7 +133,7 @@ class FolderPartial(Partial):
 
 
 def _stranger(root: Path, own: re.Pattern[str]) -> str | None:
-    """Name of a file below a folder that is not one of ours; a link never is."""
+    """Name of a file below a folder that is not ours, as no link is; None if there is none."""
     for folder, folders, names in os.walk(root):
         for name in (*folders, *names):
             path = Path(folder, name)
@@ -144,17 +144,17 @@ def _stranger(root: Path, own: re.Pattern[str]) -> str | None:
 
 
 def _replaced(target: Path) -> Path:
-    """Where the pyramid that is being replaced goes for the moment between two renames."""
+    """Path of the replaced pyramid for the moment between two renames."""
     return target.with_name(f"{target.name}.replaced")
 
 
 def _remove_replaced(target: Path) -> None:
-    """Remove a pyramid that was replaced; what else has its name is its user's.
+    """Remove a pyramid that was replaced; anything else of that name belongs to the user.
 
     Raises
     ------
     ConversionError
-        It is no pyramid of ours, or cannot be removed.
+        It is not one of our pyramids, or cannot be removed.
     """
     old = _replaced(target)
     if os.path.lexists(old):

@@ -1,13 +1,13 @@
 """A pyramid being written to an object store (s3, gs, az), where nothing can be renamed.
 
-Shards go straight to their final keys below ``NAME``, each in one put that happens whole or not at all; the root
-``zarr.json``, without which readers refuse the prefix, goes last. Lock and journal lie below ``NAME.partial`` until
-then. Every put is conditional on there being no such object: so a converter that lost its lock while it slept can at
-worst stop its successor, not overwrite what that has written. A journalled shard is trusted if the store lists it
-with the same length and e_tag, which means the same bytes.
+Shards go straight to their final keys below ``NAME``, each in one atomic put; the root ``zarr.json``, without which
+readers refuse the prefix, goes last. Lock and journal lie below ``NAME.partial`` until then. Every put is conditional
+on there being no such object, so a converter that lost its lock while it slept can at worst stop its successor, but
+not overwrite its objects. A journalled shard is trusted if the store lists it with the same length and e_tag, which
+means the same bytes.
 
-Replacing a pyramid cannot be done in one step here: its root is deleted first, so that there is for a while none, but
-never a mixture.
+A pyramid cannot be replaced in one step here: its root is deleted first, so that for a while there is none, but never
+a mixture.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from storage.conversion.receipts import Receipt
 
-JOURNAL = "journal-"  # and a number: nothing can be appended to an object
-OWN_STATE = re.compile(r"lock|clock-[0-9a-f]+|journal-\d+")  # what we write, and so may delete
-SHARD_TIMEOUT_S = 300.0  # of a request: a shard must get through where many share a slow line,
+JOURNAL = "journal-"  # a number follows, since nothing can be appended to an object
+OWN_STATE = re.compile(r"lock|clock-[0-9a-f]+|journal-\d+")  # names that we write and so may delete
+SHARD_TIMEOUT_S = 300.0  # of a request: a shard must get through a slow, shared line,
 STATE_TIMEOUT_S = 10.0  # but one that hangs must not cost the lease
 
 
@@ -45,14 +45,14 @@ class ObjectPartial(Partial):
 
     def __init__(self, url: str, scratch: Path) -> None:
         self._state = _state(url)
-        self._journals: list[str] = []  # of earlier runs
-        self._next = 0  # number of the next one
+        self._journals: list[str] = []  # journals of earlier runs
+        self._next = 0  # number of the next journal
         super().__init__(RemoteStore(url, SHARD_TIMEOUT_S, retry.WRITING), scratch, Lease(self._state, url))
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, target: str) -> Iterator[Self]:
-        """Take the lease, and let go of it at the end; what was recorded stays for the next run. See ``Partial``."""
+        """Hold the lease for the block; recorded shards stay for the next run. See ``Partial``."""
         url = target.rstrip("/")
         if url.count("/") < 3:  # scheme://bucket/name
             raise ConversionError(f"{url}: is a bucket; a pyramid needs a name below it")
@@ -74,7 +74,7 @@ class ObjectPartial(Partial):
 
     @staticmethod
     def is_occupied(target: str) -> bool:
-        """Whether there is a root that could mark it as whole."""
+        """Whether there is a root, which would mark a pyramid as whole."""
         if is_web(target):
             raise ConversionError(
                 f"{target}: http and https are for reading; write to a folder, s3://, gs:// or az://"
@@ -87,18 +87,18 @@ class ObjectPartial(Partial):
 
     @staticmethod
     def check_replaceable(target: str) -> None:
-        """Nothing can be told yet: ``resume`` looks when nobody else writes there any more."""
+        """Do nothing, since ``resume`` checks this once nobody else writes there."""
 
     def discard(self) -> None:
         """Remove what was written; a pyramid that is whole stays."""
         present = self.output.entries()
         self._pending = []
-        if ROOT not in present and self._job:  # only ``resume`` has made sure that all of it is ours
+        if ROOT not in present and self._job:  # only after ``resume`` is it certain that all of it is ours
             self._delete(present)
         self._remove_state()
 
-    def _publish(self, *, overwrite: bool) -> None:  # noqa: ARG002  ``resume`` has made room
-        """Remove lock and journal: the root's metadata has made the pyramid whole."""
+    def _publish(self, *, overwrite: bool) -> None:  # noqa: ARG002  ``resume`` has removed the old one
+        """Remove lock and journal; the root's metadata has already made the pyramid whole."""
         with contextlib.suppress(StorageError):  # ``sweep`` can remove them later
             self._remove_state()
 
@@ -110,7 +110,7 @@ class ObjectPartial(Partial):
                     f"{url}: holds {key}, which is of no pyramid made here; remove it, or write elsewhere"
                 )
 
-    def _is_intact(self, receipt: Receipt) -> bool:  # noqa: ARG002  a tag tells bytes
+    def _is_intact(self, receipt: Receipt) -> bool:  # noqa: ARG002  equal tags mean equal bytes
         return True
 
     def _earlier_journals(self) -> list[bytes]:
@@ -120,7 +120,7 @@ class ObjectPartial(Partial):
     def _begin_journal(self, receipts: list[Receipt]) -> None:
         self._next = int(self._journals[-1].removeprefix(JOURNAL)) + 1 if self._journals else 0
         self._append_journal(receipts)
-        self._check_lock()  # another's journal must stay
+        self._check_lock()  # the journal of another converter must stay
         self._state.delete(self._journals)
 
     def _append_journal(self, receipts: list[Receipt]) -> None:
@@ -129,7 +129,7 @@ class ObjectPartial(Partial):
         self._next += 1
 
     def _close(self) -> None:
-        """Write what the next run needs and let it in at once."""
+        """Write the journal and free the lock, so that the next run can start at once."""
         with contextlib.suppress(StorageError):
             self._lease.check()
             if self._pending:
@@ -143,7 +143,7 @@ class ObjectPartial(Partial):
 
 
 def _state(url: str) -> RemoteStore:
-    """Where lock and journal lie."""
+    """URL of lock and journal."""
     return RemoteStore(f"{url.rstrip('/')}.partial", STATE_TIMEOUT_S, retry.WRITING)
 
 

@@ -1,7 +1,7 @@
 """A pyramid being written: locked, journalled, resumable, and verified before it is made whole.
 
 Shards are stored durably and only then entered in the journal; a rerun trusts a journalled shard only if it is still
-what was written. ``folder_target`` and ``object_target`` differ in how they tell that, and in how a pyramid becomes
+what was written. ``folder_target`` and ``object_target`` differ in how they check that, and in how a pyramid becomes
 whole: a folder is renamed, while in an object store, where nothing can be renamed, the root's metadata goes last.
 """
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from storage.place.ranges import Entry
     from storage.place.stores import Store
 
-ROOT = "zarr.json"  # of the whole pyramid; readers refuse what has none
-JOURNAL = "journal.jsonl"  # in a folder, where it lies among the shards
-JOURNAL_BYTES = 512 * 2**20  # at most, four times what as many shards take as a pyramid may have
-BATCH_S = 5.0  # after which receipts are entered in the journal though they are few
-OWN_KEYS = re.compile(r"zarr\.json|\d+/zarr\.json|\d+/c/0/\d+/\d+")  # of which a pyramid of ours consists
+ROOT = "zarr.json"  # metadata of the whole pyramid; readers refuse a pyramid without
+JOURNAL = "journal.jsonl"  # its name in a folder, where it lies among the shards
+JOURNAL_BYTES = 512 * 2**20  # four times what the shards of the largest pyramid take
+BATCH_S = 5.0  # after this time even a few receipts are journalled
+OWN_KEYS = re.compile(r"zarr\.json|\d+/zarr\.json|\d+/c/0/\d+/\d+")  # the files of our own pyramids
 
 
 class Partial(ABC):
-    """A pyramid being written, in the hands of the one driver that holds its lock.
+    """A pyramid being written by the one driver that holds its lock.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Partial(ABC):
     scratch : local folder, to be made if needed, for files that need not survive
     """
 
-    batch: int  # receipts that are entered in the journal together, unless they come slowly
+    batch: int  # receipts that are journalled together, unless they come slowly
 
     def __init__(self, output: Store, scratch: Path, lease: Lease | None = None) -> None:
         self.output, self.scratch, self._lease = output, scratch, lease
@@ -51,33 +51,33 @@ class Partial(ABC):
         self._flushed = time.monotonic()
 
     def resume(self, job: dict[str, Any]) -> list[Receipt]:
-        """Receipts of an earlier run of the same ``job`` whose shards are still there; all other files are deleted.
+        """Return the receipts of an earlier run of the same ``job`` for intact shards; delete all other files.
 
-        The caller has made sure that a pyramid that is there is to be replaced.
+        The caller has made sure that an existing pyramid is to be replaced.
 
         Parameters
         ----------
         job
-            JSON values that tell the source and the options; shards of another job are not reused.
+            JSON values that identify source and options; shards of another job are not reused.
 
         Raises
         ------
         ConversionError
-            There are files that no converter has left there.
+            There are files that no converter has written.
         """
         present, journals = self.output.entries(), self._earlier_journals()
         self._refuse_strangers(present, known=ROOT in present or bool(journals))
         found = by_place(receipt for data in journals for receipt in parse_journal(data, job)).values()
         trusted = {r.key: r for r in found if _is_there(r, present.get(r.key)) and self._is_intact(r)}
         self._job = job
-        self._begin_journal(list(trusted.values()))  # first, as it tells that what is there is ours
+        self._begin_journal(list(trusted.values()))  # first, as it marks the files as ours
         doomed = present.keys() - trusted.keys() - {JOURNAL}
-        self._delete(doomed & {ROOT})  # before the others: what is half deleted is no pyramid
+        self._delete(doomed & {ROOT})  # first, so that a half-deleted pyramid is none
         self._delete(doomed - {ROOT})
         return list(trusted.values())
 
     def record(self, receipts: Sequence[Receipt]) -> None:
-        """Enter finished shards in the journal, now or soon; those that a crash leaves out are made again."""
+        """Journal finished shards, now or soon; those that a crash leaves out are made again."""
         self._check_lock()
         self._pending += receipts
         if len(self._pending) >= self.batch or time.monotonic() - self._flushed > BATCH_S:
@@ -89,15 +89,15 @@ class Partial(ABC):
         self._pending, self._flushed = [], time.monotonic()
 
     def verify(self, receipts: Sequence[Receipt], index_bytes: int) -> None:
-        """Check that the very shards that were stored are there, no others, and that each ends with its index.
+        """Check that exactly the stored shards are there and that each ends with its index.
 
-        To read an index of an object costs a request, a twelfth of the price of its put, and shows that the store
-        also serves what it lists.
+        Reading an object's index costs a request, a twelfth of the price of its put, and shows that the store serves
+        what it lists.
 
         Raises
         ------
         CorruptImageError
-            They are not: the disk or store did not keep what was written.
+            The disk or store did not keep what was written.
         """
         present = self.output.entries()
         stored = {receipt.key: receipt for receipt in receipts if not receipt.empty}
@@ -114,7 +114,7 @@ class Partial(ABC):
         spread(work, list(stored.values()), self.output.concurrency)
 
     def commit(self, files: dict[str, bytes], *, overwrite: bool) -> None:
-        """Write the metadata, the root's last, and let the pyramid be whole; one is replaced if ``overwrite``."""
+        """Write the metadata, the root's last, and publish the pyramid; an older one is replaced if ``overwrite``."""
         for key in sorted(files, key=lambda key: key == ROOT):
             if key == ROOT and self._lease is not None:
                 self._lease.renew()
@@ -124,15 +124,15 @@ class Partial(ABC):
 
     @abstractmethod
     def discard(self) -> None:
-        """Remove what was written; a pyramid that is whole stays."""
+        """Remove what was written, but no whole pyramid."""
 
     @abstractmethod
     def _publish(self, *, overwrite: bool) -> None:
-        """Let readers find the pyramid, to which nothing is lacking, and remove what a rerun would need."""
+        """Let readers find the finished pyramid, and remove what a rerun would need."""
 
     @abstractmethod
     def _refuse_strangers(self, present: Collection[str], *, known: bool) -> None:
-        """Raise ``ConversionError`` for what no converter has written; ``known`` tells whether one was here."""
+        """Raise ``ConversionError`` for files that no converter has written; ``known`` tells whether one was here."""
 
     @abstractmethod
     def _is_intact(self, receipt: Receipt) -> bool:
@@ -143,7 +143,7 @@ class Partial(ABC):
 
     @abstractmethod
     def _begin_journal(self, receipts: list[Receipt]) -> None:
-        """Put a new journal in the place of earlier ones, so that at no time there is none."""
+        """Replace earlier journals by a new one, so that there is always one."""
 
     @abstractmethod
     def _append_journal(self, receipts: list[Receipt]) -> None: ...
@@ -153,7 +153,7 @@ class Partial(ABC):
             self._lease.check()
 
     def _delete(self, keys: Collection[str]) -> None:
-        self._check_lock()  # what another has written must stay
+        self._check_lock()  # the files of another converter must stay
         self.output.delete(sorted(keys))
 
     def _verify_index(self, receipt: Receipt, index_bytes: int) -> None:
@@ -165,7 +165,7 @@ class Partial(ABC):
 
 
 def _is_there(receipt: Receipt, entry: Entry | None) -> bool:
-    """Whether a store has what the receipt says, as far as it lists: these bytes, or none where all pixels are 0."""
+    """Whether a store's listing agrees with a receipt: the same bytes, or no file where all pixels are 0."""
     if receipt.empty or entry is None:
         return receipt.empty and entry is None
     return entry == (receipt.length, receipt.tag)
@@ -173,7 +173,7 @@ def _is_there(receipt: Receipt, entry: Entry | None) -> bool:
 
 @contextlib.contextmanager
 def resumable(target: str) -> Iterator[None]:
-    """Turn what a disk or store says while a pyramid is written into an error of ours."""
+    """Turn errors of a disk or store while a pyramid is written into our own, which say how to go on."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What decides the bytes of a pyramid besides its source, and the levels and shards that follow from it.
+"""The options that decide the bytes of a pyramid, and the levels and shards that follow from them.
 
 Shape letters: C channels, H height, W width.
 """
@@ -27,10 +27,10 @@ MAX_SHARD_BYTES = 64 * 2**20  # decoded; the shard side is halved until it holds
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What decides the bytes of a pyramid, besides the source."""
+    """The options that, with the source, decide the bytes of a pyramid."""
 
     codec: str = "lz4"  # "lz4" reads fastest; "zstd" is smaller
-    chunk: int = 128  # pixels, side of what is fetched and decoded at once
+    chunk: int = 128  # pixels, side of a chunk, which is fetched and decoded at once
     shard: int = 2048  # pixels, side of a file; a multiple of chunk
     min_level_size: int = MIN_LEVEL_SIZE  # pixels; levels go on until the longer side is no more than this
     mpp: float | None = None  # micrometres per pixel of level 0; None takes the source's

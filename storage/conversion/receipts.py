@@ -1,4 +1,4 @@
-"""What is known of finished shards, and the journal of a conversion that tells them to the next run."""
+"""Receipts of finished shards, and the journal that hands them to the next run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ ShardKey = tuple[int, int, int]  # level, row, column
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What is known of one finished shard; ``length`` 0 means that it is absent because all its pixels are zero."""
+    """A record of one finished shard; ``length`` 0 means that it is absent because all its pixels are zero."""
 
     level: int
     y: int
     x: int
     length: int  # bytes
     crc32: int  # of the whole file
-    index_crc32c: int  # of the index that ends it, which a reader can check for the price of reading the index
+    index_crc32c: int  # of the index that ends it, which is cheap to check
     tag: str = ""  # the object store's name for these very bytes
 
     @property
     def key(self) -> str:
-        """Where the file lies below the pyramid's root."""
+        """Key of the file below the pyramid's root."""
         return f"{self.level}/c/0/{self.y}/{self.x}"
 
     @property
@@ -47,17 +47,17 @@ class Receipt:
 
 
 def by_place(receipts: Iterable[Receipt]) -> dict[ShardKey, Receipt]:
-    """Receipts by level, row and column; of several for one shard the last."""
+    """Receipts by level, row and column; the last one counts."""
     return {receipt.place: receipt for receipt in receipts}
 
 
 def journal_lines(head: dict[str, Any] | None, receipts: Iterable[Receipt]) -> bytes:
-    """Lines of a journal, of which the first tells the job."""
+    """Lines of a journal, the first of which identifies the job."""
     return b"".join(json.dumps(line).encode() + b"\n" for line in (*filter(None, [head]), *map(asdict, receipts)))
 
 
 def parse_journal(data: bytes, job: dict[str, Any]) -> list[Receipt]:
-    """Receipts of a journal, none if it is of another job; a line that a crash cut short is skipped."""
+    """Receipts of a journal, none if the job is another; a line that a crash cut short is skipped."""
     entries = [entry for entry in map(_parse_line, data.splitlines()) if entry is not None]
     if not entries or entries[0] != {"job": job}:
         return []
@@ -82,12 +82,12 @@ def _parse_receipt(entry: dict[str, Any]) -> Receipt | None:
 
 
 def check_index(tail: bytes, receipt: Receipt, where: str) -> None:
-    """See that the last bytes of a shard are the index that was written.
+    """Check that the last bytes of a shard are the index that was written.
 
     Raises
     ------
     CorruptImageError
-        They are not: the disk or store did not keep what was written.
+        The disk or store did not keep what was written.
     """
     checksum = google_crc32c.value(tail[:-4])
     if checksum != receipt.index_crc32c or tail[-4:] != checksum.to_bytes(4, "little"):

@@ -1,4 +1,4 @@
-"""What is being written to a target: a folder, or objects of a store."""
+"""Choosing how a target is written: as a folder or as objects of a store."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from storage.place.urls import is_remote
 
 
 def partial_of(target: str) -> type[FolderPartial | ObjectPartial]:
-    """The kind of ``Partial`` for a path or URL."""
+    """Return the kind of ``Partial`` for a path or URL."""
     return ObjectPartial if is_remote(target) else FolderPartial

@@ -1,8 +1,8 @@
-"""Codecs of other writers' chunks: those on our list, each bounded in what it makes.
+"""The codecs that may decode other writers' chunks, each with bounded output.
 
-Notable: ten kilobytes of gzip within gzip may decode to gigabytes, so what counts is not what metadata claims but
-what comes out: no codec makes more than a chunk and what incompressible bytes grow by, and a chunk that needs more is
-refused. Nothing here looks up a codec by a name that a file gives, as the registries of zarr and numcodecs do.
+Notable: ten kilobytes of gzip within gzip may decode to gigabytes, whatever metadata claims. So no codec may put out
+more than a chunk and the overhead of incompressible bytes; a chunk that needs more is refused. Codecs come from a
+list here, never from the registries of zarr and numcodecs, which look up any name that a file gives.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from storage.format.shard import BLOSC_OVERHEAD, CHECKSUM_BYTES, checksum_holds
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-MAX_CODECS = 8  # of one chunk, one within the other
+MAX_CODECS = 8  # codecs of one chunk, one within the other
 LZMA_MEMORY = 128 * 2**20  # bytes; its highest preset takes 65 MB
 _LENGTH = struct.Struct("<I")
 
 
 def room(nbytes: int) -> int:
-    """Bytes that a codec may make of what is ``nbytes`` when all is decoded: incompressible bytes grow a little."""
+    """Most bytes that a codec may put out for ``nbytes`` of pixels: incompressible bytes grow a little."""
     return nbytes + nbytes // 8 + 4096
 
 
@@ -37,18 +37,18 @@ def decode(data: bytes, codecs: Sequence[str], nbytes: int) -> bytes:
     Parameters
     ----------
     data
-        What is stored.
+        The stored bytes.
     codecs
         Names, keys of ``CODECS``, in the order in which they were applied.
     nbytes
-        Length of what must come out.
+        Length of the result.
 
     Raises
     ------
     ValueError
-        It does not decode to that length.
+        The data do not decode to that length.
     Exception
-        Each codec has its own for what does not decode.
+        The data do not decode; each codec raises its own.
     """
     for name in reversed(codecs):
         data = CODECS[name](data, room(nbytes))
@@ -67,7 +67,7 @@ class _Stream(Protocol):
 
 
 def _by_stream(make: Callable[[], Any]) -> Callable[[bytes, int], bytes]:
-    """A decoder that stops once it has made too much."""
+    """Make a decoder that stops once its output is too long."""
 
     def decoder(data: bytes, limit: int) -> bytes:
         stream: _Stream = make()
@@ -83,7 +83,7 @@ def _blosc(data: bytes, limit: int) -> bytes:
     if len(data) < BLOSC_OVERHEAD:
         raise ValueError("cut short")
     made, stored = _LENGTH.unpack_from(data, 4)[0], _LENGTH.unpack_from(data, 12)[0]
-    if made > limit or stored > len(data):  # it would read on past the end
+    if made > limit or stored > len(data):  # it has read past the end
         raise ValueError("its header does not hold")
     return bytes(blosc.decompress(data))
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from storage.format.ngff import Dataset, Multiscale
 
-FORMAT = 3  # of the nested_ats block and of what lies in shards
-CHECKSUM = "crc32"  # of the root document, in the nested_ats block
+FORMAT = 3  # version of the nested_ats block and of the contents of shards
+CHECKSUM = "crc32"  # name, in the nested_ats block, of the root document's checksum
 SHARD_COLUMNS = ("length", "crc32", "index_crc32c")
 AXES = ("c", "y", "x")
 DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
@@ -50,9 +50,9 @@ DOWNSAMPLING = {
 
 @dataclass(frozen=True)
 class ShardTable:
-    """What is known of each shard file of a level, all (rows, columns)."""
+    """Length and checksums of each shard file of a level, all (rows, columns)."""
 
-    length: NDArray[np.int64]  # bytes; 0: absent, all its pixels are zero
+    length: NDArray[np.int64]  # bytes; 0 if the shard is absent because all its pixels are zero
     crc32: NDArray[np.int64]  # of the whole file
     index_crc32c: NDArray[np.int64]  # of the index at its end
 
@@ -74,7 +74,7 @@ class LevelInfo:
 
     @property
     def table(self) -> ShardTable:
-        """The table of shards of a pyramid that was read or is whole."""
+        """The table of shards, which a pyramid has once it is whole."""
         if self.shards is None:
             raise AssertionError("the level is being planned")
         return self.shards
@@ -116,7 +116,7 @@ class PyramidInfo:
 
     @cached_property
     def content(self) -> str:
-        """Digest of the pixels of all levels: of what every shard's checksum is, and how a shard is to be read."""
+        """Digest of the pixels of all levels, made of every shard's checksum and of the layout of shards."""
         digest = hashlib.sha256()
         for level in self.levels:
             digest.update(repr((level.shape, level.layout, level.scale_yx)).encode())
@@ -126,7 +126,7 @@ class PyramidInfo:
 
 
 def metadata_files(info: PyramidInfo) -> dict[str, bytes]:
-    """All metadata of a pyramid by key; the root's comes last, as its presence marks the pyramid as whole."""
+    """All metadata of a pyramid by key; the root's comes last, as it marks the pyramid as whole."""
     arrays = {level.path: _array_json(level) for level in info.levels}
     root = {
         "zarr_format": 3,
@@ -152,7 +152,7 @@ def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
     Raises
     ------
     NotAPyramidError
-        There is no OME-Zarr 0.5 image here, or one of a layout that is not read, or of another ``FORMAT``.
+        There is no OME-Zarr 0.5 image, or its layout or ``FORMAT`` is not read.
     CorruptImageError
         The metadata is damaged.
     """
@@ -160,7 +160,7 @@ def parse_pyramid(read: Callable[[str], bytes], where: str) -> PyramidInfo:
 
 
 def pyramid_info(root: dict[str, Any], read: Callable[[str], bytes], where: str) -> PyramidInfo:
-    """Check the metadata of a pyramid whose root document is read already; the rest is as `parse_pyramid` has it."""
+    """Do as `parse_pyramid` with a root document that was already read."""
     try:
         attributes = typed.mapping(root.get("attributes"), "attributes")
         image = parse_image(typed.mapping(attributes.get("ome"), "ome"), where)
@@ -190,7 +190,7 @@ def seal(root: dict[str, Any]) -> None:
 
 
 def _checksum(root: dict[str, Any]) -> int:
-    """CRC-32 of a root document but for what it says of itself, however its members are ordered and spaced."""
+    """CRC-32 of a root document without its checksum; the order and spacing of members do not matter."""
     attributes = root["attributes"]
     own = {key: value for key, value in attributes["nested_ats"].items() if key != CHECKSUM}
     rest = root | {"attributes": attributes | {"nested_ats": own}}
@@ -317,7 +317,7 @@ def with_shards(level: LevelInfo, *columns: Sequence[int]) -> LevelInfo:
     Raises
     ------
     ValueError
-        A column is of another length, or has what is no length of a shard or no checksum.
+        A column has another length, or a value that is no length of a shard or no checksum.
     """
     rows_columns, layout = level.shard_grid, level.layout
     if math.prod(rows_columns) > LIMITS.shards:

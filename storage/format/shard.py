@@ -5,7 +5,7 @@ A shard is a square of ``grid x grid`` chunks, each ``(channels, chunk, chunk)``
 row-major order plus a crc32c, ends the file. A chunk of only zeros is not stored: both its numbers are 2^64-1.
 
 Notable: the chunks lie in the order of a Hilbert curve, so that those under a box are a few stretches of the file
-instead of one per row of chunks, and a remote reader needs fewer requests. The specification allows any order.
+instead of one for each row of chunks, and a remote reader needs fewer requests. The specification allows any order.
 Specification: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
@@ -38,9 +38,9 @@ blosc.use_threads = False
 
 EMPTY = 2**64 - 1
 CHECKSUM_BYTES = 4
-BLOSC_OVERHEAD = 16  # of its header; what does not compress is stored as it is
+BLOSC_OVERHEAD = 16  # bytes of its header; incompressible data are stored as they are
 MIN_CHUNK_BYTES = BLOSC_OVERHEAD + CHECKSUM_BYTES
-# The crc32c of any data followed by its own crc32c: checks both without cutting them apart.
+# Any data followed by its own crc32c has this crc32c, so that both are checked in one go.
 CHECKSUM_RESIDUE = 0x48674BC7
 _BLOSC_SIZES = struct.Struct("<4xI4xI")  # decoded and encoded bytes, in the blosc header
 
@@ -91,25 +91,25 @@ class ShardLayout:
 
     @cached_property
     def max_stored_bytes(self) -> int:
-        """Bytes of a stored chunk at most."""
+        """Most bytes that a stored chunk has."""
         return self.chunk_bytes + MIN_CHUNK_BYTES
 
     @property
     def max_shard_bytes(self) -> int:
-        """Bytes of a shard file at most."""
+        """Most bytes that a shard file has."""
         return self.grid * self.grid * self.max_stored_bytes + self.index_bytes
 
     @property
     def too_large(self) -> bool:
-        """Whether a decoded shard or its index is larger than readers take."""
+        """Whether a decoded shard or its index is larger than readers accept."""
         return max(self.grid**2 * self.chunk_bytes, self.index_bytes) > LIMITS.segment_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedShard:
-    """The bytes of a shard file in order, their total length and CRC-32; no pieces: store no file.
+    """The bytes of a shard file in order, their total length and CRC-32; without pieces there is no file.
 
-    Not a crc32c: every piece ends with its own, and so that of the file would depend on the pieces' lengths alone.
+    It is no crc32c, because every piece ends with its own and that of the file would depend on lengths alone.
     """
 
     pieces: list[bytes]
@@ -123,8 +123,8 @@ def encode_shard(pixels: NDArray[Any], layout: ShardLayout) -> EncodedShard:
     Parameters
     ----------
     pixels
-        (C, h, w) with h, w <= ``layout.shard``; less at the lower and right edges of the image, where the chunks
-        are padded with zeros.
+        (C, h, w) with h, w <= ``layout.shard``; less at the lower and right edges of the image, where chunks are
+        padded with zeros.
     layout
         Cut and codec.
 
@@ -137,7 +137,7 @@ def encode_shard(pixels: NDArray[Any], layout: ShardLayout) -> EncodedShard:
     pieces: list[bytes] = []
     offset = 0
     for row, column, chunk in _chunks(pixels, layout):
-        if not chunk[0, 0, 0] and not chunk.any():  # the first pixel spares most chunks the full look
+        if not chunk[0, 0, 0] and not chunk.any():  # looking at the first pixel is enough for most chunks
             continue
         encoded = _encode_chunk(chunk, layout.codec)
         pieces += encoded
@@ -174,7 +174,7 @@ def decode_index(tail: bytes, layout: ShardLayout, shard_bytes: int) -> NDArray[
     Raises
     ------
     CorruptImageError
-        The index is cut short, fails its checksum or points to what can be no chunk.
+        The index is cut short, fails its checksum or points where no chunk can be.
     """
     if len(tail) != layout.index_bytes:
         raise CorruptImageError("the shard is truncated")
@@ -191,12 +191,12 @@ def decode_index(tail: bytes, layout: ShardLayout, shard_bytes: int) -> NDArray[
 
 
 def checksum_holds(data: bytes) -> bool:
-    """Whether bytes that end with their crc32c, as chunks and indexes do, are whole."""
+    """Whether bytes that end with their crc32c, as chunks and indexes do, are undamaged."""
     return len(data) > CHECKSUM_BYTES and google_crc32c.value(data) == CHECKSUM_RESIDUE
 
 
 def decode_chunk(data: bytes, layout: ShardLayout) -> NDArray[Any]:
-    """Verify and decode one stored chunk to a (C, chunk, chunk) array, which cannot be written to.
+    """Verify and decode one stored chunk to a read-only (C, chunk, chunk) array.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def decode_chunk(data: bytes, layout: ShardLayout) -> NDArray[Any]:
     if decoded != layout.chunk_bytes or encoded != len(data) - CHECKSUM_BYTES:
         raise CorruptImageError("the chunk does not decode to the size of a chunk")
     try:
-        pixels = blosc.decompress(data)  # it reads no further than the encoded size; to bytes is its fastest way
+        pixels = blosc.decompress(data)  # it stops at the encoded size, and returning bytes is fastest
     except (RuntimeError, ValueError) as error:
         raise CorruptImageError(f"the chunk does not decode ({error})") from error
     return np.ndarray(layout.chunk_shape, layout.dtype, pixels)
@@ -236,7 +236,7 @@ def decode_shard(data: bytes, layout: ShardLayout, shape_yx: tuple[int, int]) ->
 def hilbert_order(grid: int) -> tuple[tuple[int, int], ...]:
     """(row, column) of the ``grid x grid`` chunks of a shard in the order in which they are stored.
 
-    Where ``grid`` is no power of two, the curve is that of the next one, without the places outside.
+    Where ``grid`` is no power of two, the curve is that of the next power, without the places outside.
     """
     side = 1 << max(grid - 1, 0).bit_length()
     row, column = np.divmod(np.arange(side * side), side)
@@ -249,8 +249,8 @@ def hilbert_order(grid: int) -> tuple[tuple[int, int], ...]:
 def _hilbert_rank(row: NDArray[np.int64], column: NDArray[np.int64], side: int) -> NDArray[np.int64]:
     """Position along the Hilbert curve of a ``side x side`` square, ``side`` a power of two.
 
-    From the largest quadrants to the smallest: each adds its number times its area, and turns what lies inside it so
-    that the curve leaves where the next quadrant's begins.
+    Quadrants are taken from the largest to the smallest: each adds its number times its area, and is turned so that
+    its curve ends where that of the next quadrant begins.
     """
     row, column = row.copy(), column.copy()
     rank = np.zeros_like(row)
@@ -266,7 +266,7 @@ def _hilbert_rank(row: NDArray[np.int64], column: NDArray[np.int64], side: int) 
 
 
 def _chunks(pixels: NDArray[Any], layout: ShardLayout) -> Iterator[tuple[int, int, NDArray[Any]]]:
-    """Row, column and contiguous zero-padded pixels of each chunk that touches the image, as they are stored."""
+    """Row, column and contiguous zero-padded pixels of each chunk in the image, in the order of storage."""
     step = layout.chunk
     _, height, width = pixels.shape
     for row, column in hilbert_order(layout.grid):
@@ -289,5 +289,5 @@ def _encode_chunk(chunk: NDArray[Any], codec: BloscCodec) -> list[bytes]:
 
 
 def crc32c(data: bytes) -> bytes:
-    """Crc32c of bytes, as what ends chunks and indexes."""
+    """Crc32c of bytes, in the form that ends chunks and indexes."""
     return int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")

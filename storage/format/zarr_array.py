@@ -1,8 +1,8 @@
-"""One Zarr array of another writer, v2 or v3: what its metadata says, checked, and how its chunks decode.
+"""One Zarr array of another writer, v2 or v3: its checked metadata and the decoding of its chunks.
 
-Notable: read here and not with zarr-python, because what is somebody else's must be bounded before memory is taken:
-codecs come from a list of ours (``storage.format.codecs``), each bounded in what it makes, and no name in a file is
-looked up anywhere. zarr-python is the oracle of the tests.
+Notable: zarr-python is not used, because files of others must be bounded before memory is taken: codecs come from our
+list (``storage.format.codecs``), each with bounded output, and no name in a file is looked up anywhere. The tests
+compare with zarr-python.
 
 Specifications: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html and .../v3/core/.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-Place = tuple[int, ...]  # of a chunk or shard, by axis
+Place = tuple[int, ...]  # number of a chunk or shard along each axis
 MAX_AXES = 5  # t, c, z, y, x
 SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # fill values
 _HEX = re.compile("0x[0-9a-fA-F]+")
@@ -40,11 +40,11 @@ class Encoding:
     """How the pixels of a chunk become bytes: transposed, in this byte order, through codecs."""
 
     dtype: np.dtype[Any]
-    order: tuple[int, ...]  # axis of the array by axis of what is stored
+    order: tuple[int, ...]  # the array's axis for each stored axis
     codecs: tuple[str, ...]
 
     def decode(self, data: bytes, shape: Sequence[int]) -> NDArray[Any]:
-        """Return the pixels of a chunk; raises as ``codecs.decode``."""
+        """Return the pixels of a chunk; raises the errors of ``codecs.decode``."""
         stored = [shape[axis] for axis in self.order]
         raw = decode(data, self.codecs, math.prod(shape) * self.dtype.itemsize)
         return np.frombuffer(raw, self.dtype).reshape(stored).transpose(np.argsort(self.order))
@@ -84,11 +84,11 @@ class ZarrArray:
 
     path: str
     shape: tuple[int, ...]
-    chunks: tuple[int, ...]  # what is decoded at once
+    chunks: tuple[int, ...]  # shape of a chunk, which is decoded at once
     fill_value: float
     encoding: Encoding
-    index: ShardIndex | None  # None: each chunk is a file
-    prefix: str  # of the keys of its files: "c" in v3
+    index: ShardIndex | None  # None if each chunk is a file
+    prefix: str  # prefix of the keys of its files: "c" in v3
     separator: str
 
     @property
@@ -98,7 +98,7 @@ class ZarrArray:
 
     @property
     def shards(self) -> tuple[int, ...]:
-        """Shape of what is one file."""
+        """Shape of what one file holds."""
         grid = self.index.grid if self.index else (1,) * len(self.chunks)
         return tuple(chunk * many for chunk, many in zip(self.chunks, grid, strict=True))
 
@@ -109,7 +109,7 @@ class ZarrArray:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of a stored chunk at most."""
+        """Most bytes that a stored chunk has."""
         return room(self.chunk_bytes)
 
     def key(self, place: Place) -> str:
@@ -124,11 +124,11 @@ def read_array(read: Callable[[str], bytes], path: str, zarr_format: int, where:
     Raises
     ------
     FileNotFoundError
-        There is none.
+        There is no array.
     NotAPyramidError
-        It is of a kind that is not read.
+        The array is of a kind that is not read.
     ValueError
-        It is damaged.
+        Its metadata is damaged.
     """
     if zarr_format == 2:
         array = _parse_v2(typed.parse_object(read(f"{path}/.zarray")), path, where)
@@ -226,7 +226,7 @@ def _parse_index(sharding: dict[str, Any], shard: Place, chunks: Place, where: s
 
 
 def _parse_codecs(codecs: list[Any], dtype: np.dtype[Any], axes: int, where: str) -> Encoding:
-    """Transpositions, then bytes, then what compresses these."""
+    """Parse transpositions, then the codec of bytes, then those that compress them."""
     order = tuple(range(axes))
     names = [_named(codec, "name", where) for codec in codecs]
     while names and names[0] == "transpose":
@@ -245,7 +245,7 @@ def _parse_codecs(codecs: list[Any], dtype: np.dtype[Any], axes: int, where: str
 
 
 def _known(names: list[str], where: str) -> tuple[str, ...]:
-    """Names of codecs, each one that is read."""
+    """Return names of codecs, refusing those that are not read."""
     for name in names:
         if name not in CODECS:
             raise NotAPyramidError(f"{where} has the codec {name!r}; only {', '.join(CODECS)} are read")
@@ -253,7 +253,7 @@ def _known(names: list[str], where: str) -> tuple[str, ...]:
 
 
 def _named(item: Any, key: str, where: str) -> str:
-    """Name of a codec, which v3 lets stand without an object around it."""
+    """Name of a codec, which in v3 may stand without an object around it."""
     name = item if isinstance(item, str) else typed.mapping(item, "a codec").get(key)
     if not isinstance(name, str):
         raise NotAPyramidError(f"{where} has a codec without a name")
@@ -265,7 +265,7 @@ def _configuration(item: Any) -> dict[str, Any]:
 
 
 def _shapes(where: str, shape: Any, chunks: Any) -> tuple[Place, Place]:
-    """Shape of an array and of its chunks, none of which is empty, nor larger than any that is read."""
+    """Shape of an array and of its chunks, checked to be neither empty nor too large."""
     whole = typed.integers(shape, "shape", 1, 2**63)
     if not 2 <= len(whole) <= MAX_AXES or max(whole) > LIMITS.side or math.prod(whole) > LIMITS.samples:
         raise NotAPyramidError(f"{where} has the shape {whole}, which is not read")
@@ -273,7 +273,7 @@ def _shapes(where: str, shape: Any, chunks: Any) -> tuple[Place, Place]:
 
 
 def _fill_value(value: Any, dtype: np.dtype[Any]) -> float:
-    """What absent chunks hold; zero where it is undefined."""
+    """The value of absent chunks; zero where it is undefined."""
     if value is None or isinstance(value, bool):
         return 0
     if dtype.kind != "f":

@@ -1,4 +1,4 @@
-"""Local files that are whole or not there: the one way in which anything of ours is written to a disk."""
+"""Local files that are either whole or missing: everything that we write to a disk is written here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-MAX_PIECES = 512  # in one call; Linux takes 1024
+MAX_PIECES = 512  # pieces in one call; Linux takes 1024
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write what takes the place of ``path`` when the block ends well, and goes if it does not."""
-    # A name by chance, and not by process: machines that share a disk may have processes of one number.
+    """Yield a temporary path, which replaces ``path`` when the block ends well and is removed when it fails."""
+    # The name is random: machines that share a disk may have processes of the same number.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().int % 10**12}.tmp")
     try:
         yield temporary
@@ -31,17 +31,17 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_file(
     path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool = True, read_again: bool = True
 ) -> None:
-    """Write a file under a temporary name, flush it to the disk, unless it need not be ``durable``, and rename it.
+    """Write a file under a temporary name, flush it to the disk if it is to be ``durable``, and rename it.
 
-    What was there before still is where this raises ``OSError``. A file that is not ``read_again`` soon leaves the
-    page cache, which a stream of gigabytes would only fill for nothing.
+    Where this raises ``OSError``, an earlier file is unchanged. A file that is not ``read_again`` soon leaves the
+    page cache, which a stream of gigabytes would fill for nothing.
     """
     with replacing(path) as temporary, open(temporary, "wb", buffering=0) as file:
         _write_all(file.fileno(), pieces)
         if durable:
             os.fsync(file.fileno())
         if not read_again and hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # a hint
+            with contextlib.suppress(OSError):  # it is only a hint
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -55,7 +55,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def _write_all(fd: int, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write many pieces with few calls, however much each call takes."""
+    """Write many pieces with few calls, each of which may write only a part."""
     waiting = [memoryview(piece).cast("B") for piece in pieces][::-1]
     while waiting:
         written = os.writev(fd, waiting[: -MAX_PIECES - 1 : -1])

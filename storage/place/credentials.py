@@ -1,4 +1,4 @@
-"""Whether S3 can be asked at all: obstore without keys asks a metadata service, for minutes where there is none."""
+"""Check for S3 credentials first: obstore without keys waits minutes for a metadata service that may not exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from storage.errors import TransferError
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-# What obstore looks for, in its order; the metadata service of a virtual machine comes after them.
+# obstore looks for these in this order, and last for the metadata service of a virtual machine.
 _SOURCES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -20,16 +20,16 @@ _SOURCES = (
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     "AWS_METADATA_ENDPOINT",
 )
-_VENDOR = Path("/sys/class/dmi/id/sys_vendor")  # "Amazon EC2" there, where a role of the machine gives keys
+_VENDOR = Path("/sys/class/dmi/id/sys_vendor")  # it says "Amazon EC2" where a role of the machine gives keys
 
 
 def check_credentials(url: str, store: ObjectStore) -> None:
-    """See that obstore has credentials for a store in S3 or is told to go without; nothing is asked of the network.
+    """Check, without the network, that obstore has credentials for a store in S3 or is told to need none.
 
     Raises
     ------
     TransferError
-        It has not.
+        It has none.
     """
     from obstore.store import S3Store
 

@@ -1,7 +1,7 @@
-"""One file, wherever it lies, read at any place: a key of a store with a size.
+"""One file of known size in any store, read at any offset.
 
 Notable: a reader of headers (``BlockReader``) fetches blocks and keeps them, because headers are read in many small
-steps; pixels are read past it, and ranges that lie near each other come in one request where a request is dear.
+steps; pixels are read without it, and near ranges are fetched in one request where a request is expensive.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Range = tuple[int, int]  # offset and length in bytes
 
 BLOCK_BYTES = 256 * 1024
 KEPT_BLOCKS = 64
-BATCH_BYTES = 64 * 2**20  # asked for at once,
-RUN_BYTES = 8 * 2**20  # of it by one request
-SAMPLED_BYTES = 64 * 1024  # at each end of a file, for its fingerprint
+BATCH_BYTES = 64 * 2**20  # bytes asked for at once, and
+RUN_BYTES = 8 * 2**20  # bytes of it in one request
+SAMPLED_BYTES = 64 * 1024  # bytes at each end of a file that its fingerprint reads
 
 
 class RandomFile:
-    """A file of fixed size that threads may read at the same time.
+    """A file of fixed size that several threads may read at the same time.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class RandomFile:
     UnsupportedImageError
         It is a folder, a pipe or a device.
     TransferError
-        The URL is not one that can be opened, or the server does not answer, or refuses to.
+        The URL cannot be opened, or the server does not answer or refuses to.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -73,7 +73,7 @@ class RandomFile:
     def read_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         """Yield the bytes of each range in turn, each as ``read_at`` would give it.
 
-        Of a server, near ranges are fetched together, a bounded number of bytes ahead.
+        From a server, near ranges are fetched together, a bounded number of bytes ahead.
         """
         inside = [(offset, min(length, max(0, self.size - offset))) for offset, length in ranges]
         return self._get(inside) if self._store.concurrency == 1 else self._get_ahead(inside)
@@ -103,11 +103,11 @@ class RandomFile:
             raise MissingImageError(f"{self.location}: does not exist any more") from error
 
     def identity(self) -> dict[str, Any]:
-        """Name, length and version: what changes when the file is replaced."""
+        """Name, length and version, which change when the file is replaced."""
         return {"name": self.name, "bytes": self.size} | self._version
 
     def close(self) -> None:
-        """Give the descriptor or connection back."""
+        """Close the descriptor or connection."""
         self._store.close()
 
 
@@ -126,7 +126,7 @@ def fingerprint(location: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _runs(ranges: Iterable[Range], gap: int) -> Iterator[list[Range]]:
-    """Cut a sorted list of ranges where they lie more than ``gap`` apart, or are too much for one request."""
+    """Cut a sorted list of ranges where they lie more than ``gap`` apart or are too many bytes for one request."""
     run: list[Range] = []
     end = 0
     for offset, length in ranges:
@@ -156,7 +156,7 @@ def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
 class BlockReader(io.RawIOBase):
     """A ``RandomFile`` as a seekable stream that reads and keeps whole blocks; for headers, by one thread.
 
-    The first failure to read is kept in ``failure``: a library between may swallow it and go on with less.
+    The first failed read is kept in ``failure``, because a library in between may hide it and go on.
     """
 
     def __init__(self, file: RandomFile) -> None:
@@ -167,7 +167,7 @@ class BlockReader(io.RawIOBase):
         self._instead: list[tuple[int, bytes]] = []
 
     def show_instead(self, offset: int, data: bytes) -> None:
-        """Read these bytes from now on in the place of those that are there."""
+        """From now on read these bytes in place of those of the file."""
         self._instead.append((offset, data))
 
     def read_at(self, offset: int, length: int) -> bytes:
@@ -182,7 +182,7 @@ class BlockReader(io.RawIOBase):
     def _read_at(self, offset: int, length: int) -> bytes:
         end = min(offset + length, self.file.size)
         try:
-            if end - offset > BLOCK_BYTES:  # long arrays in one piece, past the blocks
+            if end - offset > BLOCK_BYTES:  # long arrays are read in one piece, without blocks
                 return self.file.read_at(offset, end - offset)
             first, last = offset // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
             data = b"".join(self._block(number) for number in range(first, last + 1))
@@ -220,7 +220,7 @@ class BlockReader(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        """Return up to ``size`` bytes; never allocates more than the file has, whatever is asked."""
+        """Return up to ``size`` bytes; no more memory is taken than the file is long."""
         left = max(0, self.file.size - self._position)
         data = self.read_at(self._position, left if size is None or size < 0 else min(size, left))
         self._position += len(data)

@@ -1,8 +1,8 @@
 """The right to write to a place in an object store: a lock that is lost when its holder no longer renews it.
 
-The lock is an object made on condition that there is none, and renewed by a thread on condition that it is still what
-this thread last wrote. Who finds a lock that was not renewed for its time takes it over, on the same condition. Its
-age is told by the times that the store gives to objects, never by the clocks of two machines. A holder who was silent
+The lock is an object that is created only if there is none, and that a thread renews only while it is what the thread
+last wrote. A converter that finds a lock not renewed in time takes it over on the same condition. The lock's age is
+taken from the times that the store gives to objects, never from the clocks of two machines. A holder that was silent
 too long renews before it goes on: if that succeeds, nobody else had the lock in the meantime.
 """
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from storage.place.remote_store import RemoteStore
 
 LOCK = "lock"
-LEASE_S = 60.0  # without renewal, after which another converter may take over
-RENEWALS = 4  # in that time
-CLOCK_STEP_S = 1.0  # of the times that stores give
+LEASE_S = 60.0  # another converter may take over after this time without renewal
+RENEWALS = 4  # how often it is renewed in that time
+CLOCK_STEP_S = 1.0  # resolution of the times that stores give
 
 
 class Lease:
-    """The lock in ``store``, for one converter; ``output`` is the name of what it protects."""
+    """The lock in ``store`` of one converter; ``output`` names what it protects."""
 
     def __init__(self, store: RemoteStore, output: str) -> None:
         self._store = store
@@ -74,7 +74,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise ``ConversionError`` if the lock is lost; find out if it may be."""
+        """Raise ``ConversionError`` if the lock is lost, renewing it first where that is in doubt."""
         if self._lost is not None:
             raise self._lost
         if time.monotonic() - self._renewed > self._seconds:
@@ -89,13 +89,13 @@ class Lease:
                 self._put_again()
 
     def stop(self) -> None:
-        """Renew it no more and forget it: its object is to be deleted."""
+        """Stop renewing; the caller deletes the lock's object."""
         self._over.set()
         if self._thread.is_alive():
-            self._thread.join(self._seconds / RENEWALS)  # a request that hangs does no harm: it has a condition
+            self._thread.join(self._seconds / RENEWALS)  # a hanging request does no harm, since it has a condition
 
     def release(self) -> None:
-        """Let the next converter take it at once; nothing if it was stopped, or is another's."""
+        """Let the next converter take the lock at once; do nothing if it was stopped or is another's."""
         if not self._over.is_set():
             self.stop()
             self._entry["released"] = True
@@ -112,16 +112,16 @@ class Lease:
                 self._lost = error
                 return
             except StorageError:
-                continue  # the store does not answer: tried again later
+                continue  # the store does not answer; try again later
 
     def _put(self, mode: PutMode) -> None:
-        self._entry["renewals"] += 1  # so that no two states of the lock have the same mark
+        self._entry["renewals"] += 1  # no two states of the lock may have the same mark
         started = time.monotonic()
         self._mark = self._store.put_if(mode, LOCK, [json.dumps(self._entry).encode()])
         self._renewed = started
 
     def _put_again(self) -> None:
-        """Renew a lock that is not what was last written: it is lost, or was renewed though that seemed to fail."""
+        """Renew a lock that is not as last written: it is lost, or an earlier renewal only seemed to fail."""
         entry, meta = self._read()
         if meta is not None and self._is_own(entry):
             with contextlib.suppress(Occupied):
@@ -148,7 +148,7 @@ class Lease:
             raise ConversionError(f"{busy}: it has just started") from None
 
     def _is_own(self, entry: dict[str, Any]) -> bool:
-        """Whether a lock is this one's; it may be though its put has failed, where only the answers were lost."""
+        """Whether a lock is this one's, which is possible even after its put failed, if only the answer was lost."""
         return bool(entry.get("token") == self._entry["token"])
 
     def _read(self) -> tuple[dict[str, Any], ObjectMeta | None]:
@@ -163,7 +163,7 @@ class Lease:
             return {}, meta
 
     def _store_time(self) -> datetime:
-        """What time it is for the store: that of an object just made."""
+        """The store's time now, which is that of an object just made."""
         key = f"clock-{self._entry['token']}"
         self._store.put_if("create", key, [])
         try:
@@ -172,7 +172,7 @@ class Lease:
             self._store.delete([key])
 
     def _refuse_blind_stores(self) -> None:
-        """Try conditions that do not hold: a store that ignores them would let two converters in."""
+        """Refuse a store that ignores conditions, since it would let two converters in."""
         stale: UpdateVersion = {"e_tag": '"00000000000000000000000000000000"', "version": "0"}
         modes: list[PutMode] = ["create", stale]
         for mode in modes:
@@ -185,7 +185,7 @@ class Lease:
 
 
 def _seconds(entry: dict[str, Any]) -> float:
-    """For how long a lock holds without renewal; of one that does not say, the usual time."""
+    """How long a lock holds without renewal; the default where it does not say."""
     try:
         return typed.number(entry.get("seconds"), "seconds", 0)
     except ValueError:

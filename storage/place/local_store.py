@@ -1,8 +1,8 @@
-"""A local folder by descriptors and ``pread``; what is no file, or lies elsewhere, is refused as it is opened.
+"""A local folder by descriptors and ``pread``; only regular files inside it are opened.
 
-Notable: files are read by one thread. What is in memory is decoded in a few microseconds a chunk, which two threads
-of one process only slow down by handing each other the interpreter's lock; what is not is brought in by the kernel,
-several ranges at a time, because it is told of them before the first is read.
+Notable: files are read by one thread. Cached chunks are decoded in a few microseconds each, and a second thread would
+only contend for the interpreter's lock. The kernel fetches the others several ranges at a time, because it is told of
+them before the first is read.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
     from storage.place.ranges import Range, Stat
 
-SLOW_READ_S = 100e-6  # longer than a short range takes from the page cache
-ANNOUNCED_RANGES = 64  # told to the kernel at once, before the first is read
+SLOW_READ_S = 100e-6  # a short range from the page cache takes less
+ANNOUNCED_RANGES = 64  # ranges that the kernel is told of before the first is read
 ANNOUNCED_BYTES = 2**20  # longer ranges keep a disk busy by themselves
 
 
-class NotAFile(Exception):  # noqa: N818  its callers make an error of it that names what the file is for
-    """What was opened is a folder, a pipe, a socket or a device; the text says which."""
+class NotAFile(Exception):  # noqa: N818  callers turn it into an error that names the file's use
+    """The path is that of a folder, a pipe, a socket or a device; the text says which."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading and return its descriptor; what is no file is refused, and never waited for.
+    """Open a file for reading and return its descriptor; anything but a regular file is refused without waiting.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 class _Descriptor:
-    """A file descriptor closed when its last user lets go of it, which makes eviction safe between threads."""
+    """A file descriptor that its last user closes, which makes eviction safe between threads."""
 
     __slots__ = ("fd",)
 
@@ -67,7 +67,7 @@ class _Descriptor:
 
 
 def _has_link(root: str, key: str) -> bool:
-    """Whether the file or a folder between it and the root is a link; few are, and to look is cheap."""
+    """Whether the file or a folder between it and the root is a link."""
     path = root
     for part in key.split("/"):
         path = f"{path}/{part}"
@@ -79,7 +79,7 @@ def _has_link(root: str, key: str) -> bool:
 class _Descriptors:
     """The most recently read files of all local stores, kept open up to a share of what the process may open.
 
-    Files are known by store and key, not by path: what has replaced a file since is another store's to open.
+    Files are known by store and key, not by path, so that a new store opens a file that was replaced.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class _Descriptors:
         self.limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def get(self, store: LocalStore, key: str) -> _Descriptor:
-        """Open the file ``key`` of a store, or return it open."""
+        """Return the open file ``key`` of a store, opening it if needed."""
         name = (store.number, key)
         with self._lock:
             found = self._open.get(name)
@@ -114,7 +114,7 @@ class _Descriptors:
                 del self._open[name]
 
     def forked(self) -> None:
-        """In a forked child: go on with the open files, but not with a lock that nobody there will release."""
+        """In a forked child, keep the open files but make a new lock, since nobody would release the old one."""
         self._lock = threading.Lock()
 
 
@@ -126,7 +126,7 @@ _numbers = itertools.count()
 class LocalStore:
     """A folder, which workers on other machines must see under the same name; see ``storage.place.stores.Store``.
 
-    ``follow_links`` is for files that the user has named; a pyramid may be anybody's, and none is followed out of it.
+    ``follow_links`` is for files that the user has named; links that lead out of a pyramid are not followed.
     """
 
     concurrency = 1
@@ -136,7 +136,7 @@ class LocalStore:
         self.name = str(Path(root))
         self._follow_links = follow_links
         self.number = next(_numbers)
-        self._slow = True  # whether a short range since the last announcement was
+        self._slow = True  # whether a short range was slow since the last announcement
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str, bool]]:
         return type(self), (self.name, self._follow_links)
@@ -154,7 +154,7 @@ class LocalStore:
 
     def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         """Yield the bytes of each range, fewer where its file ends."""
-        descriptor: _Descriptor  # of all ranges of a file that follow each other; held, or a thread could end it
+        descriptor: _Descriptor  # shared by adjacent ranges of one file; held so that no other thread closes it
         held = None  # its key
         for first in range(0, len(ranges), ANNOUNCED_RANGES):
             window = ranges[first : first + ANNOUNCED_RANGES]
@@ -176,9 +176,9 @@ class LocalStore:
                 yield data
 
     def _announce(self, ranges: Sequence[Range]) -> None:
-        """Have the kernel fetch what it does not hold yet, all ranges at once; a hint, which never fails.
+        """Ask the kernel to fetch all ranges at once; it is a hint and never fails.
 
-        Worth it where the last reads were slow: were they all fast, the files lie in the page cache.
+        It is worth it where the last reads were slow: if all were fast, the files are in the page cache.
         """
         short = [range_ for range_ in ranges if range_[2] <= ANNOUNCED_BYTES and range_[1] >= 0]
         if len(short) < 2 or not hasattr(os, "posix_fadvise"):
@@ -194,16 +194,16 @@ class LocalStore:
         return status.st_size, {"mtime_ns": status.st_mtime_ns}
 
     def entries(self) -> dict[str, Entry]:
-        """Return all files; what links lead to is not looked at."""
+        """Return all files; links are not followed."""
         found = {}
         for folder, _, names in os.walk(self.name):
             for path in (Path(folder, name) for name in names):
-                with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
+                with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
                     found[path.relative_to(self.name).as_posix()] = Entry(path.lstat().st_size)
         return found
 
     def put(self, key: str, pieces: Iterable[bytes], *, if_absent: bool = False, read_again: bool = True) -> str:
-        """Write one file; a lock on the folder must see to it that nobody else writes it meanwhile."""
+        """Write one file; a lock on the folder must prevent others from writing it meanwhile."""
         path, pieces = Path(self.name, key), list(pieces)
         if if_absent and os.path.lexists(path) and not self._holds(key, b"".join(pieces)):
             raise Occupied(f"{path}: another conversion has written this; run again")
@@ -229,7 +229,7 @@ class LocalStore:
             return False
 
     def open(self, key: str) -> int:
-        """Open a file; one to which a link leads out of the folder is refused, unless they are followed."""
+        """Open a file; a link out of the folder is refused unless links are followed."""
         path = f"{self.name}/{key}"
         try:
             fd = open_regular(path)
@@ -239,7 +239,7 @@ class LocalStore:
             raise CorruptImageError(f"{path}: {error}, not a file; remove it and convert again") from error
         except OSError as error:
             self._fail(key, error)
-        # Read after the file was opened: a link put there later does not change what is read.
+        # The check comes after the file was opened, so that a link put there later changes nothing.
         if not self._follow_links and _has_link(self.name, key):
             root = os.path.realpath(self.name).rstrip("/") + "/"
             if not os.path.realpath(path).startswith(root):
@@ -250,7 +250,7 @@ class LocalStore:
         return fd
 
     def _fail(self, key: str, error: OSError) -> NoReturn:
-        """Raise the error that a failure to open or read a file is to a reader."""
+        """Turn a failure to open or read a file into the error that a reader expects."""
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             raise FileNotFoundError(key) from error
         where = f"{self.name}/{key}"

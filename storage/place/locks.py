@@ -1,4 +1,4 @@
-"""A lock that one process at a time can hold, and that its death gives back."""
+"""A lock that one process at a time can hold and that is free again when the process dies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file while the block runs; a file, because NFS locks only what is open for writing.
+    """Hold a lock on a file while the block runs; NFS locks only files that are open for writing.
 
-    It is made with its folder, and removed on the way out, under the lock; whoever locks a file that has no name any
-    more begins anew.
+    The file is made with its folder and removed at the end, under the lock; a process that locks a removed file tries
+    again.
 
     Raises
     ------
     BlockingIOError
         Another process holds it.
     OSError
-        It cannot be made.
+        The file cannot be made.
     """
     fd = _lock(path)
     try:

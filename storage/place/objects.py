@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     PutMode = Literal["create", "overwrite"] | UpdateVersion
 
-PIECE_BYTES = 2**20  # of an object's body, read at once
+PIECE_BYTES = 2**20  # bytes of a body that are read at once
 
 
 def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
-    """Open a URL (http, https, s3, gs, az) with obstore, which repeats nothing: that is ``storage.place.retry``'s.
+    """Open a URL (http, https, s3, gs, az) with obstore, whose retries are off (see ``storage.place.retry``).
 
     Credentials, regions and endpoints come from the environment, as obstore documents (``AWS_ENDPOINT_URL``, ...).
     A request is given up after ``timeout_s``, by default ``retry.TIMEOUT_S``.
@@ -32,8 +32,8 @@ def connect(url: str, timeout_s: float | None = None) -> ObjectStore:
     Raises
     ------
     TransferError
-        The URL is not of a kind that can be opened, S3 has no credentials, or this process was forked from one that
-        had opened a URL.
+        The URL's scheme is not supported, S3 has no credentials, or this process was forked from one that had opened
+        a URL.
     """
     from datetime import timedelta
 
@@ -63,7 +63,7 @@ class ObjectRequests:
         self._store = connect(url, timeout_s)
 
     def get(self, key: str, limit: int) -> tuple[bytes, ObjectMeta]:
-        """Return a whole object of at most ``limit`` bytes, and what the store knows of it."""
+        """Return a whole object of at most ``limit`` bytes, and its metadata in the store."""
         return self._read(key, limit, None)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
@@ -90,7 +90,7 @@ class ObjectRequests:
         """Store one object if the condition holds, or raise ``Occupied``."""
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        try:  # several parts would need several requests, and leave some behind when one fails
+        try:  # several parts would need several requests, and a failure would leave some behind
             return mark_of(self._store.put(key, data, mode=mode, use_multipart=False))
         except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
             if isinstance(mode, str) and isinstance(error, FileNotFoundError):  # there is no such bucket
@@ -104,7 +104,7 @@ class ObjectRequests:
         self._store.delete(keys)
 
     def _read(self, key: str, limit: int, options: GetOptions | None) -> tuple[bytes, ObjectMeta]:
-        """Read an answer piece by piece; ``GetResult.bytes`` would first set aside what the server says it holds."""
+        """Read an answer piece by piece; ``GetResult.bytes`` would allocate whatever the server claims."""
         answer = self._store.get(key, options=options)
         start, stop = answer.range
         body = bytearray()
@@ -135,5 +135,5 @@ def tag_of(answer: UpdateVersion | ObjectMeta) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The part of an error that is worth showing: those of object stores go on for pages."""
+    """The part of an error that is worth showing; those of object stores are pages long."""
     return (str(error).splitlines() or [type(error).__name__])[0].strip(" :")

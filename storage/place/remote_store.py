@@ -1,4 +1,4 @@
-"""A web server or an object store: requests that are repeated, bounded, and fail with errors of ours."""
+"""A web server or an object store: requests are bounded, repeated, and fail with our own errors."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ MERGE_GAP = 256 * 1024
 
 
 class RemoteStore:
-    """What lies below a URL (http, https, s3, gs, az); see ``storage.place.stores.Store``.
+    """The files below a URL (http, https, s3, gs, az); see ``storage.place.stores.Store``.
 
-    A request is given up after ``timeout_s`` and repeated with ``patience``, by default those of reading. That is
-    safe for all of them, also those that write: what they ask for is a state. A URL that cannot be opened raises
-    ``TransferError``.
+    A request is given up after ``timeout_s`` and repeated with ``patience``, by default those of reading. Even
+    writes may be repeated, since they ask for a state. A URL that cannot be opened raises ``TransferError``.
     """
 
     merge_gap = MERGE_GAP
@@ -54,11 +53,11 @@ class RemoteStore:
         return self.get_with_meta(key, limit)[0]
 
     def get_with_meta(self, key: str, limit: int = LIMITS.metadata_bytes) -> tuple[bytes, ObjectMeta]:
-        """Return the whole object, and what the object store knows of it."""
+        """Return the whole object and its metadata in the store."""
         return self._ask(key, partial(self._requests.get, key, limit))
 
     def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
-        """Yield the bytes of each range, one after the other; a server that answers anything else raises."""
+        """Yield the bytes of each range in turn; raise if a server answers anything else."""
         for key, start, length in ranges:
             yield self._ask(key, partial(self._requests.get_range, key, start, length))
 
@@ -81,12 +80,12 @@ class RemoteStore:
     def put_if(self, mode: PutMode, key: str, pieces: Iterable[bytes]) -> UpdateVersion:
         """Store one object, whole or not at all, and return its mark.
 
-        ``mode`` is "create" if there must be none yet, the mark of the one that is to be replaced, or "overwrite".
+        ``mode`` is "create" if there must be none yet, the mark of the object to replace, or "overwrite".
 
         Raises
         ------
         Occupied
-            The condition does not hold, and the object that is there is another.
+            The condition does not hold, and another object is there.
         """
         data = b"".join(pieces)
         try:
@@ -94,7 +93,7 @@ class RemoteStore:
         except Occupied:
             with contextlib.suppress(FileNotFoundError, CorruptImageError):
                 present, meta = self.get_with_meta(key, max(len(data), LIMITS.metadata_bytes))
-                if present == data:  # stored by an earlier try, whose answer was lost
+                if present == data:  # an earlier try has stored it, and its answer was lost
                     return mark_of(meta)
             raise
 
@@ -104,7 +103,7 @@ class RemoteStore:
             self._ask(doomed[0], partial(self._requests.delete, doomed), writes=True)
 
     def close(self) -> None:
-        """Nothing to give back: connections close with the object."""
+        """Do nothing, since connections close with the object."""
 
     def _listed(self, request: Callable[[], T]) -> T:
         try:
@@ -113,9 +112,9 @@ class RemoteStore:
             raise TransferError(f"{self.name}: does not exist; check the URL") from error
 
     def _ask(self, key: str, request: Callable[[], T], *, writes: bool = False) -> T:
-        """Make a request, and again where that may help, or raise an error of ours that names the object.
+        """Make a request, repeat it where that may help, or raise one of our errors, which names the object.
 
-        One that is not there stays a ``FileNotFoundError``; a store that refuses to write is a ``ConversionError``.
+        A missing object raises ``FileNotFoundError``, a store that refuses to write ``ConversionError``.
         """
         location = f"{self.name}/{key}".rstrip("/")
         check_not_forked(location)
@@ -123,7 +122,7 @@ class RemoteStore:
             return retry.repeat(request, self._requests.passing, self._patience)
         except (FileNotFoundError, CorruptImageError, ConversionError):
             raise
-        except Exception as error:  # each kind of store has its own
+        except Exception as error:  # each kind of store raises its own
             reason = first_line(error)
             if writes and not isinstance(error, self._requests.passing):
                 raise ConversionError(f"{location}: the store refuses the request ({reason})") from error

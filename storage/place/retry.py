@@ -21,22 +21,22 @@ T = TypeVar("T")
 class Patience:
     """Limits on the repeats of one request."""
 
-    retries: int  # after the first try
-    seconds: float  # since the first try, after which there is no further one
+    retries: int  # repeats after the first try
+    seconds: float  # no repeat starts later than this after the first try
 
 
-TIMEOUT_S = 60.0  # of one request, from its first byte to the last of its answer
-READING = Patience(retries=4, seconds=60.0)  # a slide that does not come is reported, and the others go on
+TIMEOUT_S = 60.0  # for one request and its whole answer
+READING = Patience(retries=4, seconds=60.0)  # a slide that cannot be read is reported, and the others go on
 WRITING = Patience(retries=8, seconds=600.0)  # a conversion or training of hours may depend on it
-FIRST_PAUSE_S = 0.1  # before the first repeat, doubled before each further one
+FIRST_PAUSE_S = 0.1  # pause before the first repeat, doubled before each further one
 
 
-class Retryable(Exception):  # noqa: N818  what fails too often becomes a ``TransferError`` that names its place
-    """A request that failed in a way that another one may not."""
+class Retryable(Exception):  # noqa: N818  the last one becomes a ``TransferError`` that names its place
+    """A request failed in a way that may pass."""
 
 
 def repeat(request: Callable[[], T], passing: tuple[type[Exception], ...], patience: Patience) -> T:
-    """Ask for something, and again as long as it fails with one of the ``passing`` errors; the last is raised."""
+    """Repeat a request while it fails with one of the ``passing`` errors; in the end raise the last of them."""
     started = time.monotonic()
     for number in range(patience.retries):
         try:
@@ -44,5 +44,5 @@ def repeat(request: Callable[[], T], passing: tuple[type[Exception], ...], patie
         except passing:
             if time.monotonic() - started > patience.seconds:
                 raise
-        time.sleep(FIRST_PAUSE_S * 2**number * random.uniform(0.5, 1.5))  # noqa: S311  so that not all come at once
+        time.sleep(FIRST_PAUSE_S * 2**number * random.uniform(0.5, 1.5))  # noqa: S311  clients must not repeat in step
     return request()

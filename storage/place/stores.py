@@ -1,8 +1,8 @@
-"""Where bytes lie: a local folder, a web server or an object store, with one small face.
+"""Where bytes lie: a local folder, a web server or an object store, behind one protocol.
 
-Files are read and written by key (``"0/c/3/4"``), read also by byte range, and nothing is read further than was
-asked, whatever the other side claims to hold. Stores are thread safe and picklable, count nothing and cache nothing
-but open descriptors; the sources behind ``Slide`` decide what to fetch and count it.
+Files are read and written by key (``"0/c/3/4"``), and read by byte range too. No more is read than was asked,
+whatever the other side claims to hold. Stores are thread safe and picklable and cache only open descriptors; the
+sources behind ``Slide`` decide what to fetch and count it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Store(Protocol):
     """Files below one root."""
 
     name: str  # path or URL of the root, as messages name it
-    concurrency: int  # requests worth having in flight
-    merge_gap: int  # bytes worth reading in vain to save a request
+    concurrency: int  # how many requests to have in flight
+    merge_gap: int  # reading up to this many unneeded bytes is cheaper than another request
 
     def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> bytes:
         """Return the whole file; raises ``FileNotFoundError``, and ``CorruptImageError`` if it holds more bytes."""
@@ -39,7 +39,7 @@ class Store(Protocol):
         ...
 
     def stat(self, key: str) -> Stat:
-        """Return the size of a file and what tells its version; raises ``FileNotFoundError``."""
+        """Return the size of a file and values that tell its version; raises ``FileNotFoundError``."""
         ...
 
     def entries(self) -> dict[str, Entry]:
@@ -49,8 +49,8 @@ class Store(Protocol):
     def put(self, key: str, pieces: Iterable[bytes], *, if_absent: bool = False, read_again: bool = True) -> str:
         """Store one file durably, whole or not at all, and return its tag (see ``Entry``).
 
-        ``if_absent`` raises ``Occupied`` where there is one of other bytes. ``read_again`` tells whether it will be
-        read soon.
+        With ``if_absent``, raises ``Occupied`` where there is a file of other bytes. ``read_again`` tells whether the
+        file will be read soon.
         """
         ...
 
@@ -59,7 +59,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """Give descriptors and connections back."""
+        """Close descriptors and connections."""
         ...
 
 
@@ -69,9 +69,9 @@ def open_store(location: str | os.PathLike[str]) -> Store:
     Raises
     ------
     MissingImageError
-        A local folder that does not exist. (A URL is first asked when something is read.)
+        The local folder does not exist. (A URL is first asked when something is read.)
     TransferError
-        A URL that cannot be opened.
+        The URL cannot be opened.
     """
     text = os.fspath(location)
     if is_remote(text):
@@ -83,7 +83,7 @@ def open_store(location: str | os.PathLike[str]) -> Store:
 
 
 def open_above(location: str) -> tuple[Store, str]:
-    """Open what a single file lies in, and return it with the file's key; a local file may be a link to anywhere."""
+    """Open the folder of a single file, and return it with the file's key; a local file may be a link to anywhere."""
     if is_remote(location):
         check_url(location)
         parent, _, name = location.rpartition("/")
@@ -93,15 +93,15 @@ def open_above(location: str) -> tuple[Store, str]:
 
 
 def list_below(url: str, wanted: Callable[[str], bool]) -> list[str]:
-    """URLs of what lies below one, at any depth, and is wanted by its name; sorted.
+    """Sorted URLs, at any depth below a URL, whose names are wanted.
 
-    What is wanted, pyramids and hidden folders are not looked into. A web server (http, https) does not tell what it
-    has: nothing is found there.
+    Wanted folders, pyramids and hidden folders are not searched. Nothing is found on web servers (http, https), since
+    they cannot be listed.
 
     Raises
     ------
     TransferError
-        The store does not answer, or there is no such bucket.
+        The store does not answer, or the bucket does not exist.
     """
     if is_web(url):
         return []

@@ -1,4 +1,4 @@
-"""Which places are URLs, which of them can be opened, and that no forked process opens them."""
+"""Telling URLs from paths, and checking that one can be opened in this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from storage.errors import TransferError
 
-SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "abfss", "adl")  # of URLs
+SCHEMES = ("http", "https", "s3", "gs", "az", "abfs", "abfss", "adl")  # schemes of URLs that can be opened
 WEB_SCHEMES = ("http", "https")
 
 
@@ -17,14 +17,14 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
 
 
 def is_web(url: str) -> bool:
-    """Whether a URL is one of a web server (http, https), which is only for reading."""
+    """Whether a URL is that of a web server (http, https), which can only be read."""
     return urlsplit(url).scheme in WEB_SCHEMES
 
 
 def check_url(url: str) -> None:
-    """See that a URL is one of ``SCHEMES``, names a host or bucket and has no query, which obstore would drop.
+    """Check that a URL has one of ``SCHEMES``, a host or bucket, and no query, which obstore would drop.
 
-    Raises ``TransferError`` where it is not.
+    Raises ``TransferError`` where it does not.
     """
     try:
         parts = urlsplit(url)
@@ -42,7 +42,7 @@ def check_url(url: str) -> None:
         )
 
 
-_opened_in: int | None = None  # process that first opened a URL
+_opened_in: int | None = None  # the process that first opened a URL
 
 
 def begin(url: str) -> None:
@@ -54,9 +54,9 @@ def begin(url: str) -> None:
 
 
 def check_not_forked(location: str) -> None:
-    """See that URLs can be read in this process, or raise ``TransferError``.
+    """Raise ``TransferError`` if URLs cannot be read in this process.
 
-    The threads that read them are lost where it was forked from one that had opened a URL; it would wait for ever.
+    A process that was forked from one that had opened a URL lacks the threads that read, and would wait for ever.
     """
     if _opened_in not in (None, os.getpid()):
         raise TransferError(f"{location}: URLs cannot be read in a forked process; start it by spawn or forkserver")

@@ -1,8 +1,8 @@
-"""Files of web servers (http, https), which may be anybody's: bounded in bytes, in time and in where they lead.
+"""Files of web servers (http, https), which are not trusted: bounded in bytes, in time and in redirects.
 
-Notable: obstore serves s3, gs and az, but not these. It sets memory aside for what a server says the body of an error
-will hold, and a server that says 64 GB so ends the process; here no body is read further than was asked, that of an
-error not at all, a request ends after its time however it drips, and redirects lead to http and https only.
+Notable: obstore serves s3, gs and az, but not these. It allocates the length that a server claims for the body of an
+error, so that a server that claims 64 GB ends the process. Here no body is read further than was asked, that of an
+error is not kept, a request ends after its time however slowly it drips, and redirects lead to http and https only.
 
 The requests of all threads run on one event loop, in a thread of its own.
 """
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from storage.place.ranges import Stat
 
 T = TypeVar("T")
-PIECE_BYTES = 2**20  # of a body, read at once
-DRAINED_BYTES = 2**16  # of an error's body, for the sake of its connection
+PIECE_BYTES = 2**20  # bytes of a body that are read at once
+DRAINED_BYTES = 2**16  # bytes of an error's body that are read to reuse its connection
 REDIRECTS = 5
-CONNECTIONS = 128  # as many as threads that read
+CONNECTIONS = 128  # as many as there are reading threads
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
@@ -47,7 +47,7 @@ class WebRequests:
     timeout_s: float
 
     def get(self, key: str, limit: int) -> tuple[bytes, Any]:
-        """Return a whole file of at most ``limit`` bytes, and None for what an object store would know of it."""
+        """Return a whole file of at most ``limit`` bytes, and None, as web servers give no metadata of objects."""
 
         async def read(answer: aiohttp.ClientResponse) -> tuple[bytes, None]:
             length = answer.content_length
@@ -147,7 +147,7 @@ _making = threading.Lock()
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """The loop that all requests run on, made at first use; a process that was forked from here may not use it."""
+    """The loop that all requests run on, made at first use; a forked process may not use it."""
     with _making:
         return _new_event_loop()
 
@@ -161,15 +161,15 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 @cache
 def _session() -> aiohttp.ClientSession:
-    """The connections; made on the loop."""
+    """Make the connections, on the loop."""
     import aiohttp
 
     session = aiohttp.ClientSession(
-        auto_decompress=False,  # what would be made of a body is not bounded
+        auto_decompress=False,  # a decompressed body would not be bounded
         headers={"Accept-Encoding": "identity"},
         connector=aiohttp.TCPConnector(limit=CONNECTIONS),
-        timeout=aiohttp.ClientTimeout(total=None),  # each request has its own
-        trust_env=True,  # proxies
+        timeout=aiohttp.ClientTimeout(total=None),  # each request has its own timeout
+        trust_env=True,  # for proxies
     )
     atexit.register(lambda: asyncio.run_coroutine_threadsafe(session.close(), _event_loop()).result(1.0))
     return session

@@ -19,7 +19,7 @@ Part = list[int]
 
 
 def check_boxes(boxes: ArrayLike) -> NDArray[np.int64]:
-    """(N, 4) int64 of y, x, h, w, all of one size; anything else is a ``ValueError``."""
+    """Return (N, 4) int64 boxes y, x, h, w; raise ``ValueError`` unless all have one size."""
     array = np.asarray(boxes)
     if array.size == 0:
         return np.empty((0, 4), np.int64)
@@ -48,7 +48,7 @@ def cut(
     rows, columns
         (K,) each: the chunks touched, each once, row by row.
     parts
-        For each of these chunks, the parts of boxes in it.
+        The parts of boxes in each of these chunks.
     """
     rows = _cut_axis(boxes[:, 0], int(boxes[0, 2]), shape_yx[0], chunk_yx[0])  # (N, R) each
     columns = _cut_axis(boxes[:, 1], int(boxes[0, 3]), shape_yx[1], chunk_yx[1])  # (N, Q) each
@@ -73,7 +73,7 @@ def cut(
 
 @dataclass(frozen=True, slots=True)
 class _AxisParts:
-    """Parts of boxes along one axis, (N, K) each, in pixels of the image; where ``stop <= start`` there is none."""
+    """Parts of boxes along one axis, (N, K) each, in pixels of the image; empty where ``stop <= start``."""
 
     chunk: NDArray[np.int64]
     start: NDArray[np.int64]

@@ -1,10 +1,10 @@
-"""``BoundedFolder``, which keeps files up to a size, and ``ChunkCache``: of chunks fetched from URLs.
+"""``BoundedFolder``, which keeps files up to a size, and ``ChunkCache``, which keeps chunks fetched from URLs.
 
 Notable: a name tells content, not only place: it is made of the pyramid's location, a hash of its root metadata
-(which names the source and tells the checksums of all shards), the shard's key and the range within it. So a pyramid
-that was converted again is not served from what the old one left. Everything kept ends with its own crc32c, as
-chunks and shard indexes do, and what fails it is dropped and fetched again. Processes share a folder: files appear
-by renaming, and what they hold in all is counted under a lock. Only files named as the cache names them are removed.
+(which names the source and has the checksums of all shards), the shard's key and the range within it. So a pyramid
+that was converted again never gets chunks of the old one. Every entry ends with its own crc32c, as chunks and shard
+indexes do; one that fails it is dropped and fetched again. Processes share a folder: files appear by renaming, and
+their total size is counted under a lock. Only files named as the cache names them are removed.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from storage.place.local_store import NotAFile, open_regular
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TOTAL = "total"  # bytes kept, as text; the file that is locked
-KEEP = 0.9  # of the size is left when the oldest go, so that they do not go one by one
+TOTAL = "total"  # holds the bytes kept, as text, and is the file that is locked
+KEEP = 0.9  # part of the size that is left when the oldest are dropped, which so happens rarely
 TEMPORARY = ".tmp"
 _FOLDER = re.compile("[0-9a-f]{2}")
 _FILE = re.compile("[0-9a-f]{30}")
-TEMPORARY_S = 600.0  # age at which a temporary file was left by a process that ended
+TEMPORARY_S = 600.0  # an older temporary file was left by a process that ended
 
 
 @dataclass(frozen=True, init=False)
 class BoundedFolder:
-    """A folder of files by name, the least recently used dropped first; safe between threads and processes.
+    """A folder of files that drops the least recently used ones; safe between threads and processes.
 
-    Files count with their length, and the time of last use is that of their modification.
+    Files count with their length, and their time of modification is that of their last use.
 
     Parameters
     ----------
     folder
-        Made if it is not there.
+        The folder, which is made if it is missing.
     max_bytes
-        What the files may hold in all, at least 1.
+        Bytes that the files may hold in all, at least 1.
 
     Raises
     ------
@@ -73,13 +73,13 @@ class BoundedFolder:
             ) from error
 
     def path(self, name: str) -> Path:
-        """Place of the file of any name."""
+        """Path of the file with a name."""
         digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         return self.folder / digest[:2] / digest[2:]
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Total]:
-        """The bytes kept, while no other process or thread changes them; whoever changes them says so there."""
+        """Yield the total of bytes kept and hold its lock; the caller keeps the total up to date."""
         handle = os.open(self.folder / TOTAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -91,26 +91,26 @@ class BoundedFolder:
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, str(total.bytes).encode(), 0)
         finally:
-            os.close(handle)  # and with it the lock
+            os.close(handle)  # which frees the lock
 
     def make_room(self, total: Total, more: int, *, unused_since: float = math.inf) -> bool:
-        """See that there is room for ``more`` bytes, dropping the least recently used files; whether there is.
+        """Make room for ``more`` bytes by dropping the least recently used files; return whether there is room.
 
         Parameters
         ----------
         total
-            From `counted`, within which this runs.
+            The result of `counted`, within which this runs.
         more
-            Bytes.
+            The bytes that need room.
         unused_since
-            Only files are dropped that were last used before this time, in seconds since 1970.
+            Drop only files that were last used before this time, in seconds since 1970.
         """
         if total.bytes + more > self.max_bytes:
             total.bytes = self._drop_oldest(max(0, int(self.max_bytes * KEEP) - more), unused_since)
         return total.bytes + more <= self.max_bytes
 
     def _drop_oldest(self, keep: int, unused_since: float) -> int:
-        """Drop the least recently used files until at most ``keep`` bytes are left, and return how many there are."""
+        """Drop the least recently used files until at most ``keep`` bytes are left, and return the bytes left."""
         files = sorted(self._files())
         left = sum(size for _, size, _ in files)
         for used, size, path in files:
@@ -122,7 +122,7 @@ class BoundedFolder:
         return left
 
     def _files(self) -> Iterator[tuple[float, int, str]]:
-        """Time of last use, bytes and path of all files; those that ended processes left unfinished are removed."""
+        """Time of last use, bytes and path of all files; unfinished files of ended processes are removed."""
         for folder in os.scandir(self.folder):
             if not _FOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
                 continue
@@ -138,27 +138,26 @@ class BoundedFolder:
 class ChunkCache(BoundedFolder):
     """Byte strings by name, each a file; see `BoundedFolder`.
 
-    A disk that fails or fills does not fail the reading: the cache then keeps less.
-    Besides ``max_bytes`` there may be, until files are next counted anew, one unfinished file per process that was
-    killed as it kept one.
+    A disk that fails or fills does not fail the reading: the cache then keeps less. Each process that is killed while
+    it writes may leave one unfinished file beyond ``max_bytes`` until files are next counted.
     """
 
     def get(self, name: str) -> bytes | None:
-        """What was put under ``name``, or None; what is damaged is dropped."""
+        """Return the bytes put under ``name``, or None; damaged ones are dropped."""
         path = self.path(name)
         try:
             with os.fdopen(open_regular(path), "rb") as file:
                 data = file.read(min(os.fstat(file.fileno()).st_size, self.max_bytes))
             if checksum_holds(data):
-                os.utime(path)  # the time of last use, by which the oldest are chosen
+                os.utime(path)  # sets the time of last use, by which the oldest are chosen
                 return data
-            path.unlink()  # put counts it until files are next counted anew, which is safe
+            path.unlink()  # it stays counted until files are next counted, which is safe
         except (OSError, NotAFile):
             pass
         return None
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep ``data``, which ends with its crc32c, dropping the oldest if there is no room."""
+        """Keep ``data``, which ends with its crc32c, dropping the oldest entries if there is no room."""
         path = self.path(name)
         if len(data) > self.max_bytes:
             return
@@ -166,7 +165,7 @@ class ChunkCache(BoundedFolder):
             path.parent.mkdir(exist_ok=True)
             with self.counted() as total:
                 self.make_room(total, len(data))
-                write_file(path, [data], durable=False)  # what a crash damages is fetched again
+                write_file(path, [data], durable=False)  # an entry that a crash damages is fetched again
                 total.bytes += len(data)
 
 

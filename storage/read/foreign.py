@@ -1,8 +1,8 @@
 """OME-Zarr images of other writers, zarr v2 and v3: chunks of any shape, in shards or not, by the codecs on our list.
 
-Notable: trusting where the reader of our own pyramids is not. Zarr says that a chunk that is absent holds the fill
-value, and nothing lists the chunks that should be there, so an absent one is filled in; damage is found only where a
-codec has a checksum or fails to decode. What is claimed is never trusted: see ``storage.format.zarr_array``.
+Notable: this is less strict than the reader of our own pyramids. Zarr says that an absent chunk holds the fill value,
+and nothing lists the chunks that should exist, so an absent one is filled in; damage is found only where a codec has
+a checksum or fails to decode. Sizes in metadata are never trusted: see ``storage.format.zarr_array``.
 
 Shape letters: N boxes, C channels.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from storage.read.source import Counters
 
 T = TypeVar("T", int, float)
-MIN_CONCURRENCY = 4  # chunks decoded at the same time; other codecs take longer than ours
+MIN_CONCURRENCY = 4  # chunks decoded at the same time; other codecs are slower than ours
 ABSENT = 2**64 - 1  # offset and length of a chunk that is not in its shard
 MAX_OFFSET = 2**62
 
@@ -44,21 +44,21 @@ class ForeignSource:
     Raises
     ------
     NotAPyramidError
-        It is of a kind that is not read.
+        The image is of a kind that is not read.
     CorruptImageError
         A level is missing, or its metadata is damaged.
     TransferError
     """
 
     memory_bytes = 0
-    identity = None  # nothing lists the chunks, so that any of them may change unseen
+    identity = None  # nothing lists the chunks, so any of them may change unnoticed
 
     def __init__(
         self, location: str, store: Store, counters: Counters, image: Multiscale, read: Callable[[str], bytes]
     ) -> None:
         self._location, self._counters, self._axes, self._store = location, counters, image.axes, store
         self._concurrency = max(MIN_CONCURRENCY, store.concurrency)
-        self._indexes: dict[str, NDArray[np.uint64] | None] = {}  # of shards, by key; None: there is no such file
+        self._indexes: dict[str, NDArray[np.uint64] | None] = {}  # by key; None if there is no file
         arrays: dict[str, ZarrArray] = {}
 
         def work(share: list[Dataset]) -> None:
@@ -98,7 +98,7 @@ class ForeignSource:
         self._counters.add(chunks=len(places))
 
     def close(self) -> None:
-        """Give descriptors and connections back."""
+        """Close descriptors and connections."""
         self._store.close()
 
     def _open(self, read: Callable[[str], bytes], path: str, zarr_format: int) -> ZarrArray:
@@ -111,7 +111,7 @@ class ForeignSource:
             raise CorruptImageError(f"{where} has damaged metadata ({error})") from error
 
     def _check(self, array: ZarrArray) -> None:
-        """See that an array is one of this image."""
+        """Check that an array fits this image."""
         where = f"{self._location}: level {array.path!r}"
         first = self._arrays[0]
         if len(array.shape) != len(self._axes) or array.dtype != first.dtype:
@@ -134,7 +134,7 @@ class ForeignSource:
             pixels = None if data is None else array.encoding.decode(data, array.chunks)
         except (TransferError, NotAPyramidError):
             raise
-        except Exception as error:  # each codec has its own
+        except Exception as error:  # each codec raises its own
             raise CorruptImageError(
                 f"{self._location}: level {level}, chunk {place[1:]} is damaged ({first_line(error)})"
             ) from error
@@ -146,7 +146,7 @@ class ForeignSource:
         return pixels if "c" in kept else pixels[None]
 
     def _fetch(self, array: ZarrArray, place: Place) -> bytes | None:
-        """What is stored of a chunk, None where it is absent."""
+        """The stored bytes of a chunk, None where it is absent."""
         try:
             if array.index is None:
                 data = self._store.get(array.key(place), array.stored_bytes)
@@ -188,16 +188,16 @@ class ForeignSource:
         spread(work, [key for key in shards if key not in self._indexes], self._concurrency)
 
     def _by_axis(self, place: Place) -> Place:
-        """Number of a chunk along each axis of the array, from those along c, y and x."""
+        """Number of a chunk along each axis of the array, from its numbers along c, y and x."""
         numbers = dict(zip("cyx", place, strict=True))
         return tuple(numbers.get(axis, 0) for axis in self._axes)
 
     def _level(self, image: Multiscale, number: int) -> Level:
-        """The level as slides tell it."""
+        """The level as a `Slide` describes it."""
         array, dataset = self._arrays[number], image.datasets[number]
         scale_yx, finest_yx = self._yx(dataset.scale), self._yx(image.datasets[0].scale)
         downsample = scale_yx[0] / finest_yx[0]
-        # Without a unit that is known, positions are told in pixels of level 0.
+        # Without a known unit, positions are in pixels of level 0.
         unit_y, unit_x = image.micrometers_yx or (1 / finest_yx[0], 1 / finest_yx[1])
         first_yx = self._yx(dataset.translation)
         scale_yx = (scale_yx[0] * unit_y, scale_yx[1] * unit_x)

@@ -1,7 +1,7 @@
-"""Slides in files of others, at the levels of their file and at those that halving makes of them.
+"""Slides in files of other programs, at the levels of the file and at levels made by halving.
 
-A level that the file lacks is the mean of the next finer one, as in a conversion, made for the boxes that are asked
-for.
+A level that the file lacks is the mean of the next finer one, as in a conversion, computed only for the boxes that
+are read.
 
 Shape letters: N boxes, C channels, H height, W width.
 """
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
     from storage.images.image import Image
 
-BLOCK = 1024  # pixels, side of what is made of the next finer level at once
+BLOCK = 1024  # pixels, side of what is halved at once
 
 
 class _Step(NamedTuple):
-    """A level of the file, by its number there, or one that is made of the level before it."""
+    """A level of the file, by its number there, or one that is made from the level before it."""
 
     shape_yx: tuple[int, int]
     downsample: float
     number: int | None
-    stored: float  # downsample of the pixels that are read for it
+    stored: float  # downsample of the pixels that it is read from
 
 
 class HalvedSource:
-    """What sources of such files share; see ``Source``. They say how to fill boxes of the file's own levels.
+    """Base of the sources of such files; see ``Source``. A subclass fills boxes of the file's own levels.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class HalvedSource:
     shapes_yx
         Height and width of each level of the file, finest first.
     pieces
-        Longer side of what is decoded at once, of each.
+        For each of these levels, the longer side of what is decoded at once.
     """
 
     memory_bytes = 0
@@ -65,11 +65,11 @@ class HalvedSource:
             self._make(level, box, own)
 
     def _fill_stored(self, number: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """As `fill`, of a level of the file by its number there."""
+        """Do as `fill` for a level of the file, by its number there."""
         raise NotImplementedError
 
     def _make(self, level: int, box: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """Fill one box (C, h, w) of a level that the file lacks, in blocks, so that little is held at once."""
+        """Fill one box (C, h, w) of a level that the file lacks, in blocks to save memory."""
         y, x = box[:2].tolist()
         y0, x0, y1, x1 = inside(box, self._steps[level].shape_yx)
         height, width = self._steps[level - 1].shape_yx
@@ -83,7 +83,7 @@ class HalvedSource:
 def fill_apart(
     boxes: NDArray[np.int64], out: NDArray[Any], shape_yx: tuple[int, int], read: Callable[..., NDArray[Any]]
 ) -> int:
-    """Fill boxes one by one by ``read(y, x, h, w)`` of their part in the image; return how often it was asked."""
+    """Fill boxes one by one by ``read(y, x, h, w)`` of their part in the image; return the number of reads."""
     asked = 0
     for box, own in zip(boxes, out, strict=True):
         y, x = box[:2].tolist()
@@ -95,7 +95,7 @@ def fill_apart(
 
 
 def inside(box: NDArray[np.int64], shape_yx: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What of a box (y, x, h, w) lies in the image: its first row and column, and the ends of both."""
+    """The part of a box (y, x, h, w) in the image: its first row and column, and the ends of both."""
     y, x, h, w = box.tolist()
     return max(y, 0), max(x, 0), min(y + h, shape_yx[0]), min(x + w, shape_yx[1])
 
@@ -109,7 +109,7 @@ def _blocks(first: int, last: int) -> Iterable[tuple[int, int]]:
 
 
 def _steps(shapes_yx: Sequence[tuple[int, int]]) -> list[_Step]:
-    """The levels: those of the file, and between and after them what halving makes."""
+    """The levels of the file, and those made by halving between and after them."""
     steps: list[_Step] = []
     for number, shape_yx in enumerate(shapes_yx):
         ratios = [finest / own for finest, own in zip(shapes_yx[0], shape_yx, strict=True)]

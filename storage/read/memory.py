@@ -47,7 +47,7 @@ class MemorySource:
 
     @cached_property
     def identity(self) -> str:
-        """Digest of the pixels, from which all levels are made; see ``Source``."""
+        """Digest of the pixels of level 0, from which all others are made; see ``Source``."""
         pixels = self._pixels[0]
         return hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes()).hexdigest()
 
@@ -60,7 +60,7 @@ class MemorySource:
                 out[b, :, y0:y1, x0:x1] = pixels[:, py0:py1, px0:px1]
 
     def close(self) -> None:
-        """Nothing to give back but memory, which goes with the slide."""
+        """Do nothing, since the memory is freed with the slide."""
 
 
 def _level(number: int, size_yx: tuple[int, int]) -> Level:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class OpenSlideSource(HalvedSource):
-    """A slide that OpenSlide reads; see ``Source``. What is read of the file is not told, but how often."""
+    """A slide that OpenSlide reads; see ``Source``. Its reads are counted, but their bytes are unknown."""
 
     def __init__(self, image: OpenSlideImage, counters: Counters) -> None:
         super().__init__(image, image.sizes_yx, [0] * len(image.sizes_yx))
@@ -33,5 +33,5 @@ class OpenSlideSource(HalvedSource):
         self._counters.add(requests=asked, chunks=asked)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._image.close()

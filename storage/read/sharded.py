@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from storage.read.cache import ChunkCache
     from storage.read.source import Counters
 
-    Decode = Callable[[int, bytes], None]  # position of a chunk, what is stored
+    Decode = Callable[[int, bytes], None]  # takes the position of a chunk and its stored bytes
 
-MAX_RUN_BYTES = 8 * 2**20  # of neighbouring chunks fetched by one request
-UNREAD, ABSENT = -1, -2  # in the place of the line of a shard's index; absent: all its pixels are zero
+MAX_RUN_BYTES = 8 * 2**20  # bytes of neighbouring chunks that one request fetches
+UNREAD, ABSENT = -1, -2  # stand for the line of a shard's index; the pixels of an absent shard are all zero
 
 
 @dataclass(slots=True)
@@ -54,17 +54,17 @@ class ShardedSource:
     Parameters
     ----------
     location
-        For messages.
+        Its location, for messages.
     store
-        Where it lies.
+        The store of its files.
     counters
-        Of what is read.
+        Count what is read.
     root
-        The bytes of its root metadata, and
+        The bytes of its root metadata.
     info
-        what they say.
+        Its parsed root metadata.
     cache
-        Where chunks are kept, if anywhere.
+        Keeps chunks, if there is one.
     """
 
     memory_bytes = 0
@@ -79,7 +79,7 @@ class ShardedSource:
         cache: ChunkCache | None = None,
     ) -> None:
         self._location, self._store, self._counters, self._cache = location, store, counters, cache
-        # The root metadata names the source and tells every shard's checksum, and so changes with the content.
+        # The root metadata names the source and has every shard's checksum, so it changes with the content.
         self._cached_prefix = f"{location}\n{hashlib.blake2b(root, digest_size=16).hexdigest()}"
         self.name, self.dtype, self._info = info.name, info.levels[0].layout.dtype, info
         self.channels = name_channels(info.channels, info.levels[0].shape[0])
@@ -127,7 +127,7 @@ class ShardedSource:
         spread(lambda share: self._read(level, share, decode), runs, self._store.concurrency)
 
     def close(self) -> None:
-        """Give descriptors and connections back."""
+        """Close descriptors and connections."""
         self._store.close()
 
     def _read(self, level: int, runs: list[_Run], decode: Decode) -> None:
@@ -153,7 +153,7 @@ class ShardedSource:
         stored: NDArray[np.bool_],
         decode: Decode,
     ) -> None:
-        """Decode the chunks that the cache has, and clear their mark in ``stored``."""
+        """Decode the chunks that are in the cache, and clear their mark in ``stored``."""
         assert self._cache is not None  # noqa: S101  for the type checker
         found = 0
         for chunk in np.flatnonzero(stored).tolist():
@@ -165,7 +165,7 @@ class ShardedSource:
         self._counters.add(chunks=found, cached=found)
 
     def _find(self, level: int, shard: NDArray[np.int64], inner: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(K, 2) offset and length of chunks in their shard, -1 for those of only zeros."""
+        """(K, 2) offset and length of chunks in their shard, -1 where a chunk is all zeros."""
         indexes = self._indexes[level]
         missing = indexes.missing(shard)
 
@@ -220,7 +220,7 @@ class ShardedSource:
 
 
 class _Keys(dict[int, str]):
-    """Key of each shard of a level by its number, made when first asked for."""
+    """Key of each shard of a level by its number, made at first use."""
 
     def __init__(self, info: LevelInfo) -> None:
         self._info, self._columns = info, info.shard_grid[1]
@@ -233,7 +233,7 @@ class _Keys(dict[int, str]):
 class _Indexes:
     """The shard indexes of one level that were read so far; thread safe.
 
-    Kept in one array, (shards read, chunks of a shard, 2), so that chunks of many shards are looked up at once.
+    They are kept in one array, (shards read, chunks of a shard, 2), so that many chunks are looked up at once.
     """
 
     def __init__(self, info: LevelInfo) -> None:
@@ -255,13 +255,13 @@ class _Indexes:
                 more = np.empty((max(1, self._used), *self._lines.shape[1:]), np.int64)
                 self._lines = np.concatenate([self._lines, more])
             self._lines[self._used] = index
-            self._line[shard] = self._used  # last: until then nobody looks at the new line
+            self._line[shard] = self._used  # last, so that no thread sees an unfinished line
             self._used += 1
 
     def find(self, shards: NDArray[np.int64], inner: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(K, 2) offset and length of chunks by shard and number in the shard, -1 for those of only zeros.
+        """(K, 2) offset and length of chunks by shard and number in the shard, -1 where a chunk is all zeros.
 
-        The indexes of all shards that are there were added before.
+        The indexes of all shards that exist must have been added.
         """
         with self._lock:
             line = self._line[shards]
@@ -286,7 +286,7 @@ def _group(shard: NDArray[np.int64], places: NDArray[np.int64], chosen: NDArray[
     chosen
         Positions of the chunks to group.
     gap
-        Bytes worth reading in vain to save a request.
+        Unneeded bytes that are read to save a request.
     """
     order = chosen[np.lexsort((places[chosen, 0], shard[chosen]))]
     shard, offset, length = shard[order], places[order, 0], places[order, 1]

@@ -41,14 +41,14 @@ __all__ = ["Level", "ReadStatistics", "Slide"]
 class Slide:
     """An image opened for reading: a pyramid, a TIFF slide, or a PNG, JPEG or BMP file, by path or URL.
 
-    A context manager; thread safe; pickles as its location and opens again where it is unpickled.
+    It is a context manager and thread safe. It is pickled as its location and opened again when unpickled.
 
     Parameters
     ----------
     location
         Folder, file or URL (http, https, s3, gs, az).
     cache
-        Keeps chunks of our own pyramids and tiles of TIFFs for later, also for other processes; meant for URLs.
+        Keeps chunks of our own pyramids and tiles of TIFFs, also for other processes; meant for URLs.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Slide:
     dtype : uint8, uint16, int16, float32 or float64
     mpp : micrometres per pixel of level 0, None where unknown
     shape_yx : height and width of level 0
-    memory_bytes : of pixels held as long as it is open; a PNG, JPEG or BMP is decoded whole
+    memory_bytes : bytes of pixels held while it is open; a PNG, JPEG or BMP is decoded whole
 
     Raises
     ------
@@ -119,7 +119,7 @@ class Slide:
         Raises
         ------
         CorruptImageError, TransferError
-            As ``read``.
+            For the reasons given in ``read``.
         """
         if not 0 <= level < len(self.levels):
             raise ValueError(f"level {level} of a slide with {len(self.levels)}")
@@ -139,21 +139,20 @@ class Slide:
 
     @property
     def identity(self) -> str | None:
-        """Digest of the pixels of all levels, whatever the location; None of pyramids of other writers.
+        """Digest of the pixels of all levels, whatever the location; None for pyramids of other writers.
 
-        Of our own pyramids it is that of the table of their shards' checksums, and takes no request; of a TIFF that
-        of its table of tiles and of some tiles, which are read for it; of a PNG, JPEG or BMP that of the decoded
-        pixels.
+        For our own pyramids it is made of their shards' checksums and takes no request; for a TIFF, of its table of
+        tiles and of some tiles, which are read for it; for a PNG, JPEG or BMP, of the decoded pixels.
         """
         return self._source.identity
 
     @property
     def statistics(self) -> ReadStatistics:
-        """Snapshot of what was read since opening, metadata included."""
+        """Counts of what was read since opening, metadata included."""
         return self._counters.snapshot()
 
     def close(self) -> None:
-        """Give descriptors and connections back."""
+        """Close descriptors and connections."""
         self._source.close()
 
     def __enter__(self) -> Self:
@@ -175,7 +174,7 @@ def _reopen(location: str, cache: ChunkCache | None) -> Slide:
 
 def _open_source(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
     """Choose the kind of source."""
-    location = _dicom_file(location) or location
+    location = dicom_file(location) or location
     kind = _kind_of_file(location)
     if kind is None:
         return _open_pyramid(location, counters, cache)
@@ -197,7 +196,7 @@ def _open_source(location: str, counters: Counters, cache: ChunkCache | None) ->
 
 
 def _kind_of_file(location: str) -> str | None:
-    """Tell an image file as ``image_kind`` does, at a URL by its name; None for what may be a pyramid."""
+    """Kind of an image file as by ``image_kind``, at a URL by its name; None for what may be a pyramid."""
     if is_remote(location):
         suffix = PurePosixPath(location.partition("?")[0]).suffix.lower()
         return "raster" if suffix in RASTER_SUFFIXES else "TIFF" if suffix in TIFF_SUFFIXES else None
@@ -208,8 +207,8 @@ def _kind_of_file(location: str) -> str | None:
     return image_kind(location)
 
 
-def _dicom_file(location: str) -> str:
-    """One file of a folder that holds a slide as a DICOM series, by which OpenSlide finds the others; or none."""
+def dicom_file(location: str) -> str:
+    """One file of a DICOM series in a folder, by which OpenSlide finds the others; "" if there is none."""
     if is_remote(location) or not os.path.isdir(location):
         return ""
     with os.scandir(location) as files:

@@ -1,4 +1,4 @@
-"""What lies behind a ``Slide``: one kind of source per kind of storage, all with the same levels and counters."""
+"""The protocol behind ``Slide``, which each kind of storage implements, and the counters of what is read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class ReadStatistics:
     """What a slide has read since it was opened; subtract an earlier snapshot to measure a part."""
 
-    requests: int = 0  # range reads or objects fetched whole, absent ones included, repeats after failures not
+    requests: int = 0  # range reads and whole objects; absent ones count, repeats after failures do not
     bytes_read: int = 0
     chunks_decoded: int = 0
-    cached_chunks: int = 0  # of those decoded, found in the local cache
+    cached_chunks: int = 0  # decoded chunks that were found in the local cache
 
     def __sub__(self, other: ReadStatistics) -> ReadStatistics:
         return ReadStatistics(
@@ -32,7 +32,7 @@ class ReadStatistics:
 
 
 class Counters:
-    """Sums behind ``ReadStatistics``, added to by many threads."""
+    """The sums behind ``ReadStatistics``, to which many threads add."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -59,11 +59,11 @@ class Source(Protocol):
     channels: tuple[str, ...]
     dtype: np.dtype[Any]  # in native byte order
     levels: tuple[Level, ...]
-    memory_bytes: int  # of pixels held as long as it is open
+    memory_bytes: int  # bytes of pixels held while it is open
 
     @property
     def identity(self) -> str | None:
-        """Digest of the pixels of all levels, which is another wherever these are; None where none is known."""
+        """Digest of the pixels of all levels, which differs wherever they do; None where it is unknown."""
         ...
 
     def fill(self, level: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
@@ -71,5 +71,5 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Give descriptors, connections and memory back."""
+        """Close descriptors and connections, and free memory."""
         ...

@@ -1,6 +1,6 @@
 """TIFF slides where they lie (SVS, OME-TIFF, COG and other GeoTIFF, tiled pyramids): only touched tiles are read.
 
-What the structure says is believed only after the checks of ``storage.images.tiff_structure``.
+The structure is trusted only after the checks of ``storage.images.tiff_structure``.
 
 Shape letters: N boxes, K tiles touched, C channels, H height, W width.
 """
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from storage.read.cache import ChunkCache
     from storage.read.source import Counters
 
-FORMAT = 1  # of an identity: raise it where other pixels come to be read of the same file
-SAMPLED_TILES = 16  # for an identity
+FORMAT = 1  # part of an identity: raise it when the same file comes to be read as other pixels
+SAMPLED_TILES = 16  # read for an identity
 CACHED_TOGETHER = 64  # ranges looked up in the cache before the others are fetched
 
 
@@ -52,7 +52,7 @@ class TiffSource(HalvedSource):
 
     @cached_property
     def identity(self) -> str:
-        """Digest of the file's length, of where each tile lies and of some tiles; see ``Source``."""
+        """Digest of the file's length, of the table of tiles and of some tiles; see ``Source``."""
         digest = hashlib.sha256(repr((FORMAT, self._image.file_bytes, self.channels, self.dtype.str)).encode())
         for image in self._images:
             digest.update(repr(image.shape).encode())
@@ -87,7 +87,7 @@ class TiffSource(HalvedSource):
 
 
 class _File(RandomFile):
-    """A file that counts what is read of it, and keeps that in a cache, if there is one."""
+    """A file that counts the bytes read from it, and keeps them in a cache if there is one."""
 
     def __init__(self, location: str, counters: Counters, cache: ChunkCache | None) -> None:
         super().__init__(location)

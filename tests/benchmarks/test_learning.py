@@ -13,13 +13,14 @@ from nested_ats import ArrayImage
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, which import what lies beside them
 
-import learning
+from learning_arms import ARMS, TASKS
 from learning_data import Data, Places, make_data
+from learning_run import Place, run
 
 
 @pytest.fixture(scope="module")
 def needles() -> Data:
-    return make_data("needles", replace(learning.TASKS["needles"], train=4, test=2), Places(), jobs=2)
+    return make_data("needles", replace(TASKS["needles"], train=4, test=2), Places(), jobs=2)
 
 
 def test_processes_fill_one_memory_with_true_pyramids(needles):
@@ -35,10 +36,10 @@ def test_processes_fill_one_memory_with_true_pyramids(needles):
         assert int(image.finest.max()) > 200
 
 
-@pytest.mark.parametrize("arm", [arm for arm in learning.ARMS if "needles" in learning.ARMS[arm].tasks])
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if "needles" in ARMS[arm].tasks])
 def test_every_arm_is_trained_and_tested(needles, tmp_path, arm):
-    task = replace(learning.TASKS["needles"], train=4, test=2, batch=2, epochs=1)
-    place = learning.Place(Places(), None, "cpu", tmp_path)
-    found = learning.run(arm, task, needles, 0, place, arm)
+    task = replace(TASKS["needles"], train=4, test=2, batch=2, epochs=1)
+    place = Place(Places(), None, "cpu", tmp_path)
+    found = run(arm, task, needles, 0, place, arm)
     assert found["test_error_1"] in (0.0, 0.5, 1.0)
     assert found["curve"]["cross_entropy"][0] > 0

@@ -248,7 +248,7 @@ def test_standardised_features_have_mean_zero_and_spread_one_before_they_get_uni
     assert moments[0].tolist() == [3 * 6] * model.features
     plain = torch.cat(
         [
-            model._encode_seen(model._see(run(model._read(scene, places[0]))[0]))
+            model._encode_seen(model._prepare(run(model._read(scene, places[0]))[0]))
             for scene, places in zip(scenes, found, strict=True)
         ]
     )

@@ -325,6 +325,15 @@ class TestJson:
         assert about["mpp"] is None
         assert "pixel size unknown" in cli("info", path).stdout
 
+    @pytest.mark.data
+    def test_info_and_validate_of_a_dicom_folder(self, cli, data, tmp_path):
+        pytest.importorskip("openslide")
+        folder = data / "wsi-flavours" / "dicom-cmu-1-small-region"
+        [about] = json.loads(cli("info", folder, "--json").stdout)
+        assert (about["kind"], about["size"]) == ("DICOM series", [2967, 2220])
+        (tmp_path / "slides.csv").write_text(f"slide_id,path\na,{folder}\n")
+        assert cli("validate", tmp_path / "slides.csv").exit_code == 0
+
     def test_info_of_urls(self, cli, tmp_path, monkeypatch):
         """What is named like an image is opened as one; the rest of a URL is a pyramid."""
         opened = []

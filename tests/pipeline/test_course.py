@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config import TrainConfig
-from pipeline.training.course import PAPERS_COURSE, Kept, clip, entropy_weight, learning_rate, more_samples
+from pipeline.training.course import PAPERS_COURSE, KeptWeights, clip, entropy_weight, learning_rate, more_samples
 
 
 def test_the_default_course():
@@ -31,7 +31,7 @@ def test_the_paper_s_course_changes_nothing():
 
 def test_the_average_lags_behind_and_the_best_is_kept():
     layer = torch.nn.Linear(1, 1)
-    kept = Kept(layer, 0.5)
+    kept = KeptWeights(layer, 0.5)
     for step in range(1, 8):
         with torch.no_grad():
             layer.weight.fill_(float(step))
@@ -43,7 +43,7 @@ def test_the_average_lags_behind_and_the_best_is_kept():
                 best = layer.weight.item()
         assert layer.weight.item() == step
     assert kept.stale == 2
-    restored = Kept(torch.nn.Linear(1, 1), 0.5)
+    restored = KeptWeights(torch.nn.Linear(1, 1), 0.5)
     restored.load(kept.state())
     for each, stale in ((kept, 2), (restored, 2)):
         assert each.stale == stale
@@ -53,7 +53,7 @@ def test_the_average_lags_behind_and_the_best_is_kept():
 
 def test_without_an_average_the_last_weights_are_kept():
     layer = torch.nn.Linear(2, 2)
-    kept = Kept(layer, 0.0)
+    kept = KeptWeights(layer, 0.0)
     with torch.no_grad():
         layer.weight.fill_(3.0)
     kept.update()

@@ -45,6 +45,12 @@ def test_every_command_has_its_place():
         assert all(f"`{option}`" in text for each in command.params for option in each.opts if option[:2] == "--")
 
 
+def test_the_layers_of_every_room_are_drawn():
+    text = "\n".join(hooks._layers())
+    assert text.count("```text") == 5
+    assert re.search(r"validation.*▼.*conversion │ read.*▼.*images.*▼.*format.*▼.*place", text, re.DOTALL)
+
+
 @pytest.mark.parametrize(
     ("link", "there"),
     [

@@ -384,7 +384,7 @@ def test_training_ends_when_validation_has_not_become_better(config, pyramids, t
     job = arguments(patient, pyramids, tmp_path / "run")
     job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.training.course.Kept.judge", worse_every_time)
+        patch.setattr("pipeline.training.course.KeptWeights.judge", worse_every_time)
         train_worker(LocalContext(), job)
     assert len(read_metrics(tmp_path / "run")) == 1
     train_worker(LocalContext(), job)  # again: nothing more to do

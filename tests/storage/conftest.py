@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from storage import ConvertOptions
+from storage import ConvertOptions, convert
 
 from .s3 import moto_port, s3  # noqa: F401  fixtures
 
@@ -161,3 +161,17 @@ def web(tmp_path):
     server = WebServer(tmp_path)
     yield server
     server.close()
+
+
+def contents(folder):
+    """Bytes of all files below a folder, by their paths in it."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def clean(tiff, tmp_path, small):
+    """Source, and the files of its pyramid as one undisturbed thread makes them."""
+    source, _ = tiff(300, 200)
+    (tmp_path / "clean").mkdir()
+    convert(source, tmp_path / "clean/p.zarr", options=small, workers=1)
+    return source, contents(tmp_path / "clean/p.zarr")

@@ -16,18 +16,7 @@ import tifffile
 from storage import ConversionError, ConvertOptions, CorruptImageError, Slide, convert
 from storage.conversion.executors import open_executor
 
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture
-def clean(tiff, tmp_path, small):
-    """Source, and the files of its pyramid as one thread makes them."""
-    source, _ = tiff(300, 200)
-    (tmp_path / "clean").mkdir()
-    convert(source, tmp_path / "clean/p.zarr", options=small, workers=1)
-    return source, contents(tmp_path / "clean/p.zarr")
+from .conftest import contents
 
 
 @pytest.fixture

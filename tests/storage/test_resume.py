@@ -22,18 +22,7 @@ from storage import (
     write_pyramid,
 )
 
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture
-def clean(tiff, tmp_path, small):
-    """Source, and the files of a conversion that nothing disturbed."""
-    source, _ = tiff(300, 200)
-    (tmp_path / "clean").mkdir()
-    convert(source, tmp_path / "clean/p.zarr", options=small)
-    return source, contents(tmp_path / "clean/p.zarr")
+from .conftest import contents
 
 
 def interrupted(after, error):
