@@ -30,6 +30,7 @@ from pipeline.progress import progress
 from pipeline.results.classifier import Classifier
 from pipeline.results.settings import Settings
 from storage import Slide, write_pyramid
+from storage.format.nodata import holds_data
 
 MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
 _PICTURE_PIXELS = 1600  # the longer side of the slide in the picture has no more
@@ -228,7 +229,7 @@ def draw_picture(
     for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
         place.axis("off")
         if patch is not None:
-            place.imshow(_to_rgb(_read_patch(slide, patch, fill)))
+            place.imshow(_to_rgb(_read_patch(slide, patch, fill), slide.nodata))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
     buffer = io.BytesIO()
@@ -249,7 +250,7 @@ def _thumbnail(slide: Slide) -> tuple[NDArray[Any], tuple[float, float]]:
     level = slide.levels[number]
     height, width = level.shape_yx
     pixels = slide.read(number, (0, 0, height, width))
-    return _to_rgb(pixels), (height * level.downsample, width * level.downsample)
+    return _to_rgb(pixels, slide.nodata), (height * level.downsample, width * level.downsample)
 
 
 def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
@@ -261,15 +262,19 @@ def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
     return slide.read(number, box, fill=fill)
 
 
-def _to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Turn (C, H, W) into (H, W, 3) to show: the first three channels as RGB, or the first one as grey."""
+def _to_rgb(pixels: NDArray[Any], nodata: float | None) -> NDArray[Any]:
+    """Turn (C, H, W) into (H, W, 3) to show: the first three channels as RGB, or the first one as grey.
+
+    Pixels without data are black.
+    """
     image = np.moveaxis(pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, 0), 0, -1)
     if image.dtype == np.uint8:
         return image
     # Other types have no agreed range to show, so the values that are there are stretched.
+    there = holds_data(image, nodata)
     image = image.astype(np.float32)
-    low, high = float(image.min()), float(image.max())
-    return (image - low) / max(high - low, 1e-12)
+    low, high = (float(image[there].min()), float(image[there].max())) if there.any() else (0.0, 1.0)
+    return np.where(there, (image - low) / max(high - low, 1e-12), np.float32(0))
 
 
 def _scale_bar(axes: Any, slide: Slide) -> None:

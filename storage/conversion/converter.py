@@ -23,6 +23,7 @@ from storage.conversion.plan import ConvertOptions, plan
 from storage.conversion.receipts import Receipt, by_place
 from storage.conversion.target import partial_of
 from storage.errors import ConversionError, CorruptImageError, StorageError
+from storage.format.nodata import to_json
 from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, with_shards
 from storage.place.files import fingerprint
 from storage.place.urls import is_remote
@@ -99,12 +100,15 @@ def convert(
     options = options or ConvertOptions()
     check_executor(executor)
     place = os.fspath(target)
-    provenance = {"source": fingerprint(source), "options": asdict(options), "format": FORMAT}
+    provenance: dict[str, Any] = {"source": fingerprint(source), "options": asdict(options), "format": FORMAT}
     with open_image(source, allow_sparse=options.allow_sparse) as image:
+        if image.nodata is not None:  # it decides pixels, and those made before it was heeded are others
+            provenance["nodata"] = to_json(image.nodata)
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
         info = replace(
             plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit="micrometer" if mpp_yx else None),
             channels=image.channels,
+            nodata=image.nodata,
             provenance=provenance,
         )
         return _write(
@@ -223,7 +227,7 @@ def _write(
             )
         shard = info.levels[0].layout.shard
         bands = Bands(source, output.scratch, shard, strip_rows) if strip_rows else None
-        job = Job(source, info.levels, output.output, bands, target)
+        job = Job(source, info.levels, output.output, bands, target, info.nodata)
         try:
             with open_executor(executor, workers, job) as run:
                 receipts = build(job, done, run, on_made)

@@ -26,6 +26,7 @@ from storage import typed
 from storage.errors import CorruptImageError, NotAPyramidError
 from storage.format.levels import check_levels
 from storage.format.ngff import load_json, parse_image
+from storage.format.nodata import from_json, to_json
 from storage.format.shard import BloscCodec, ShardLayout
 from storage.limits import LIMITS
 
@@ -44,7 +45,7 @@ DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
 RGB_COLORS = ("FF0000", "00FF00", "0000FF")
 DOWNSAMPLING = {
     "method": "storage.convert",
-    "description": "mean of 2x2 pixels, of those inside the image at odd edges; integers are rounded half up",
+    "description": "mean of 2x2 pixels, of those that are in the image and hold data; integers are rounded half up",
 }
 
 
@@ -112,6 +113,7 @@ class PyramidInfo:
     channels: tuple[str, ...]
     window: tuple[float, float]  # display range of all channels
     levels: tuple[LevelInfo, ...]
+    nodata: float | None = None  # value of pixels that hold no data, each channel for itself
     provenance: dict[str, Any] = field(default_factory=dict)  # source fingerprint and options, JSON values
 
     @cached_property
@@ -264,7 +266,8 @@ def _omero_json(info: PyramidInfo) -> dict[str, Any]:
 def _own_json(info: PyramidInfo) -> dict[str, Any]:
     tables = [level.table for level in info.levels]
     shards = [{key: getattr(table, key).ravel().tolist() for key in SHARD_COLUMNS} for table in tables]
-    return {"format": FORMAT, "provenance": info.provenance, "shards": shards}
+    known = {} if info.nodata is None else {"nodata": to_json(info.nodata)}
+    return {"format": FORMAT, "provenance": info.provenance, "shards": shards} | known
 
 
 def _parse(
@@ -284,6 +287,7 @@ def _parse(
         channels=image.labels,
         window=_window(root["attributes"]["ome"]),
         levels=tuple(levels),
+        nodata=from_json(own.get("nodata"), levels[0].layout.dtype),
         provenance=typed.mapping(own.get("provenance"), "provenance"),
     )
 

@@ -118,7 +118,7 @@ class TiffImage(TiffStructure):
         shape = (part.y1 - part.y0, part.x1 - part.x0, self._stored)
         wanted = self._ranges(plane, part)
         if not wanted:
-            return np.full(shape, self._nodata, self._file_dtype)
+            return np.full(shape, self._blank, self._file_dtype)
         pieces = [next(data) for _ in wanted]
         if any(len(piece) != length for piece, (_, length) in zip(pieces, wanted, strict=True)):
             raise self._corrupt(f"{self._cut.where(i)} is truncated")

@@ -38,7 +38,7 @@ from storage.images.tiff_kinds import (
     why_a_stack,
     why_refused,
 )
-from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx
+from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx, nodata_of
 from storage.images.tiff_segments import Cut, Plane, why_misplaced
 from storage.limits import LIMITS, Limits
 from storage.place.files import BlockReader, RandomFile
@@ -189,7 +189,8 @@ class TiffStructure(Image):
         self._check_sizes(key)
         whole = key.bitspersample == self._file_dtype.itemsize * 8
         self.direct = whole and key.compression == 1 and key.predictor == 1 and key.fillorder == 1
-        self._nodata = key.nodata
+        self._blank = key.nodata  # of segments that are not stored; 0 where the file names no value
+        self.nodata = nodata_of(key, self.dtype)
         self.planes = list(self._collect_planes(series, tables))
         self._check_segments()
         self._decode = key.decode

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from storage.read.cache import ChunkCache
     from storage.read.source import Counters
 
-FORMAT = 1  # of an identity: raise it where other pixels come to be read of the same file
+FORMAT = 2  # of an identity: raise it where other pixels come to be read of the same file
 SAMPLED_TILES = 16  # for an identity
 CACHED_TOGETHER = 64  # ranges looked up in the cache before the others are fetched
 

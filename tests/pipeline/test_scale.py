@@ -207,3 +207,51 @@ def test_a_mean_of_two_is_that_of_a_conversion(tmp_path):
         image = SlideImage(slide, mpp=0.5)
         image._levels[1] = image._levels[1]._replace(source=0, shrink=2.0)  # as if the level were missing
         np.testing.assert_array_equal(image.read(1, torch.tensor([[0, 0, 100, 120]]))[0].numpy(), downsample(pixels))
+
+
+class TestNodata:
+    """Pixels without data are background to the model, and count in no mean."""
+
+    def slide(self, path, pixels, nodata):
+        tags = [(42113, "s", 0, str(nodata), True)]
+        options = {"photometric": "minisblack", "planarconfig": "separate", "tile": (64, 64)}
+        tifffile.imwrite(path, pixels, extratags=tags, resolution=(20000, 20000), resolutionunit=3, **options)
+        return Slide(path)
+
+    def scene(self, dtype, nodata):
+        pixels = np.random.default_rng(0).integers(1, 200, (2, 200, 240)).astype(dtype)
+        pixels[:, :64, :64], pixels[1, 100, 100:110], pixels[0, 101, 100:110] = nodata, nodata, nodata
+        return pixels
+
+    @pytest.mark.parametrize("background", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize(("dtype", "nodata"), [("int16", -32768), ("uint16", 65535), ("float32", np.nan)])
+    def test_it_becomes_the_background(self, tmp_path, dtype, nodata, background):
+        pixels = self.scene(dtype, nodata)
+        with self.slide(tmp_path / "x.tif", pixels, nodata) as slide:
+            image = SlideImage(slide, background=background)
+            box = (-10, 30, 150, 120)
+            found = read(image, 1, box)
+            gone = np.isnan(pixels) if dtype == "float32" else pixels == nodata
+            expected = np.full((2, 150, 120), image.fill, dtype)
+            expected[:, 10:] = np.where(gone, image.fill, pixels)[:, :140, 30:150]
+            np.testing.assert_array_equal(found, expected)
+            assert image.identity != SlideImage(slide, background=0.25).identity
+
+    @pytest.mark.parametrize(("dtype", "nodata"), [("int16", -32768), ("float32", -9999)])
+    def test_it_is_not_averaged_over_areas(self, tmp_path, dtype, nodata):
+        pixels = self.scene(dtype, nodata)
+        with self.slide(tmp_path / "x.tif", pixels, nodata) as slide:
+            assert slide.mpp == pytest.approx(0.5)
+            image = SlideImage(slide, mpp=0.75, background=0.5)
+            y, x, h, w = 38, 38, 40, 60
+            found = read(image, 1, (y, x, h, w)).astype(float)
+            fine = np.repeat(np.repeat(pixels.astype(float), 2, 1), 2, 2)  # of which a new pixel has 3 x 3
+            fine[fine == nodata] = np.nan
+            blocks = fine[:, 3 * y : 3 * (y + h), 3 * x : 3 * (x + w)].reshape(2, h, 3, w, 3)
+            count = (~np.isnan(blocks)).sum((2, 4))
+            mean = np.nansum(blocks, (2, 4)) / np.maximum(count, 1)
+            assert (count == 0).any()
+            assert ((count > 0) & (count < 9)).any()
+            np.testing.assert_allclose(
+                found, np.where(count, mean, image.fill), atol=0.51 if dtype == "int16" else 1e-3
+            )
