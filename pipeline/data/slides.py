@@ -65,7 +65,10 @@ class SlideImage:
         self.slide = slide
         dtype = np.dtype(slide.dtype)
         self._has_gaps = slide.nodata is not None or dtype.kind == "f"
-        self.fill = background if dtype.kind == "f" else round(background * np.iinfo(dtype).max)
+        largest = 1 if dtype.kind == "f" else 2**slide.bits - 1 if slide.bits else int(np.iinfo(dtype).max)
+        # PyTorch computes little in the other types, and knows no pixels of 12 bits.
+        self._divisor = largest if slide.bits or dtype.name in ("int8", "uint32", "int32") else None
+        self.fill = background if dtype.kind == "f" else round(background * largest)
         self.scale = 1.0 if mpp is None else _scale(slide, mpp, own_mpp or slide.mpp)
         self._levels = list(_scaled_levels(slide, self.scale))
         self.sources = [level.source for level in self._levels]
@@ -85,11 +88,14 @@ class SlideImage:
         """Names the slide's pixels, those that are filled in, and the scale; None where the slide's own is none."""
         scale = "" if self.scale == 1 else f"/{self.scale!r}"
         gaps = f"/{self.slide.nodata!r}" if self._has_gaps else ""
-        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}{gaps}"
+        bits = f"/{self.slide.bits} bits" if self.slide.bits else ""
+        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}{gaps}{bits}"
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
-        """Read boxes as (N, C, h, w) of the slide's type; see `nested_ats.Image.read`.
+        """Read boxes as (N, C, h, w); see `nested_ats.Image.read`.
 
+        They are of the slide's type, or floating point over the largest value of the slide where that is not the
+        largest of a type that PyTorch computes in (`Slide.bits`, 32 bits).
         Channels of pixels that hold no data have the value of the background, and count in no mean.
         """
         _, _, source, shrink = self._levels[level]
@@ -97,7 +103,7 @@ class SlideImage:
             pixels, valid = self._read(source, boxes)
             if valid is not None:
                 pixels[~valid] = self.fill
-            return torch.from_numpy(pixels)
+            return self._on_scale(torch.from_numpy(pixels))
         starts, ends = boxes[:, :2].double() * shrink, (boxes[:, :2] + boxes[:, 2:]).double() * shrink
         corners = starts.floor().long()
         sides = (ends - corners).ceil().long().amax(0)
@@ -117,7 +123,12 @@ class SlideImage:
             mean = weigh(np.where(valid, pixels, pixels.dtype.type(0))) / share.clamp_min(_NOTHING)
             mean = torch.where(share > _NOTHING, mean, self.fill)
         kind = torch.from_numpy(pixels).dtype
-        return mean.to(kind) if kind.is_floating_point else (mean + 0.5).floor().to(kind)
+        if kind.is_floating_point or self._divisor:
+            return self._on_scale(mean.to(kind) if kind.is_floating_point else mean)
+        return (mean + 0.5).floor().to(kind)
+
+    def _on_scale(self, pixels: Tensor) -> Tensor:
+        return pixels if self._divisor is None else pixels.float() / self._divisor
 
     def _read(self, level: int, boxes: Tensor) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Pixels (N, C, h, w) of boxes, and which of them hold data; None where all do."""

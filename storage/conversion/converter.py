@@ -105,10 +105,14 @@ def convert(
         if image.nodata is not None:  # it decides pixels, and those made before it was heeded are others
             provenance["nodata"] = to_json(image.nodata)
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
+        unit = "micrometer" if mpp_yx else None
+        planned = plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit=unit)
         info = replace(
-            plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit="micrometer" if mpp_yx else None),
+            planned,
             channels=image.channels,
             nodata=image.nodata,
+            bits=image.bits,
+            window=(0.0, 2.0**image.bits - 1) if image.bits else planned.window,
             provenance=provenance,
         )
         return _write(
@@ -143,7 +147,7 @@ def write_pyramid(
     target
         Folder or URL to make, as in ``convert``.
     array
-        (C, H, W) uint8, uint16, int16, float32 or float64.
+        (C, H, W) uint8, int8, uint16, int16, uint32, int32, float32 or float64.
     name
         Name of the image; the target's by default.
     mpp

@@ -41,7 +41,7 @@ FORMAT = 3  # of the nested_ats block and of what lies in shards
 CHECKSUM = "crc32"  # of the root document, in the nested_ats block
 SHARD_COLUMNS = ("length", "crc32", "index_crc32c")
 AXES = ("c", "y", "x")
-DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 RGB_COLORS = ("FF0000", "00FF00", "0000FF")
 DOWNSAMPLING = {
     "method": "storage.convert",
@@ -114,6 +114,7 @@ class PyramidInfo:
     window: tuple[float, float]  # display range of all channels
     levels: tuple[LevelInfo, ...]
     nodata: float | None = None  # value of pixels that hold no data, each channel for itself
+    bits: int | None = None  # of a sample, where it has fewer than its type
     provenance: dict[str, Any] = field(default_factory=dict)  # source fingerprint and options, JSON values
 
     @cached_property
@@ -266,8 +267,9 @@ def _omero_json(info: PyramidInfo) -> dict[str, Any]:
 def _own_json(info: PyramidInfo) -> dict[str, Any]:
     tables = [level.table for level in info.levels]
     shards = [{key: getattr(table, key).ravel().tolist() for key in SHARD_COLUMNS} for table in tables]
-    known = {} if info.nodata is None else {"nodata": to_json(info.nodata)}
-    return {"format": FORMAT, "provenance": info.provenance, "shards": shards} | known
+    known = {"nodata": None if info.nodata is None else to_json(info.nodata), "bits": info.bits}
+    own = {"format": FORMAT, "provenance": info.provenance, "shards": shards}
+    return own | {key: value for key, value in known.items() if value is not None}
 
 
 def _parse(
@@ -288,8 +290,14 @@ def _parse(
         window=_window(root["attributes"]["ome"]),
         levels=tuple(levels),
         nodata=from_json(own.get("nodata"), levels[0].layout.dtype),
+        bits=_bits(own.get("bits"), levels[0].layout.dtype),
         provenance=typed.mapping(own.get("provenance"), "provenance"),
     )
+
+
+def _bits(value: Any, dtype: np.dtype[Any]) -> int | None:
+    most = 8 * dtype.itemsize - 1 if dtype.kind == "u" else 0
+    return None if value is None else typed.integer(value, "bits", 1, most)
 
 
 def _window(ome: dict[str, Any]) -> tuple[float, float]:

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK_ROWS = 128  # so many rows are averaged at once
-SUM_TYPES = {"uint8": np.uint16, "uint16": np.uint32, "int16": np.int32}  # for sums of eight; floats keep their type
+# For sums of eight; floats keep their type.
+SUM_TYPES = {
+    "uint8": np.uint16,
+    "int8": np.int16,
+    "uint16": np.uint32,
+    "int16": np.int32,
+    "uint32": np.int64,
+    "int32": np.int64,
+}
 
 
 def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None, *, nodata: float | None = None) -> NDArray[Any]:
@@ -27,7 +35,7 @@ def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None, *, nodata:
     Parameters
     ----------
     pixels
-        (C, H, W) uint8, uint16, int16, float32 or float64.
+        (C, H, W) of one of the types that a pyramid holds.
     out
         An array (C, ceil(H / 2), ceil(W / 2)) of the same type to fill; it is made if None.
     nodata

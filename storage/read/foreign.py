@@ -51,6 +51,7 @@ class ForeignSource:
     """
 
     memory_bytes = 0
+    bits: int | None = None
     identity = None  # nothing lists the chunks, so that any of them may change unseen
 
     def __init__(

@@ -51,7 +51,7 @@ class HalvedSource:
     memory_bytes = 0
 
     def __init__(self, image: Image, shapes_yx: Sequence[tuple[int, int]], pieces: Sequence[int]) -> None:
-        self.channels, self.dtype, self.nodata = image.channels, image.dtype, image.nodata
+        self.channels, self.dtype, self.nodata, self.bits = image.channels, image.dtype, image.nodata, image.bits
         self._steps = _steps(shapes_yx)
         self.levels = tuple(_level(step, pieces[step.number or 0], image.mpp_yx) for step in self._steps)
 

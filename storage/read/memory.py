@@ -29,6 +29,7 @@ class MemorySource:
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
     """
 
+    bits: int | None = None
     nodata: float | None = None  # what is transparent has an alpha channel
 
     def __init__(self, location: str, counters: Counters) -> None:

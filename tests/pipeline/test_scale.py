@@ -9,7 +9,7 @@ import pytest
 import tifffile
 import torch
 
-from nested_ats.images import find_level
+from nested_ats.images import find_level, scale_pixels
 from pipeline.config import parse_config, plain
 from pipeline.data.manifest import Entry, read_manifest
 from pipeline.data.selection import select
@@ -19,7 +19,7 @@ from pipeline.results.heatmap import OBJECTS, heatmaps
 from pipeline.results.predict import predict
 from pipeline.results.settings import prediction_settings
 from pipeline.training.train import train
-from storage import Slide, write_pyramid
+from storage import Slide, convert, write_pyramid
 from storage.images.halving import downsample
 
 
@@ -255,3 +255,37 @@ class TestNodata:
             np.testing.assert_allclose(
                 found, np.where(count, mean, image.fill), atol=0.51 if dtype == "int16" else 1e-3
             )
+
+
+class TestValues:
+    """Pixels are over the largest value that the slide can have, whatever type holds them."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "bits", "largest"),
+        [
+            ("uint16", 12, 4095),
+            ("uint8", 4, 15),
+            ("uint16", 16, 65535),
+            ("int8", 8, 127),
+            ("int32", 32, 2**31 - 1),
+            ("uint32", 32, 2**32 - 1),
+        ],
+    )
+    @pytest.mark.parametrize("mpp", [None, 0.75])
+    def test_they_reach_one(self, tmp_path, dtype, bits, largest, mpp):
+        pixels = np.full((90, 100), largest, dtype)
+        pixels[50:] = 0
+        options = {"bitspersample": bits} if dtype[0] == "u" and bits not in (16, 32) else {}
+        path = tmp_path / "x.tif"
+        tifffile.imwrite(
+            path, pixels, photometric="minisblack", resolution=(20000, 20000), resolutionunit=3, **options
+        )
+        convert(path, tmp_path / "p.ome.zarr")
+        for place in (path, tmp_path / "p.ome.zarr"):
+            with Slide(place) as slide:
+                assert slide.bits == options.get("bitspersample")
+                image = SlideImage(slide, background=0.5, mpp=mpp)
+                found = scale_pixels(image.read(0, torch.tensor([[-2, 0, 60, 40]])))[0, 0]
+                assert found[:2].mean() == pytest.approx(0.5, rel=1e-2 if dtype != "uint8" else 0.1)
+                assert found[2:30].min() == pytest.approx(1, rel=1e-6)
+                assert found[2:30].max() == pytest.approx(1, rel=1e-6)
