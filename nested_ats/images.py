@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from nested_ats.reading import Read
 
+_INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32)
+
 
 class Image(Protocol):
     """An image at several resolutions; level 0 is the finest.
@@ -50,7 +52,7 @@ class Image(Protocol):
 
         Returns
         -------
-        (N, C, height, width): uint8 or uint16 over their full range, or floating point.
+        (N, C, height, width): integers of 8 or 16 bits over their full range, or floating point.
         """
         ...
 
@@ -69,7 +71,7 @@ class ArrayImage:
     Parameters
     ----------
     pixels
-        (C, H, W), uint8, uint16 or int16 over its full range, or floating point.
+        (C, H, W), integers of up to 32 bits over their full range, or floating point.
     levels
         Number of levels, the first being `pixels` itself.
     background
@@ -80,7 +82,7 @@ class ArrayImage:
     Raises
     ------
     ValueError
-        The pixels are integers of another type.
+        The pixels are integers of 64 bits.
     """
 
     def __init__(
@@ -123,14 +125,13 @@ def scale_pixels(pixels: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        The pixels are integers of a type other than uint8, uint16 and int16.
+        The pixels are integers of 64 bits, or no numbers.
     """
     if pixels.is_floating_point():
         return pixels
-    largest = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.int16: 32767.0}.get(pixels.dtype)
-    if largest is None:
-        raise ValueError(f"pixels must be uint8, uint16, int16 or floating point, not {pixels.dtype}")
-    return pixels.float() / largest
+    if pixels.dtype not in _INTEGERS:
+        raise ValueError(f"pixels must be integers of 8, 16 or 32 bits, or floating point, not {pixels.dtype}")
+    return pixels.float() / float(torch.iinfo(pixels.dtype).max)
 
 
 def find_level(image: Image, downsample: float) -> int:

@@ -124,7 +124,7 @@ class FeaturesConfig(_Section):
 class DataConfig(_Section):
     """How slides are read."""
 
-    background: float = Field(default=0.0, ge=0, le=1)  # value of pixels off the slide: 0 is black, 1 white
+    background: float = Field(default=0.0, ge=0, le=1)  # value of pixels off the slide or without data: 1 is white
     validation: float = Field(default=0.0, ge=0, lt=1)  # share of slides held out, where the manifest has no split
     test: float = Field(default=0.2, ge=0, lt=1)  # share of slides to test on, where the manifest has no split
     channels: int | None = Field(

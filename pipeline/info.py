@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.manifest import is_image_file
 from storage import Slide
+from storage.format.nodata import to_json
 from storage.read.slide import dicom_file
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def describe(location: str) -> dict[str, Any]:
             "size": list(slide.shape_yx),
             "channels": list(slide.channels),
             "dtype": str(slide.dtype),
+            **({} if slide.bits is None else {"bits": slide.bits}),
+            **({} if slide.nodata is None else {"nodata": to_json(slide.nodata)}),
             "mpp": slide.mpp,
             "levels": levels,
         }

@@ -16,7 +16,7 @@ class Limits:
 
     ifds: int = 4096  # image file directories in one TIFF
     ifd_entries: int = 4096  # tags in one directory
-    channels: int = 64  # all channels of a pixel lie in one chunk
+    channels: int = 1024  # all channels of a pixel lie in one chunk
     side: int = 2**24  # pixels along y or x
     samples: int = 2**40  # channels x height x width
     segment_bytes: int = 256 * 2**20  # one decoded tile, strip or chunk

@@ -43,6 +43,8 @@ def _print_info(about: dict[str, Any]) -> None:
     height, width = about["size"]
     size = f"{height} x {width} pixels, {len(about['channels'])} channels of {about['dtype']}"
     mpp = f"{about['mpp']:g} micrometres per pixel" if about["mpp"] else "pixel size unknown"
+    size += f" with {about['bits']} bits" if "bits" in about else ""
+    mpp += f", {float(about['nodata']):g} is no data" if "nodata" in about else ""
     print(f"{about['path']}: {about['kind']}, {size}, {mpp}")
     for number, level in enumerate(about.get("levels", [])):
         height, width = level["size"]

@@ -9,10 +9,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nested_ats.config import EncoderConfig, PatchConfig
@@ -23,12 +24,14 @@ from pipeline.data.manifest import Entry
 from pipeline.data.tissue import model_mask
 from pipeline.errors import DataError
 from storage import Slide
+from storage.format.nodata import holds_data
 from storage.place.urls import is_remote
 from storage.read.cache import ChunkCache
 
 _OPEN_SLIDES = 128  # each holds a few file descriptors
 _NEAR = 0.1  # by which a level's pixels may differ from those that the model looks at, and are taken as they are
 _SQUARE = 0.02  # by which a pixel's sides may differ
+_NOTHING = 1e-6  # share of a pixel that holds data, below which it holds none
 _SAME = 1e-3  # by which two downsamples are one
 _HELD_BYTES = 2 * 2**30  # PNG, JPEG and BMP images are held decoded, and take no more than this
 
@@ -41,7 +44,7 @@ class SlideImage:
     slide
         An open slide.
     background
-        The value of pixels off the slide, from 0 (black) to 1 (white).
+        The value of pixels off the slide and of those that hold no data, from 0 (black) to 1 (white).
     mpp
         Micrometres per pixel of the image's finest level (`EncoderConfig.mpp`); None takes the slide's finest level,
         whatever its pixels measure. Of the slide's levels the one that is nearest is taken as it is where it differs
@@ -67,7 +70,11 @@ class SlideImage:
     ) -> None:
         self.slide = slide
         dtype = np.dtype(slide.dtype)
-        self.fill = background if dtype.kind == "f" else round(background * np.iinfo(dtype).max)
+        self._has_gaps = slide.nodata is not None or dtype.kind == "f"
+        largest = 1 if dtype.kind == "f" else 2**slide.bits - 1 if slide.bits else int(np.iinfo(dtype).max)
+        # PyTorch computes little in the other types, and knows no pixels of 12 bits.
+        self._divisor = largest if slide.bits or dtype.name in ("int8", "uint32", "int32") else None
+        self.fill = background if dtype.kind == "f" else round(background * largest)
         self.scale = 1.0 if mpp is None else _scale(slide, mpp, own_mpp or slide.mpp)
         self._levels = list(_scaled_levels(slide, self.scale))
         self.sources = [level.source for level in self._levels]
@@ -85,28 +92,58 @@ class SlideImage:
 
     @property
     def identity(self) -> str | None:
-        """Names the slide's pixels, those off it and the scale; None where `storage.Slide.identity` is none."""
+        """Names the slide's pixels, those that are filled in, and the scale; None where the slide's own is none."""
         scale = "" if self.scale == 1 else f"/{self.scale!r}"
-        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}"
+        gaps = f"/{self.slide.nodata!r}" if self._has_gaps else ""
+        bits = f"/{self.slide.bits} bits" if self.slide.bits else ""
+        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}{gaps}{bits}"
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
-        """Read boxes as (N, C, h, w) of the slide's type; see `nested_ats.Image.read`."""
+        """Read boxes as (N, C, h, w); see `nested_ats.Image.read`.
+
+        They are of the slide's type, or floating point over the largest value of the slide where that is not the
+        largest of a type that PyTorch computes in (`Slide.bits`, 32 bits).
+        Channels of pixels that hold no data have the value of the background, and count in no mean.
+        """
         _, _, source, shrink = self._levels[level]
         if shrink == 1:
-            return self._read(source, boxes)
+            pixels, valid = self._read(source, boxes)
+            if valid is not None:
+                pixels[~valid] = self.fill
+            return self._on_scale(torch.from_numpy(pixels))
         starts, ends = boxes[:, :2].double() * shrink, (boxes[:, :2] + boxes[:, 2:]).double() * shrink
         corners = starts.floor().long()
         sides = (ends - corners).ceil().long().amax(0)
-        pixels = self._read(source, torch.cat([corners, sides.expand(len(boxes), 2)], -1))
+        pixels, valid = self._read(source, torch.cat([corners, sides.expand(len(boxes), 2)], -1))
         rows, columns = (
             _shares(starts[:, axis] - corners[:, axis], int(boxes[0, 2 + axis]), shrink, int(sides[axis]))
             for axis in range(2)
         )
-        mean = torch.einsum("nij,ncjk,nlk->ncil", rows, pixels.float(), columns)
-        return mean.to(pixels.dtype) if pixels.is_floating_point() else (mean + 0.5).floor().to(pixels.dtype)
 
-    def _read(self, level: int, boxes: Tensor) -> Tensor:
-        return torch.from_numpy(self.slide.read_many(level, boxes.numpy(), fill=self.fill))
+        def weigh(values: NDArray[Any]) -> Tensor:
+            return torch.einsum("nij,ncjk,nlk->ncil", rows, torch.from_numpy(values).float(), columns)
+
+        if valid is None:
+            mean = weigh(pixels)
+        else:
+            share = weigh(valid)
+            mean = weigh(np.where(valid, pixels, pixels.dtype.type(0))) / share.clamp_min(_NOTHING)
+            mean = torch.where(share > _NOTHING, mean, self.fill)
+        kind = torch.from_numpy(pixels).dtype
+        if kind.is_floating_point or self._divisor:
+            return self._on_scale(mean.to(kind) if kind.is_floating_point else mean)
+        return (mean + 0.5).floor().to(kind)
+
+    def _on_scale(self, pixels: Tensor) -> Tensor:
+        return pixels if self._divisor is None else pixels.float() / self._divisor
+
+    def _read(self, level: int, boxes: Tensor) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """Pixels (N, C, h, w) of boxes, and which of them hold data; None where all do."""
+        pixels = self.slide.read_many(level, boxes.numpy(), fill=self.fill)
+        if not self._has_gaps:
+            return pixels, None
+        valid = holds_data(pixels, self.slide.nodata)
+        return pixels, None if valid.all() else valid
 
 
 class _Level(NamedTuple):

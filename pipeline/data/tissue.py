@@ -35,6 +35,7 @@ from pipeline.data.outlines import read_mask
 from pipeline.errors import DataError, UsageError
 from pipeline.files import cache_folder, write_atomic
 from storage import Slide
+from storage.format.nodata import holds_data
 
 _RGB = 3
 _VERSION = 1  # of the way in which masks are found: those that an earlier one kept are not looked at
@@ -128,7 +129,9 @@ def find_mask(
     level = view_level(slide, finding.mpp, mpp)
     view = slide.read(level, (0, 0, *slide.levels[level].shape_yx))
     pixel_um = mpp and mpp * slide.levels[level].downsample
-    pixels = tissue(view, finding, pixel_um, slide.location) if prior == "tissue" else valid(view, nodata)
+    pixels = (
+        tissue(view, finding, pixel_um, slide.location) if prior == "tissue" else valid(view, slide.nodata, nodata)
+    )
     pitch = slide.levels[level].downsample
     found = Found(pixels, (pitch, pitch))
     if path:
@@ -207,7 +210,7 @@ def _ink(colours: NDArray[Any], saturation: NDArray[Any]) -> NDArray[np.bool_]:
     return widened
 
 
-def valid(view: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
+def valid(view: NDArray[Any], nodata: float | None, untold: float | None) -> NDArray[np.bool_]:
     """Where pixels were recorded: (C, H, W) of the slide's type -> (H, W), which any channel makes true.
 
     Parameters
@@ -215,13 +218,15 @@ def valid(view: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
     view
         The view of a whole scene.
     nodata
-        Value of pixels that were not recorded, from 0 to 1 of the type's range; none where only NaN is not valid.
+        The value of pixels that were not recorded, as the slide tells it; NaN is never valid.
+    untold
+        The same as it is scaled (`nested_ats.images.scale_pixels`), for slides that do not tell it.
     """
-    recorded = np.isfinite(view)
-    if nodata is not None:
+    recorded = holds_data(view, nodata)
+    if nodata is None and untold is not None:
         scaled = scale_pixels(torch.from_numpy(view)).numpy()
-        recorded &= np.abs(scaled - nodata) > 0.5 / 255  # half of the step between two values of 8 bits
-    found: NDArray[np.bool_] = recorded.any(0)
+        recorded &= np.abs(scaled - untold) > 0.5 / 255  # half of the step between two values of 8 bits
+    found: NDArray[np.bool_] = np.any(recorded, axis=0)
     return found
 
 

@@ -229,7 +229,7 @@ def draw_picture(
     for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
         place.axis("off")
         if patch is not None:
-            place.imshow(to_rgb(_read_patch(slide, patch, fill)))
+            place.imshow(to_rgb(_read_patch(slide, patch, fill), slide.nodata))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
     buffer = io.BytesIO()

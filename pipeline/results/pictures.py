@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage import Slide
+from storage.format.nodata import holds_data
 
 
 def thumbnail(slide: Slide, pixels: int) -> tuple[NDArray[Any], tuple[float, float]]:
@@ -20,15 +21,19 @@ def thumbnail(slide: Slide, pixels: int) -> tuple[NDArray[Any], tuple[float, flo
     level = slide.levels[number]
     height, width = level.shape_yx
     view = slide.read(number, (0, 0, height, width))
-    return to_rgb(view), (height * level.downsample, width * level.downsample)
+    return to_rgb(view, slide.nodata), (height * level.downsample, width * level.downsample)
 
 
-def to_rgb(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Turn (C, H, W) into (H, W, 3) to show: the first three channels as RGB, or the first one as grey."""
+def to_rgb(pixels: NDArray[Any], nodata: float | None) -> NDArray[Any]:
+    """Turn (C, H, W) into (H, W, 3) to show: the first three channels as RGB, or the first one as grey.
+
+    Pixels without data are black.
+    """
     image = np.moveaxis(pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, 0), 0, -1)
     if image.dtype == np.uint8:
         return image
     # Other types have no agreed range to show, so the values that are there are stretched.
+    there = holds_data(image, nodata)
     image = image.astype(np.float32)
-    low, high = float(image.min()), float(image.max())
-    return (image - low) / max(high - low, 1e-12)
+    low, high = (float(image[there].min()), float(image[there].max())) if there.any() else (0.0, 1.0)
+    return np.where(there, (image - low) / max(high - low, 1e-12), np.float32(0))

@@ -200,7 +200,7 @@ class Average:
     def __init__(self, job: Job, key: ShardKey) -> None:
         self.key = key
         self.pixels: NDArray[Any] | None = None
-        self._info = job.levels[key[0]]
+        self._info, self._nodata = job.levels[key[0]], job.nodata
 
     def add(self, child: ShardKey, pixels: NDArray[Any] | None) -> None:
         """Average the (C, h, w) pixels of one of the four; None stands for zeros."""
@@ -212,7 +212,7 @@ class Average:
         half = self._info.layout.shard // 2
         top, left = (child[1] - 2 * y) * half, (child[2] - 2 * x) * half
         part = self.pixels[:, top : top + half, left : left + half]
-        downsample(pixels, out=part)
+        downsample(pixels, out=part, nodata=self._nodata)
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,7 @@ class Job:
     output: Store
     bands: Bands | None = None
     target: str = ""  # as messages name it
+    nodata: float | None = None  # value of pixels that hold no data
 
     def attempt(self, task: Task) -> list[Receipt] | Exception:
         """Run a task; errors of files and disks are returned, so that they cross processes as they are."""

@@ -23,6 +23,7 @@ from storage.conversion.plan import ConvertOptions, plan
 from storage.conversion.receipts import Receipt, by_place
 from storage.conversion.target import partial_of
 from storage.errors import ConversionError, CorruptImageError, StorageError
+from storage.format.nodata import to_json
 from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, with_shards
 from storage.place.files import fingerprint
 from storage.place.urls import is_remote
@@ -99,12 +100,19 @@ def convert(
     options = options or ConvertOptions()
     check_executor(executor)
     place = os.fspath(target)
-    provenance = {"source": fingerprint(source), "options": asdict(options), "format": FORMAT}
+    provenance: dict[str, Any] = {"source": fingerprint(source), "options": asdict(options), "format": FORMAT}
     with open_image(source, allow_sparse=options.allow_sparse) as image:
+        if image.nodata is not None:  # it decides pixels, and those made before it was heeded are others
+            provenance["nodata"] = to_json(image.nodata)
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
+        unit = "micrometer" if mpp_yx else None
+        planned = plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit=unit)
         info = replace(
-            plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit="micrometer" if mpp_yx else None),
+            planned,
             channels=image.channels,
+            nodata=image.nodata,
+            bits=image.bits,
+            window=(0.0, 2.0**image.bits - 1) if image.bits else planned.window,
             provenance=provenance,
         )
         return _write(
@@ -139,7 +147,7 @@ def write_pyramid(
     target
         Folder or URL to make, as in ``convert``.
     array
-        (C, H, W) uint8, uint16, int16, float32 or float64.
+        (C, H, W) uint8, int8, uint16, int16, uint32, int32, float32 or float64.
     name
         Name of the image; the target's by default.
     mpp
@@ -223,7 +231,7 @@ def _write(
             )
         shard = info.levels[0].layout.shard
         bands = Bands(source, output.scratch, shard, strip_rows) if strip_rows else None
-        job = Job(source, info.levels, output.output, bands, target)
+        job = Job(source, info.levels, output.output, bands, target, info.nodata)
         try:
             with open_executor(executor, workers, job) as run:
                 receipts = build(job, done, run, on_made)

@@ -26,6 +26,7 @@ from storage import typed
 from storage.errors import CorruptImageError, NotAPyramidError
 from storage.format.levels import check_levels
 from storage.format.ngff import load_json, parse_image
+from storage.format.nodata import from_json, to_json
 from storage.format.shard import BloscCodec, ShardLayout
 from storage.limits import LIMITS
 
@@ -40,11 +41,11 @@ FORMAT = 3  # version of the nested_ats block and of the contents of shards
 CHECKSUM = "crc32"  # name, in the nested_ats block, of the root document's checksum
 SHARD_COLUMNS = ("length", "crc32", "index_crc32c")
 AXES = ("c", "y", "x")
-DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 RGB_COLORS = ("FF0000", "00FF00", "0000FF")
 DOWNSAMPLING = {
     "method": "storage.convert",
-    "description": "mean of 2x2 pixels, of those inside the image at odd edges; integers are rounded half up",
+    "description": "mean of 2x2 pixels, of those that are in the image and hold data; integers are rounded half up",
 }
 
 
@@ -112,6 +113,8 @@ class PyramidInfo:
     channels: tuple[str, ...]
     window: tuple[float, float]  # display range of all channels
     levels: tuple[LevelInfo, ...]
+    nodata: float | None = None  # value of pixels that hold no data, each channel for itself
+    bits: int | None = None  # of a sample, where it has fewer than its type
     provenance: dict[str, Any] = field(default_factory=dict)  # source fingerprint and options, JSON values
 
     @cached_property
@@ -264,7 +267,9 @@ def _omero_json(info: PyramidInfo) -> dict[str, Any]:
 def _own_json(info: PyramidInfo) -> dict[str, Any]:
     tables = [level.table for level in info.levels]
     shards = [{key: getattr(table, key).ravel().tolist() for key in SHARD_COLUMNS} for table in tables]
-    return {"format": FORMAT, "provenance": info.provenance, "shards": shards}
+    known = {"nodata": None if info.nodata is None else to_json(info.nodata), "bits": info.bits}
+    own = {"format": FORMAT, "provenance": info.provenance, "shards": shards}
+    return own | {key: value for key, value in known.items() if value is not None}
 
 
 def _parse(
@@ -284,8 +289,15 @@ def _parse(
         channels=image.labels,
         window=_window(root["attributes"]["ome"]),
         levels=tuple(levels),
+        nodata=from_json(own.get("nodata"), levels[0].layout.dtype),
+        bits=_bits(own.get("bits"), levels[0].layout.dtype),
         provenance=typed.mapping(own.get("provenance"), "provenance"),
     )
+
+
+def _bits(value: Any, dtype: np.dtype[Any]) -> int | None:
+    most = 8 * dtype.itemsize - 1 if dtype.kind == "u" else 0
+    return None if value is None else typed.integer(value, "bits", 1, most)
 
 
 def _window(ome: dict[str, Any]) -> tuple[float, float]:

@@ -19,6 +19,7 @@ import numpy as np
 from storage import typed
 from storage.errors import NotAPyramidError
 from storage.format.codecs import CODECS, MAX_CODECS, decode, room
+from storage.format.nodata import fitting
 from storage.format.ome_zarr import DTYPES
 from storage.format.shard import CHECKSUM_BYTES, checksum_holds
 from storage.limits import LIMITS
@@ -90,6 +91,7 @@ class ZarrArray:
     index: ShardIndex | None  # None if each chunk is a file
     prefix: str  # prefix of the keys of its files: "c" in v3
     separator: str
+    nodata: float | None = None  # value of pixels that hold no data
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -209,6 +211,8 @@ def _parse_v3(meta: dict[str, Any], path: str, where: str) -> ZarrArray:
         index=index,
         prefix=prefix,
         separator=separator,
+        # xarray's name for it, and GDAL's; what no pixel can have is no reason to refuse the array
+        nodata=fitting(typed.mapping(meta.get("attributes"), "attributes").get("_FillValue"), dtype),
     )
 
 

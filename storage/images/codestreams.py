@@ -1,6 +1,7 @@
 """Read what an encoded image says about itself from its first bytes, before any decoder allocates for it.
 
-The kinds are JPEG (ITU T.81), JPEG 2000 (ITU T.800), WebP (RFC 9649) and PNG (ISO 15948). Each function raises
+The kinds are JPEG (ITU T.81), JPEG 2000 (ITU T.800), JPEG XL (ISO 18181), WebP (RFC 9649), PNG (ISO 15948) and LERC
+(https://github.com/Esri/lerc/blob/master/doc/lerc2_format.md). Each function raises
 ``ValueError`` where the stream is not of its kind or is cut short; the numbers are what the stream claims, and may
 lie.
 """
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+JXL_BOX, JXL_MAGIC = b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a"
+LERC_MAGIC = b"Lerc2 "
 JP2_MAGIC = b"\0\0\0\x0cjP  "
 J2K_MAGIC = b"\xff\x4f\xff\x51"
 # libjpeg decodes these frames to 8 bits: baseline, extended and progressive Huffman.
@@ -142,6 +145,57 @@ def _j2k_start(data: bytes) -> int:
             break
         position += length
     raise ValueError("no JPEG 2000 codestream")
+
+
+def jxl_header(data: bytes) -> StreamHeader:
+    """Read the size of a JPEG XL codestream, bare or in a container."""
+    start = _jxl_start(data)
+    if data[start : start + 2] != JXL_MAGIC:
+        raise ValueError("no JPEG XL codestream")
+    bits, place = int.from_bytes(data[start + 2 : start + 16], "little"), 0
+
+    def take(count: int) -> int:
+        nonlocal place
+        place += count
+        return bits >> (place - count) & ((1 << count) - 1)
+
+    def side(*, in_eights: int) -> int:
+        return 8 * (1 + take(5)) if in_eights else 1 + take((9, 13, 18, 30)[take(2)])
+
+    in_eights = take(1)
+    height = side(in_eights=in_eights)
+    ratio = take(3)
+    if not ratio:
+        return StreamHeader(height, side(in_eights=in_eights))
+    over, under = ((1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
+    return StreamHeader(height, height * over // under)
+
+
+def _jxl_start(data: bytes) -> int:
+    """Find where the codestream begins: at once, or in the first ``jxlc`` or ``jxlp`` box."""
+    if not data.startswith(JXL_BOX):
+        return 0
+    position = 0
+    while position + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        if kind in (b"jxlc", b"jxlp"):
+            return position + (8 if length != 1 else 16) + (4 if kind == b"jxlp" else 0)
+        if length < 8:
+            break
+        position += length
+    raise ValueError("no JPEG XL codestream")
+
+
+def lerc_header(data: bytes) -> StreamHeader:
+    """Read the header of a LERC blob, all of whose pixels must be valid."""
+    if not data.startswith(LERC_MAGIC) or len(data) < 40:
+        raise ValueError("no LERC header")
+    version = int.from_bytes(data[6:10], "little")
+    numbers = struct.unpack("<5i", data[14:34] if version >= 3 else data[10:30])
+    (height, width), (samples, valid) = numbers[:2], numbers[2:4] if version >= 4 else (1, numbers[2])
+    if valid != height * width:  # decoders make zeros of the others
+        raise ValueError("a LERC with a mask of its pixels, which is not read; store it with another compression")
+    return StreamHeader(height, width, samples)
 
 
 def webp_header(data: bytes) -> StreamHeader:

@@ -1,4 +1,6 @@
-"""Average 2 x 2 pixels, which makes every coarser level of a pyramid.
+"""Average 2 x 2 pixels, which makes every coarser level of a pyramid: the one rule of conversion and of reading.
+
+Notable: pixels that hold no data are never averaged with others, which costs nothing where there are none.
 
 Shape letters: C channels, H height, W width.
 """
@@ -10,28 +12,42 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from storage.format.nodata import holds_data
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK_ROWS = 128  # so many rows are averaged at once
-SUM_TYPES = {"uint8": np.uint16, "uint16": np.uint32, "int16": np.int32}  # for sums of four; floats keep their type
+# For sums of eight; floats keep their type.
+SUM_TYPES = {
+    "uint8": np.uint16,
+    "int8": np.int16,
+    "uint16": np.uint32,
+    "int16": np.int32,
+    "uint32": np.int64,
+    "int32": np.int64,
+}
 
 
-def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None, *, nodata: float | None = None) -> NDArray[Any]:
     """Average 2x2 pixels.
 
     Parameters
     ----------
     pixels
-        (C, H, W) uint8, uint16, int16, float32 or float64.
+        (C, H, W) of one of the types that a pyramid holds.
     out
         An array (C, ceil(H / 2), ceil(W / 2)) of the same type to fill; it is made if None.
+    nodata
+        The value of pixels that hold no data, each channel for itself; NaN holds none in any case.
 
     Returns
     -------
     (C, ceil(H / 2), ceil(W / 2)) of the same type
-        Integers are rounded half up, ``(a + b + c + d + 2) >> 2``. At an odd edge the mean is over the one or two
-        pixels there are, which is what repeating the edge gives.
+        The mean of those of the four pixels that hold data, `nodata` (or NaN) where none does. Integers are rounded
+        half up, ``(a + b + c + d + 2) >> 2``. A mean that comes out as `nodata` itself is raised to the next value,
+        as GDAL does, because there is data. At an odd edge the mean is over the one or two pixels there are, which
+        is what repeating the edge gives.
     """
     _, height, width = pixels.shape
     if height % 2 or width % 2:
@@ -41,7 +57,7 @@ def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray
         out = np.empty((channels, height // 2, width // 2), pixels.dtype)
     for c in range(channels):
         for y in range(0, height, BLOCK_ROWS):  # these parts stay in the processor's cache
-            _mean_2x2(pixels[c, y : y + BLOCK_ROWS], out[c, y // 2 : (y + BLOCK_ROWS) // 2])
+            _mean_of_data(pixels[c, y : y + BLOCK_ROWS], out[c, y // 2 : (y + BLOCK_ROWS) // 2], nodata)
     return out
 
 
@@ -57,6 +73,42 @@ def whole_ratio(finest_yx: tuple[int, int], coarser_yx: tuple[int, int]) -> int 
         if all(abs(own * candidate - finest) < candidate for finest, own in pairs):
             return candidate
     return None
+
+
+def _mean_of_data(pixels: NDArray[Any], out: NDArray[Any], nodata: float | None) -> None:
+    """As `_mean_2x2`, leaving out the pixels that hold no data."""
+    if nodata is None or math.isnan(nodata):
+        _mean_2x2(pixels, out)
+        if out.dtype.kind != "f" or not np.isnan(out).any():  # a NaN would show in the mean
+            return
+    there = holds_data(pixels, nodata)
+    nothing = out.dtype.type(math.nan if nodata is None else nodata)
+    if there.all():
+        _mean_2x2(pixels, out)
+        out[out == nothing] = _following(nothing)
+        return
+    rows = there[0::2].astype(np.uint8) + there[1::2]
+    count = rows[:, 0::2] + rows[:, 1::2]
+    pixels = np.where(there, pixels, out.dtype.type(0))
+    if out.dtype.kind == "f":
+        _mean_2x2(pixels, out)  # a quarter of the sum
+        with np.errstate(over="ignore"):  # as three of the largest numbers may round
+            out *= (4 / np.maximum(count, 1)).astype(out.dtype)
+    else:
+        wide = SUM_TYPES[out.dtype.name]
+        sums = np.add(pixels[0::2], pixels[1::2], dtype=wide)
+        total, number = sums[:, 0::2] + sums[:, 1::2], count.astype(wide)
+        np.floor_divide(2 * total + number, 2 * np.maximum(number, 1), out=out, casting="unsafe")
+    out[out == nothing] = _following(nothing)
+    out[count == 0] = nothing
+
+
+def _following(value: Any) -> Any:
+    """The next larger value of the type of a number: of integers always there, where it is a mean of other ones."""
+    if value.dtype.kind != "f":
+        return value + value.dtype.type(value < np.iinfo(value.dtype).max)
+    # Not the number that follows zero, which processors may be told to take for zero.
+    return np.nextafter(value, value.dtype.type(math.inf)) if value else np.finfo(value.dtype).tiny
 
 
 def _mean_2x2(pixels: NDArray[Any], out: NDArray[Any]) -> None:

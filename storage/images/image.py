@@ -36,6 +36,8 @@ class Image:
     dtype : one of ``DTYPES``, that of the file or the next that holds its values
     mpp_yx : micrometres per pixel (y, x), or None where the file does not tell
     channels : channel names
+    bits : bits of a sample, where it has fewer than its type: the largest value is ``2**bits - 1``; None elsewhere
+    nodata : value of pixels that hold no data, each channel for itself; None where the file names none
     segment_yx : height and width of what is decoded at once, in pixels
     direct : whether a box is read without decoding whole segments
     """
@@ -45,6 +47,8 @@ class Image:
     dtype: np.dtype[Any]
     mpp_yx: tuple[float, float] | None = None
     channels: tuple[str, ...]
+    bits: int | None = None
+    nodata: float | None = None
     segment_yx: tuple[int, int]
     direct = True
 

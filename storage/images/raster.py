@@ -6,8 +6,8 @@ Notable: such a file is decoded whole, so it is held in memory; what its header 
   become the RGB (or RGBA) that they stand for, a transparent colour becomes an alpha channel, and grey of 1, 2 or 4
   bits becomes the 8 bits that it stands for (ISO 15948, 13.12).
 - A JPEG has 8 bits and is grey or in colour (read as RGB). CMYK is refused, because files disagree on its sign.
-- A BMP is uncompressed and has 24 bits (read as RGB) or 8 bits of grey. Palettes of colours, other depths and
-  compressed rows are refused.
+- A BMP is uncompressed: of 24 or 32 bits (read as RGB), or of up to 8 with a palette, which becomes the RGB or grey
+  that it stands for. Compressed rows and 16 bits are refused.
 - The EXIF orientation is applied, so the image lies as viewers show it. Other metadata, such as colour profiles, is
   ignored.
 
@@ -17,12 +17,12 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import os
-import struct
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import imagecodecs
 
+from storage.images.bmp import HEADERS, PLAIN, bmp_decode, bmp_header
 from storage.images.codestreams import (
     JPEG_FRAMES,
     JPEG_MAGIC,
@@ -32,6 +32,7 @@ from storage.images.codestreams import (
     whole_jpeg_header,
 )
 from storage.images.image import ACCEPTED, Image
+from storage.images.orientation import upright
 from storage.images.tiff_kinds import REWRITE
 from storage.limits import LIMITS, Limits
 from storage.place.files import RandomFile
@@ -39,7 +40,6 @@ from storage.place.files import RandomFile
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BMP_HEADERS = (40, 52, 56, 108, 124)  # how many bytes the second header may have: BITMAPINFOHEADER and its extensions
 MAGIC_BYTES = 18  # they tell a file's kind; "BM" alone could begin a text
 BMP_AS_PNG = "python -c \"from PIL import Image; Image.open('IN.bmp').save('OUT.png')\""
 JPEG_AS_TIFF = (
@@ -54,7 +54,7 @@ def raster_kind(first: bytes) -> str:
         return "png"
     if first.startswith(JPEG_MAGIC):
         return "jpeg"
-    return "bmp" if first[:2] == b"BM" and int.from_bytes(first[14:18], "little") in BMP_HEADERS else ""
+    return "bmp" if first[:2] == b"BM" and int.from_bytes(first[14:18], "little") in HEADERS else ""
 
 
 class RasterImage(Image):
@@ -92,7 +92,7 @@ class RasterImage(Image):
         kind = raster_kind(data)
         if not kind:  # a URL may be named like an image and lead to something else
             raise self._unsupported(f"not a PNG, JPEG or BMP; give {ACCEPTED}")
-        read_header = {"png": png_header, "jpeg": whole_jpeg_header, "bmp": _bmp_header}[kind]
+        read_header = {"png": png_header, "jpeg": whole_jpeg_header, "bmp": bmp_header}[kind]
         try:
             header = read_header(data)
         except ValueError as error:
@@ -101,13 +101,13 @@ class RasterImage(Image):
             {"jpeg": self._check_jpeg, "bmp": self._check_bmp}[kind](header)
         self._check_size(header, len(data))
         try:
-            pixels = getattr(imagecodecs, f"{kind}_decode")(data)
+            pixels = bmp_decode(data) if kind == "bmp" else getattr(imagecodecs, f"{kind}_decode")(data)
         except Exception as error:  # each codec has its own errors
             raise self._corrupt(f"damaged, it does not decode as {kind.upper()}") from error
         if pixels.shape[:2] != (header.height, header.width) or pixels.dtype.name not in ("uint8", "uint16"):
             raise self._corrupt("decodes to other pixels than its header says")
         pixels = pixels.reshape(header.height, header.width, -1)
-        return _upright(pixels, header.orientation)
+        return upright(pixels, header.orientation)
 
     def _check_jpeg(self, header: StreamHeader) -> None:
         if header.kind not in JPEG_FRAMES or header.bits != 8:
@@ -120,9 +120,9 @@ class RasterImage(Image):
             )
 
     def _check_bmp(self, header: StreamHeader) -> None:
-        if header.bits != 8 or header.kind != 0:
-            what = "compressed or with a palette" if header.bits == 8 else f"of {header.bits * header.samples} bits"
-            raise self._unsupported(f"a BMP {what}, not of 24 bits or 8 bits of grey; store it as PNG: {BMP_AS_PNG}")
+        if header.kind != PLAIN:
+            what = f"of {header.bits} bits, compressed or of a rare depth"
+            raise self._unsupported(f"a BMP {what}; store it as PNG: {BMP_AS_PNG}")
 
     def _check_size(self, header: StreamHeader, file_bytes: int) -> None:
         height, width = header.height, header.width
@@ -154,32 +154,3 @@ class RasterImage(Image):
     def close(self) -> None:
         """Forget the pixels."""
         self._pixels = None
-
-
-def _bmp_header(data: bytes) -> StreamHeader:
-    """Read the two headers of a BMP, whose rows must all be there (Microsoft, BITMAPFILEHEADER, BITMAPINFOHEADER).
-
-    The ``kind`` is 0 where the pixels are stored as they are, else 1.
-    """
-    if len(data) < 54:
-        raise ValueError("a BMP header that is cut short")
-    start, size, width, height, _, bits, compression = struct.unpack("<10xIIiiHHI", data[:34])
-    row = (width * bits + 31) // 32 * 4  # bytes
-    if compression == 0 and start + row * abs(height) > len(data):
-        raise ValueError("a BMP that is cut short")
-    palette = data[14 + size : start]  # it has blue, green, red and a byte of no meaning for each of 256 colours
-    grey = all(palette[colour : 4 * 256 : 4] == bytes(range(256)) for colour in range(3))
-    plain = compression == 0 and (bits != 8 or grey)
-    samples = 3 if bits == 24 else 1
-    return StreamHeader(abs(height), width, samples, bits // samples, kind=0 if plain else 1)
-
-
-def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn (H, W, C) pixels as EXIF orientation 1 to 8 says: 5 to 8 are transposed, then rows or columns are flipped.
-
-    By tag 274 of EXIF 2.32, it says where the stored image's row 0 and column 0 are to be shown.
-    """
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    flip_rows, flip_columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
-    return pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.images.codestreams import j2k_header, webp_header, whole_jpeg_header
+from storage.images.codestreams import (
+    j2k_header,
+    jxl_header,
+    lerc_header,
+    png_header,
+    webp_header,
+    whole_jpeg_header,
+)
+from storage.images.orientation import UPRIGHT, stored_box, upright
 from storage.images.tiff_structure import TiffStructure, named
 
 if TYPE_CHECKING:
@@ -27,7 +35,14 @@ if TYPE_CHECKING:
     from storage.place.files import Range
 
 SAMPLED_BYTES = 2**16  # of a segment
-STREAM_HEADERS = {"JPEG": whole_jpeg_header, "JPEG 2000": j2k_header, "WebP": webp_header}
+STREAM_HEADERS = {
+    "JPEG": whole_jpeg_header,
+    "JPEG 2000": j2k_header,
+    "JPEG XL": jxl_header,
+    "LERC": lerc_header,
+    "PNG": png_header,
+    "WebP": webp_header,
+}
 
 
 class TiffImage(TiffStructure):
@@ -50,6 +65,13 @@ class TiffImage(TiffStructure):
             The box leaves the image.
         """
         self._check_box(y, x, h, w)
+        if self.orientation == UPRIGHT:
+            return self._read_stored(y, x, h, w)
+        pixels = self._read_stored(*stored_box((y, x, h, w), self.shape[1:], self.orientation))
+        return upright(pixels.transpose(1, 2, 0), self.orientation).transpose(2, 0, 1)
+
+    def _read_stored(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
+        """Decode one box of the image as it is stored."""
         out = np.empty((self.shape[0], h, w), self.dtype)
         if h == 0 or w == 0:
             return out
@@ -80,7 +102,7 @@ class TiffImage(TiffStructure):
         return self._file.read_ranges([(offset, min(length, SAMPLED_BYTES)) for offset, length in places])
 
     def segments(self, plane: Plane, indexes: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-        """Decode segments of a plane: (h, w, C) pixels of each, and of its channels, whole.
+        """Decode segments of a plane, as they are stored: (h, w, C) pixels of each, and of its channels, whole.
 
         Raises
         ------
@@ -104,21 +126,21 @@ class TiffImage(TiffStructure):
         if not self.direct or not count:
             return [(offset, count)] if count else []
         pixel = self._stored * self._file_dtype.itemsize
-        stride = self.segment_yx[1] * pixel
+        stride = self._cut.segment_yx[1] * pixel
         if self._whole_rows(part):
             return [(offset + part.y0 * stride, (part.y1 - part.y0) * stride)]
         length = (part.x1 - part.x0) * pixel
         return [(offset + y * stride + part.x0 * pixel, length) for y in range(part.y0, part.y1)]
 
     def _whole_rows(self, part: Part) -> bool:
-        return (part.x1 - part.x0) * 4 >= self.segment_yx[1]
+        return (part.x1 - part.x0) * 4 >= self._cut.segment_yx[1]
 
     def _segment(self, plane: Plane, i: int, part: Part, data: Iterator[bytes]) -> NDArray[Any]:
         """Make the (y1 - y0, x1 - x0, S) pixels of segment ``i`` of a plane, whose bytes come next in ``data``."""
         shape = (part.y1 - part.y0, part.x1 - part.x0, self._stored)
         wanted = self._ranges(plane, part)
         if not wanted:
-            return np.full(shape, self._nodata, self._file_dtype)
+            return np.full(shape, self._blank, self._file_dtype)
         pieces = [next(data) for _ in wanted]
         if any(len(piece) != length for piece, (_, length) in zip(pieces, wanted, strict=True)):
             raise self._corrupt(f"{self._cut.where(i)} is truncated")
@@ -155,6 +177,7 @@ class TiffImage(TiffStructure):
         except ValueError as error:
             raise self._corrupt(f"{self._cut.where(i)} is damaged ({error})") from error
         too_many = self._codec != "WebP" and header.samples > self._stored
-        if header.height > self.segment_yx[0] or header.width > self.segment_yx[1] or too_many:
+        height, width = self._cut.segment_yx
+        if header.height > height or header.width > width or too_many:
             claim = f"{header.height} x {header.width} pixels of {header.samples} samples"
             raise self._corrupt(f"{self._cut.where(i)} is damaged ({self._codec} of {claim})")

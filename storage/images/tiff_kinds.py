@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.format.ome_zarr import DTYPES
+from storage.images.orientation import UPRIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,21 +39,18 @@ COMPRESSIONS = {
     33004: "JPEG 2000",
     33005: "JPEG 2000",  # Aperio's own number, for RGB
     34712: "JPEG 2000",
+    34887: "LERC",
     34925: "LZMA",
+    34933: "PNG",
     50000: "zstd",
     50001: "WebP",
-}
-# Only tifffile and few others read the first of these compressions, and only libtiff the second.
-REWRITTEN_BY_TIFFFILE = {
-    34887: "LERC",
-    34892: "JPEG of DNG",
-    34933: "PNG",
-    34934: "JPEG XR",
     50002: "JPEG XL",
     52546: "JPEG XL",
 }
+# Only tifffile and few others read the first of these compressions, and only libtiff the second.
+REWRITTEN_BY_TIFFFILE = {34892: "JPEG of DNG", 34934: "JPEG XR"}
 REWRITTEN_BY_LIBTIFF = {6: "JPEG of an old style", 32809: "ThunderScan", 32909: "PixarLog", 34661: "JBIG"}
-HELD_AS = {"bool": "uint8", "int8": "int16", "float16": "float32", "int32": "float64", "uint32": "float64"}
+HELD_AS = {"bool": "uint8", "float16": "float32"}
 PREDICTORS = (1, 2, 3)
 PALETTE, YCBCR, CIELAB = 3, 6, 8
 PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", PALETTE: "palette", 5: "CMYK", YCBCR: "YCbCr"}
@@ -90,6 +88,18 @@ def held_as(key: tifffile.TiffPage) -> np.dtype[Any]:
     return np.dtype(HELD_AS.get(str(key.dtype), key.dtype)).newbyteorder("=")
 
 
+def orientation_of(key: tifffile.TiffPage) -> int:
+    """How the image is stored turned or mirrored, upright by default; see ``storage.images.orientation``."""
+    orientation = key.tags.valueof(274, UPRIGHT)
+    return orientation if orientation in range(1, 9) else UPRIGHT
+
+
+def bits_of(key: tifffile.TiffPage) -> int | None:
+    """Bits of a sample, where it has fewer than the type in which it is held; one bit is held as 0 and 255."""
+    fewer = key.photometric != PALETTE and key.bitspersample > 1 and key.bitspersample < 8 * held_as(key).itemsize
+    return key.bitspersample if fewer and held_as(key).kind == "u" else None
+
+
 def palette(key: tifffile.TiffPage) -> NDArray[Any]:
     """Return the colours of a palette.
 
@@ -117,7 +127,6 @@ def why_refused(key: tifffile.TiffPage, samples: int) -> str:
     samples
         The number of channels of the image, as they are stored.
     """
-    orientation = key.tags.valueof(274, 1)
     bits, kind = key.bitspersample, "" if key.dtype is None else key.dtype.kind
     packed = key.dtype is not None and bits != key.dtype.itemsize * 8
     refusals = [
@@ -140,8 +149,8 @@ def why_refused(key: tifffile.TiffPage, samples: int) -> str:
         (key.imagedepth != 1 or key.tiledepth != 1, "a volume, not an image; keep one plane of it"),
         (key.predictor not in PREDICTORS, f"predictor {int(key.predictor)}, not one of 1, 2 and 3; {AGAIN}"),
         (
-            orientation in range(2, 9),
-            f"stored turned or mirrored (orientation {orientation}); make it upright: vips autorot IN.tif {OUT}",
+            key.compression == 34887 and key.tags.valueof(50674, (4, 0))[1] != 0,
+            f"compressed as LERC and again by another codec, which is not read; rewrite it: {by_tifffile(key)}",
         ),
     ]
     return next((reason for refused, reason in refusals if refused), "")

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 from storage.errors import UnsupportedImageError
-from storage.images.tiff_kinds import AGAIN
+from storage.format.nodata import fitting
+from storage.images.tiff_kinds import AGAIN, PALETTE
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    import numpy as np
     import tifffile
 
     from storage.limits import Limits
 
 # Resolution tags often hold a screen's or printer's dots per inch; a microscope's are not above this.
 MAX_PLAUSIBLE_MPP = 10.0
+GDAL_NODATA = 42113
 MICROMETRES = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
 IMAGEJ_UNITS = MICROMETRES | {"\\u00B5m": 1.0, "micron": 1.0, "microns": 1.0, "inch": 25400.0}
 
@@ -62,6 +67,19 @@ def mpp_yx(tif: tifffile.TiffFile, key: tifffile.TiffPage) -> tuple[float, float
     if unit is None or x <= 0 or y <= 0 or max(unit / y, unit / x) > MAX_PLAUSIBLE_MPP:
         return None
     return _plausible(unit / y, unit / x)
+
+
+def nodata_of(key: tifffile.TiffPage, dtype: np.dtype[Any]) -> float | None:
+    """Read the value of pixels without data from GDAL's tag, as pixels of a type have it; None where there is none.
+
+    That of a palette is the number of a colour, which other numbers may have too, and is not kept.
+    """
+    if key.photometric == PALETTE or key.dtype is None:
+        return None
+    value = fitting(str(key.tags.valueof(GDAL_NODATA, "")).strip("\0 ").replace(",", "."), key.dtype)
+    if value is not None and key.dtype.kind == "b":
+        value *= 255  # as the bits are held
+    return None if value is None else fitting(value, dtype)
 
 
 def _number(text: str) -> float:

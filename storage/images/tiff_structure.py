@@ -24,21 +24,25 @@ import tifffile
 from storage.errors import StorageError, UnsupportedImageError
 from storage.images.halving import whole_ratio
 from storage.images.image import Image
+from storage.images.orientation import TRANSPOSED
 from storage.images.tiff_header import check_directories
 from storage.images.tiff_kinds import (
     AGAIN,
     COMPRESSIONS,
     DIFFERENT_PLANES,
     GDAL,
+    OUT,
     PALETTE,
     REWRITE,
     REWRITE_SLIDE,
+    bits_of,
     held_as,
+    orientation_of,
     palette,
     why_a_stack,
     why_refused,
 )
-from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx
+from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx, nodata_of
 from storage.images.tiff_segments import Cut, Plane, why_misplaced
 from storage.limits import LIMITS, Limits
 from storage.place.files import BlockReader, RandomFile
@@ -109,7 +113,8 @@ class TiffStructure(Image):
     Attributes
     ----------
     coarser : the coarser levels, which share the file and are closed with it
-    planes : what the image is made of
+    planes : what the image is made of, as it is stored
+    orientation : how that is turned or mirrored; see ``storage.images.orientation``
 
     Raises
     ------
@@ -160,13 +165,14 @@ class TiffStructure(Image):
     def _describe_coarser(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
         """Describe the levels below the baseline; one of other pixels, or of a kind that is not read, is left out."""
         reduced = [one for one in tif.series if one.keyframe.is_reduced]  # tifffile wants one and the same step
-        whole = [one for one in reduced if whole_ratio(self.shape[1:], _shape_yx(one)) not in (None, 1)]
+        whole = [one for one in reduced if whole_ratio(self._cut.image_yx, _shape_yx(one)) not in (None, 1)]
         for level in [*series.levels[1:], *whole]:
             other = cast("Self", object.__new__(type(self)))
             other.__dict__ |= self.__dict__ | {"coarser": []}
             with suppress(UnsupportedImageError):
                 other._describe(tif, level, tables)
-                if (other.shape[0], other.dtype) == (self.shape[0], self.dtype):
+                alike = ("dtype", "bits", "orientation")
+                if other.shape[0] == self.shape[0] and all(getattr(other, a) == getattr(self, a) for a in alike):
                     self.coarser.append(other)
 
     def _describe(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
@@ -179,22 +185,38 @@ class TiffStructure(Image):
         self._stored = key.samplesperpixel if key.planarconfig == 1 else 1  # S
         self._made = self._stored if self._colours is None else 3  # channels that S samples become
         self.shape = (samples * self._made // max(self._stored, 1), key.imagelength, key.imagewidth)
-        self.dtype = held_as(key)
+        self.dtype, self.bits = held_as(key), bits_of(key)
         self._file_dtype = np.dtype(key.dtype).newbyteorder(tif.byteorder)
         tile = (key.tilelength, key.tilewidth)
         strip = (min(key.rowsperstrip, key.imagelength), key.imagewidth)
         self.segment_yx = tile if key.is_tiled else strip
-        self._cut = Cut("tile" if key.is_tiled else "strip", self.shape[1:], self.segment_yx)
+        self._cut = Cut("tile" if key.is_tiled else "strip", self.shape[1:], self.segment_yx)  # as it is stored
         self._codec = COMPRESSIONS[key.compression]
         self._check_sizes(key)
         whole = key.bitspersample == self._file_dtype.itemsize * 8
         self.direct = whole and key.compression == 1 and key.predictor == 1 and key.fillorder == 1
-        self._nodata = key.nodata
+        self._blank = key.nodata  # of segments that are not stored; 0 where the file names no value
+        self.nodata = nodata_of(key, self.dtype)
         self.planes = list(self._collect_planes(series, tables))
         self._check_segments()
         self._decode = key.decode
         self.mpp_yx = mpp_yx(tif, key)
         self.channels = channel_names(tif, key, self.shape[0])
+        self._turn(orientation_of(key))
+
+    def _turn(self, orientation: int) -> None:
+        """Describe the image as it is to be shown."""
+        self.orientation = orientation
+        if orientation not in TRANSPOSED:
+            return
+        channels, height, width = self.shape
+        if not (self._key.is_tiled or self.direct) and self.nbytes > self._limits.raster_bytes:
+            raise self._unsupported(
+                f"stored turned (orientation {orientation}) in strips, all of which each column crosses; make it "
+                f"upright: vips autorot IN.tif {OUT}"
+            )
+        self.shape, self.segment_yx = (channels, width, height), (self.segment_yx[1], self.segment_yx[0])
+        self.mpp_yx = self.mpp_yx and (self.mpp_yx[1], self.mpp_yx[0])
 
     def _check_format(self, tif: tifffile.TiffFile) -> None:
         """Refuse metadata that would be too much for tifffile, and tiles that must be stitched."""

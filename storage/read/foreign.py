@@ -51,6 +51,7 @@ class ForeignSource:
     """
 
     memory_bytes = 0
+    bits: int | None = None
     identity = None  # nothing lists the chunks, so any of them may change unnoticed
 
     def __init__(
@@ -74,7 +75,7 @@ class ForeignSource:
         except ValueError as error:
             raise NotAPyramidError(f"{location}: {error}") from None
         self.name = image.name
-        self.dtype = self._arrays[0].dtype.newbyteorder("=")
+        self.dtype, self.nodata = self._arrays[0].dtype.newbyteorder("="), self._arrays[0].nodata
         self.channels = name_channels(image.labels, self._size(self._arrays[0], "c"))
         self.levels = tuple(self._level(image, i) for i in range(len(self._arrays)))
 

@@ -29,6 +29,9 @@ class MemorySource:
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
     """
 
+    bits: int | None = None
+    nodata: float | None = None  # what is transparent has an alpha channel
+
     def __init__(self, location: str, counters: Counters) -> None:
         with closing(RandomFile(location)) as file:
             self.name, size = file.name, file.size

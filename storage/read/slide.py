@@ -19,6 +19,7 @@ import numpy as np
 from storage.errors import NotAPyramidError, UnsupportedImageError
 from storage.format.levels import Level
 from storage.format.ngff import load_json
+from storage.format.nodata import holds_data
 from storage.format.ome_zarr import is_own, pyramid_info
 from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
 from storage.place.stores import open_store
@@ -56,7 +57,10 @@ class Slide:
     name : name of the image
     levels : the levels, finest first
     channels : channel names
-    dtype : uint8, uint16, int16, float32 or float64
+    nodata : value of pixels that hold no data, each channel for itself, None where none is known; coarser levels are
+        means of the other pixels. NaN holds no data in any case
+    dtype : uint8, int8, uint16, int16, uint32, int32, float32 or float64
+    bits : bits of a sample where it has fewer than its type, as of cameras with 12; None elsewhere
     mpp : micrometres per pixel of level 0, None where unknown
     shape_yx : height and width of level 0
     memory_bytes : bytes of pixels held while it is open; a PNG, JPEG or BMP is decoded whole
@@ -71,6 +75,7 @@ class Slide:
         self._counters = Counters()
         self._source = _open_source(self.location, self._counters, cache)
         self.name, self.channels, self.dtype = self._source.name, self._source.channels, self._source.dtype
+        self.nodata, self.bits = self._source.nodata, self._source.bits
         self.levels, self.memory_bytes = self._source.levels, self._source.memory_bytes
         self.mpp, self.shape_yx = self.levels[0].mpp, self.levels[0].shape_yx
 
@@ -136,6 +141,31 @@ class Slide:
         if h and w:
             self._source.fill(level, boxes, out)
         return out
+
+    def valid(self, level: int, boxes: ArrayLike) -> NDArray[np.bool_] | None:
+        """Tell which pixels of boxes hold data: those that lie in the image and have data in any channel.
+
+        Parameters
+        ----------
+        level, boxes
+            As ``read_many`` takes them; it reads the same pixels.
+
+        Returns
+        -------
+        (N, h, w) bool, or None where every pixel of the image holds data: it names no value for those that do not
+        (``nodata``), and its pixels are integers, so that none is NaN
+
+        Raises
+        ------
+        CorruptImageError, TransferError
+            As ``read``.
+        """
+        if self.nodata is None and self.dtype.kind != "f":
+            return None
+        nothing = np.nan if self.nodata is None else self.nodata
+        there = holds_data(self.read_many(level, boxes, fill=nothing), self.nodata)
+        valid: NDArray[np.bool_] = np.logical_or.reduce(there, axis=1)
+        return valid
 
     @property
     def identity(self) -> str | None:

@@ -59,6 +59,8 @@ class Source(Protocol):
     channels: tuple[str, ...]
     dtype: np.dtype[Any]  # in native byte order
     levels: tuple[Level, ...]
+    bits: int | None  # bits of a sample, where it has fewer than its type
+    nodata: float | None  # value of pixels that hold no data, each channel for itself
     memory_bytes: int  # bytes of pixels held while it is open
 
     @property

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.format.shard import CHECKSUM_BYTES, crc32c
+from storage.images.orientation import UPRIGHT
 from storage.images.tiff import TiffImage
 from storage.place.files import RandomFile
 from storage.read.boxes import cut
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from storage.read.cache import ChunkCache
     from storage.read.source import Counters
 
-FORMAT = 1  # part of an identity: raise it when the same file comes to be read as other pixels
+FORMAT = 2  # part of an identity: raise it when the same file comes to be read as other pixels
 SAMPLED_TILES = 16  # read for an identity
 CACHED_TOGETHER = 64  # ranges looked up in the cache before the others are fetched
 
@@ -53,7 +54,9 @@ class TiffSource(HalvedSource):
     @cached_property
     def identity(self) -> str:
         """Digest of the file's length, of the table of tiles and of some tiles; see ``Source``."""
-        digest = hashlib.sha256(repr((FORMAT, self._image.file_bytes, self.channels, self.dtype.str)).encode())
+        image = self._image
+        described = (image.file_bytes, self.channels, self.dtype.str, image.orientation)
+        digest = hashlib.sha256(repr((FORMAT, *described)).encode())
         for image in self._images:
             digest.update(repr(image.shape).encode())
             for plane in image.planes:
@@ -65,7 +68,7 @@ class TiffSource(HalvedSource):
     def _fill_stored(self, number: int, boxes: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Decode each tile once; plain pixels are read row by row."""
         image = self._images[number]
-        if image.direct:
+        if image.direct or image.orientation != UPRIGHT:
             fill_apart(boxes, out, (image.shape[1], image.shape[2]), image.read)
         else:
             self._decode(image, boxes, out)

@@ -48,7 +48,9 @@ def check_sharded(check: Check, store: Store, root: dict[str, Any], source: str 
     options = info.provenance.get("options")
     sparse = isinstance(options, dict) and bool(options.get("allow_sparse"))
     with open_source(check, source, first.shape, first.layout.dtype, allow_sparse=sparse) as image:
-        check.run(_Shards(check, store, info.levels, image).tasks(), sum(level.nbytes for level in info.levels))
+        check.run(
+            _Shards(check, store, info.levels, image, info.nodata).tasks(), sum(level.nbytes for level in info.levels)
+        )
 
 
 def _check_copies(check: Check, store: Store, info: PyramidInfo, copies: dict[str, Any]) -> None:
@@ -102,6 +104,7 @@ class _Shards:
     store: Store
     levels: tuple[LevelInfo, ...]
     source: PixelSource | None
+    nodata: float | None
 
     def tasks(self) -> list[Callable[[], object]]:
         """All that is to be done, each task in the memory of a few shards."""
@@ -131,7 +134,7 @@ class _Shards:
             pixels = self._examine(number, (y, x))
             if pixels is None or means is None:
                 continue  # what is damaged is named where it is examined
-            expected = downsample(pixels)
+            expected = downsample(pixels, nodata=self.nodata)
             top, left = half * (y - 2 * parent[0]), half * (x - 2 * parent[1])
             found = means[:, top : top + expected.shape[1], left : left + expected.shape[2]]
             if wrong := differences(found, expected, (y * half, x * half), coarser.layout.chunk):

@@ -308,7 +308,7 @@ class TestFailures:
         assert (done[2].folder / PICTURE).exists()
 
     def test_pixels_that_are_no_numbers(self, bright_model, tmp_path):
-        pixels = np.full((3, 70, 140), np.nan, np.float32)
+        pixels = np.full((3, 70, 140), np.inf, np.float32)
         write_pyramid(tmp_path / "x.ome.zarr", pixels)
         [done] = heatmaps([Entry(slide_id="x", path=str(tmp_path / "x.ome.zarr"))], bright_model[3], tmp_path / "o")
         assert "x.ome.zarr: what the model computes is not finite" in done.error

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 import torch
 
-from nested_ats.images import find_level
+from nested_ats.images import find_level, scale_pixels
 from pipeline.config import parse_config, plain
 from pipeline.data.manifest import Entry, read_manifest
 from pipeline.data.selection import select
@@ -19,7 +19,7 @@ from pipeline.results.heatmap import OBJECTS, heatmaps
 from pipeline.results.predict import predict
 from pipeline.results.settings import prediction_settings
 from pipeline.training.train import train
-from storage import Slide, write_pyramid
+from storage import Slide, convert, write_pyramid
 from storage.images.halving import downsample
 
 
@@ -207,3 +207,85 @@ def test_a_mean_of_two_is_that_of_a_conversion(tmp_path):
         image = SlideImage(slide, mpp=0.5)
         image._levels[1] = image._levels[1]._replace(source=0, shrink=2.0)  # as if the level were missing
         np.testing.assert_array_equal(image.read(1, torch.tensor([[0, 0, 100, 120]]))[0].numpy(), downsample(pixels))
+
+
+class TestNodata:
+    """Pixels without data are background to the model, and count in no mean."""
+
+    def slide(self, path, pixels, nodata):
+        tags = [(42113, "s", 0, str(nodata), True)]
+        options = {"photometric": "minisblack", "planarconfig": "separate", "tile": (64, 64)}
+        tifffile.imwrite(path, pixels, extratags=tags, resolution=(20000, 20000), resolutionunit=3, **options)
+        return Slide(path)
+
+    def scene(self, dtype, nodata):
+        pixels = np.random.default_rng(0).integers(1, 200, (2, 200, 240)).astype(dtype)
+        pixels[:, :64, :64], pixels[1, 100, 100:110], pixels[0, 101, 100:110] = nodata, nodata, nodata
+        return pixels
+
+    @pytest.mark.parametrize("background", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize(("dtype", "nodata"), [("int16", -32768), ("uint16", 65535), ("float32", np.nan)])
+    def test_it_becomes_the_background(self, tmp_path, dtype, nodata, background):
+        pixels = self.scene(dtype, nodata)
+        with self.slide(tmp_path / "x.tif", pixels, nodata) as slide:
+            image = SlideImage(slide, background=background)
+            box = (-10, 30, 150, 120)
+            found = read(image, 1, box)
+            gone = np.isnan(pixels) if dtype == "float32" else pixels == nodata
+            expected = np.full((2, 150, 120), image.fill, dtype)
+            expected[:, 10:] = np.where(gone, image.fill, pixels)[:, :140, 30:150]
+            np.testing.assert_array_equal(found, expected)
+            assert image.identity != SlideImage(slide, background=0.25).identity
+
+    @pytest.mark.parametrize(("dtype", "nodata"), [("int16", -32768), ("float32", -9999)])
+    def test_it_is_not_averaged_over_areas(self, tmp_path, dtype, nodata):
+        pixels = self.scene(dtype, nodata)
+        with self.slide(tmp_path / "x.tif", pixels, nodata) as slide:
+            assert slide.mpp == pytest.approx(0.5)
+            image = SlideImage(slide, mpp=0.75, background=0.5)
+            y, x, h, w = 38, 38, 40, 60
+            found = read(image, 1, (y, x, h, w)).astype(float)
+            fine = np.repeat(np.repeat(pixels.astype(float), 2, 1), 2, 2)  # of which a new pixel has 3 x 3
+            fine[fine == nodata] = np.nan
+            blocks = fine[:, 3 * y : 3 * (y + h), 3 * x : 3 * (x + w)].reshape(2, h, 3, w, 3)
+            count = (~np.isnan(blocks)).sum((2, 4))
+            mean = np.nansum(blocks, (2, 4)) / np.maximum(count, 1)
+            assert (count == 0).any()
+            assert ((count > 0) & (count < 9)).any()
+            np.testing.assert_allclose(
+                found, np.where(count, mean, image.fill), atol=0.51 if dtype == "int16" else 1e-3
+            )
+
+
+class TestValues:
+    """Pixels are over the largest value that the slide can have, whatever type holds them."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "bits", "largest"),
+        [
+            ("uint16", 12, 4095),
+            ("uint8", 4, 15),
+            ("uint16", 16, 65535),
+            ("int8", 8, 127),
+            ("int32", 32, 2**31 - 1),
+            ("uint32", 32, 2**32 - 1),
+        ],
+    )
+    @pytest.mark.parametrize("mpp", [None, 0.75])
+    def test_they_reach_one(self, tmp_path, dtype, bits, largest, mpp):
+        pixels = np.full((90, 100), largest, dtype)
+        pixels[50:] = 0
+        options = {"bitspersample": bits} if dtype[0] == "u" and bits not in (16, 32) else {}
+        path = tmp_path / "x.tif"
+        tifffile.imwrite(
+            path, pixels, photometric="minisblack", resolution=(20000, 20000), resolutionunit=3, **options
+        )
+        convert(path, tmp_path / "p.ome.zarr")
+        for place in (path, tmp_path / "p.ome.zarr"):
+            with Slide(place) as slide:
+                assert slide.bits == options.get("bitspersample")
+                image = SlideImage(slide, background=0.5, mpp=mpp)
+                found = scale_pixels(image.read(0, torch.tensor([[-2, 0, 60, 40]])))[0, 0]
+                assert found[:2].mean() == pytest.approx(0.5, rel=1e-2 if dtype != "uint8" else 0.1)
+                assert found[2:30].min() == pytest.approx(1, rel=1e-6)
+                assert found[2:30].max() == pytest.approx(1, rel=1e-6)

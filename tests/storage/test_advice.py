@@ -7,6 +7,7 @@ import gc
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 
 import imagecodecs
@@ -87,7 +88,7 @@ def test_types(tmp_path, dtype, settings):
     assert_way_out(path, tmp_path, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("compression", ["jpegxl", "jpegxr", "png", "lerc"])
+@pytest.mark.parametrize("compression", ["jpegxr"])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 def test_compressions(tmp_path, compression, planar):
     pixels = RGB if planar == "contig" else np.ascontiguousarray(RGB.transpose(2, 0, 1))
@@ -168,15 +169,8 @@ def test_other_colours(tmp_path, photometric, mode, settings):
     assert_way_out(path, tmp_path, RGB.transpose(2, 0, 1), tolerance=8.0)
 
 
-@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
-def test_turned_images(tmp_path, orientation):
-    path = write(tmp_path / "x.tif", RGB, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
-    upright = {2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 6: np.rot90(RGB, -1), 8: np.rot90(RGB)}[orientation]
-    assert_way_out(path, tmp_path, upright.transpose(2, 0, 1))
-
-
 def test_many_channels(tmp_path):
-    pixels = picture(channels=65)
+    pixels = picture(channels=1025)
     path = write(tmp_path / "x.tif", pixels, photometric="minisblack", planarconfig="contig")
     assert_way_out(path, tmp_path, pixels[..., :3].transpose(2, 0, 1))
 
@@ -190,15 +184,14 @@ def test_large_segments_and_rasters(tmp_path):
     assert_way_out(tmp_path / "x.png", tmp_path, RGB.transpose(2, 0, 1), opener=opener)
 
 
-@pytest.mark.parametrize("mode", ["1", "P", "RGBA"])
-def test_bmp(tmp_path, mode):
-    image = Image.fromarray(RGB).convert(mode)
-    image.save(tmp_path / "x.bmp")
-    expected = np.asarray(image.convert("L" if mode == "1" else "RGB"))
-    expected = expected[None] if mode == "1" else expected.transpose(2, 0, 1)
-    [command] = COMMAND.findall(refusal(tmp_path / "x.bmp"))
-    with open_image(follow(command, tmp_path / "x.bmp", tmp_path)) as made:
-        np.testing.assert_array_equal(whole(made)[: len(expected)], expected)
+def test_bmp(tmp_path):
+    """Of 16 bits, five for each colour."""
+    values = np.random.default_rng(0).integers(0, 2**15, (8, 6), np.uint16)
+    head = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 54 + values.nbytes, 0, 54, 40, 6, 8, 1, 16, 0, 0, 0, 0, 0, 0)
+    (tmp_path / "x.bmp").write_bytes(head + values.tobytes())
+    shifts = np.array([10, 5, 0], np.uint16)
+    expected = (values[::-1, :, None] >> shifts & 31).astype(float) * 255 / 31
+    assert_way_out(tmp_path / "x.bmp", tmp_path, expected.transpose(2, 0, 1), tolerance=4.0)
 
 
 def test_jpegs(tmp_path):

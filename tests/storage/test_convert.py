@@ -109,13 +109,13 @@ def test_values_are_rounded_half_up_and_never_rescaled(tmp_path):
         assert slide.read(1, (0, 0, 2, 2)).tolist() == [[[1, 255], [65535, 3]]]
 
 
-def test_nan_stays_nan_and_spreads_only_to_its_parents(tmp_path):
+def test_nan_stays_nan_and_is_not_averaged(tmp_path):
     pixels = np.ones((1, 40, 40), np.float32)
-    pixels[0, 5, 7] = np.nan
+    pixels[0, 5, 7], pixels[0, 8:10, 2:4] = np.nan, np.nan
     write_pyramid(tmp_path / "p.zarr", pixels, options=SMALL)
     with Slide(tmp_path / "p.zarr") as slide:
         np.testing.assert_array_equal(whole(slide), pixels)
-        assert np.argwhere(np.isnan(whole(slide, 1)[0])).tolist() == [[2, 3]]
+        assert np.argwhere(np.isnan(whole(slide, 1)[0])).tolist() == [[4, 1]]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -129,7 +129,8 @@ def test_extreme_numbers_are_averaged_without_a_warning(tmp_path, dtype):
     convert(tmp_path / "x.tif", tmp_path / "p.zarr", options=SMALL)
     with Slide(tmp_path / "p.zarr") as slide:
         np.testing.assert_array_equal(whole(slide)[0], pixels)
-        np.testing.assert_array_equal(whole(slide, 1)[0, 0, :4], [np.nan, np.float64(largest), np.nan, 0])
+        third = slide.dtype.type(1 / 3)
+        np.testing.assert_array_equal(whole(slide, 1)[0, 0, :4], [np.nan, np.float64(largest), third, 0])
 
 
 def test_svs_baseline(tmp_path, svs):
@@ -280,8 +281,8 @@ def test_layouts_that_readers_refuse_are_not_written(tmp_path, textured):
 
 
 def test_arrays_of_other_types_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="uint32"):
-        write_pyramid(tmp_path / "p.zarr", np.zeros((1, 4, 4), np.uint32))
+    with pytest.raises(ValueError, match="uint64"):
+        write_pyramid(tmp_path / "p.zarr", np.zeros((1, 4, 4), np.uint64))
     with pytest.raises(ValueError, match="expected"):
         write_pyramid(tmp_path / "p.zarr", np.zeros((4, 4), np.uint8))
 

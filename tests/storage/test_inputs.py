@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from storage import (
+    ConvertOptions,
     CorruptImageError,
     MissingImageError,
     RasterImage,
@@ -28,8 +29,10 @@ from storage import (
     TiffImage,
     TransferError,
     UnsupportedImageError,
+    convert,
     open_image,
 )
+from storage.images.codestreams import jxl_header
 from storage.images.image import ACCEPTED
 from storage.limits import Limits
 from storage.place.files import BLOCK_BYTES, BlockReader, RandomFile, fingerprint
@@ -82,6 +85,13 @@ def smooth(rng):
         (3, {"compression": "jpeg", "compressionargs": {"subsampling": "420"}}),
         (3, {"compression": "jpeg", "planarconfig": "separate"}),
         (3, {"compression": "lzma"}),
+        (3, {"compression": "jpegxl"}),
+        (1, {"compression": "jpegxl", "photometric": "minisblack"}),
+        (3, {"compression": "jpegxl", "compressionargs": {"level": 80, "lossless": False}}),
+        (4, {"compression": "jpegxl", "extrasamples": ["unassalpha"]}),
+        (3, {"compression": "png"}),
+        (3, {"compression": "lerc"}),
+        (3, {"compression": "lerc", "planarconfig": "separate"}),
         (4, {"photometric": "separated"}),
         (4, {"photometric": "separated", "compression": "zstd", "predictor": True}),
         (4, {"photometric": "separated", "compression": "jpeg"}),
@@ -99,7 +109,12 @@ def test_codecs_and_colours_equal_tifffile(tmp_path, smooth, channels, settings)
 @pytest.mark.parametrize(
     ("dtype", "compression"),
     [
-        *itertools.product(["uint8", "uint16", "int16", "float32", "float64"], [None, "deflate"]),
+        *itertools.product(
+            ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"], [None, "deflate"]
+        ),
+        ("uint16", "jpegxl"),
+        ("uint16", "png"),
+        *itertools.product(["int8", "int16", "uint32", "int32"], ["lerc"]),
         ("uint16", "jpeg2000"),
         ("int16", "jpeg2000"),
     ],
@@ -113,7 +128,7 @@ def test_types_are_kept(tmp_path, rng, dtype, compression):
     )
     if not info:
         pixels[3, 4], pixels[5, 6] = np.nan, -np.inf
-    order = "<" if compression == "jpeg2000" else ">"  # tifffile's encoder swaps bytes in the stream too
+    order = "<" if compression not in (None, "deflate") else ">"  # its encoders swap bytes in the stream too
     tifffile.imwrite(tmp_path / "x.tif", pixels, compression=compression, tile=(16, 32), byteorder=order)
     np.testing.assert_array_equal(assert_equals_tifffile(tmp_path / "x.tif")[0], pixels)
 
@@ -173,7 +188,7 @@ def test_images_are_pickled_by_their_place(tiff, tmp_path, smooth):
 
 @pytest.mark.parametrize(
     ("stored", "held"),
-    [("int8", "int16"), ("float16", "float32"), ("int32", "float64"), ("uint32", "float64")],
+    [("int8", "int8"), ("float16", "float32"), ("int32", "int32"), ("uint32", "uint32")],
 )
 @pytest.mark.parametrize("settings", [{}, {"tile": (16, 32), "compression": "deflate"}])
 def test_types_go_into_the_next_that_holds_them(tmp_path, rng, stored, held, settings):
@@ -196,7 +211,8 @@ def test_packed_bits_are_kept_as_they_are(tmp_path, rng, bits, channels):
     tifffile.imwrite(tmp_path / "x.tif", pixels, photometric=colours, bitspersample=bits, rowsperstrip=16)
     with TiffImage(tmp_path / "x.tif") as image:
         np.testing.assert_array_equal(whole(image), as_chw(pixels, channels))
-        assert image.dtype == ("uint8" if bits < 8 else "uint16" if bits < 16 else "float64")
+        assert image.dtype == ("uint8" if bits < 8 else "uint16" if bits < 16 else "uint32")
+        assert image.bits == bits
         np.testing.assert_array_equal(image.read(13, 5, 20, 30), as_chw(pixels, channels)[:, 13:33, 5:35])
 
 
@@ -268,15 +284,79 @@ def test_a_palette_that_lacks_colours_is_refused(tmp_path):
         TiffImage(tmp_path / "x.tif")
 
 
+def make_upright(pixels, orientation):
+    """As the table of tag 274 has it."""
+    turned = {2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1)}
+    turned |= {6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels)}
+    return turned[orientation]
+
+
 @pytest.mark.parametrize("orientation", range(9))
-def test_turned_images_are_refused(tmp_path, orientation):
+def test_turned_images_are_made_upright(tmp_path, orientation):
     pixels = np.arange(600, dtype=np.uint16).reshape(20, 30)
     tifffile.imwrite(tmp_path / "x.tif", pixels, extratags=[(274, "H", 1, orientation, True)])
     if orientation < 2:  # 0 has no meaning
         assert_equals_tifffile(tmp_path / "x.tif")
         return
+    expected = make_upright(pixels, orientation)
+    with TiffImage(tmp_path / "x.tif") as image, Slide(tmp_path / "x.tif") as slide:
+        assert image.shape == (1, *expected.shape)
+        np.testing.assert_array_equal(whole(image)[0], expected)
+        np.testing.assert_array_equal(slide.read(0, (0, 0, *expected.shape))[0], expected)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize(
+    "settings",
+    [{"rowsperstrip": 16}, {"tile": (32, 48), "compression": "deflate"}, {"rowsperstrip": 7, "compression": "lzw"}],
+)
+def test_turned_images_in_place_and_converted(tmp_path, smooth, orientation, settings):
+    """Boxes and coarser levels lie where they do in the upright image; pixels that are not square turn too."""
+    pixels = smooth()
+    pixels[:40, :50] //= 2
+    tags = [(274, "H", 1, orientation, True)]
+    options = {"photometric": "rgb", "resolution": (20000, 10000), "resolutionunit": 3} | settings
+    tifffile.imwrite(tmp_path / "x.tif", pixels, extratags=tags, **options)
+    upright = make_upright(pixels, orientation).transpose(2, 0, 1)
+    convert(tmp_path / "x.tif", tmp_path / "p.zarr", options=ConvertOptions(chunk=16, shard=32))
+    with Slide(tmp_path / "x.tif") as there, Slide(tmp_path / "p.zarr") as pyramid:
+        assert there.levels[0].scale_yx == pyramid.levels[0].scale_yx
+        assert there.levels[0].scale_yx == ((1.0, 0.5) if orientation < 5 else (0.5, 1.0))
+        for slide in (there, pyramid):
+            boxes = [(10, 20, 40, 30), (60, 50, 40, 30)]
+            for box, found in zip(boxes, slide.read_many(0, boxes), strict=True):
+                y, x, h, w = box
+                np.testing.assert_array_equal(found, upright[:, y : y + h, x : x + w])
+        np.testing.assert_array_equal(*(slide.read(1, (0, 0, 50, 50)) for slide in (there, pyramid)))
+
+
+def test_turned_strips_that_every_column_crosses_are_refused_where_they_are_large(tmp_path, smooth):
+    tags = [(274, "H", 1, 6, True)]
+    tifffile.imwrite(tmp_path / "x.tif", smooth(), photometric="rgb", compression="lzw", extratags=tags)
     with pytest.raises(UnsupportedImageError, match="vips autorot"):
-        TiffImage(tmp_path / "x.tif")
+        TiffImage(tmp_path / "x.tif", limits=Limits(raster_bytes=1000))
+
+
+def test_a_lerc_with_a_mask_is_refused(tmp_path):
+    """Its decoder would make zeros of the pixels that are masked."""
+    pixels = np.ones((16, 16), np.float32)
+    blob = imagecodecs.lerc_encode(pixels, masks=np.eye(16, dtype=bool))
+    tifffile.imwrite(
+        tmp_path / "x.tif", iter([blob]), shape=(16, 16), dtype="float32", tile=(16, 16), compression="lerc"
+    )
+    with TiffImage(tmp_path / "x.tif") as image, pytest.raises(CorruptImageError, match="a LERC with a mask"):
+        whole(image)
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_the_header_of_a_jpeg_xl_tells_its_size(rng, container):
+    for height, width in [(64, 64), (256, 8), (100, 130), (1, 1), (3000, 2), (120, 100), (90, 160), (20000, 5)]:
+        pixels = np.zeros((height, width), np.uint8)
+        data = imagecodecs.jpegxl_encode(pixels, usecontainer=container)
+        header = jxl_header(data)
+        assert (header.height, header.width) == (height, width)
+    with pytest.raises(ValueError, match="no JPEG XL"):
+        jxl_header(data[5:])
 
 
 def test_ycbcr_jpeg2000_of_aperio_is_refused(tmp_path, smooth):
@@ -506,6 +586,9 @@ def first_tile(path):
         ("jpeg2000", b"\xff\x51", 22, struct.pack(">II", 1, 1)),  # one pixel a tile
         ("jpeg2000", b"\xff\x51", 38, struct.pack(">H", 16384)),
         ("webp", b"VP8L", 9, struct.pack("<I", 0x0FFFFFFF)),
+        ("png", b"IHDR", 4, struct.pack(">II", 60000, 60000)),
+        ("lerc", b"Lerc2 ", 14, struct.pack("<ii", 60000, 60000)),
+        ("jpegxl", b"\xff\x0a", 2, struct.pack("<I", 2 << 1 | (2**18 - 1) << 3)),
     ],
 )
 def test_a_tile_that_claims_more_than_its_place_is_not_decoded(
@@ -714,14 +797,15 @@ def test_png_equals_pillow(tmp_path, smooth, mode):
         opened.read(0, 0, 1, 1)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "P4", "1"])
 @pytest.mark.parametrize("top_down", [False, True])
 def test_bmp_equals_pillow(tmp_path, smooth, mode, top_down):
-    image = Image.fromarray(smooth()[:, :99]).convert(mode)  # rows are padded to 4 bytes
+    image = Image.fromarray(smooth()[:, :99])  # rows are padded to 4 bytes
+    image = image.quantize(250 if mode == "P" else 13) if mode[0] == "P" else image.convert(mode)
     path = save(tmp_path / "x.tif", ImageOps.flip(image) if top_down else image, format="BMP")
     if top_down:
         path.write_bytes(put(path.read_bytes(), 22, struct.pack("<i", -image.height)))
-    expected = np.atleast_3d(image).transpose(2, 0, 1)
+    expected = np.atleast_3d(image.convert({"L": "L", "1": "L"}.get(mode, "RGB"))).transpose(2, 0, 1)
     with open_image(path) as opened, Slide(path) as slide:  # named TIFF: the bytes decide
         assert isinstance(opened, RasterImage)
         np.testing.assert_array_equal(whole(opened), expected)
@@ -735,11 +819,10 @@ def put(data, place, new):
 @pytest.mark.parametrize(
     ("mode", "place", "new", "reason"),
     [
-        ("1", 0, b"", "of 1 bits"),
-        ("RGBA", 0, b"", "of 32 bits"),
-        ("P", 0, b"", "with a palette"),
-        ("L", 54 + 4 * 200, b"\0\0\0", "with a palette"),  # grey, but 200 stands for 0
+        ("RGB", 28, b"\x10", "of 16 bits"),
+        ("RGBA", 30, b"\3", "compressed or of a rare depth"),
         ("L", 30, b"\1", "compressed"),
+        ("P", 10, struct.pack("<I", 54 + 4 * 9), "does not decode"),  # a palette of nine colours
         ("RGB", 14, b"\x0c", "not an image of a kind"),  # OS/2
         ("RGB", 18, b"\0\0\0\0", "without pixels"),
         ("RGB", 18, struct.pack("<i", -5), "without pixels"),
