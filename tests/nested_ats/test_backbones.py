@@ -99,7 +99,7 @@ class TestTimm:
     def test_of_a_pickle_nothing_but_tensors_is_read(self, vit, tmp_path):
         encoder = {"name": "timm/vit_tiny_patch16_224", "weights": str(tmp_path / "w.bin"), **VIT}
         torch.save({"state_dict": vit.state_dict(), "run": slice(1)}, tmp_path / "w.bin")
-        with pytest.raises(ModelFileError, match="weights alone"):
+        with pytest.raises(ModelFileError, match="holds more than weights"):
             build(encoder)
         torch.save([1, 2], tmp_path / "w.bin")
         with pytest.raises(ModelFileError, match="no state of a network"):
