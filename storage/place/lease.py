@@ -128,9 +128,7 @@ class Lease:
                 self._put(mark_of(meta))
                 return
         holder = entry.get("holder", "another conversion")
-        raise ConversionError(
-            f"{self._output}: stopped, since {holder} has taken over; this one renewed its lock too late"
-        )
+        raise ConversionError(f"{self._output}: stopped, since {holder} has taken over; the lock had expired")
 
     def _take(self) -> None:
         with contextlib.suppress(Occupied):

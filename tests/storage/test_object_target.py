@@ -77,7 +77,7 @@ def url(s3):
 
 @pytest.fixture
 def objects(s3):
-    """What lies where the pyramid is to be, and beside it."""
+    """Objects at the place of the pyramid and beside it."""
     return lambda: s3.objects("folder/p.zarr"), lambda: s3.objects("folder/p.zarr.partial")
 
 
