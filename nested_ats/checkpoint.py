@@ -232,7 +232,7 @@ def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
     config: AnyConfig = KINDS[kind].config(**raw)  # type: ignore[assignment]
     _check_types(config)
     if config.mean is None or config.std is None:
-        raise ValueError("mean and std are not said")
+        raise ValueError("mean and std are missing")
     return config
 
 

@@ -1,4 +1,4 @@
-"""What tests of several rooms share, and which of them run beside each other.
+"""Helpers that tests of several rooms share, and rules for which tests run beside each other.
 
 Notable: `make test` runs two processes at once (pytest-xdist). A file's tests stay in one of them, in order, so that
 what a module makes is made once; each process has at most one Ray head.

@@ -77,8 +77,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged or hostile pickle can raise anything
         reason = str(error).strip().splitlines()[0]
         raise ModelFileError(
-            f"{path}: not weights alone, which is all that is read of a file by torch.save ({reason}); save its "
-            "state_dict() anew, where you trust it"
+            f"{path}: holds more than weights, and only weights are read from a file of torch.save ({reason}); "
+            "if you trust it, save its state_dict() anew"
         ) from error
     for key in ("state_dict", "model", "teacher"):
         inner = found.get(key) if isinstance(found, dict) else None

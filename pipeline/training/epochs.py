@@ -80,10 +80,10 @@ def epoch_verdict(
     shares
         `class_shares` of the training slides.
     """
-    of = "val_" if "val_auc" in metrics else ""  # on slides of one class, always answering it is best
+    prefix = "val_" if "val_auc" in metrics else ""  # on slides of one class, always answering it is best
     return verdict(
-        cross_entropy=metrics[f"{of}cross_entropy"],
-        guess=guess_cross_entropy(shares, [entry.label for entry in (validation if of else training)]),
+        cross_entropy=metrics[f"{prefix}cross_entropy"],
+        guess=guess_cross_entropy(shares, [entry.label for entry in (validation if prefix else training)]),
         auc=metrics.get("val_auc"),
         interval=(metrics["val_auc_low"], metrics["val_auc_high"]) if "val_auc" in metrics else None,
         entropy=metrics["entropy"],

@@ -119,16 +119,16 @@ class Learner:
         self.kept.update()
 
     def _forward(
-        self, rows: Sequence[Row], of: tuple[str | int, ...], more: int = 1
+        self, rows: Sequence[Row], purpose: tuple[str | int, ...], more: int = 1
     ) -> Reading[tuple[Sequence[Entry], Output] | None]:
         """Run the model on the slides of a batch that can be read, if there are any.
 
-        `of` and the slide's name key the draws; `more` multiplies the samples.
+        `purpose` and the slide's name key the draws; `more` multiplies the samples.
         """
         options = {"more": more} if isinstance(self.model, SamplingModel) else {}
         while rows:
             entries, images, views = zip(*rows, strict=True)
-            keys = torch.tensor([draw_key(self.config.seed, *of, entry.slide_id) for entry in entries])
+            keys = torch.tensor([draw_key(self.config.seed, *purpose, entry.slide_id) for entry in entries])
             known = None if views[0] is None else views
             try:
                 return entries, (yield from self.model.classify(images, keys, views=known, **options))

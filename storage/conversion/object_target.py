@@ -77,7 +77,7 @@ class ObjectPartial(Partial):
         """Whether there is a root, which would mark a pyramid as whole."""
         if is_web(target):
             raise ConversionError(
-                f"{target}: http and https are for reading; write to a folder, s3://, gs:// or az://"
+                f"{target}: http and https can only be read; write to a folder, s3://, gs:// or az://"
             )
         try:
             RemoteStore(target).get(ROOT)
@@ -107,7 +107,7 @@ class ObjectPartial(Partial):
             if not (known and OWN_KEYS.fullmatch(key)):
                 url = self.output.name
                 raise ConversionError(
-                    f"{url}: holds {key}, which is of no pyramid made here; remove it, or write elsewhere"
+                    f"{url}: holds {key}, which belongs to no pyramid of ours; remove it, or write elsewhere"
                 )
 
     def _is_intact(self, receipt: Receipt) -> bool:  # noqa: ARG002  equal tags mean equal bytes

@@ -84,13 +84,13 @@ def _blosc(data: bytes, limit: int) -> bytes:
         raise ValueError("cut short")
     made, stored = _LENGTH.unpack_from(data, 4)[0], _LENGTH.unpack_from(data, 12)[0]
     if made > limit or stored > len(data):  # it has read past the end
-        raise ValueError("its header does not hold")
+        raise ValueError("its header is wrong")
     return bytes(blosc.decompress(data))
 
 
 def _lz4(data: bytes, limit: int) -> bytes:
     if len(data) < _LENGTH.size or _LENGTH.unpack_from(data)[0] > limit:
-        raise ValueError("its header does not hold")
+        raise ValueError("its header is wrong")
     return bytes(lz4.decompress(data))
 
 

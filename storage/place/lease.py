@@ -128,7 +128,7 @@ class Lease:
                 self._put(mark_of(meta))
                 return
         holder = entry.get("holder", "another conversion")
-        raise ConversionError(f"{self._output}: stopped, since {holder} has taken over; this one was silent too long")
+        raise ConversionError(f"{self._output}: stopped, since {holder} has taken over; the lock had expired")
 
     def _take(self) -> None:
         with contextlib.suppress(Occupied):

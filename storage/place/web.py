@@ -71,10 +71,10 @@ class WebRequests:
                 raise TransferError("Range request not supported")
             first, last = int(found[1]), int(found[2])
             if (first != start and start >= 0) or last - first >= length:
-                raise TransferError(f"{wanted} was asked and {found[0]} came")
+                raise TransferError(f"{wanted} was requested and {found[0]} was sent")
             body = await _body(answer, length)
             if body is None:
-                raise TransferError(f"more bytes than the {length} that were asked")
+                raise TransferError(f"more bytes than the {length} that were requested")
             return body
 
         return self._request("GET", key, {"Range": wanted}, read)
@@ -86,7 +86,7 @@ class WebRequests:
             tag, changed = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
             size = answer.headers.get("Content-Length", "")
             if not re.fullmatch(r"\d{1,18}", size):
-                raise TransferError("it does not tell the file's size")
+                raise TransferError("the server does not tell the file's size")
             with contextlib.suppress(ValueError):
                 changed = parsedate_to_datetime(changed).isoformat() if changed else None
             return int(size), {"e_tag": tag} if tag else {"last_modified": changed or ""}
@@ -94,7 +94,7 @@ class WebRequests:
         return self._request("HEAD", key, {}, read)
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise TransferError("web servers are for reading, and do not tell what they hold")
+        raise TransferError("web servers can only be read and do not list their files")
 
     entries = list_folder = put = delete = _refuse
 

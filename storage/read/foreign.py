@@ -158,7 +158,7 @@ class ForeignSource:
                 if offset == length == ABSENT:
                     return None
                 if length > array.stored_bytes or offset > MAX_OFFSET:
-                    raise ValueError(f"its shard has {length} bytes at {offset} for it")
+                    raise ValueError(f"its shard says {length} bytes at {offset}")
                 data = next(self._store.get_ranges([(array.key(shard), offset, length)]))
         except FileNotFoundError:
             self._counters.add(requests=1)

@@ -1,4 +1,4 @@
-"""What the cost benchmarks measure on is what they say: whole pyramids, the rule for levels, the paper's models."""
+"""The cost benchmarks measure what they say: whole pyramids, the rule for levels, the paper's models."""
 
 from __future__ import annotations
 

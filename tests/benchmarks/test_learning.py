@@ -1,4 +1,4 @@
-"""What the benchmark of learning trains on, and that every arm of every task is a model that trains."""
+"""The images of the benchmark of learning are right, and every arm of its task is a model that trains."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_worker_that_always_dies_ends_the_run(head, tmp_path):
 
 
 def test_losses_are_counted_from_the_last_checkpoint_on(monkeypatch, tmp_path):
-    """Of seven groups the first and the third leave a checkpoint; the third loss since then is one too many."""
+    """The first and the third of seven groups leave a checkpoint; the third loss after that is one too many."""
     state, groups = tmp_path / "state", [True, False, True, False, False, True, True]
 
     def progress():

@@ -1,4 +1,4 @@
-"""What users install: the wheel holds all that the packages need, and works away from the repository."""
+"""The wheel that users install holds all that the packages need, and works away from the repository."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bin_folder(wheel, tmp_path_factory):
-    """Of an environment with the wheel; it borrows the dependencies of this one, but not its editable install."""
+    """Folder bin of an environment with the wheel; it borrows our dependencies, but not the editable install."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"

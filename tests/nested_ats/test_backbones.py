@@ -87,7 +87,7 @@ class TestTimm:
     @pytest.mark.parametrize("nested", [None, "state_dict", "model"])
     @pytest.mark.parametrize("old", [False, True])
     def test_pickled_weights(self, vit, tmp_path, nested, old):
-        """As those that pathology's foundation models come with; in a folder as the hub keeps it, too."""
+        """Foundation models of pathology come with such files; a folder of the hub works too."""
         path = tmp_path / "the weights" / "pytorch_model.bin"
         path.parent.mkdir()
         weights = vit.state_dict()
@@ -99,7 +99,7 @@ class TestTimm:
     def test_of_a_pickle_nothing_but_tensors_is_read(self, vit, tmp_path):
         encoder = {"name": "timm/vit_tiny_patch16_224", "weights": str(tmp_path / "w.bin"), **VIT}
         torch.save({"state_dict": vit.state_dict(), "run": slice(1)}, tmp_path / "w.bin")
-        with pytest.raises(ModelFileError, match="weights alone"):
+        with pytest.raises(ModelFileError, match="holds more than weights"):
             build(encoder)
         torch.save([1, 2], tmp_path / "w.bin")
         with pytest.raises(ModelFileError, match="no state of a network"):
@@ -161,7 +161,7 @@ class TestTimm:
 
 class TestTransformers:
     def test_weights_of_a_folder(self, tiny, tmp_path):
-        """And a trained model is loaded without the folder: its architecture is in its own description."""
+        """A trained model is loaded without the folder, since its description has the architecture."""
         tiny.save_pretrained(tmp_path / "here")
         (tmp_path / "here" / "preprocessor_config.json").write_text(
             json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
@@ -245,7 +245,7 @@ class TestTransformers:
 
 
 def test_features_have_one_name_wherever_the_weights_came_from(tiny, tmp_path):
-    """So that what a training has kept is found by a prediction, whose model knows no more than its folder."""
+    """A prediction, which knows only the model's folder, must find the features that a training has kept."""
 
     def kept_as(model) -> str | None:
         return model._encoder_name(model.encoder, torch.device("cpu"))

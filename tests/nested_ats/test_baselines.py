@@ -50,7 +50,7 @@ def model(request) -> ImageModel:
 
 
 def test_one_interface(model, tmp_path):
-    """What training does with any of them."""
+    """One training step, which is the same for all kinds."""
     images, keys = [image(), image(33, 41, 1), image(60, 80, 2)], torch.arange(3)
     views = [model.coarse_view(each) for each in images]
     output = model(images, keys, views=views)

@@ -49,7 +49,7 @@ def test_curve_steps_to_a_neighbour():
 
 @pytest.mark.parametrize("shape", [(180, 180), (36, 48), (33, 129), (7, 100), (100, 257), (5, 9), (1, 50), (200, 3)])
 def test_list_neighbours_are_neighbours_on_maps_of_any_shape(shape):
-    """Where a map leaves the curve's square the list jumps, seldom: strata stay nearly as compact as squares."""
+    """The list rarely jumps where a map leaves the curve's square, so strata stay nearly as compact as squares."""
     order = curve_order(*shape)
     y, x = order // shape[1], order % shape[1]
     assert (y.diff().abs() + x.diff().abs() == 1).double().mean() > 0.9

@@ -283,7 +283,7 @@ def test_pixels_normalised_channel_by_channel(tmp_path):
     assert load_model(tmp_path / "m", expect=ImageModel)[0].config == config
     left_open = json.loads((tmp_path / "m" / "config.json").read_text())["model"] | {"mean": None}
     change(tmp_path / "m", model=left_open)
-    with pytest.raises(ModelFileError, match="mean and std are not said"):
+    with pytest.raises(ModelFileError, match="mean and std are missing"):
         load_model(tmp_path / "m", expect=ImageModel)
 
 

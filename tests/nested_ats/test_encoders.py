@@ -91,7 +91,7 @@ def test_ilse_is_the_published_network():
 
 
 def test_unknown_options_are_refused(build):
-    """And named without our function."""
+    """The message does not name our function."""
     with pytest.raises(EncoderError, match=r"encoder: lenet cannot be built with \{'depth': 3\}: got an") as caught:
         build(encoder={"name": "lenet", "depth": 3})
     assert "()" not in str(caught.value)
@@ -111,7 +111,7 @@ def test_what_names_no_encoder_is_refused(encoder, config):
 
 
 def test_weights_of_ones_own(tmp_path, build):
-    """Of any of ours, and of what is imported; a trained model does not ask for them again."""
+    """It works for our own encoders and imported ones; a trained model does not need the file again."""
     source = build(encoder="resnet")
     torch.save(source.encoder.state_dict(), tmp_path / "w.pth")
     model = build(encoder={"name": "resnet", "weights": str(tmp_path / "w.pth")})

@@ -182,7 +182,7 @@ class TestIntervals:
 
 
 class TestExpectedError:
-    """Of a head whose logits are the features."""
+    """The head's logits are the features."""
 
     def test_a_saturated_slide_goes_on(self):
         """All draws lie where the softmax is flat, and a fifth of the distance that they scatter leads out of it."""

@@ -109,7 +109,7 @@ LEVELS = (
 
 
 def gradient(model: ImageModel, images: list[ArrayImage], keys: Tensor, **options: object) -> Tensor:
-    """Of the summed training loss, by all parameters."""
+    """The gradient of the summed training loss by all parameters."""
     output = model(images, keys, **options)
     loss, _ = attention_sampling_loss(output.logits.double(), keys % 3, output.entropy, entropy_weight=0.05)
     parts = torch.autograd.grad(loss.sum(), list(model.parameters()), allow_unused=True)

@@ -158,7 +158,7 @@ def test_a_region_as_large_as_the_cell_above_covers_it_whatever_the_rounding():
 
 @pytest.mark.parametrize("downsample", [1, 1.5])
 def test_patches_must_cover_the_cells_that_they_are_drawn_from(downsample):
-    """As regions do between the levels: what lies between the patches could never be seen."""
+    """Gaps between patches could never be seen, like those between regions."""
     last = LevelConfig(downsample=16, samples=4)  # cells of 128
     patch = {"patch_size": 32, "patch_downsample": downsample}
     for make in (

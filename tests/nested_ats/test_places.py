@@ -1,4 +1,4 @@
-"""Where a cell, a region and a patch lie: at any depth, on any border, at downsamples that are no whole numbers.
+"""The places of cells, regions and patches, at any depth, on any border, and at fractional downsamples.
 
 The images of these tests are made as they are read, of channels that say where a pixel lies.
 """
@@ -156,7 +156,7 @@ def test_cells_and_patches_cover_the_object_that_made_them(tree, size, corner, s
 @given(tree=trees(1.0), size=sizes, key=st.integers(0, 99))
 @example(tree=([4.474236818101209, 2.0], [4, 1]), size=(40, 54), key=0)
 def test_any_image_can_be_looked_at(tree, size, key):
-    """Also where a cell reaches into the image by less than a pixel, and the region that opens it not at all."""
+    """A cell may reach into the image by less than a pixel, and the region that opens it not at all."""
     model = build(*tree, samples=40)
     output = model([Charted(size, [1.0, *reversed(tree[0])], (0, 0, 0, 0))], torch.tensor([key]))
     assert output.logits.isfinite().all()

@@ -89,7 +89,7 @@ def test_the_whole_architecture(name):
 
 @pytest.mark.parametrize("name", BUILT)
 def test_a_small_copy_works_and_needs_its_weights_once(name, hub, tmp_path):
-    """From what a download leaves in the cache to a model that is loaded without it."""
+    """A download in the cache becomes a model that is loaded without it."""
     preset = PRESETS[name]
     with pytest.raises(EncoderError, match=f"hf download {preset.repository}"):
         build(small(name))
@@ -201,7 +201,7 @@ def test_missing_weights_say_what_to_do(hub):
 
 
 def test_the_cache_of_a_repository_named_in_small_letters(hub):
-    """As UNI's card has it in its code."""
+    """The code on UNI's card writes it so."""
     source = build_encoder(small("uni", weights="random"), in_channels=3, patch_size=224).module
     torch.save(source.state_dict(), hub("MahmoodLab/uni", "pytorch_model.bin"))
     assert torch.equal(build(small("uni")).encoder.pos_embed, source.pos_embed)

@@ -115,7 +115,7 @@ def test_all_compute_in_the_callers_thread_and_read_in_others(readers):
 
 
 def test_those_that_have_read_least_go_first():
-    """What will read again does so before another computes for long; then the oldest ends."""
+    """A computation that will read again starts its reads before another computes for long; the oldest ends then."""
     order = []
 
     def computation(name):

@@ -49,7 +49,7 @@ def density(output, shape, pitch=2):
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_nothing_added_it_is_the_coarsest_map(tree):
-    """Also where a finer cell lies across several of the parent's, whose attention it has by area."""
+    """A finer cell may lie across several of the parent's, whose attention it has by area."""
     image = ArrayImage(torch.rand(3, 192, 192, dtype=torch.float64), levels=4)
     model = build(tree)
     d, _, stride, _ = tree[0]

@@ -210,7 +210,7 @@ def test_rows_of_any_weights_are_drawn_each_for_itself(table, n, method):
 
 @pytest.mark.parametrize("method", ["pivotal", "systematic"])
 def test_neighbours_share_a_stratum(method):
-    """As many draws as there are 4 x 4 blocks on an even map: one from each block."""
+    """With as many draws as an even map has 4 x 4 blocks, each block gives one."""
     order = curve_order(16, 32)
     drawn = order[draw(torch.ones(100, 512), 32, method=method, keys=torch.arange(100)).indices]
     block = drawn // 32 // 4 * 8 + drawn % 32 // 4

@@ -55,7 +55,7 @@ class TestTrainable:
         assert not model.encoder.layers[0].training
 
     def test_a_stage_of_one_block_is_that_block(self, strangers):
-        """As in the ResNets of timm: a Sequential of a single block of several layers, inside a wrapper."""
+        """The ResNets of timm have such a Sequential of a single block of several layers, inside a wrapper."""
         block = nn.Sequential(strangers.Small(in_channels=3))
         wrapped = nn.Sequential(nn.ModuleDict({"stem": nn.Conv2d(3, 3, 1), "stage": block, "norm": nn.Identity()}))
         frozen = freeze(wrapped, 1)

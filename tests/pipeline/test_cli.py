@@ -335,7 +335,7 @@ class TestJson:
         assert cli("validate", tmp_path / "slides.csv").exit_code == 0
 
     def test_info_of_urls(self, cli, tmp_path, monkeypatch):
-        """What is named like an image is opened as one; the rest of a URL is a pyramid."""
+        """A URL with the name of an image is opened as one, any other as a pyramid."""
         opened = []
         cli("synth", "signs", "--out", tmp_path / "set", "--count", 1, "--size", 70)
         path = tmp_path / "set" / "images" / "signs-00000.tif"

@@ -324,7 +324,7 @@ class TestConvertAll:
         assert (tmp_path / MANIFEST).read_text() == text
 
     def test_labels_filled_in_by_hand_stay(self, tmp_path, image):
-        """As the README has it: convert, give every row a label, and perhaps run the same command again."""
+        """Do as the README says: convert, give every row a label, and perhaps run the same command again."""
         image(tmp_path / "in" / "a.tif")
         image(tmp_path / "in" / "b.tif")
         run([tmp_path / "in"], tmp_path / "out")

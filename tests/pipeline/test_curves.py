@@ -50,7 +50,7 @@ def test_curves_are_there_while_training_goes_on(config, pyramids, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
 @pytest.mark.parametrize("epochs", [3, 4])
 def test_curves_of_a_run_that_goes_on_without_them(config, pyramids, tmp_path, epochs):
-    """As on another machine, from a copy: whether it has finished there or not."""
+    """The run goes on from a copy, as on another machine, whether it has finished there or not."""
     entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"]
     job = {"entries": plain_entries(entries), "classes": ["bar", "box"], "channels": 3, "folder": str(tmp_path)}
     train_worker(LocalContext(), {**job, "config": plain(config)})

@@ -45,7 +45,7 @@ def places(*numbers):
 
 
 def rows(name, *numbers):
-    """What is kept under a name: numbers that name and place decide."""
+    """Rows to keep under a name: numbers that follow from name and place."""
     return torch.tensor([[len(name) + number / 64 + i for i in range(WIDTH)] for number in numbers])
 
 

@@ -1,4 +1,4 @@
-"""What a GPU computes is what a processor computes: training, prediction, and both on Ray's workers that share it."""
+"""A GPU computes what a processor does: in training, in prediction, and in both on Ray's workers that share it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch s
 
 @pytest.fixture(autouse=True)
 def _whole_float32():
-    """Not the ten bits that convolutions have on a GPU by default."""
+    """Convolutions on a GPU have ten bits by default; here they have all."""
     kept = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

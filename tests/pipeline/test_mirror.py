@@ -23,7 +23,7 @@ from storage import StorageError
 
 
 class Stop(Exception):
-    """As if the process were killed."""
+    """Stands in for the kill of the process."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What nobody foresaw in one slide is that slide's failure, in every command; the others go on."""
+"""In every command an unforeseen error of one slide fails that slide alone."""
 
 from __future__ import annotations
 

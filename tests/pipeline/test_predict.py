@@ -67,7 +67,7 @@ def worked(monkeypatch):
 
 
 def numbers(rows):
-    """What is computed, without what was measured on the way."""
+    """Columns that are computed, without those that were measured."""
     return [
         [row["prediction"], *(v for k, v in row.items() if k.startswith(("prob_", "se_", "low_", "high_")))]
         for row in rows

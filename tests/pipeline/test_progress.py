@@ -1,4 +1,4 @@
-"""What progress says; the clock is the test's."""
+"""The words of the progress line; the tests have their own clock."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class TestSlideProgress:
 
 
 class TestLines:
-    """Where standard error is no terminal."""
+    """This is the case where standard error is no terminal."""
 
     def test_one_at_intervals_and_one_at_the_end(self, clock, monkeypatch, capsys):
         monkeypatch.setattr(module, "time", clock)

@@ -1,4 +1,4 @@
-"""What README and guides show is what there is: their Python runs, and their commands are parsed as they stand."""
+"""The Python of README and guides runs, and their commands are parsed as they stand."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def run(tmp_path):
 
 
 def restored(folder):
-    """What a state gives, as comparable values."""
+    """Turn a loaded state into comparable values."""
     model, optimizer = network(1)
     position, totals, kept, metrics = load_state(folder, model, optimizer, "abc")
     assert kept == {"steps": torch.tensor(7)}

@@ -329,7 +329,7 @@ def test_slides_change_from_epoch_to_epoch_and_resume_as_they_would_have(config,
 
 
 def test_an_epoch_says_when_nothing_was_learned(config, pyramids, tmp_path):
-    """With a learning rate of nearly nothing, on validation slides; and in the line of each epoch."""
+    """The learning rate is nearly zero; the verdict is on validation slides, and in the line of each epoch."""
     still = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-30}
     job = arguments(parse_config({**plain(config), "train": still}, "test"), pyramids, tmp_path / "run")
     job["entries"] = [{**row, "split": "val" if i < 4 else "train"} for i, row in enumerate(job["entries"])]
@@ -439,7 +439,7 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(pyramids, tmp_path, kind, 
         settings = {"batch_size": 10, "parts": parts, "precision": precision}
         config = parse_config({"seed": 5, "model": EVERY[kind], "train": settings}, "test")
         job = arguments(config, pyramids, tmp_path)
-        # Of one label: the gradients of two would nearly cancel, and leave little but rounding.
+        # The slides have one label: gradients of two would nearly cancel, and leave little but rounding.
         entries = [Entry(**row) for row in job["entries"] if row["label"] == "bar"]
         found[precision], outputs = gradient(Trainer(LocalContext(), config, entries, ["bar", "box"], 3, tmp_path))
         for output in outputs:

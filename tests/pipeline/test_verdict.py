@@ -1,4 +1,4 @@
-"""What is said of a model that has learned nothing, and of one that has."""
+"""The verdict on a model that has learned nothing, and on one that has learned."""
 
 from __future__ import annotations
 

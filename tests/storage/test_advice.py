@@ -1,4 +1,4 @@
-"""What a refusal advises is done, and the image that comes of it is read, with the right pixels.
+"""The advice of each refusal is followed, and the resulting image is read with the right pixels.
 
 Commands of Python are run here; those of other programs where they are installed.
 """

@@ -250,7 +250,7 @@ def test_other_types_and_single_arrays_are_refused(tmp_path):
 
 
 def test_an_absent_chunk_holds_the_fill_value(tmp_path, pixels):
-    """So zarr specifies it; our own pyramids list what must be there instead."""
+    """Zarr specifies it so; our own pyramids list what must be there instead."""
     path = write_foreign(tmp_path / "f.zarr", pixels, axes="cyx", fill_value=9)
     (path / "0/c/0/0/0").unlink()
     with Slide(path) as slide:

@@ -236,7 +236,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("key", ["zarr.json", "0/c/0/0/0", "0", "1/c"])
     def test_a_link_that_leads_out_is_refused(self, tmp_path, pyramid, key):
-        """Also where what it leads to would do."""
+        """It is refused even where the file that it leads to would be sound."""
         outside = tmp_path / "outside"
         (pyramid / key).rename(outside)
         (pyramid / key).symlink_to(outside)
@@ -271,7 +271,7 @@ class TestFiles:
 
 
 class TestClaims:
-    """Of our own pyramids, with a checksum that holds: whoever writes them can make one."""
+    """The checksum of our own pyramids is right here, since whoever writes them can make one."""
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -471,7 +471,7 @@ class TestCodecs:
 
 
 class TestFolders:
-    """What a conversion may remove and write to."""
+    """Files that a conversion may remove and write to."""
 
     @pytest.fixture
     def pixels(self, textured):

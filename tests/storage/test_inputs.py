@@ -941,7 +941,7 @@ def test_unknown_kinds_are_told_what_is_read(tmp_path, data):
 
 
 def test_a_server_that_does_not_answer_ranges_is_named(tiff):
-    """As Python's own ``python -m http.server`` does not."""
+    """``python -m http.server`` is such a server."""
     path, _ = tiff(300, 260)
     handler = partial(SimpleHTTPRequestHandler, directory=path.parent)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

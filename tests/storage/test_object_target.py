@@ -77,7 +77,7 @@ def url(s3):
 
 @pytest.fixture
 def objects(s3):
-    """What lies where the pyramid is to be, and beside it."""
+    """Objects at the place of the pyramid and beside it."""
     return lambda: s3.objects("folder/p.zarr"), lambda: s3.objects("folder/p.zarr.partial")
 
 
@@ -240,7 +240,7 @@ def test_what_no_converter_wrote_is_not_touched(s3, url, objects, others):
     target, _ = objects
     for key, data in others.items():
         s3.put(f"folder/p.zarr/{key}", data)
-    with pytest.raises(ConversionError, match="of no pyramid made here"):
+    with pytest.raises(ConversionError, match="belongs to no pyramid of ours"):
         drive(url)
     assert target() == others
 
@@ -566,5 +566,5 @@ def test_the_root_of_something_else_is_replaced_only_if_asked(s3, url, objects, 
 
 def test_a_web_server_is_no_target(tiff, small):
     path, _ = tiff(40, 50)
-    with pytest.raises(ConversionError, match="http and https are for reading; write to a folder, s3://"):
+    with pytest.raises(ConversionError, match="http and https can only be read; write to a folder, s3://"):
         convert(path, "http://127.0.0.1:1/p.ome.zarr", options=small)

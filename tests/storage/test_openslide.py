@@ -67,7 +67,7 @@ def test_a_dicom_series_by_its_folder_or_one_of_its_files(data):
 
 
 def test_a_level_that_it_lacks_is_made(data, monkeypatch):
-    """Of an SVS, as if nothing else read it; the same levels as those of tifffile's reading."""
+    """OpenSlide reads an SVS, as if nothing else could; its levels are the same as by tifffile."""
     path = data / "wsi-flavours" / "CMU-1-JP2K-Region.svs"
 
     def refused(location, *_):

@@ -59,7 +59,7 @@ def test_places_that_are_none(tmp_path, web):
     (tmp_path / "file").touch()
     with pytest.raises(MissingImageError, match="is a file, not a folder"):
         open_store(tmp_path / "file")
-    with pytest.raises(TransferError, match="do not tell what they hold"):
+    with pytest.raises(TransferError, match="do not list their files"):
         open_store(web.url).entries()
     assert is_remote(web.url)
     assert not is_remote(tmp_path)

@@ -52,7 +52,7 @@ def flip(path, position):
 
 
 def found(problems):
-    """What was found, without the words."""
+    """The problems without their words."""
     return [(problem.what, problem.level, problem.place) for problem in problems]
 
 
