@@ -33,6 +33,7 @@ from nested_ats.models.kinds import KINDS, bring_up_to_date, plain_encoder
 from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from pipeline.errors import UsageError
+from pipeline.units import in_pixels
 
 # Encodings, dates and numbers raise ValueError, and what is nested too deep raises RecursionError.
 _NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
@@ -130,8 +131,16 @@ class DataConfig(_Section):
     channels: int | None = Field(
         default=None, ge=1, le=65535
     )  # how many channels slides must have; by default as many as most of them have
+    assume_mpp: float | None = Field(
+        default=None, gt=0, lt=1000
+    )  # micrometres per pixel of slides of which neither their file nor the manifest tells it
     cache: CacheConfig | None = None  # keeps chunks that are fetched from URLs; there is none by default
     features: FeaturesConfig | None = FeaturesConfig()  # keeps features of patches of a frozen encoder
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """How slides are opened; see `pipeline.data.slides.Opening`."""
+        return {"background": self.background, "cache": self.cache, "assume_mpp": self.assume_mpp}
 
     @model_validator(mode="after")
     def _leave_some_to_train(self) -> Self:
@@ -193,8 +202,14 @@ def load_config(path: Path | None, settings: list[str] | None = None) -> Config:
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:
     """Check a configuration of plain values; `where` names it in errors (UsageError)."""
+    raw = _fold(raw, where)
+    if isinstance(raw.get("model"), dict):
+        try:
+            raw = {**raw, "model": in_pixels(raw["model"])}
+        except ValueError as error:
+            raise UsageError(f"{where}: model.{error}") from error
     try:
-        return Config.model_validate(_fold(raw, where))
+        return Config.model_validate(raw)
     except ValidationError as error:
         problems = "; ".join(_explain(problem) for problem in error.errors())
         raise UsageError(f"{where}: {problems}") from error

@@ -55,6 +55,7 @@ class _Found:
     downsamples: tuple[float, ...] = ()
     slow: str = ""  # what makes reading it slow, in words
     mpp: float | None = None  # micrometres per pixel of its finest level
+    assumed: bool = False  # whether these are `DataConfig.assume_mpp`
     error: str = ""
 
 
@@ -88,6 +89,11 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         _say(
             f"warning: {len(slow)} of {len(opened)} slides are slow to read where they lie, such as "
             f"{slow[0].entry.path}: {slow[0].slow}; nested-ats convert makes pyramids of them, once"
+        )
+    if config.model.mpp and (assumed := sum(one.assumed for one in opened)):
+        _say(
+            f"warning: {assumed} of {len(opened)} slides do not tell what their pixels measure, and are taken as of "
+            f"{config.data.assume_mpp:g} micrometres (data.assume_mpp)"
         )
     if config.model.mpp is None and (scales := _several_scales([one.mpp for one in opened if one.mpp])):
         _say(
@@ -156,12 +162,14 @@ def _encoder_remarks(config: Config) -> list[str]:
 def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> list[_Found]:
     def look(entry: Entry) -> _Found:
         with Net(entry.slide_id, fail_fast=fail_fast) as net:
-            image = open_image(entry, config.model, cache=config.data.cache)
+            image = open_image(entry, config.model, **config.data.opening)
             with image.slide as slide:
                 levels = [slide.levels[number] for number in check_slide(image, config.model)]
             slow = next(filter(None, map(_why_slow, levels)), "")
             downsamples = tuple(level.downsample for level in levels)
-            return _Found(entry, len(slide.channels), downsamples, slow, entry.mpp or slide.mpp)
+            mpp = entry.mpp or slide.mpp or config.data.assume_mpp
+            assumed = mpp is not None and not (entry.mpp or slide.mpp)
+            return _Found(entry, len(slide.channels), downsamples, slow, mpp, assumed)
         return _Found(entry, error=net.error)
 
     found = []

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -160,7 +160,7 @@ def _scale(slide: Slide, mpp: float, own_mpp: float | None) -> float:
     if own_mpp is None:
         raise DataError(
             f"{slide.location}: does not tell how many micrometres a pixel measures, and the model looks at {mpp:g}; "
-            "give it a column mpp in the manifest"
+            "give it a column mpp in the manifest, or set data.assume_mpp"
         )
     y, x = slide.levels[0].scale_yx
     if max(y / x, x / y) > 1 + _SQUARE:
@@ -212,12 +212,12 @@ class SlideCache:
 
     Parameters
     ----------
-    config, background, cache
+    config, options
         As `open_image` takes them.
     """
 
-    def __init__(self, config: EncoderConfig, *, background: float, cache: CacheConfig | None = None) -> None:
-        self._open = partial(open_image, config=config, background=background, cache=cache)
+    def __init__(self, config: EncoderConfig, **options: Unpack[Opening]) -> None:
+        self._open = partial(open_image, config=config, **options)
         self._slides: OrderedDict[Entry, SlideImage] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -238,9 +238,15 @@ class SlideCache:
         return sum(image.slide.memory_bytes for image in self._slides.values())
 
 
-def open_image(
-    entry: Entry, config: EncoderConfig, *, background: float = 0.0, cache: CacheConfig | None = None
-) -> SlideImage:
+class Opening(TypedDict, total=False):
+    """How slides are opened, beside what their model looks at; these are keys of `DataConfig`."""
+
+    background: float  # the value of pixels off the slide; see `SlideImage`
+    cache: CacheConfig | None  # where chunks of slides at URLs are kept
+    assume_mpp: float | None  # micrometres per pixel of slides of which neither file nor manifest tells it
+
+
+def open_image(entry: Entry, config: EncoderConfig, **options: Unpack[Opening]) -> SlideImage:
     """Open a slide as a model looks at it, with the mask that the model's prior asks for.
 
     Parameters
@@ -249,20 +255,19 @@ def open_image(
         The slide.
     config
         The configuration of the model.
-    background
-        The value of pixels off the slide; see `SlideImage`.
-    cache
-        Where chunks of slides at URLs are kept.
+    options
+        See `Opening`.
 
     Raises
     ------
     storage.StorageError, DataError
         The slide cannot be opened, or not at the model's scale, or there is nothing to see on it.
     """
-    slide = open_slide(entry.path, cache)
+    slide = open_slide(entry.path, options.get("cache"))
     with ExitStack() as stack:
         stack.enter_context(slide)
-        image = SlideImage(slide, background=background, mpp=config.mpp, own_mpp=entry.mpp)
+        own_mpp = entry.mpp or slide.mpp or options.get("assume_mpp")
+        image = SlideImage(slide, background=options.get("background", 0.0), mpp=config.mpp, own_mpp=own_mpp)
         if isinstance(config, PatchConfig):
             image.mask = model_mask(slide, entry, config, image.scale)
         stack.pop_all()

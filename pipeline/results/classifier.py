@@ -69,7 +69,7 @@ class Classifier:
             It cannot be opened, or lacks what the model reads.
         """
         config, settings = self.model.config, self.settings
-        image = open_image(entry, config, background=settings.background, cache=settings.cache)
+        image = open_image(entry, config, **settings.opening)
         with image.slide:
             check_slide(image, config, self.model.in_channels)
             yield image

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, Unpack
 from nested_ats import ModelConfig, UniformConfig, UntrustedEncoderError, inspect_model
 from nested_ats.config import EncoderConfig
 from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
+from pipeline.data.slides import Opening
 from pipeline.errors import UsageError
 from pipeline.runs import model_folder, read_run
 
@@ -31,6 +32,7 @@ class Settings:
     precision: Precision = "float32"  # what the networks compute in
     trust_encoder: bool = False  # import the model's encoder where it is code of the user's
     cache: CacheConfig | None = None  # keeps chunks that are fetched from URLs
+    assume_mpp: float | None = None  # micrometres per pixel of slides that do not tell it
     features: FeaturesConfig | None = None  # keeps features of patches, where the encoder is frozen
     model_sha256: str = ""  # tells which model that folder holds (`nested_ats.ModelInfo`)
 
@@ -39,7 +41,14 @@ class Settings:
         """The settings as JSON values, without where things are kept, which decides nothing but time."""
         values = asdict(replace(self, cache=None, features=None))
         del values["features"]  # earlier predictions do not have them
+        if self.assume_mpp is None:
+            del values["assume_mpp"]  # nor this
         return values
+
+    @property
+    def opening(self) -> Opening:
+        """How slides are opened."""
+        return {"background": self.background, "cache": self.cache, "assume_mpp": self.assume_mpp}
 
     @property
     def fingerprint(self) -> str:
@@ -83,6 +92,7 @@ def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
         model=str(folder.absolute()),
         model_sha256=model.sha256,
         background=config["data"]["background"],
+        assume_mpp=config["data"].get("assume_mpp"),  # earlier runs do not have it
         seed=config["seed"],
         cache=cache and CacheConfig(**cache),
         features=features and FeaturesConfig(**features),

@@ -14,16 +14,16 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 import cluster
 from nested_ats.config import EncoderConfig
-from pipeline.config import CacheConfig, Config
+from pipeline.config import Config
 from pipeline.data.manifest import SPLITS, Entry
 from pipeline.data.selection import Failure, Selection, select
-from pipeline.data.slides import SlideCache, SlideImage
+from pipeline.data.slides import Opening, SlideCache, SlideImage
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder
 from pipeline.progress import duration
@@ -88,8 +88,7 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
         The cost of the step, and the slides that could not be read, with the reason.
     """
     trainer = make_trainer(context, arguments)
-    data = trainer.config.data
-    trainer.slides = slides = _CountedSlides(trainer.config.model, background=data.background, cache=data.cache)
+    trainer.slides = slides = _CountedSlides(trainer.config.model, **trainer.config.data.opening)
     seconds, read = 0.0, 0
     began = time.perf_counter()
     before: Mapping[str, int] = {}
@@ -106,8 +105,8 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
 class _CountedSlides(SlideCache):
     """Counts what was read from all slides that were opened, closed ones included."""
 
-    def __init__(self, config: EncoderConfig, *, background: float, cache: CacheConfig | None) -> None:
-        super().__init__(config, background=background, cache=cache)
+    def __init__(self, config: EncoderConfig, **options: Unpack[Opening]) -> None:
+        super().__init__(config, **options)
         self._opened: defaultdict[str, set[SlideImage]] = defaultdict(set)
 
     def open(self, entry: Entry) -> SlideImage:

@@ -112,7 +112,7 @@ class Trainer(Learner):
     ) -> None:
         self.mirror, self.fingerprint = Mirror(mirror, folder) if mirror else None, fingerprint
         self.validation = [entry for entry in entries if entry.split == "val"]
-        self.slides = SlideCache(config.model, background=config.data.background, cache=config.data.cache)
+        self.slides = SlideCache(config.model, **config.data.opening)
         self.unreadable = Unreadable(fail_fast=fail_fast)
         training = [entry for entry in entries if entry.split == "train"]
         super().__init__(context, config, training, classes, channels, folder)

@@ -289,3 +289,23 @@ class TestValues:
                 assert found[:2].mean() == pytest.approx(0.5, rel=1e-2 if dtype != "uint8" else 0.1)
                 assert found[2:30].min() == pytest.approx(1, rel=1e-6)
                 assert found[2:30].max() == pytest.approx(1, rel=1e-6)
+
+
+class TestAssumedScale:
+    def test_slides_without_units_are_taken_as_told(self, tmp_path, scaled, capsys):
+        entries = []
+        for number, mpp in enumerate((0.25, 0.25, None, None)):
+            write_pyramid(tmp_path / f"{number}.ome.zarr", smooth(400, 520), mpp=mpp)
+            label, split = "ab"[number % 2], "train" if number < 3 else "test"
+            entries.append(
+                Entry(slide_id=str(number), path=str(tmp_path / f"{number}.ome.zarr"), label=label, split=split)
+            )
+        raw = plain(scaled)
+        without = select(entries, scaled, fail_fast=False)
+        assert [failure.slide_id for failure in without.failures] == ["2", "3"]
+        assert "or set data.assume_mpp" in without.failures[0].error
+        raw["data"]["assume_mpp"] = 0.25
+        assert not select(entries, parse_config(raw, "test"), fail_fast=False).failures
+        assert (
+            "2 of 4 slides do not tell what their pixels measure, and are taken as of 0.25" in capsys.readouterr().err
+        )
