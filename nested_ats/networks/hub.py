@@ -39,7 +39,7 @@ def locate(name: str, weights: str | None, repository: str, page: str) -> Path |
         return None
     if weights is not None:
         return Path(weights).expanduser()
-    found = _cached(repository) if repository else None
+    found = cached(repository) if repository else None
     if found is None:
         raise EncoderError(
             f"encoder: the weights of {name} are not on this machine, and nothing is downloaded by "
@@ -48,8 +48,8 @@ def locate(name: str, weights: str | None, repository: str, page: str) -> Path |
     return found
 
 
-def _cached(repository: str) -> Path | None:
-    """Folder of a repository in the cache."""
+def cached(repository: str) -> Path | None:
+    """Folder of a repository in the usual cache of the Hugging Face hub; None if it is not there."""
     hub = importlib.import_module("huggingface_hub")  # timm and transformers depend on it
     owner, _, model = repository.partition("/")
     for name in dict.fromkeys((repository, f"{owner}/{model.lower()}")):  # some cards write it in small letters

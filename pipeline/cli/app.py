@@ -16,6 +16,7 @@ from pipeline.cli.convert import convert
 from pipeline.cli.evaluate import evaluate
 from pipeline.cli.heatmap import heatmap
 from pipeline.cli.info import info
+from pipeline.cli.init import init
 from pipeline.cli.job import job
 from pipeline.cli.output import NOTHING_USABLE, USAGE, say
 from pipeline.cli.predict import predict
@@ -63,7 +64,7 @@ def _options(
     """Take the options that stand before a command."""
 
 
-for _command in (convert, validate, info, tissue, train, predict, evaluate, heatmap, report):
+for _command in (init, convert, validate, info, tissue, train, predict, evaluate, heatmap, report):
     app.command()(_command)
 app.add_typer(synth, name="synth")
 app.add_typer(job, name="job")

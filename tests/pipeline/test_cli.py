@@ -21,7 +21,7 @@ from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.results.classifier import Classifier
 from storage import Slide, write_pyramid
 
-COMMANDS = ["convert", "validate", "info", "tissue", "train", "predict", "evaluate", "heatmap", "report"]
+COMMANDS = ["init", "convert", "validate", "info", "tissue", "train", "predict", "evaluate", "heatmap", "report"]
 COMMANDS += ["synth", "synth signs"]
 
 

@@ -1,0 +1,41 @@
+"""``nested-ats init``: its options, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import Overwrite
+from pipeline.cli.output import exit_if_failed, say
+
+
+def init(
+    preset: Annotated[str, typer.Argument(help="histology, scenes or megapixel.")],
+    out: Annotated[Path, typer.Option("--out", help="YAML file to write.")] = Path("config.yaml"),
+    manifest: Annotated[
+        Path | None, typer.Option(help="Table of the slides, to which scale, levels and channels are fitted.")
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Published encoder of histology (see info uni); default: one that is on this machine."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a commented configuration to begin with, made for the slides of a manifest."""
+    from pipeline.config import load_config
+    from pipeline.data.manifest import read_manifest
+    from pipeline.errors import UsageError
+    from pipeline.files import write_atomic
+    from pipeline.presets import write_preset
+
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out}: is there already; give --overwrite to replace it, or another --out")
+    entries = read_manifest(manifest) if manifest else []
+    text, slides = write_preset(preset, entries, encoder, str(manifest))
+    write_atomic(out, text)
+    load_config(out)  # what we write is a configuration
+    table = manifest or "labels.csv"
+    say(f"{out} is written; next: nested-ats train --manifest {table} --out runs/first --config {out}")
+    exit_if_failed(slides.failures if slides else [], len(entries))

@@ -1,0 +1,208 @@
+"""``init``: a commented configuration to begin with, made for the slides of a manifest.
+
+The templates are the YAML files in ``templates/``, in which ``$name`` stands for what is worked out here: scale,
+levels and patches for the size of the slides, an encoder whose weights are on this machine, channels, nodata, and as
+many epochs as make a few hundred steps.
+
+The cells of the finest map are as large as a patch, so that patches come again and their features are computed once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+
+from nested_ats.config import LevelConfig, levels_for
+from nested_ats.networks.hub import cached
+from nested_ats.networks.presets import PRESETS
+from pipeline.data.manifest import Entry
+from pipeline.data.slides import open_slide
+from pipeline.errors import DataError, UsageError
+from pipeline.net import Net
+from pipeline.progress import progress
+
+KINDS = ("histology", "scenes", "megapixel")
+_MOBILENET = "mobilenet_v2-b0353104.pth"
+_STEPS, _BATCH = 400, 4  # of a training on top of a network that stays as it is
+_FEWEST, _MOST = 10, 100  # epochs
+_COARSE = 4096  # pixels, the longer side of the coarsest view at most
+
+
+@dataclass(frozen=True)
+class Slides:
+    """What the slides of a manifest have in common."""
+
+    count: int  # of those that could be opened
+    training: int  # of which are trained on, as far as the manifest tells
+    shape_yx: tuple[int, int]  # of the largest, in its own pixels
+    mpp: float | None  # micrometres per pixel of the coarsest, where all tell it
+    channels: int  # of most
+    nodata: float | None  # that of the first slide that tells one
+    failures: tuple[tuple[str, str], ...]
+
+
+def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where: str) -> tuple[str, Slides | None]:
+    """Make the text of a configuration.
+
+    Parameters
+    ----------
+    kind
+        One of `KINDS`.
+    entries
+        The slides that it is made for; none for a configuration that is made for no slides in particular.
+    encoder
+        The name of a published encoder of histology, or None for the best one that is on this machine.
+    where
+        Names the slides in the text.
+
+    Returns
+    -------
+    The text, and what the slides have in common.
+
+    Raises
+    ------
+    UsageError
+        There is no such kind or encoder.
+    DataError
+        No slide can be opened.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"{kind}: no such preset; choose one of {', '.join(KINDS)}")
+    if encoder and encoder not in PRESETS:
+        raise UsageError(f"--encoder {encoder}: no such preset; choose one of {', '.join(PRESETS)}")
+    slides = look_at(entries) if entries else None
+    values = {"made_for": _made_for(slides, where)}
+    values |= _megapixel(slides) if kind == "megapixel" else _pretrained(kind, slides, encoder)
+    template = files("pipeline").joinpath("templates", f"{kind}.yaml").read_text()
+    return Template(template).substitute(values), slides
+
+
+def look_at(entries: Sequence[Entry]) -> Slides:
+    """Open slides and see what they have in common; those that cannot be opened are named (DataError: none can)."""
+    shapes, mpps, channels, nodata, failures, training = [], [], Counter[int](), None, [], 0
+    with progress("open") as update:
+        for number, entry in enumerate(entries, 1):
+            with Net() as net, open_slide(entry.path) as slide:
+                shapes.append(slide.shape_yx)
+                mpps.append(entry.mpp or slide.mpp)
+                channels[len(slide.channels)] += 1
+                nodata = slide.nodata if nodata is None else nodata
+                training += entry.split in ("", "train")
+            if net.error:
+                failures.append((entry.slide_id, net.error))
+            update(number, len(entries), entry.slide_id)
+    if not shapes:
+        raise DataError(f"no slide can be opened; the first: {failures[0][1]}")
+    told = [mpp for mpp in mpps if mpp]
+    return Slides(
+        len(shapes),
+        training,
+        max(shapes, key=math.prod),
+        max(told) if len(told) == len(mpps) else None,
+        channels.most_common(1)[0][0],
+        nodata,
+        tuple(failures),
+    )
+
+
+def _made_for(slides: Slides | None, where: str) -> str:
+    if slides is None:
+        return "# Made for no slides in particular; give init a manifest for levels and a scale that fit yours."
+    height, width = slides.shape_yx
+    mpp = f", {slides.mpp:g} micrometres a pixel or less" if slides.mpp else ""
+    largest = f"up to {height} x {width} pixels, {slides.channels} channels{mpp}"
+    return f"# Made for {slides.count} slides of {where}: {largest}."
+
+
+def _pretrained(kind: str, slides: Slides | None, encoder: str | None) -> dict[str, str]:
+    colours = slides is None or slides.channels == 3
+    name = encoder or (_best_encoder() if kind == "histology" else "")
+    side, mpp, line = 64, 0.5, _mobilenet()
+    if name:
+        side, mpp, line = PRESETS[name].pixels, PRESETS[name].mpp[0], name
+    trained = "none # the encoder stays as it is: some dozens of labels are too few to train one"
+    if not colours:
+        line, trained = "resnet # ImageNet's networks take three channels", "all"
+    scale = 1.0
+    if slides and slides.mpp and kind == "histology":
+        mpp = max(mpp, slides.mpp if slides.mpp > 1.1 * mpp else mpp)
+        scale = slides.mpp / mpp
+    told = slides is not None and slides.mpp is not None
+    longer = max(slides.shape_yx) * scale if slides else 4096.0
+    training = max(1, round((slides.training if slides else 50) * 0.8))
+    epochs = min(_MOST, max(_FEWEST, round(_STEPS * _BATCH / training)))
+    return {
+        "levels": _levels(side, longer, 16 if kind == "histology" else 8),
+        "side": str(side),
+        "mpp": f"mpp: {mpp:g}" if told else f"# mpp: {mpp:g}",
+        "encoder": line,
+        "trainable": trained,
+        "standardise": str(colours).lower(),
+        "prior": "valid" if slides is None or slides.nodata is not None else "none",
+        "epochs": str(epochs),
+        "steps": str(epochs * math.ceil(training / _BATCH)),
+    }
+
+
+def _levels(side: int, longer: float, downsample: int) -> str:
+    """Levels of attention above patches that are encoded by a network that stays as it is, as lines of YAML.
+
+    Parameters
+    ----------
+    side
+        Of a patch, in pixels at downsample 1.
+    longer
+        Side of the largest image, in the same pixels.
+    downsample
+        Of the last level but one; the last is four times finer.
+    """
+    cell = side // downsample * downsample  # of the last two maps, in pixels at downsample 1
+    unit = 4 * cell  # what the last level but one draws
+    fine = downsample // 4
+    levels = [
+        LevelConfig(downsample=downsample, stride=cell // downsample, group=4, samples=16),
+        LevelConfig(downsample=fine, size=unit // fine, stride=cell // fine, samples=32),
+    ]
+    while longer / downsample > _COARSE:
+        # Cells of a coarser map are what the next level draws.
+        levels[0] = replace(levels[0], size=4 * unit // downsample)
+        downsample *= 4
+        levels.insert(0, LevelConfig(downsample=downsample, stride=unit // downsample, group=4, samples=16))
+        unit *= 4
+    return _lines(levels)
+
+
+def _lines(levels: Sequence[LevelConfig]) -> str:
+    shown = []
+    for level in levels:
+        size = f"size: {level.size}, " if level.size else ""
+        group = f"group: {level.group}, " if level.group > 1 else ""
+        rest = f"samples: {level.samples}, channels: {list(level.channels)}"
+        shown.append(f"    - {{ downsample: {level.downsample:g}, {size}stride: {level.stride}, {group}{rest} }}")
+    return "\n".join(shown)
+
+
+def _megapixel(slides: Slides | None) -> dict[str, str]:
+    return {"levels": _lines(levels_for(slides.shape_yx if slides else (2048, 2048)))}
+
+
+def _best_encoder() -> str:
+    """The first of the published encoders whose weights are in the hub's cache; empty if none is."""
+    for name, preset in PRESETS.items():
+        if preset.library and find_spec("huggingface_hub") and cached(preset.repository):
+            return name
+    return ""
+
+
+def _mobilenet() -> str:
+    """MobileNetV2 as YAML, with its weights from where they usually lie, or from where they are to be brought."""
+    places = (Path.cwd() / _MOBILENET, Path.home() / ".cache" / "torch" / "hub" / "checkpoints" / _MOBILENET)
+    found = next((str(place) for place in places if place.exists()), _MOBILENET)
+    return f"{{ name: mobilenet_v2, weights: {json.dumps(found)} }} # or uni, ...: see `nested-ats info uni`"
