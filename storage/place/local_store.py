@@ -137,6 +137,7 @@ class LocalStore:
         self._follow_links = follow_links
         self.number = next(_numbers)
         self._slow = True  # whether a short range was slow since the last announcement
+        self._seen: dict[str, tuple[int, ...]] = {}  # which file each key was, of files that the user has named
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str, bool]]:
         return type(self), (self.name, self._follow_links)
@@ -209,18 +210,22 @@ class LocalStore:
             raise Occupied(f"{path}: another conversion has written this; run again")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, pieces, read_again=read_again)
-        _descriptors.forget(self.number, key)
+        self._forget(key)
         return ""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete files, if they are there."""
         for key in keys:
             Path(self.name, key).unlink(missing_ok=True)
-            _descriptors.forget(self.number, key)
+            self._forget(key)
 
     def close(self) -> None:
         """Close the files that no thread is reading."""
         _descriptors.close(self.number)
+
+    def _forget(self, key: str) -> None:
+        self._seen.pop(key, None)
+        _descriptors.forget(self.number, key)
 
     def _holds(self, key: str, data: bytes) -> bool:
         try:
@@ -247,6 +252,13 @@ class LocalStore:
                 raise CorruptImageError(
                     f"{path}: a link that leads out of the pyramid, which is not followed; copy the file"
                 )
+        if self._follow_links:
+            # A descriptor may have been given back, and what is known of the file would not fit another one.
+            status = os.fstat(fd)
+            found = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if self._seen.setdefault(key, found) != found:
+                os.close(fd)
+                raise CorruptImageError(f"{path}: was replaced while it was read; run again")
         return fd
 
     def _fail(self, key: str, error: OSError) -> NoReturn:

@@ -14,6 +14,7 @@ import tifffile
 from storage import ConvertOptions, CorruptImageError, MissingImageError, Slide, UnsupportedImageError, convert
 from storage.images.tiff import TiffImage
 from storage.images.tiff_header import SHOWN
+from storage.place import local_store
 from storage.read.cache import ChunkCache
 
 
@@ -330,3 +331,22 @@ def test_options_of_a_conversion_do_not_matter(tiff, tmp_path):
         assert len(pyramid.levels) < len(slide.levels)
         for number in range(len(pyramid.levels)):
             check(slide, number, pyramid.read(number, (0, 0, *pyramid.levels[number].shape_yx)))
+
+
+def test_a_file_that_was_replaced_is_not_read_by_the_table_of_the_first_one(tmp_path, monkeypatch):
+    """Its descriptor may be given back between two reads, where many slides are open."""
+    place, pixels = tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    tifffile.imwrite(place, pixels, tile=(64, 64), photometric="rgb")
+    monkeypatch.setattr(local_store._descriptors, "limit", 1)
+    tifffile.imwrite(tmp_path / "b.tif", pixels, tile=(64, 64), photometric="rgb")
+    with Slide(place) as slide, Slide(tmp_path / "b.tif") as other:
+        first = slide.read(0, (0, 0, 300, 300))
+        other.read(0, (0, 0, 300, 300))  # takes the place of the descriptor
+        assert np.array_equal(slide.read(0, (0, 0, 300, 300)), first)
+        other.read(0, (0, 0, 300, 300))
+        place.unlink()
+        tifffile.imwrite(place, 255 - pixels, tile=(32, 32), photometric="rgb", compression="deflate")
+        with pytest.raises(CorruptImageError, match=r"a\.tif: was replaced while it was read; run again"):
+            slide.read(0, (0, 0, 300, 300))
+    with Slide(place) as slide:
+        assert np.array_equal(slide.read(0, (0, 0, 300, 300)), 255 - first)
