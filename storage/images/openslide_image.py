@@ -1,4 +1,4 @@
-"""Slides that OpenSlide reads and tifffile does not: NDPI, MRXS, BIF, VMS, DICOM and others; with the extra "slides".
+"""Slides that OpenSlide reads and tifffile does not: MRXS, BIF, VMS, DICOM and others; with the extra "slides".
 
 OpenSlide gives pixels with an alpha channel; what a scanner left out is transparent and becomes the slide's
 background colour, white where it names none. Only local files are read. OpenSlide believes what a file claims and

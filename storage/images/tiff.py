@@ -154,7 +154,8 @@ class TiffImage(TiffStructure):
         self._check_stream(i, data)
         try:
             with named(self.location):
-                pixels, _, _ = self._decode(data, plane.first_index + i, jpegtables=plane.jpegtables)
+                own = {"jpegheader": self._key.jpegheader} if self._key.jpegheader else {}  # of the pieces of an NDPI
+                pixels, _, _ = self._decode(data, plane.first_index + i, jpegtables=plane.jpegtables, **own)
         except MemoryError as error:
             raise self._unsupported(
                 f"{self._cut.where(i)} needs more memory than there is; use fewer workers"
@@ -170,7 +171,7 @@ class TiffImage(TiffStructure):
 
     def _check_stream(self, i: int, data: bytes) -> None:
         """Refuse an inner image that claims more pixels than the TIFF gives it, or is cut short."""
-        if self._codec not in STREAM_HEADERS:
+        if self._codec not in STREAM_HEADERS or self._key.jpegheader:
             return
         try:
             header = STREAM_HEADERS[self._codec](data)

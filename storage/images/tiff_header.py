@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from storage.errors import CorruptImageError, UnsupportedImageError
-from storage.images.tiff_kinds import AGAIN, OUT, REWRITE_SLIDE
+from storage.images.tiff_kinds import AGAIN, OUT
 
 if TYPE_CHECKING:
     from storage.limits import Limits
@@ -26,8 +26,22 @@ TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4
 SUB_IFDS = 330
 PLACES = (273, 279, 324, 325)  # offsets and lengths of strips and tiles
 SHOWN = 4096  # numbers of a table of places that tifffile sees
+MCU_STARTS = 2**22  # pieces of an NDPI's image, of which tifffile makes an object each
 OFFSET_TYPES = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # SHORT, LONG, IFD, LONG8, IFD8
 NDPI_TAG = (65420).to_bytes(2, "little")  # NDPI is always little-endian
+
+
+class Layout(NamedTuple):
+    """How a directory is written: formats of `struct` for the number of tags, a tag, and the next one's offset."""
+
+    count: str
+    entry: str
+    next: str
+
+
+CLASSIC, BIG = Layout("H", "HHI4s", "I"), Layout("Q", "HHQ8s", "Q")
+# Hamamatsu's has offsets of eight bytes; the upper four of a tag's value follow the directory.
+NDPI = Layout("H", "HHI4s", "Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +77,11 @@ def check_directories(reader: BlockReader, limits: Limits) -> Tables:
     if order is None or version not in (42, 43):
         what = "an empty file" if not size else "not a TIFF file; give TIFF, BigTIFF, OME-TIFF or SVS"
         raise UnsupportedImageError(f"{name}: {what}")
-    if version == 42 and _is_ndpi(reader, head):
-        raise UnsupportedImageError(f"{name}: NDPI is not read; {REWRITE_SLIDE}")
-    big = version == 43
-    if big and len(head) < 16:
+    layout = BIG if version == 43 else NDPI if is_ndpi(reader, head) else CLASSIC
+    if layout is BIG and len(head) < 16:
         raise CorruptImageError(f"{name}: truncated in its header; {AGAIN}")
-    offset = struct.unpack(order + ("Q" if big else "I"), head[8:16] if big else head[4:8])[0]
+    start = 8 if layout is BIG else 4
+    offset = struct.unpack(order + layout.next, head[start : start + struct.calcsize("<" + layout.next)])[0]
     if not offset:
         raise CorruptImageError(f"{name}: a TIFF header without an image; {AGAIN}")
     seen: set[int] = set()
@@ -83,15 +96,17 @@ def check_directories(reader: BlockReader, limits: Limits) -> Tables:
                 f"{name}: more than {limits.ifds} images; keep one: vips copy 'IN.tif[page=0]' {OUT}"
             )
         seen.add(offset)
-        below, following = _check_directory(reader, offset, order, tables, big=big, limits=limits)
+        below, following = _check_directory(reader, offset, order, tables, layout=layout, limits=limits)
         waiting += [(one, False) for one in below]
         if chained and following:
             waiting.append((following, True))
     return tables
 
 
-def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
-    """Tell whether the first directory has Hamamatsu's tag; beyond 4 GB its offset has eight bytes."""
+def is_ndpi(reader: BlockReader, head: bytes) -> bool:
+    """Tell by its first 16 bytes whether a TIFF is an NDPI: its first directory has Hamamatsu's tag."""
+    if head[:4] != b"II*\0":
+        return False
     for offset in {int.from_bytes(head[4:8], "little"), int.from_bytes(head[4:12], "little")} - {0}:
         count = int.from_bytes(reader.read_at(offset, 2), "little")
         entries = reader.read_at(offset + 2, 12 * count)
@@ -101,11 +116,11 @@ def _is_ndpi(reader: BlockReader, head: bytes) -> bool:
 
 
 def _check_directory(
-    reader: BlockReader, offset: int, order: str, tables: Tables, *, big: bool, limits: Limits
+    reader: BlockReader, offset: int, order: str, tables: Tables, *, layout: Layout, limits: Limits
 ) -> tuple[list[int], int]:
     """Check one directory and return the offsets of its SubIFDs and of the next directory, which is 0 at the end."""
     name, size = reader.file.location, reader.file.size
-    count_format, entry_format, next_format = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
+    count_format, entry_format, next_format = layout.count, layout.entry, layout.next
     count_bytes, entry_bytes = struct.calcsize("<" + count_format), struct.calcsize("<" + entry_format)
     head = reader.read_at(offset, count_bytes) if offset < size else b""
     if len(head) < count_bytes:
@@ -123,6 +138,10 @@ def _check_directory(
         value_bytes = values * TYPE_BYTES.get(kind, 1)
         if value_bytes > size:
             raise CorruptImageError(f"{name}: truncated, tag {tag} claims more bytes than the file has; {AGAIN}")
+        if layout is NDPI:
+            if (tag in PLACES and values > SHOWN) or values > MCU_STARTS:
+                raise UnsupportedImageError(f"{name}: tag {tag} claims {values} values; {AGAIN}")
+            continue  # its pieces are listed by a tag of its own, and it has no SubIFDs
         if tag in PLACES and values > SHOWN and kind in OFFSET_TYPES:
             start = struct.unpack(order + next_format, data)[0]
             tables.setdefault(offset, {})[tag] = Table(start, values, order + OFFSET_TYPES[kind])

@@ -25,7 +25,7 @@ from storage.errors import StorageError, UnsupportedImageError
 from storage.images.halving import whole_ratio
 from storage.images.image import Image
 from storage.images.orientation import TRANSPOSED
-from storage.images.tiff_header import check_directories
+from storage.images.tiff_header import check_directories, is_ndpi
 from storage.images.tiff_kinds import (
     AGAIN,
     COMPRESSIONS,
@@ -142,10 +142,11 @@ class TiffStructure(Image):
     def _open(self, *, coarser: bool) -> None:
         with BlockReader(self._file) as reader:
             tables = check_directories(reader, self._limits)
+            ndpi = is_ndpi(reader, reader.read_at(0, 16))
             try:
                 with (
                     named(self.location),
-                    tifffile.TiffFile(cast("IO[bytes]", reader), name=self._file.name) as tif,
+                    tifffile.TiffFile(cast("IO[bytes]", reader), name=self._file.name, is_ndpi=ndpi) as tif,
                 ):
                     self._check_format(tif)
                     series = _baseline(tif)

@@ -350,3 +350,39 @@ def test_a_file_that_was_replaced_is_not_read_by_the_table_of_the_first_one(tmp_
             slide.read(0, (0, 0, 300, 300))
     with Slide(place) as slide:
         assert np.array_equal(slide.read(0, (0, 0, 300, 300)), 255 - first)
+
+
+@pytest.mark.data
+class TestNDPI:
+    """Hamamatsu's slides: one JPEG a level, of which only the pieces between restart markers that a box touches."""
+
+    NAME = "wsi-flavours/hamamatsu-test3-dapi.ndpi"
+
+    def test_every_level_has_the_pixels_of_tifffile(self, data):
+        with Slide(data / self.NAME) as slide, tifffile.TiffFile(data / self.NAME) as tif:
+            assert slide.mpp == pytest.approx(0.22818, abs=1e-5)
+            assert [level.made_of for level in slide.levels] == [None] * 4 + [8.0] * 4
+            for number, level in enumerate(tif.series[0].levels):
+                check(slide, number, level.asarray().transpose(2, 0, 1))
+
+    def test_openslide_reads_the_same(self, data):
+        openslide = pytest.importorskip("openslide")
+        with Slide(data / self.NAME) as slide, openslide.OpenSlide(data / self.NAME) as other:
+            wanted = np.asarray(other.read_region((700, 900), 0, (300, 200)))[..., :3].transpose(2, 0, 1)
+            np.testing.assert_array_equal(slide.read(0, (900, 700, 200, 300)), wanted)
+
+    def test_a_box_reads_the_pieces_it_touches(self, data, tmp_path, web):
+        shutil.copy(data / self.NAME, tmp_path / "a.ndpi")
+        with Slide(f"{web.url}/a.ndpi") as slide, Slide(data / self.NAME) as local:
+            before = slide.statistics.bytes_read
+            box = (2000, 100, 64, 64)
+            np.testing.assert_array_equal(slide.read(0, box), local.read(0, box))
+            read = slide.statistics.bytes_read - before
+        assert read < (data / self.NAME).stat().st_size / 20
+
+    @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+    def test_one_that_is_cut_short_is_refused(self, data, tmp_path, kept):
+        whole = (data / self.NAME).read_bytes()
+        (tmp_path / "cut.ndpi").write_bytes(whole[: int(len(whole) * kept)])
+        with pytest.raises(CorruptImageError, match=r"cut\.ndpi: truncated"), Slide(tmp_path / "cut.ndpi"):
+            pass
