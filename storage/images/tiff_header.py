@@ -34,7 +34,7 @@ NDPI_TAG = (65420).to_bytes(2, "little")  # NDPI is always little-endian
 class Layout(NamedTuple):
     """How a directory is written: formats of `struct` for the number of tags, a tag, and the next one's offset."""
 
-    count: str
+    number: str
     entry: str
     next: str
 
@@ -120,7 +120,7 @@ def _check_directory(
 ) -> tuple[list[int], int]:
     """Check one directory and return the offsets of its SubIFDs and of the next directory, which is 0 at the end."""
     name, size = reader.file.location, reader.file.size
-    count_format, entry_format, next_format = layout.count, layout.entry, layout.next
+    count_format, entry_format, next_format = layout.number, layout.entry, layout.next
     count_bytes, entry_bytes = struct.calcsize("<" + count_format), struct.calcsize("<" + entry_format)
     head = reader.read_at(offset, count_bytes) if offset < size else b""
     if len(head) < count_bytes:
