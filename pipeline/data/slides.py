@@ -65,7 +65,7 @@ class SlideImage:
         self.slide = slide
         dtype = np.dtype(slide.dtype)
         self._has_gaps = slide.nodata is not None or dtype.kind == "f"
-        largest = 1 if dtype.kind == "f" else 2**slide.bits - 1 if slide.bits else int(np.iinfo(dtype).max)
+        largest = largest_value(slide)
         # PyTorch computes little in the other types, and knows no pixels of 12 bits.
         self._divisor = largest if slide.bits or dtype.name in ("int8", "uint32", "int32") else None
         self.fill = background if dtype.kind == "f" else round(background * largest)
@@ -137,6 +137,13 @@ class SlideImage:
             return pixels, None
         valid = holds_data(pixels, self.slide.nodata)
         return pixels, None if valid.all() else valid
+
+
+def largest_value(slide: Slide) -> int:
+    """The largest value that pixels of a slide can have, which is 1 to the model; of floating-point ones 1 itself."""
+    if slide.dtype.kind == "f":
+        return 1
+    return 2**slide.bits - 1 if slide.bits else int(np.iinfo(slide.dtype).max)
 
 
 class _Level(NamedTuple):
