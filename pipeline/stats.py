@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import CacheConfig
 from pipeline.data.manifest import Entry
-from pipeline.data.slides import largest_value, open_slide
+from pipeline.data.slides import Channels, channel_numbers, largest_value, open_slide
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.progress import progress
@@ -81,7 +81,12 @@ class _Found:
 
 
 def measure(
-    entries: Sequence[Entry], *, split: str = "train", cache: CacheConfig | None = None, fail_fast: bool = False
+    entries: Sequence[Entry],
+    *,
+    split: str = "train",
+    channels: Channels = None,
+    cache: CacheConfig | None = None,
+    fail_fast: bool = False,
 ) -> Stats:
     """Measure the pixels of the slides of a split.
 
@@ -94,6 +99,8 @@ def measure(
         The slides; where none has a split, all of them count.
     split
         Which of them count: train, val or test.
+    channels
+        Which channels, by name or number; None means all.
     cache
         Where chunks of slides at URLs are kept.
     fail_fast
@@ -109,15 +116,14 @@ def measure(
     chosen = [entry for entry in entries if entry.split == split] if any(e.split for e in entries) else list(entries)
     if not chosen:
         raise UsageError(f"no slide is in split {split!r}; splits there are: {_splits(entries)}")
-    found = _look_at_all(chosen, cache, fail_fast=fail_fast)
+    found = _look_at_all(chosen, channels, cache, fail_fast=fail_fast)
     counts = Counter(len(one.names) for one in found if not one.error)
     if not counts:
         raise DataError(f"no slide can be used; the first: {found[0].error}")
-    channels, many = counts.most_common(1)[0]
-    why = f"channels, where {many} of {counts.total()} slides have {channels}"
+    count, many = counts.most_common(1)[0]
+    why = f"channels, where {many} of {counts.total()} slides have {count}"
     errors = [
-        one.error or ("" if len(one.names) == channels else f"{one.entry.path}: {len(one.names)} {why}")
-        for one in found
+        one.error or ("" if len(one.names) == count else f"{one.entry.path}: {len(one.names)} {why}") for one in found
     ]
     used = [one for one, error in zip(found, errors, strict=True) if not error]
     return Stats(
@@ -131,12 +137,15 @@ def _splits(entries: Sequence[Entry]) -> str:
     return ", ".join(sorted({entry.split or "none" for entry in entries}))
 
 
-def _look_at_all(entries: Sequence[Entry], cache: CacheConfig | None, *, fail_fast: bool) -> list[_Found]:
+def _look_at_all(
+    entries: Sequence[Entry], channels: Channels, cache: CacheConfig | None, *, fail_fast: bool
+) -> list[_Found]:
     def look(entry: Entry) -> _Found:
         with Net(entry.slide_id, fail_fast=fail_fast) as net, open_slide(entry.path, cache) as slide:
             level = _level(slide)
-            tallies = _tallies(slide, level)
-            return _Found(entry, slide.channels, slide.levels[level].downsample, tallies)
+            numbers = channel_numbers(slide, channels)
+            names = tuple(slide.channels[number] for number in numbers)
+            return _Found(entry, names, slide.levels[level].downsample, _tallies(slide, level, numbers))
         return _Found(entry, error=net.error)
 
     found = []
@@ -154,9 +163,9 @@ def _level(slide: Slide) -> int:
     return next(fitting, len(slide.levels) - 1)
 
 
-def _tallies(slide: Slide, level: int) -> tuple[_Tally, ...]:
-    """Tally each channel of a level."""
-    pixels = slide.read(level, (0, 0, *slide.levels[level].shape_yx))
+def _tallies(slide: Slide, level: int, numbers: Sequence[int]) -> tuple[_Tally, ...]:
+    """Tally channels of a level."""
+    pixels = slide.read(level, (0, 0, *slide.levels[level].shape_yx))[numbers]
     if pixels.dtype.kind == "f" and np.isinf(pixels).any():
         raise DataError(
             f"{slide.location}: holds infinite numbers, with which nothing computes; mend it or leave it out"

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 def stats(
     slides: Annotated[list[str], typer.Argument(help="A manifest, or images or pyramids by path or URL.")],
     split: Annotated[str, typer.Option(help="Slides of this split count: train, val or test.")] = "train",
+    channels: Annotated[
+        str, typer.Option(help="Channels by name or number from 0, as in B04,B03,B02 (data.channels); default: all.")
+    ] = "",
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write too.")] = None,
     fail_fast: FailFast = False,
     as_json: AsJson = False,
@@ -35,7 +38,8 @@ def stats(
     entries = name_slides(slides)
     if not any(entry.split for entry in entries):
         say("the slides have no split: all of them count")
-    found = measure(entries, split=split, fail_fast=fail_fast)
+    wanted = [int(name) if name.isdecimal() else name for name in channels.split(",") if name]
+    found = measure(entries, split=split, channels=wanted or None, fail_fast=fail_fast)
     plain = asdict(found) | {"failures": dict(found.failures)}
     if out is not None:
         make_folder(out.parent)
@@ -49,9 +53,10 @@ def stats(
 
 def _print_table(found: Stats) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("channel", *(f"{p} %" for p in found.channels[0].percentiles), "mean", "std", "pixels")
+    headers = ["channel", *(f"{p} %" for p in found.channels[0].percentiles), "mean", "std", "pixels"]
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=None)
     for channel in found.channels:
         numbers = [*channel.percentiles.values(), channel.mean, channel.std]
         table.add_row(channel.name, *(f"{number:.4g}" for number in numbers), f"{channel.pixels:,}")

@@ -14,7 +14,7 @@ from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from pipeline.config import Config
 from pipeline.data.manifest import Entry, remarks
-from pipeline.data.slides import check_slide, open_slide
+from pipeline.data.slides import channel_numbers, check_slide, open_slide
 from pipeline.data.splits import assign_splits
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
@@ -96,7 +96,7 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         )
     channels, count = Counter(one.channels for one in opened).most_common(1)[0]
     why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
-    if config.data.channels:
+    if isinstance(config.data.channels, int):
         channels, why = config.data.channels, f"data.channels is {config.data.channels}"
     odd = {
         one.entry.slide_id: f"{one.entry.path}: {one.channels} channels, where {why}"
@@ -156,10 +156,13 @@ def _encoder_remarks(config: Config) -> list[str]:
 def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> list[_Found]:
     def look(entry: Entry) -> _Found:
         with Net(entry.slide_id, fail_fast=fail_fast) as net, open_slide(entry.path, config.data.cache) as slide:
-            levels = [slide.levels[number] for number in check_slide(slide, config.model, own_mpp=entry.mpp)]
+            chosen = config.data.chosen
+            numbers = check_slide(slide, config.model, own_mpp=entry.mpp, chosen=chosen)
+            levels = [slide.levels[number] for number in numbers]
             slow = next(filter(None, map(_why_slow, levels)), "")
             downsamples = tuple(level.downsample for level in levels)
-            return _Found(entry, len(slide.channels), downsamples, slow, entry.mpp or slide.mpp)
+            count = len(channel_numbers(slide, chosen))
+            return _Found(entry, count, downsamples, slow, entry.mpp or slide.mpp)
         return _Found(entry, error=net.error)
 
     found = []

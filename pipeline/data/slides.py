@@ -27,8 +27,13 @@ _OPEN_SLIDES = 128  # each holds a few file descriptors
 _NEAR = 0.1  # by which a level's pixels may differ from those that the model looks at, and are taken as they are
 _SQUARE = 0.02  # by which a pixel's sides may differ
 _NOTHING = 1e-6  # share of a pixel that holds data, below which it holds none
+_NAMED = 20  # channels, in messages
 _SAME = 1e-3  # by which two downsamples are one
 _HELD_BYTES = 2 * 2**30  # PNG, JPEG and BMP images are held decoded, and take no more than this
+
+
+Channels = Sequence[int | str] | None
+"""Names of channels, or their numbers from 0; None means all."""
 
 
 class SlideImage:
@@ -46,9 +51,12 @@ class SlideImage:
         by no more than a tenth; else pixels are averaged by area from the next finer level.
     own_mpp
         Micrometres per pixel of the slide's finest level, over what its file says.
+    channels
+        Names or numbers of the slide's channels that the image has, in this order; None takes all.
 
     Attributes
     ----------
+    numbers : of the slide's channels that the image has, from 0
     fill : `background` as a value of the slide's type
     scale : pixels of the slide's finest level to a pixel of the image's, along each axis
     sources : number of the slide's level that each of the image's levels is read from
@@ -56,13 +64,21 @@ class SlideImage:
     Raises
     ------
     DataError
-        The slide does not tell what its pixels measure, or they are larger than the model's.
+        The slide does not tell what its pixels measure, or they are larger than the model's; or it lacks a channel.
     """
 
     def __init__(
-        self, slide: Slide, *, background: float = 0.0, mpp: float | None = None, own_mpp: float | None = None
+        self,
+        slide: Slide,
+        *,
+        background: float = 0.0,
+        mpp: float | None = None,
+        own_mpp: float | None = None,
+        channels: Channels = None,
     ) -> None:
         self.slide = slide
+        self.numbers = channel_numbers(slide, channels)
+        self._all = self.numbers == list(range(len(slide.channels)))
         dtype = np.dtype(slide.dtype)
         self._has_gaps = slide.nodata is not None or dtype.kind == "f"
         largest = largest_value(slide)
@@ -89,7 +105,8 @@ class SlideImage:
         scale = "" if self.scale == 1 else f"/{self.scale!r}"
         gaps = f"/{self.slide.nodata!r}" if self._has_gaps else ""
         bits = f"/{self.slide.bits} bits" if self.slide.bits else ""
-        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}{gaps}{bits}"
+        chosen = "" if self._all else f"/channels {self.numbers}"
+        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}{gaps}{bits}{chosen}"
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """Read boxes as (N, C, h, w); see `nested_ats.Image.read`.
@@ -133,10 +150,35 @@ class SlideImage:
     def _read(self, level: int, boxes: Tensor) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Pixels (N, C, h, w) of boxes, and which of them hold data; None where all do."""
         pixels = self.slide.read_many(level, boxes.numpy(), fill=self.fill)
+        pixels = pixels if self._all else pixels[:, self.numbers]
         if not self._has_gaps:
             return pixels, None
         valid = holds_data(pixels, self.slide.nodata)
         return pixels, None if valid.all() else valid
+
+
+def channel_numbers(slide: Slide, channels: Channels) -> list[int]:
+    """Numbers, from 0, of the channels of a slide that are named or numbered; of all where none are.
+
+    Raises
+    ------
+    DataError
+        The slide lacks one of them.
+    """
+    if channels is None:
+        return list(range(len(slide.channels)))
+    numbers = []
+    for wanted in channels:
+        if wanted in slide.channels:  # the names of a file come first, which may be numbers
+            numbers.append(slide.channels.index(str(wanted)))
+        elif isinstance(wanted, int) and wanted < len(slide.channels):
+            numbers.append(wanted)
+        else:
+            there = ", ".join(slide.channels[:_NAMED]) + (", ..." if len(slide.channels) > _NAMED else "")
+            raise DataError(
+                f"{slide.location}: no channel {wanted!r}, only {there}; leave it out, or change data.channels"
+            )
+    return numbers
 
 
 def largest_value(slide: Slide) -> int:
@@ -218,10 +260,19 @@ class SlideCache:
         Where chunks of slides at URLs are kept.
     mpp
         Micrometres per pixel of the images; see `SlideImage`.
+    channels
+        Channels of the images; see `SlideImage`.
     """
 
-    def __init__(self, *, background: float, cache: CacheConfig | None = None, mpp: float | None = None) -> None:
-        self._background, self._mpp = background, mpp
+    def __init__(
+        self,
+        *,
+        background: float,
+        cache: CacheConfig | None = None,
+        mpp: float | None = None,
+        channels: Channels = None,
+    ) -> None:
+        self._background, self._mpp, self._channels = background, mpp, channels
         self._cache = cache
         self._slides: OrderedDict[str, SlideImage] = OrderedDict()
         self._lock = threading.Lock()
@@ -238,7 +289,11 @@ class SlideCache:
             image = self._slides.pop(path, None)
         # This opens without the lock, as it may wait for a store. Two threads may open one slide, which does no harm.
         image = image or SlideImage(
-            open_slide(path, self._cache), background=self._background, mpp=self._mpp, own_mpp=own_mpp
+            open_slide(path, self._cache),
+            background=self._background,
+            mpp=self._mpp,
+            own_mpp=own_mpp,
+            channels=self._channels,
         )
         with self._lock:
             self._slides[path] = image
@@ -265,7 +320,11 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
 
 
 def check_slide(
-    slide: Slide, config: EncoderConfig, channels: int | None = None, own_mpp: float | None = None
+    slide: Slide,
+    config: EncoderConfig,
+    channels: int | None = None,
+    own_mpp: float | None = None,
+    chosen: Channels = None,
 ) -> list[int]:
     """See that a slide has what a model reads, and return the numbers of the slide's levels that are read.
 
@@ -276,19 +335,21 @@ def check_slide(
     config
         The configuration of the model.
     channels
-        The number of channels that the slide must have.
+        The number of channels that the model has.
     own_mpp
         Micrometres per pixel of its finest level, over what its file says.
+    chosen
+        Which of the slide's channels the model sees; see `SlideImage`.
 
     Raises
     ------
     DataError
         The slide has other channels, lacks a level or the model's scale, or is too small for the model's encoder.
     """
-    path, count = slide.location, len(slide.channels)
+    path, count = slide.location, len(channel_numbers(slide, chosen))
     if channels is not None and count != channels:
         raise DataError(f"{path}: {count} channels where the model has {channels}; convert slides of one kind")
-    image = SlideImage(slide, mpp=config.mpp, own_mpp=own_mpp)
+    image = SlideImage(slide, mpp=config.mpp, own_mpp=own_mpp, channels=chosen)
     try:
         found = [find_level(image, downsample) for downsample in config.downsamples]
     except ValueError as error:

@@ -68,13 +68,18 @@ class Classifier:
             It cannot be opened, or has not.
         """
         slide = open_slide(entry.path, self.settings.cache)
-        check_slide(slide, self.model.config, self.model.in_channels, entry.mpp)
+        check_slide(slide, self.model.config, self.model.in_channels, entry.mpp, self.settings.channels)
         return slide
 
     def image(self, entry: Entry, slide: Slide) -> SlideImage:
         """The slide as the model looks at it."""
-        background = self.settings.background
-        return SlideImage(slide, background=background, mpp=self.model.config.mpp, own_mpp=entry.mpp)
+        return SlideImage(
+            slide,
+            background=self.settings.background,
+            mpp=self.model.config.mpp,
+            own_mpp=entry.mpp,
+            channels=self.settings.channels,
+        )
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:
         """Classify an image; equal slides and settings draw equal patches.

@@ -25,6 +25,7 @@ class Settings:
     draws: int  # how many independent draws are averaged
     samples: tuple[int, ...] = ()  # how many units are drawn at each level; empty: as many as in training
     background: float  # the value of pixels off the slide
+    channels: tuple[int | str, ...] | None = None  # which channels of slides the model sees; None: all
     seed: int
     target_error: float | None = None  # drawing stops before that many draws at this expected error
     exact: bool = False  # encode every patch of the opened regions instead of drawing among them
@@ -38,7 +39,9 @@ class Settings:
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values, without where things are kept, which decides nothing but time."""
         values = asdict(replace(self, cache=None, features=None))
-        del values["features"]  # earlier predictions do not have them
+        del values["features"]  # earlier predictions do not have them, nor
+        if values["channels"] is None:
+            del values["channels"]
         return values
 
     @property
@@ -83,11 +86,17 @@ def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
         model=str(folder.absolute()),
         model_sha256=model.sha256,
         background=config["data"]["background"],
+        channels=_chosen(config["data"].get("channels")),
         seed=config["seed"],
         cache=cache and CacheConfig(**cache),
         features=features and FeaturesConfig(**features),
         **{**config["predict"], **given, "samples": samples},
     )
+
+
+def _chosen(channels: Any) -> tuple[int | str, ...] | None:
+    """`DataConfig.chosen`, of its value in a file."""
+    return tuple(channels) if isinstance(channels, list) else None
 
 
 def with_samples(config: EncoderConfig, samples: Sequence[int]) -> EncoderConfig:

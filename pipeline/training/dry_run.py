@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import cluster
-from pipeline.config import CacheConfig, Config
+from pipeline.config import Config
 from pipeline.data.manifest import SPLITS, Entry
 from pipeline.data.selection import Failure, Selection, select
 from pipeline.data.slides import SlideCache, SlideImage
@@ -89,7 +89,7 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
     trainer = make_trainer(context, arguments)
     data = trainer.config.data
     trainer.slides = slides = _CountedSlides(
-        background=data.background, cache=data.cache, mpp=trainer.config.model.mpp
+        background=data.background, cache=data.cache, mpp=trainer.config.model.mpp, channels=data.chosen
     )
     seconds, read = 0.0, 0
     began = time.perf_counter()
@@ -107,8 +107,8 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
 class _CountedSlides(SlideCache):
     """Slides that were opened, those closed again included, for what was read of them."""
 
-    def __init__(self, *, background: float, cache: CacheConfig | None, mpp: float | None) -> None:
-        super().__init__(background=background, cache=cache, mpp=mpp)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._opened: defaultdict[str, set[SlideImage]] = defaultdict(set)
 
     def open(self, path: str, own_mpp: float | None = None) -> SlideImage:

@@ -112,7 +112,10 @@ class Trainer(Learner):
     ) -> None:
         self.mirror, self.fingerprint = Mirror(mirror, folder) if mirror else None, fingerprint
         self.validation = [entry for entry in entries if entry.split == "val"]
-        self.slides = SlideCache(background=config.data.background, cache=config.data.cache, mpp=config.model.mpp)
+        data = config.data
+        self.slides = SlideCache(
+            background=data.background, cache=data.cache, mpp=config.model.mpp, channels=data.chosen
+        )
         self.unreadable = Unreadable(fail_fast=fail_fast)
         training = [entry for entry in entries if entry.split == "train"]
         super().__init__(context, config, training, classes, channels, folder)
