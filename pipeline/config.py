@@ -38,7 +38,7 @@ from pipeline.units import in_pixels
 # Encodings, dates and numbers raise ValueError, and what is nested too deep raises RecursionError.
 _NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 # Where a key may be of several types, an error is placed at each of them.
-_OF_A_UNION = re.compile(r"str|int|float|(literal|dict|tuple)\[.*\]")
+_OF_A_UNION = re.compile(r"str|int|float|constrained-int|(literal|dict|tuple)\[.*\]")
 DEFAULT_LEVELS = levels_for((8192, 8192))
 
 
@@ -54,6 +54,10 @@ AnyModel = Annotated[
     | Annotated[CNNConfig, Tag("cnn")],
     Discriminator(_kind),
 ]
+
+
+ChannelCount = Annotated[int, Field(ge=1, le=65535)]
+ChannelNumber = Annotated[int, Field(ge=0, le=65535)]
 
 
 class _Section(BaseModel):
@@ -128,9 +132,9 @@ class DataConfig(_Section):
     background: float = Field(default=0.0, ge=0, le=1)  # value of pixels off the slide or without data: 1 is white
     validation: float = Field(default=0.0, ge=0, lt=1)  # share of slides held out, where the manifest has no split
     test: float = Field(default=0.2, ge=0, lt=1)  # share of slides to test on, where the manifest has no split
-    channels: int | None = Field(
-        default=None, ge=1, le=65535
-    )  # how many channels slides must have; by default as many as most of them have
+    # Which channels the model sees, by name or number from 0, as in [B04, B03, B02]; or how many slides must have,
+    # all of which are seen: by default as many as most of them have.
+    channels: ChannelCount | tuple[ChannelNumber | str, ...] | None = None
     assume_mpp: float | None = Field(
         default=None, gt=0, lt=1000
     )  # micrometres per pixel of slides of which neither their file nor the manifest tells it
@@ -140,10 +144,22 @@ class DataConfig(_Section):
     @property
     def opening(self) -> dict[str, Any]:
         """How slides are opened; see `pipeline.data.slides.Opening`."""
-        return {"background": self.background, "cache": self.cache, "assume_mpp": self.assume_mpp}
+        return {
+            "background": self.background,
+            "cache": self.cache,
+            "assume_mpp": self.assume_mpp,
+            "channels": self.chosen,
+        }
+
+    @property
+    def chosen(self) -> tuple[int | str, ...] | None:
+        """Names or numbers of the channels that the model sees; None where it sees all of them."""
+        return self.channels if isinstance(self.channels, tuple) else None
 
     @model_validator(mode="after")
     def _leave_some_to_train(self) -> Self:
+        if self.channels == ():
+            raise ValueError("channels must name at least one")
         if self.validation + self.test >= 1:
             raise ValueError("validation and test together must leave slides to train on")
         return self

@@ -75,7 +75,7 @@ def plan_all(entries: Sequence[Entry], out: str | Path, *, options: ConvertOptio
         target = _target(out, entry)
         with Net() as net:
             check_alone(entry, paths)
-            with open_image(entry.path, allow_sparse=options.allow_sparse) as image:
+            with open_image(entry.path, allow_sparse=options.allow_sparse, pages=options.pages) as image:
                 plans.append(Plan(entry, target, image.shape))
         if net.error:
             plans.append(Plan(entry, target, None, net.error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +36,10 @@ NameBy = Annotated[
 Mpp = Annotated[float | None, typer.Option(min=0, help="Micrometres per pixel, over what files say.")]
 MinLevelSize = Annotated[int, typer.Option(min=1, help="Levels go on down to this longer side, in pixels.")]
 AllowSparse = Annotated[bool, typer.Option("--allow-sparse", help="Read TIFF tiles that are not stored as zeros.")]
+Page = Annotated[
+    str,
+    typer.Option(help="Page of TIFFs that have several, from 0; or channels: each is a channel of one image."),
+]
 Executor = Annotated[str, typer.Option(help="threads, processes, or the tcp://HOST:PORT of a Dask scheduler.")]
 Workers = Annotated[
     int | None,
@@ -54,6 +58,7 @@ def convert(
     name_by: NameBy = "name",
     mpp: Mpp = None,
     min_level_size: MinLevelSize = 64,
+    page: Page = "",
     allow_sparse: AllowSparse = False,
     executor: Executor = "threads",
     cluster: Cluster = "none",
@@ -72,7 +77,13 @@ def convert(
     _check_executor(executor, cluster)
     try:
         options = ConvertOptions(
-            codec=codec, chunk=chunk, shard=shard, min_level_size=min_level_size, mpp=mpp, allow_sparse=allow_sparse
+            codec=codec,
+            chunk=chunk,
+            shard=shard,
+            min_level_size=min_level_size,
+            mpp=mpp,
+            pages=_pages(page),
+            allow_sparse=allow_sparse,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -95,6 +106,16 @@ def convert(
     listed = [manifest or manifest_path(out)] if len(failures) < len(conversions) else []
     print_all([asdict(one) for one in conversions] if as_json else [summary(conversions), *listed])
     exit_if_failed(failures, len(conversions))
+
+
+def _pages(text: str) -> int | Literal["channels"] | None:
+    from pipeline.errors import UsageError
+
+    if text == "channels":
+        return "channels"
+    if text and not text.isdecimal():
+        raise UsageError(f"--page {text}: give the number of a page, from 0, or channels")
+    return int(text) if text else None
 
 
 def _check_executor(executor: str, cluster: str) -> None:

@@ -102,7 +102,7 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         )
     channels, count = Counter(one.channels for one in opened).most_common(1)[0]
     why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
-    if config.data.channels:
+    if isinstance(config.data.channels, int):
         channels, why = config.data.channels, f"data.channels is {config.data.channels}"
     odd = {
         one.entry.slide_id: f"{one.entry.path}: {one.channels} channels, where {why}"
@@ -169,7 +169,7 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
             downsamples = tuple(level.downsample for level in levels)
             mpp = entry.mpp or slide.mpp or config.data.assume_mpp
             assumed = mpp is not None and not (entry.mpp or slide.mpp)
-            return _Found(entry, len(slide.channels), downsamples, slow, mpp, assumed)
+            return _Found(entry, len(image.numbers), downsamples, slow, mpp, assumed)
         return _Found(entry, error=net.error)
 
     found = []

@@ -32,8 +32,13 @@ _OPEN_SLIDES = 128  # each holds a few file descriptors
 _NEAR = 0.1  # by which a level's pixels may differ from those that the model looks at, and are taken as they are
 _SQUARE = 0.02  # by which a pixel's sides may differ
 _NOTHING = 1e-6  # share of a pixel that holds data, below which it holds none
+_NAMED = 20  # channels, in messages
 _SAME = 1e-3  # by which two downsamples are one
 _HELD_BYTES = 2 * 2**30  # PNG, JPEG and BMP images are held decoded, and take no more than this
+
+
+Channels = Sequence[int | str] | None
+"""Names of channels, or their numbers from 0; None means all."""
 
 
 class SlideImage:
@@ -51,9 +56,12 @@ class SlideImage:
         by no more than a tenth; else pixels are averaged by area from the next finer level.
     own_mpp
         Micrometres per pixel of the slide's finest level, over what its file says.
+    channels
+        Names or numbers of the slide's channels that the image has, in this order; None takes all.
 
     Attributes
     ----------
+    numbers : of the slide's channels that the image has, from 0
     fill : `background` as a value of the slide's type
     scale : pixels of the slide's finest level to a pixel of the image's, along each axis
     sources : number of the slide's level that each of the image's levels is read from
@@ -62,16 +70,24 @@ class SlideImage:
     Raises
     ------
     DataError
-        The slide does not tell what its pixels measure, or they are larger than the model's.
+        The slide does not tell what its pixels measure, or they are larger than the model's; or it lacks a channel.
     """
 
     def __init__(
-        self, slide: Slide, *, background: float = 0.0, mpp: float | None = None, own_mpp: float | None = None
+        self,
+        slide: Slide,
+        *,
+        background: float = 0.0,
+        mpp: float | None = None,
+        own_mpp: float | None = None,
+        channels: Channels = None,
     ) -> None:
         self.slide = slide
+        self.numbers = channel_numbers(slide, channels)
+        self._all = self.numbers == list(range(len(slide.channels)))
         dtype = np.dtype(slide.dtype)
         self._has_gaps = slide.nodata is not None or dtype.kind == "f"
-        largest = 1 if dtype.kind == "f" else 2**slide.bits - 1 if slide.bits else int(np.iinfo(dtype).max)
+        largest = largest_value(slide)
         # PyTorch computes little in the other types, and knows no pixels of 12 bits.
         self._divisor = largest if slide.bits or dtype.name in ("int8", "uint32", "int32") else None
         self.fill = background if dtype.kind == "f" else round(background * largest)
@@ -96,7 +112,8 @@ class SlideImage:
         scale = "" if self.scale == 1 else f"/{self.scale!r}"
         gaps = f"/{self.slide.nodata!r}" if self._has_gaps else ""
         bits = f"/{self.slide.bits} bits" if self.slide.bits else ""
-        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}{gaps}{bits}"
+        chosen = "" if self._all else f"/channels {self.numbers}"
+        return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}{gaps}{bits}{chosen}"
 
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """Read boxes as (N, C, h, w); see `nested_ats.Image.read`.
@@ -140,10 +157,42 @@ class SlideImage:
     def _read(self, level: int, boxes: Tensor) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Pixels (N, C, h, w) of boxes, and which of them hold data; None where all do."""
         pixels = self.slide.read_many(level, boxes.numpy(), fill=self.fill)
+        pixels = pixels if self._all else pixels[:, self.numbers]
         if not self._has_gaps:
             return pixels, None
         valid = holds_data(pixels, self.slide.nodata)
         return pixels, None if valid.all() else valid
+
+
+def channel_numbers(slide: Slide, channels: Channels) -> list[int]:
+    """Numbers, from 0, of the channels of a slide that are named or numbered; of all where none are.
+
+    Raises
+    ------
+    DataError
+        The slide lacks one of them.
+    """
+    if channels is None:
+        return list(range(len(slide.channels)))
+    numbers = []
+    for wanted in channels:
+        if wanted in slide.channels:  # the names of a file come first, which may be numbers
+            numbers.append(slide.channels.index(str(wanted)))
+        elif isinstance(wanted, int) and wanted < len(slide.channels):
+            numbers.append(wanted)
+        else:
+            there = ", ".join(slide.channels[:_NAMED]) + (", ..." if len(slide.channels) > _NAMED else "")
+            raise DataError(
+                f"{slide.location}: no channel {wanted!r}, only {there}; leave it out, or change data.channels"
+            )
+    return numbers
+
+
+def largest_value(slide: Slide) -> int:
+    """The largest value that pixels of a slide can have, which is 1 to the model; of floating-point ones 1 itself."""
+    if slide.dtype.kind == "f":
+        return 1
+    return 2**slide.bits - 1 if slide.bits else int(np.iinfo(slide.dtype).max)
 
 
 class _Level(NamedTuple):
@@ -243,6 +292,7 @@ class Opening(TypedDict, total=False):
 
     background: float  # the value of pixels off the slide; see `SlideImage`
     cache: CacheConfig | None  # where chunks of slides at URLs are kept
+    channels: Channels  # which the model sees; see `SlideImage`
     assume_mpp: float | None  # micrometres per pixel of slides of which neither file nor manifest tells it
 
 
@@ -267,9 +317,15 @@ def open_image(entry: Entry, config: EncoderConfig, **options: Unpack[Opening]) 
     with ExitStack() as stack:
         stack.enter_context(slide)
         own_mpp = entry.mpp or slide.mpp or options.get("assume_mpp")
-        image = SlideImage(slide, background=options.get("background", 0.0), mpp=config.mpp, own_mpp=own_mpp)
+        image = SlideImage(
+            slide,
+            background=options.get("background", 0.0),
+            mpp=config.mpp,
+            own_mpp=own_mpp,
+            channels=options.get("channels"),
+        )
         if isinstance(config, PatchConfig):
-            image.mask = model_mask(slide, entry, config, image.scale)
+            image.mask = model_mask(slide, entry, config, image.scale, image.numbers)
         stack.pop_all()
     return image
 
@@ -297,14 +353,14 @@ def check_slide(image: SlideImage, config: EncoderConfig, channels: int | None =
     config
         The configuration of the model.
     channels
-        The number of channels that the slide must have.
+        The number of channels that the model has.
 
     Raises
     ------
     DataError
         The slide has other channels, lacks a level, or is too small for the model's encoder.
     """
-    path, count = image.slide.location, len(image.slide.channels)
+    path, count = image.slide.location, len(image.numbers)
     if channels is not None and count != channels:
         raise DataError(f"{path}: {count} channels where the model has {channels}; convert slides of one kind")
     try:

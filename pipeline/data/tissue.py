@@ -17,6 +17,7 @@ import io
 import math
 import zipfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ class Found:
         return float(np.count_nonzero(self.pixels)) * self.pitch_yx[0] * self.pitch_yx[1]
 
 
-def model_mask(slide: Slide, entry: Entry, config: PatchConfig, scale: float) -> Mask | None:
+def model_mask(slide: Slide, entry: Entry, config: PatchConfig, scale: float, channels: Sequence[int]) -> Mask | None:
     """Find the mask that a model's prior asks for.
 
     Parameters
@@ -85,6 +86,8 @@ def model_mask(slide: Slide, entry: Entry, config: PatchConfig, scale: float) ->
         The configuration of the model.
     scale
         Pixels of the slide's finest level to one of the finest that the model knows (`SlideImage.scale`).
+    channels
+        The numbers of the slide's channels that the model sees (`SlideImage.numbers`).
 
     Returns
     -------
@@ -99,7 +102,7 @@ def model_mask(slide: Slide, entry: Entry, config: PatchConfig, scale: float) ->
     """
     if config.prior == "none":
         return None
-    found = find_mask(slide, entry, config.prior, nodata=config.nodata)
+    found = find_mask(slide, entry, config.prior, nodata=config.nodata, channels=channels)
     if not found.pixels.any():
         nothing = {"tissue": "no tissue was found on it", "valid": "no pixel of it is valid"}
         raise DataError(
@@ -111,9 +114,18 @@ def model_mask(slide: Slide, entry: Entry, config: PatchConfig, scale: float) ->
 
 
 def find_mask(
-    slide: Slide, entry: Entry, prior: Prior, *, nodata: float | None = None, finding: Finding | None = None
+    slide: Slide,
+    entry: Entry,
+    prior: Prior,
+    *,
+    nodata: float | None = None,
+    finding: Finding | None = None,
+    channels: Sequence[int] | None = None,
 ) -> Found:
-    """Find, read or look up the mask of a slide; the parameters and errors are those of `model_mask`."""
+    """Find, read or look up the mask of a slide; the parameters and errors are those of `model_mask`.
+
+    All channels are looked at where none are named.
+    """
     if prior == "column":
         if not entry.mask:
             raise DataError(
@@ -122,12 +134,13 @@ def find_mask(
             )
         return Found(*read_mask(entry.mask, slide.shape_yx))
     finding, mpp = finding or Finding(), entry.mpp or slide.mpp
-    path = _kept_at(slide, (prior, mpp, nodata, finding))
+    chosen = list(range(len(slide.channels)) if channels is None else channels)
+    path = _kept_at(slide, (prior, mpp, nodata, slide.nodata, finding, chosen))
     kept = path and _recall(path)
     if kept:
         return kept
     level = view_level(slide, finding.mpp, mpp)
-    view = slide.read(level, (0, 0, *slide.levels[level].shape_yx))
+    view = slide.read(level, (0, 0, *slide.levels[level].shape_yx))[chosen]
     pixel_um = mpp and mpp * slide.levels[level].downsample
     pixels = (
         tissue(view, finding, pixel_um, slide.location) if prior == "tissue" else valid(view, slide.nodata, nodata)

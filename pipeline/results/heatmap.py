@@ -125,7 +125,8 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
             channels=("attention, times uniform",),
             overwrite=True,
         )
-        picture = draw_picture(slide, heat, pitch, patches, f"{entry.slide_id}: {words}", fill=image.fill)
+        title = f"{entry.slide_id}: {words}"
+        picture = draw_picture(slide, heat, pitch, patches, title, fill=image.fill, channels=image.numbers)
         write_atomic(folder / PICTURE, picture)
     write_atomic(folder / OBJECTS, json.dumps(to_geojson(patches)) + "\n")
     return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()))
@@ -178,7 +179,14 @@ def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
 
 
 def draw_picture(
-    slide: Slide, heat: NDArray[np.float32], pitch: float, patches: Sequence[Patch], title: str, *, fill: float = 0
+    slide: Slide,
+    heat: NDArray[np.float32],
+    pitch: float,
+    patches: Sequence[Patch],
+    title: str,
+    *,
+    fill: float = 0,
+    channels: Sequence[int] | None = None,
 ) -> bytes:
     """Draw the slide under its attention, with colour bar, scale bar and the heaviest patches, as a PNG.
 
@@ -196,6 +204,8 @@ def draw_picture(
         The title of the picture.
     fill
         The value of pixels off the slide, as the model saw them (`SlideImage.fill`).
+    channels
+        Numbers of the channels to show (`SlideImage.numbers`); None means all, of which the first three are shown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
@@ -205,7 +215,8 @@ def draw_picture(
     figure = Figure(figsize=(9, 9 * min(max(height / width, 0.4), 2) + 1.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[6, 1])[:, 0]
     axes = top.subplots()
-    view, reach = thumbnail(slide, _PICTURE_PIXELS)
+    shown = slice(None) if channels is None else list(channels)
+    view, reach = thumbnail(slide, _PICTURE_PIXELS, shown)
     axes.imshow(view, extent=(0, reach[1], reach[0], 0), interpolation="nearest")
     # Colour begins at the uniform attention, so that the slide itself shows where attention is less than chance.
     peak = max(float(heat.max()), 1.1)
@@ -213,7 +224,7 @@ def draw_picture(
     alpha = np.clip(0.25 + 0.6 * np.ma.filled(scale(np.maximum(heat, 1)), 0), 0, 1) * (heat > 1)
     # The map's last row and column reach past the slide where the pitch does not divide it.
     extent = (0, heat.shape[1] * pitch, heat.shape[0] * pitch, 0)
-    shown = axes.imshow(heat, extent=extent, norm=scale, cmap="inferno", alpha=alpha, interpolation="nearest")
+    drawn = axes.imshow(heat, extent=extent, norm=scale, cmap="inferno", alpha=alpha, interpolation="nearest")
     axes.scatter(
         [patch.x_l0 + patch.side_l0 / 2 for patch in patches],
         [patch.y_l0 + patch.side_l0 / 2 for patch in patches],
@@ -224,12 +235,12 @@ def draw_picture(
     )
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.set_title(f"{title}; attention 1 to {peak:.3g}", parse_math=False)  # a slide's id may hold dollar signs
-    top.colorbar(shown, ax=axes, label="attention, times uniform", shrink=0.8)
+    top.colorbar(drawn, ax=axes, label="attention, times uniform", shrink=0.8)
     _scale_bar(axes, slide)
     for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
         place.axis("off")
         if patch is not None:
-            place.imshow(to_rgb(_read_patch(slide, patch, fill), slide.nodata))
+            place.imshow(to_rgb(_read_patch(slide, patch, fill)[shown], slide.nodata))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
     buffer = io.BytesIO()

@@ -11,7 +11,9 @@ from storage import Slide
 from storage.format.nodata import holds_data
 
 
-def thumbnail(slide: Slide, pixels: int) -> tuple[NDArray[Any], tuple[float, float]]:
+def thumbnail(
+    slide: Slide, pixels: int, channels: slice | list[int] = slice(None)
+) -> tuple[NDArray[Any], tuple[float, float]]:
     """Return the finest level with no more pixels a side, or the coarsest, and where it ends in level-0 pixels.
 
     A level's last row and column may reach past the slide: its sides are rounded up.
@@ -21,7 +23,7 @@ def thumbnail(slide: Slide, pixels: int) -> tuple[NDArray[Any], tuple[float, flo
     level = slide.levels[number]
     height, width = level.shape_yx
     view = slide.read(number, (0, 0, height, width))
-    return to_rgb(view, slide.nodata), (height * level.downsample, width * level.downsample)
+    return to_rgb(view[channels], slide.nodata), (height * level.downsample, width * level.downsample)
 
 
 def to_rgb(pixels: NDArray[Any], nodata: float | None) -> NDArray[Any]:

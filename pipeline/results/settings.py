@@ -26,6 +26,7 @@ class Settings:
     draws: int  # how many independent draws are averaged
     samples: tuple[int, ...] = ()  # how many units are drawn at each level; empty: as many as in training
     background: float  # the value of pixels off the slide
+    channels: tuple[int | str, ...] | None = None  # which channels of slides the model sees; None: all
     seed: int
     target_error: float | None = None  # drawing stops before that many draws at this expected error
     exact: bool = False  # encode every patch of the opened regions instead of drawing among them
@@ -41,14 +42,20 @@ class Settings:
         """The settings as JSON values, without where things are kept, which decides nothing but time."""
         values = asdict(replace(self, cache=None, features=None))
         del values["features"]  # earlier predictions do not have them
-        if self.assume_mpp is None:
-            del values["assume_mpp"]  # nor this
+        for name in ("assume_mpp", "channels"):
+            if values[name] is None:
+                del values[name]  # nor these
         return values
 
     @property
     def opening(self) -> Opening:
         """How slides are opened."""
-        return {"background": self.background, "cache": self.cache, "assume_mpp": self.assume_mpp}
+        return {
+            "background": self.background,
+            "cache": self.cache,
+            "assume_mpp": self.assume_mpp,
+            "channels": self.channels,
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -93,11 +100,17 @@ def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
         model_sha256=model.sha256,
         background=config["data"]["background"],
         assume_mpp=config["data"].get("assume_mpp"),  # earlier runs do not have it
+        channels=_chosen(config["data"].get("channels")),
         seed=config["seed"],
         cache=cache and CacheConfig(**cache),
         features=features and FeaturesConfig(**features),
         **{**config["predict"], **given, "samples": samples},
     )
+
+
+def _chosen(channels: Any) -> tuple[int | str, ...] | None:
+    """`DataConfig.chosen`, of its value in a file."""
+    return tuple(channels) if isinstance(channels, list) else None
 
 
 def with_samples(config: EncoderConfig, samples: Sequence[int]) -> EncoderConfig:

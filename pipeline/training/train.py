@@ -128,7 +128,8 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     decisive = plain(config)
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["data"] |= {"cache": None}
-    del decisive["data"]["channels"]  # the number itself is among the arguments
+    if config.data.chosen is None:
+        del decisive["data"]["channels"]  # the number itself is among the arguments
     del decisive["data"]["features"]  # decides only time
     decisive["model"].pop("allow_gaps", None)  # a permission, which changes no result
     identity["config"] = decisive

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,8 +100,8 @@ def convert(
     options = options or ConvertOptions()
     check_executor(executor)
     place = os.fspath(target)
-    provenance: dict[str, Any] = {"source": fingerprint(source), "options": asdict(options), "format": FORMAT}
-    with open_image(source, allow_sparse=options.allow_sparse) as image:
+    provenance: dict[str, Any] = {"source": fingerprint(source), "options": options.plain, "format": FORMAT}
+    with open_image(source, allow_sparse=options.allow_sparse, pages=options.pages) as image:
         if image.nodata is not None:  # it decides pixels, and those made before it was heeded are others
             provenance["nodata"] = to_json(image.nodata)
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx

@@ -6,9 +6,9 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from storage.limits import LIMITS
 
 if TYPE_CHECKING:
     from storage.conversion.build import PixelSource
+    from storage.images.tiff_pages import Pages
 
 CLEVELS = {"lz4": 1, "zstd": 1}  # lz4 at 5 takes twice as long to save 1 %
 MAX_SHARD_BYTES = 64 * 2**20  # decoded; the shard side is halved until it holds
@@ -34,6 +35,7 @@ class ConvertOptions:
     shard: int = 2048  # pixels, side of a file; a multiple of chunk
     min_level_size: int = MIN_LEVEL_SIZE  # pixels; levels go on until the longer side is no more than this
     mpp: float | None = None  # micrometres per pixel of level 0; None takes the source's
+    pages: Pages = None  # of a TIFF: the number of one, from 0, or "channels" for all as the channels of one image
     allow_sparse: bool = False  # take TIFF tiles that are not stored as zeros, instead of refusing the file
 
     def __post_init__(self) -> None:
@@ -43,8 +45,16 @@ class ConvertOptions:
             raise ValueError(f"chunk must be even and shard a multiple of it, not {self.chunk} and {self.shard}")
         if self.min_level_size < 1:
             raise ValueError("min_level_size must be at least 1")
+        if isinstance(self.pages, int) and self.pages < 0:
+            raise ValueError("pages are numbered from 0")
         if self.mpp is not None and not 0 < self.mpp < float("inf"):
             raise ValueError("mpp must be positive")
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The options as JSON values; pages only where they are chosen, as pyramids of before do not have them."""
+        values = asdict(self)
+        return values if self.pages is not None else {key: values[key] for key in values if key != "pages"}
 
 
 def plan(

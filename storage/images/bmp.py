@@ -76,8 +76,8 @@ def _row_bytes(width: int, bits: int) -> int:
 def _palette(data: bytes) -> NDArray[np.uint8]:
     """(N, 3) red, green and blue; they are stored as blue, green, red and a byte of no meaning."""
     first, start = 14 + int.from_bytes(data[14:18], "little"), int.from_bytes(data[10:14], "little")
-    bits = int.from_bytes(data[28:30], "little")
-    count = min(max(0, min(start, len(data)) - first) // 4, 2**bits)
+    bits, used = int.from_bytes(data[28:30], "little"), int.from_bytes(data[46:50], "little")
+    count = min(max(0, min(start, len(data)) - first) // 4, used or 2**bits, 2**bits)
     return np.frombuffer(data[first : first + 4 * count], np.uint8).reshape(-1, 4)[:, 2::-1]
 
 

@@ -10,6 +10,7 @@ from storage.images.image import ACCEPTED
 from storage.images.openslide_image import OpenSlideImage, instead_of
 from storage.images.raster import MAGIC_BYTES, RasterImage, raster_kind
 from storage.images.tiff import TiffImage
+from storage.images.tiff_pages import Pages
 from storage.place.files import RandomFile
 
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -17,7 +18,7 @@ MIRAX = ".mrxs"  # a slide's first file, which is a JPEG
 
 
 def open_image(
-    location: str | os.PathLike[str], *, allow_sparse: bool = False
+    location: str | os.PathLike[str], *, allow_sparse: bool = False, pages: Pages = None
 ) -> TiffImage | RasterImage | OpenSlideImage:
     """Open a TIFF, PNG, JPEG or BMP, or with the extra "slides" what OpenSlide reads.
 
@@ -27,6 +28,8 @@ def open_image(
         A path or a URL (http, https, s3, gs, az).
     allow_sparse
         Read tiles of a TIFF that are not stored as zeros rather than refuse the file.
+    pages
+        The page of a TIFF to read, numbered from 0, or "channels" for all of them as the channels of one image.
 
     Raises
     ------
@@ -36,12 +39,16 @@ def open_image(
     try:
         match image_kind(place):
             case "TIFF":
-                return TiffImage(place, allow_sparse=allow_sparse)
+                return TiffImage(place, allow_sparse=allow_sparse, pages=pages)
+            case "raster" if pages not in (None, 0):
+                raise UnsupportedImageError(f"{place}: one image, which has no other pages")
             case "raster":
                 return RasterImage(place)
             case other:
                 raise UnsupportedImageError(f"{place}: {other}; give {ACCEPTED}")
     except UnsupportedImageError as error:
+        if pages is not None:  # OpenSlide has none to choose
+            raise
         return instead_of(error, place)
 
 

@@ -189,17 +189,24 @@ def _colours(key: tifffile.TiffPage) -> str:
     return f"its values are no colours (photometric interpretation {number}); store it as grey: {by_tifffile(key)}"
 
 
+def choose_page(pages: int) -> str:
+    """Tell how a pyramid of one of several pages is made."""
+    return f"or have nested-ats make a pyramid of one of its pages by --page 0 to --page {pages - 1}"
+
+
 def _palette_is_short(key: tifffile.TiffPage) -> bool:
     return key.colormap is None or np.size(key.colormap) != 3 << key.bitspersample
 
 
-def why_a_stack(axes: str, sizes: Sequence[int]) -> str:
+def why_a_stack(axes: str, sizes: Sequence[int], pages: int) -> str:
     """Tell that an image has more axes than one of channels, and how one image of it, or all as channels, is kept.
 
     Parameters
     ----------
     axes, sizes
         The axes and sizes of the image, as tifffile names them, without those of length 1.
+    pages
+        How many pages of the file it takes.
     """
     names = {"Z": "in depth", "T": "in time", "C": "channels", "S": "colours", "X": "columns", "Y": "rows"}
     many = {axis: size for axis, size in zip(axes, sizes, strict=True) if axis not in "YX"}
@@ -214,4 +221,4 @@ def why_a_stack(axes: str, sizes: Sequence[int]) -> str:
     text = f"a stack of {what}, not one image; keep the first: {first}"
     if index == "0" and not kept:
         text += " or, if they are channels of one image, the same without [0] and with planarconfig='separate'"
-    return text
+    return f"{text}; {choose_page(pages)}" if pages > 1 else text

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Resolution tags often hold a screen's or printer's dots per inch; a microscope's are not above this.
 MAX_PLAUSIBLE_MPP = 10.0
-GDAL_NODATA = 42113
+GDAL_NODATA, GDAL_METADATA = 42113, 42112
 MICROMETRES = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3}
 IMAGEJ_UNITS = MICROMETRES | {"\\u00B5m": 1.0, "micron": 1.0, "microns": 1.0, "inch": 25400.0}
 
@@ -106,6 +106,14 @@ def _xml(text: str | None) -> ET.Element:
         return ET.Element("none")
 
 
+def _band_names(key: tifffile.TiffPage) -> list[str]:
+    """Descriptions of bands that GDAL has stored, in order; none where they are not numbered from 0 on."""
+    items = _xml(str(key.tags.valueof(GDAL_METADATA, "")).strip("\0 ")).iter("Item")
+    found = {item.get("sample", ""): item.text or "" for item in items if item.get("role") == "description"}
+    names = [found.get(str(i), "").strip() for i in range(len(found))]
+    return names if all(names) else []
+
+
 def _ome_pixels(tif: tifffile.TiffFile) -> ET.Element:
     """Return the first Pixels element of the OME-XML; an empty one where there is none."""
     found = (element for element in _xml(tif.ome_metadata).iter() if element.tag.endswith("Pixels"))
@@ -119,9 +127,13 @@ def _ome_size(pixels: ET.Element, axis: str) -> float:
 
 
 def channel_names(tif: tifffile.TiffFile, key: tifffile.TiffPage, channels: int) -> tuple[str, ...]:
-    """Name the channels: by the file's own names, else by letters where the colours are known, else by numbers."""
+    """Name the channels: by the file's own names, else by letters where the colours are known, else by numbers.
+
+    The file's own names are those of OME-XML, or GDAL's descriptions of bands.
+    """
     elements = [element for element in _ome_pixels(tif) if element.tag.endswith("Channel")] if tif.is_ome else []
     names = [name for element in elements if (name := element.get("Name"))]
+    names = names or _band_names(key)
     if len(names) == channels:
         return tuple(names)
     known = {2: "RGB", 3: "RGB", 5: "CMYK", 6: "RGB"}.get(int(key.photometric), "")  # YCbCr and palettes become RGB

@@ -43,6 +43,7 @@ from storage.images.tiff_kinds import (
     why_refused,
 )
 from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx, nodata_of
+from storage.images.tiff_pages import Pages, series_of, why_unclear
 from storage.images.tiff_segments import Cut, Plane, why_misplaced
 from storage.limits import LIMITS, Limits
 from storage.place.files import BlockReader, RandomFile
@@ -105,6 +106,9 @@ class TiffStructure(Image):
     allow_sparse
         Whether to read tiles that are not stored as zeros (or the file's own "no data" value), rather than refuse the
         file.
+    pages
+        Which of the file's pages is the image, numbered from 0, or "channels" for all of them, each a channel; None
+        takes the baseline image, where it is clear which that is.
     limits
         The limits of what the file may claim.
     coarser
@@ -126,12 +130,14 @@ class TiffStructure(Image):
         path: str | os.PathLike[str] | RandomFile,
         *,
         allow_sparse: bool = False,
+        pages: Pages = None,
         limits: Limits = LIMITS,
         coarser: bool = False,
     ) -> None:
         self._file = path if isinstance(path, RandomFile) else RandomFile(path)
-        super().__init__(self._file.location, limits, allow_sparse=allow_sparse)
+        super().__init__(self._file.location, limits, allow_sparse=allow_sparse, pages=pages)
         self._allow_sparse = allow_sparse
+        self._pages = pages
         self.coarser: list[Self] = []
         try:
             self._open(coarser=coarser)
@@ -149,7 +155,7 @@ class TiffStructure(Image):
                     tifffile.TiffFile(cast("IO[bytes]", reader), name=self._file.name, is_ndpi=ndpi) as tif,
                 ):
                     self._check_format(tif)
-                    series = _baseline(tif)
+                    series = self._chosen_series(tif)
                     self._describe(tif, series, tables)
                     if coarser:
                         self._describe_coarser(tif, series, tables)
@@ -162,6 +168,19 @@ class TiffStructure(Image):
                     raise self._corrupt("its headers are damaged or contradict each other") from error
             if reader.failure is not None:  # tifffile goes on without what it could not read
                 raise reader.failure
+
+    def _chosen_series(self, tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
+        """The pages that are the image."""
+        if self._pages is None:
+            series = _baseline(tif)
+            if reason := why_unclear(tif, series):
+                raise self._unsupported(reason)
+            return series
+        if self._pages == "channels":
+            return series_of(list(tif.pages))
+        if self._pages >= len(tif.pages):
+            raise self._unsupported(f"no page {self._pages}: it has {len(tif.pages)}, numbered from 0")
+        return series_of([tif.pages[self._pages]])
 
     def _describe_coarser(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
         """Describe the levels below the baseline; one of other pixels, or of a kind that is not read, is left out."""
@@ -234,7 +253,7 @@ class TiffStructure(Image):
         axes = "".join(axis for axis, size in sizes if size != 1 or axis in "YX")
         if axes not in ("YX", "YXS", "SYX", "CYX"):
             found, shape = series.get_axes(squeeze=True), series.get_shape(squeeze=True)
-            raise self._unsupported(why_a_stack(found, shape))
+            raise self._unsupported(why_a_stack(found, shape, len(series.pages)))
         if len(pages) != (dict(sizes)["C"] if axes == "CYX" else 1):
             raise self._corrupt(f"it has {len(pages)} pages where its metadata tells of others")
         return axes

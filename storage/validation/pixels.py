@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from storage.conversion.build import PixelSource
+    from storage.images.tiff_pages import Pages
     from storage.validation.problems import Check, Place
 
 
@@ -31,12 +32,13 @@ def open_source(
     dtype: np.dtype[Any],
     *,
     allow_sparse: bool = False,
+    pages: Pages = None,
 ) -> Iterator[PixelSource | None]:
     """Open the source, if there is one; where level 0 cannot equal it, note that and yield None."""
     if source is None:
         yield None
         return
-    with open_image(source, allow_sparse=allow_sparse) as image:
+    with open_image(source, allow_sparse=allow_sparse, pages=pages) as image:
         same = (image.shape, image.dtype) == (shape, dtype)
         if not same:
             text = f"(C, H, W) = {shape} of {dtype}; the source is {image.shape} of {image.dtype}"

@@ -46,8 +46,10 @@ def check_sharded(check: Check, store: Store, root: dict[str, Any], source: str 
     _check_strays(check, store, info)
     first = info.levels[0]
     options = info.provenance.get("options")
-    sparse = isinstance(options, dict) and bool(options.get("allow_sparse"))
-    with open_source(check, source, first.shape, first.layout.dtype, allow_sparse=sparse) as image:
+    options = options if isinstance(options, dict) else {}
+    sparse, pages = bool(options.get("allow_sparse")), options.get("pages")
+    pages = pages if pages == "channels" or (type(pages) is int and pages >= 0) else None
+    with open_source(check, source, first.shape, first.layout.dtype, allow_sparse=sparse, pages=pages) as image:
         check.run(
             _Shards(check, store, info.levels, image, info.nodata).tasks(), sum(level.nbytes for level in info.levels)
         )

@@ -343,6 +343,11 @@ def kinds() -> Iterator[Case]:
         "jpeg": tiff(compression="jpeg"),
         "jpeg2000": tiff(compression="jpeg2000"),
         "webp": tiff(compression="webp"),
+        "jpegxl": tiff(compression="jpegxl"),
+        "png": tiff(compression="png"),
+        "lerc": tiff(compression="lerc"),
+        "orientation": tagged(274, 6),
+        "65-channels": tiff(np.zeros((20, 20, 65), np.uint8), **black, planarconfig="contig"),
         "fill-order-2": fill_order_2(),
         "one-bit": tiff(grey > 99, **black),
         "four-bits": tiff(grey >> 4, **black, tile=None, compression=None, bitspersample=4),
@@ -356,7 +361,6 @@ def kinds() -> Iterator[Case]:
     }.items():
         yield f"kind-{name}.tif", data, "read"
     for name, data in {
-        "orientation": tagged(274, 6),
         "int64": tiff(grey.astype(np.int64), **black),
         "complex": tiff(floats.astype(np.complex64), **black),
         "cielab": tiff(photometric="cielab"),
@@ -364,8 +368,7 @@ def kinds() -> Iterator[Case]:
         "camera": tiff(grey, photometric="cfa"),
         "stack": tiff(np.stack([grey] * 5), **black),
         "volume": tiff(np.stack([grey[:64, :64]] * 16), **black, volumetric=True, tile=(16, 16, 16)),
-        "65-channels": tiff(np.zeros((20, 20, 65), np.uint8), **black, planarconfig="contig"),
-        "jpegxl": tiff(compression="jpegxl"),
+        "1025-channels": tiff(np.zeros((20, 20, 1025), np.uint8), **black, planarconfig="contig"),
     }.items():
         yield f"kind-{name}.tif", data, "refused"
     yield "grey.png", imagecodecs.png_encode(grey), "read"
@@ -425,6 +428,9 @@ def seeds() -> dict[str, bytes]:
         "webp.tif": tiff(small, **options, compression="webp"),
         "webp-lossy.tif": tiff(small, **options, compression="webp", compressionargs=lossy),
         "zstd.tif": tiff(small, **options, compression="zstd"),
+        "jpegxl.tif": tiff(small, **options, compression="jpegxl"),
+        "png.tif": tiff(small, **options, compression="png"),
+        "lerc.tif": tiff(small, **options, compression="lerc"),
         "packbits.tif": tiff(small, **options, compression="packbits"),
         "lzma.tif": tiff(small, **options, compression="lzma"),
         "image.ome.tif": buffer.getvalue(),

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
@@ -100,3 +101,17 @@ def test_mistakes(folder, words, message):
     [line] = complaints(result)
     assert message in line
     assert not (folder / "out").exists()
+
+
+def test_a_page_of_a_stack(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 60, 70), np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="minisblack", metadata=None)
+    failed = run(tmp_path / "x.tif", "--out", tmp_path / "o")
+    assert failed.exit_code == 4
+    assert "by --page 0 to --page 3" in failed.output
+    for page, expected in (("2", pixels[2:3]), ("channels", pixels)):
+        done = run(tmp_path / "x.tif", "--out", tmp_path / page, "--page", page)
+        assert done.exit_code == 0, done.output
+        with Slide(tmp_path / page / "x.ome.zarr") as slide:
+            np.testing.assert_array_equal(slide.read(0, (0, 0, 60, 70)), expected)
+    assert run(tmp_path / "x.tif", "--out", tmp_path / "o", "--page", "two").exit_code == 2

@@ -278,7 +278,9 @@ class TestPicture:
 
     def test_the_model_s_background_is_that_of_the_picture(self, bright_model, spotted, tmp_path, monkeypatch):
         fills = []
-        monkeypatch.setattr("pipeline.results.heatmap.draw_picture", lambda *_, fill: fills.append(fill) or b"")
+        monkeypatch.setattr(
+            "pipeline.results.heatmap.draw_picture", lambda *_, fill, **_options: fills.append(fill) or b""
+        )
         settings = replace(bright_model[3], background=1.0)
         draw(spotted((3, 131, 173), (60, 77)), settings, tmp_path / "out")
         assert fills == [255]

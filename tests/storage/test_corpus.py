@@ -119,7 +119,8 @@ def test_sound_inputs_become_sound_pyramids(corpus, tmp_path):
 
 SEEDS = [
     "deflate.tif", "big.tif", "lzw.tif", "jpeg.tif", "jpeg2000.tif", "webp.tif", "webp-lossy.tif", "zstd.tif",
-    "packbits.tif", "lzma.tif", "image.ome.tif", "image.png", "image.jpg", "image.bmp", "progressive.jpg",
+    "jpegxl.tif", "png.tif", "lerc.tif", "packbits.tif", "lzma.tif", "image.ome.tif", "image.png", "image.jpg",
+    "image.bmp", "progressive.jpg",
 ]  # fmt: skip
 
 
