@@ -53,6 +53,7 @@ ONE_LEVEL = "model.levels=[{downsample: 8, stride: 8, samples: 32, channels: [16
 ALL_TILES = "attention over all tiles"
 ARMS: dict[str, list[str]] = {
     "two levels": ["model.prior=tissue"],
+    "two levels, symmetries": ["model.prior=tissue", "train.augment.flip=true"],
     "one level": [ONE_LEVEL, "model.prior=tissue"],
     "two levels, no tissue prior": ["model.prior=none"],
     "one level, no tissue prior": [ONE_LEVEL, "model.prior=none"],
