@@ -21,7 +21,7 @@ from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.results.classifier import Classifier
 from storage import Slide, write_pyramid
 
-COMMANDS = ["convert", "validate", "info", "train", "predict", "evaluate", "heatmap", "report"]
+COMMANDS = ["convert", "validate", "info", "stats", "train", "predict", "evaluate", "heatmap", "report"]
 COMMANDS += ["synth", "synth signs"]
 
 
