@@ -21,19 +21,7 @@ from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.results.classifier import Classifier
 from storage import Slide, write_pyramid
 
-COMMANDS = [
-    "init",
-    "convert",
-    "validate",
-    "info",
-    "tissue",
-    "stats",
-    "train",
-    "predict",
-    "evaluate",
-    "heatmap",
-    "report",
-]
+COMMANDS = "init convert validate info tissue stats train predict evaluate heatmap report".split()
 COMMANDS += ["synth", "synth signs"]
 
 
