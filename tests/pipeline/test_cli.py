@@ -21,8 +21,8 @@ from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.results.classifier import Classifier
 from storage import Slide, write_pyramid
 
-COMMANDS = "init convert validate info tissue stats train predict evaluate heatmap report".split()
-COMMANDS += ["synth", "synth signs"]
+COMMANDS = ["init", "convert", "validate", "info", "tissue", "stats", "train", "predict", "evaluate", "heatmap"]
+COMMANDS += ["report", "synth", "synth signs"]
 
 
 @pytest.fixture
