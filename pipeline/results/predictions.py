@@ -10,12 +10,15 @@ predict.lock            held by the process that predicts
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nested_ats.files import open_regular
 from pipeline.config import digest
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
@@ -96,13 +99,23 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
 
 def write_result(results: Path, entry: Entry, row: dict[str, Any]) -> None:
     """Commit the result of a slide."""
-    write_json(results / f"{file_name(entry.slide_id)}.json", {"path": entry.path, **row})
+    write_json(results / f"{file_name(entry.slide_id)}.json", {**_decisive(entry), **row})
 
 
 def read_result(results: Path, entry: Entry) -> dict[str, Any] | None:
     """Return an earlier result of this slide; None where there is none, or it is damaged or of another file."""
     result = _read_object(results, f"{file_name(entry.slide_id)}.json")
-    return result if result is not None and result.pop("path", None) == entry.path else None
+    wanted = _decisive(entry)
+    return result if result is not None and {name: result.pop(name, None) for name in wanted} == wanted else None
+
+
+def _decisive(entry: Entry) -> dict[str, Any]:
+    """What a manifest says of a slide that its result depends on: its place, its scale, and what its mask holds."""
+    mask = None
+    if entry.mask:
+        with suppress(OSError), open_regular(Path(entry.mask)) as file:  # a mask at a URL goes by its name
+            mask = hashlib.sha256(file.read()).hexdigest()[:16]
+    return {"path": entry.path, "mpp": entry.mpp, "mask": mask or entry.mask or None}
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any] | None:

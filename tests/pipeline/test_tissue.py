@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from pipeline.data.selection import select
 from pipeline.data.slides import open_image
 from pipeline.data.tissue import Finding, find_mask
 from pipeline.errors import DataError
+from pipeline.results.predictions import read_result, write_result
 from storage import Slide, write_pyramid
 
 EOSIN, HAEMATOXYLIN, DAB = (225, 150, 185), (110, 80, 150), (130, 85, 50)
@@ -274,3 +277,17 @@ def test_a_training_leaves_out_what_has_nothing_to_see(cohort, config):
     chosen = select(read_manifest(cohort), parse_config(raw, "test"), fail_fast=False)
     assert [failure.slide_id for failure in chosen.failures] == ["slide-6"]
     assert "no tissue was found on it" in chosen.failures[0].error
+
+
+def test_a_result_is_not_kept_where_the_mask_or_the_scale_changed(tmp_path):
+    entry = Entry(slide_id="a", path="/slides/a.svs", mask=str(tmp_path / "a.geojson"))
+    Path(entry.mask).write_text("first")
+    write_result(tmp_path, entry, {"status": "ok"})
+    assert read_result(tmp_path, entry) == {"status": "ok"}
+    for changed in (replace(entry, mpp=0.5), replace(entry, mask=""), replace(entry, path="/slides/b.svs")):
+        assert read_result(tmp_path, changed) is None
+    Path(entry.mask).write_text("corrected")
+    assert read_result(tmp_path, entry) is None
+    at_url = replace(entry, mask="s3://bucket/a.geojson")
+    write_result(tmp_path, at_url, {"status": "ok"})
+    assert read_result(tmp_path, at_url) == {"status": "ok"}
