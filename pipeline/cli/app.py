@@ -20,6 +20,7 @@ from pipeline.cli.job import job
 from pipeline.cli.output import NOTHING_USABLE, USAGE, say
 from pipeline.cli.predict import predict
 from pipeline.cli.report import report
+from pipeline.cli.split import split
 from pipeline.cli.synth import synth
 from pipeline.cli.tissue import tissue
 from pipeline.cli.train import train
@@ -63,7 +64,7 @@ def _options(
     """Take the options that stand before a command."""
 
 
-for _command in (convert, validate, info, tissue, train, predict, evaluate, heatmap, report):
+for _command in (convert, validate, info, tissue, split, train, predict, evaluate, heatmap, report):
     app.command()(_command)
 app.add_typer(synth, name="synth")
 app.add_typer(job, name="job")
