@@ -140,6 +140,8 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path, *, geotiff: boo
         )
         picture = draw_picture(slide, heat, pitch, patches, f"{entry.slide_id}: {words}", fill=image.fill)
         write_atomic(folder / PICTURE, picture)
+        for name in (GEOTIFF, PIXEL_OBJECTS):
+            (folder / name).unlink(missing_ok=True)  # of another model, if they are not written now
         if geotiff:
             write_atomic(folder / GEOTIFF, attention_geotiff(slide, heat, pitch))
         remark = _write_objects(folder, to_geojson(patches), slide)

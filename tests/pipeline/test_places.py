@@ -156,6 +156,13 @@ class TestWholeWay:
         row, column = from_wgs84(path, *ring[0])
         assert min(np.hypot(row - y, column - x) for x, y in corners) < 1e-3
 
+    def test_drawn_again_nothing_is_left_of_before(self, bright_model, scene, tmp_path, monkeypatch):  # noqa: F811
+        path = scene()
+        done = draw(path, bright_model[3], tmp_path / "out", geotiff=True)
+        monkeypatch.setitem(sys.modules, "pyproj", None)
+        draw(path, bright_model[3], tmp_path / "out")
+        assert sorted(path.name for path in done.folder.iterdir()) == sorted([MAP, OBJECTS, "overlay.png"])
+
     def test_a_place_without_a_crs(self, bright_model, scene, tmp_path):  # noqa: F811
         done = draw(scene(crs=None), bright_model[3], tmp_path / "out", geotiff=True)
         with rasterio.open(done.folder / GEOTIFF) as found:
