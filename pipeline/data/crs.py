@@ -107,14 +107,14 @@ def gdal_crs(georeference: Georeference, where: str) -> Any:
     if georeference.crs is None:
         raise DataError(f"{where}: a scene without a coordinate reference system (CRS); {_MEND}")
     rasterio = needed("rasterio", "a CRS for GDAL, or one that a file defines itself,")
-    from rasterio.errors import RasterioError
+    from rasterio.errors import CRSError, RasterioError
 
     try:
         if isinstance(georeference.crs, int):
             return rasterio.crs.CRS.from_epsg(georeference.crs)
         with rasterio.MemoryFile(crs_file(georeference.crs)) as file, file.open() as image:
             crs = image.crs
-    except RasterioError as error:
+    except (CRSError, RasterioError, UnicodeError) as error:  # names may be of any bytes
         raise DataError(f"{where}: {_unknown(georeference)} ({_short(error)})") from error
     if crs is None:
         raise DataError(f"{where}: {_unknown(georeference)}")

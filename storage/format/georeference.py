@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Transform = tuple[float, float, float, float, float, float]
 
 EPSG_CODES = range(1024, 32767)  # of which GeoTIFF's keys may name one; 32767 says that others define the CRS
-MAX_KEYS = 4096  # numbers, or letters times 16, of GeoTIFF keys that are kept
+MAX_KEYS, MAX_TEXT = 4096, 65536  # numbers of a tag of GeoTIFF keys, and letters, that are kept
 _CONVENTIONS = (
     {
         "name": "proj:",
@@ -131,7 +131,7 @@ def from_json(value: Any) -> Georeference | None:
         crs = GeoKeys(
             directory=typed.integers(directory, "directory", 0, 2**16 - 1),
             doubles=tuple(typed.number(each, "doubles", -sys.float_info.max, sys.float_info.max) for each in doubles),
-            text=typed.text(typed.member(keys, "text"), "text")[: 16 * MAX_KEYS],
+            text=typed.text(typed.member(keys, "text"), "text")[:MAX_TEXT],
         )
     return Georeference((a, b, c, d, e, f), crs)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tifffile
 
-from storage.format.georeference import EPSG_CODES, MAX_KEYS, GeoKeys, Georeference, compose, is_sound
+from storage.format.georeference import EPSG_CODES, MAX_KEYS, MAX_TEXT, GeoKeys, Georeference, compose, is_sound
 from storage.images.orientation import UPRIGHT, stored_box
 
 if TYPE_CHECKING:
@@ -108,13 +108,14 @@ def _crs(key: tifffile.TiffPage, directory: tuple[float, ...], keys: dict[float,
     """Return the EPSG code that keys name, or else all of them; None where there are none."""
     geographic = keys.get(MODEL_TYPE) == IS_GEOGRAPHIC or (MODEL_TYPE not in keys and PROJECTED not in keys)
     code = keys.get(GEOGRAPHIC if geographic else PROJECTED)
-    if code is not None and code in EPSG_CODES:
-        return int(code)
-    if not set(keys) - {MODEL_TYPE, RASTER_TYPE} or not all(number in range(2**16) for number in directory):
+    if isinstance(code, int) and code in EPSG_CODES:
+        return code
+    shorts = [each for each in directory if isinstance(each, int) and 0 <= each < 2**16]
+    if not set(keys) - {MODEL_TYPE, RASTER_TYPE} or len(shorts) < len(directory):
         return None
     text = key.tags.valueof(TEXT, "")
     text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
     doubles = tuple(float(number) for number in _numbers(key, DOUBLES))
-    if not all(math.isfinite(number) for number in doubles) or len(text) > 16 * MAX_KEYS:
+    if not all(math.isfinite(number) for number in doubles) or len(text) > MAX_TEXT:
         return None
-    return GeoKeys(tuple(int(number) for number in directory), doubles, text)
+    return GeoKeys(tuple(shorts), doubles, text)

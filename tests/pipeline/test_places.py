@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from pipeline.data.crs import metres_per_pixel, to_wgs84
+from pipeline.data.crs import gdal_crs, metres_per_pixel, to_wgs84
 from pipeline.data.manifest import Entry
 from pipeline.errors import DataError, UsageError
 from pipeline.info import describe
@@ -247,6 +247,11 @@ class TestWgs84:
     def test_a_crs_without_a_known_authority_is_named(self, place, message):
         with pytest.raises(DataError, match=message):
             to_wgs84(place, [(0, 0), (1, 1)], "x.tif")
+
+    def test_gdal_names_it_too(self):
+        for crs in (1024, None):
+            with pytest.raises(DataError, match="x.tif: .*give the scene its own: gdal_edit"):
+                gdal_crs(Georeference(TRANSFORMS["north-up"], crs), "x.tif")
 
     def test_metres(self):
         transform = (3.0, 0, 0, 0, -4.0, 0)

@@ -164,6 +164,28 @@ def test_keys_without_sense_are_no_crs(tmp_path, directory):
         assert image.georeference == Georeference((10.0, 0.0, 500.0, 0.0, -10.0, 900.0), None)
 
 
+@pytest.mark.parametrize("number", [0.5, 1e300, np.nan, 32632.0])
+def test_keys_that_are_no_integers_are_no_crs(tmp_path, number):
+    directory = (1.0, 1.0, 0.0, 1000.0, *[3072.0, 0.0, 1.0, number] * 1000)
+    tags = [(tag, "d", len(value), value, True) for tag, value in {**PLACED, 34735: directory}.items()]
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((50, 70), np.uint8), photometric="minisblack", extratags=tags)
+    with open_image(tmp_path / "x.tif") as image:
+        assert image.georeference.crs is None
+
+
+@pytest.mark.parametrize("text", [b"a\xff\xfe|", "Österreich|".encode(), b"|" * 70000])
+def test_texts_of_keys(tmp_path, text):
+    keys = (1, 1, 0, 3, 1024, 0, 1, 1, 1026, 34737, min(len(text), 65535), 0, 3072, 0, 1, 32767)
+    tags = [(tag, "d", len(value), value, True) for tag, value in PLACED.items()]
+    tags += [(34735, "H", len(keys), keys, True), (34737, "s", 0, text, True)]
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((50, 70), np.uint8), photometric="minisblack", extratags=tags)
+    with open_image(tmp_path / "x.tif") as image:
+        crs = image.georeference.crs
+        assert (crs is None) == (len(text) > 65536)
+        assert crs is None or crs_file(crs)
+        assert from_json(json.loads(json.dumps(to_json(image.georeference)))) == image.georeference
+
+
 class TestPyramid:
     def test_attributes_by_the_conventions_of_geozarr(self, tmp_path):
         keys = (1, 1, 0, 2, 1024, 0, 1, 1, 3072, 0, 1, 32632)
