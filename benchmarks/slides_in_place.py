@@ -1,22 +1,28 @@
-"""Random patches of a slide where it lies, against OpenSlide, tiffslide and a pyramid made of it.
+"""Random patches of a slide where it lies, against OpenSlide, tiffslide, rasterio and a pyramid made of it.
 
 The slide is a JPEG SVS of tiles of 256 pixels, as scanners write it: real H&E tissue where --tissue names an SVS,
 else noise on a ramp. It is larger than what the readers keep of it. Patches are drawn anew each round, the same for
 all; readers take turns, each thread has a share of the patches, and all readers are opened once, before. "tiles" is
 what decoding the touched tiles alone allows, with as many threads: it reads and decodes them and does nothing else.
 
+Then the same of a scene, a cloud-optimised GeoTIFF (COG) that GDAL makes of the slide, with a smaller --cog, through
+rasterio (one dataset a thread, as GDAL asks for, and GDAL's cache as small as OpenSlide's) and in place.
+
 From a loopback server that waits before it answers, only readers that read by ranges take part.
 
-    python benchmarks/slides_in_place.py [--size 32768] [--patches 256] [--rounds 5] [--latency 20] [--tissue FILE]
+    python benchmarks/slides_in_place.py [--size 32768] [--patches 256] [--rounds 5] [--cog 8192] [--latency 20]
+        [--tissue FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -26,8 +32,10 @@ from typing import TYPE_CHECKING, Any
 import imagecodecs
 import numpy as np
 import openslide
+import rasterio
 import tifffile
 import tiffslide
+from rasterio.windows import Window
 from training_step import serving
 
 from pipeline.interrupt import run_main
@@ -43,6 +51,8 @@ if TYPE_CHECKING:
     Reader = Callable[[Boxes], object]
 
 TILE, PATCH, QUALITY = 256, 256, 80
+MOST_DIFFERENT = 4  # in the mean, on noise: decoders of JPEG enlarge halved colours in two ways
+os.environ["GDAL_CACHEMAX"] = "32"  # megabytes, read at GDAL's first use of its cache
 DESCRIPTION = (
     "Aperio Image Library v12\n{side}x{side} [0,0 {side}x{side}] (256x256) JPEG/RGB Q=80|AppMag = 40|MPP = 0.25"
 )
@@ -119,6 +129,39 @@ def local_readers(svs: Path, pyramid: Path) -> Iterator[tuple[str, Reader]]:
     yield "pyramid", lambda boxes: [made.read(0, box) for box in boxes.tolist()]
 
 
+def write_cog(cog: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Write a scene as GDAL writes it, of the same JPEG tiles without their coarser levels."""
+    slide = folder / "scene.svs"
+    write_svs(slide, args.cog, args.tissue)
+    with Slide(slide) as image:
+        pixels = image.read(0, (0, 0, args.cog, args.cog))
+    shape = {"count": 3, "height": args.cog, "width": args.cog, "dtype": "uint8"}
+    place = {"crs": "EPSG:32632", "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 5e6)}
+    coded = {"compress": "jpeg", "quality": QUALITY, "blocksize": TILE, "overviews": "none"}
+    with rasterio.open(cog, "w", driver="COG", **shape, **place, **coded) as out:
+        out.write(pixels)
+
+
+def scene_readers(cog: Path) -> Iterator[tuple[str, Reader]]:
+    """Name each reader of a COG, and open it."""
+    slide, opened = Slide(cog), threading.local()
+
+    def gdal(boxes: Boxes) -> None:
+        if not hasattr(opened, "image"):
+            opened.image = rasterio.open(cog)
+        for y, x, h, w in boxes.tolist():
+            opened.image.read(window=Window(x, y, w, h))
+
+    y, x, h, w = check = draw(slide.shape_yx[0], 1, 0)[0].tolist()
+    with rasterio.open(cog) as image:
+        difference = np.abs(image.read(window=Window(x, y, w, h)).astype(int) - slide.read(0, check)).mean()
+    if difference > MOST_DIFFERENT:
+        raise SystemExit(f"rasterio and the reader in place see pixels that differ by {difference:.1f}")
+    yield "COG, rasterio", gdal
+    yield "COG, in place", lambda boxes: [slide.read(0, box) for box in boxes.tolist()]
+    yield "COG, a batch", lambda boxes: slide.read_many(0, boxes)
+
+
 def compare(readers: dict[str, Reader], side: int, args: argparse.Namespace, where: str) -> list[dict[str, Any]]:
     """Print the median of each reader, and its share of OpenSlide's, and return all."""
     lines = []
@@ -130,7 +173,7 @@ def compare(readers: dict[str, Reader], side: int, args: argparse.Namespace, whe
                 found[name].append(shared(read, boxes, threads))
         medians = {name: statistics.median(rates) for name, rates in found.items()}
         for name, rate in medians.items():
-            of = {peer: rate / medians[peer] for peer in ("OpenSlide", "tiles") if peer in medians}
+            of = {peer: rate / medians[peer] for peer in ("OpenSlide", "tiles", "COG, rasterio") if peer in medians}
             print(
                 f"{where:>8}{threads:8}  {name:18}{rate:9.0f}" + "".join(f"{share:11.2f}" for share in of.values()),
                 flush=True,
@@ -155,6 +198,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cog", type=int, default=8192, help="side of the scene, pixels; a multiple of 4096")
     parser.add_argument("--latency", type=float, default=20, help="of the server, milliseconds")
     parser.add_argument("--tissue", type=Path, help="an SVS whose tissue the slide is made of")
     parser.add_argument("--json", type=Path, help="file to write what was found to")
@@ -163,9 +207,10 @@ def main() -> None:
     about = {
         "machine": f"{platform.machine()}, {processors()} processors",
         "versions": {
-            name: version(name) for name in ("tifffile", "imagecodecs", "numpy", "openslide-python", "tiffslide")
+            name: version(name)
+            for name in ("tifffile", "imagecodecs", "numpy", "openslide-python", "tiffslide", "rasterio")
         }
-        | {"openslide": openslide.__library_version__},
+        | {"openslide": openslide.__library_version__, "gdal": rasterio.__gdal_version__},
         "size": args.size,
         "patches": args.patches,
     }
@@ -187,6 +232,9 @@ def main() -> None:
             }
             lines += compare(readers, args.size, args, f"{args.latency:g} ms")
             print(f"in place: {cost(f'{url}/slide.svs', draw(args.size, args.patches, 99))}")
+        write_cog(Path(name, "scene.tif"), Path(name), args)
+        print(f"a COG of {args.cog} x {args.cog}, of which the last column is a share of rasterio's")
+        lines += compare(dict(scene_readers(Path(name, "scene.tif"))), args.cog, args, "disk")
         bytes_ = sum(file.stat().st_size for file in pyramid.rglob("*") if file.is_file())
         print(f"file {svs.stat().st_size / 1e6:.0f} MB, pyramid {bytes_ / 1e6:.0f} MB")
     if args.json:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.crs import metres_per_pixel
 from pipeline.data.manifest import is_image_file
+from pipeline.errors import PipelineError
 from storage import Slide
 from storage.format.nodata import to_json
 from storage.read.slide import dicom_file
@@ -46,8 +49,21 @@ def describe(location: str) -> dict[str, Any]:
             **({} if slide.bits is None else {"bits": slide.bits}),
             **({} if slide.nodata is None else {"nodata": to_json(slide.nodata)}),
             "mpp": slide.mpp,
+            **_describe_place(slide),
             "levels": levels,
         }
+
+
+def _describe_place(slide: Slide) -> dict[str, Any]:
+    """Describe where on the Earth a scene lies; metres per pixel (y, x) are told where pyproj knows the CRS."""
+    place = slide.georeference
+    if place is None:
+        return {}
+    metres = None
+    with suppress(PipelineError):
+        metres = metres_per_pixel(place, slide.location)
+    about = {"crs": place.words, "transform": list(place.transform)}
+    return {"georeference": about | ({"metres_per_pixel": list(metres)} if metres else {})}
 
 
 def _describe_encoder(name: str, preset: Preset) -> dict[str, Any]:

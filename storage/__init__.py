@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         TransferError,
         UnsupportedImageError,
     )
+    from storage.format.georeference import Georeference
     from storage.format.levels import Level
     from storage.images.opening import open_image
     from storage.images.raster import RasterImage
@@ -37,6 +38,7 @@ __all__ = [
     "ConvertOptions",
     "ConvertReport",
     "CorruptImageError",
+    "Georeference",
     "Level",
     "MissingImageError",
     "NotAPyramidError",
@@ -64,6 +66,7 @@ _MODULES = {
     "conversion.converter": ("ConvertReport", "convert", "write_pyramid"),
     "conversion.existing": ("made_from",),
     "conversion.plan": ("ConvertOptions",),
+    "format.georeference": ("Georeference",),
     "format.levels": ("Level",),
     "read.slide": ("Slide",),
     "read.source": ("ReadStatistics",),

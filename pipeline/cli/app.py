@@ -21,6 +21,7 @@ from pipeline.cli.job import job
 from pipeline.cli.output import NOTHING_USABLE, USAGE, say
 from pipeline.cli.predict import predict
 from pipeline.cli.report import report
+from pipeline.cli.split import split
 from pipeline.cli.stats import stats
 from pipeline.cli.synth import synth
 from pipeline.cli.tissue import tissue
@@ -65,7 +66,7 @@ def _options(
     """Take the options that stand before a command."""
 
 
-for _command in (init, convert, validate, info, tissue, stats, train, predict, evaluate, heatmap, report):
+for _command in (init, convert, validate, info, tissue, stats, split, train, predict, evaluate, heatmap, report):
     app.command()(_command)
 app.add_typer(synth, name="synth")
 app.add_typer(job, name="job")

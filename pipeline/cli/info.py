@@ -33,6 +33,11 @@ def info(
     exit_if_failed(failures, len(sources))
 
 
+def _place(georeference: dict[str, Any]) -> str:
+    metres = [f"{each:.5g}" for each in georeference.get("metres_per_pixel", [])]
+    return str(georeference["crs"]) + (f", {' x '.join(dict.fromkeys(metres))} metres per pixel" if metres else "")
+
+
 def _print_info(about: dict[str, Any]) -> None:
     if about["kind"] == "encoder":
         mpp = ", ".join(f"{each:g}" for each in about["mpp"])
@@ -44,6 +49,7 @@ def _print_info(about: dict[str, Any]) -> None:
     size = f"{height} x {width} pixels, {len(about['channels'])} channels of {about['dtype']}"
     mpp = f"{about['mpp']:g} micrometres per pixel" if about["mpp"] else "pixel size unknown"
     size += f" with {about['bits']} bits" if "bits" in about else ""
+    mpp = _place(about["georeference"]) if "georeference" in about else mpp
     mpp += f", {float(about['nodata']):g} is no data" if "nodata" in about else ""
     print(f"{about['path']}: {about['kind']}, {size}, {mpp}")
     for number, level in enumerate(about.get("levels", [])):

@@ -9,14 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import Entry
+from pipeline.data.manifest import SPLITS, Entry
 from pipeline.errors import UsageError
 from pipeline.files import read_inside
 
 SEEN = ("train", "val")  # splits whose slides decide what a model becomes
 
 
-def assign_splits(entries: Sequence[Entry], *, validation: float, test: float, seed: int) -> list[Entry]:
+def assign_splits(
+    entries: Sequence[Entry],
+    *,
+    validation: float,
+    test: float,
+    seed: int,
+    groups: Mapping[str, str] | None = None,
+) -> list[Entry]:
     """Give every slide a split, unless the manifest gives them.
 
     The slides of one case stay together. Cases are shuffled by `seed` and, label by label (a case counts under
@@ -30,12 +37,15 @@ def assign_splits(entries: Sequence[Entry], *, validation: float, test: float, s
         The shares, in [0, 1), of the cases of each label; they are rounded to whole cases.
     seed
         Equal seeds give equal splits, whatever the order of `entries`.
+    groups
+        By the id of each slide what stands in for its case, as `pipeline.data.blocks.spatial_groups` gives it.
     """
     if any(entry.split for entry in entries):
         return list(entries)
+    case_of = {entry.slide_id: _case(entry) for entry in entries} if groups is None else groups
     cases: dict[str, list[str]] = {}
     for entry in entries:
-        cases.setdefault(_case(entry), []).append(entry.label)
+        cases.setdefault(case_of[entry.slide_id], []).append(entry.label)
     # Everything is sorted, so that the order of the manifest's rows does not matter.
     by_label: dict[str, list[str]] = {}
     for case in sorted(cases):
@@ -47,7 +57,13 @@ def assign_splits(entries: Sequence[Entry], *, validation: float, test: float, s
         tests, validations = round(test * len(members)), round(validation * len(members))
         for i, case in enumerate(members):
             split[case] = "test" if i < tests else "val" if i < tests + validations else "train"
-    return [replace(entry, split=split[_case(entry)]) for entry in entries]
+    return [replace(entry, split=split[case_of[entry.slide_id]]) for entry in entries]
+
+
+def count_splits(entries: Sequence[Entry]) -> dict[str, Counter[str]]:
+    """Count the labels of each split that there is, in the order of `SPLITS`."""
+    counts = {name: Counter(entry.label for entry in entries if entry.split == name) for name in SPLITS}
+    return {name: labels for name, labels in counts.items() if labels}
 
 
 class RunSplits:

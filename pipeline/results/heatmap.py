@@ -1,7 +1,8 @@
 """``heatmap``: show where the model looked, as an image beside the slide, a picture, and objects for QuPath.
 
 All three are aligned by level-0 coordinates: the map is a multiscale OME-Zarr with the slide's own scale, the
-picture lays slide and map out in level-0 pixels, and the GeoJSON's polygons are in level-0 pixels.
+picture lays slide and map out in level-0 pixels, and the GeoJSON's polygons are in level-0 pixels. Of a scene that
+lies on the Earth, polygons come in WGS 84 too, and the map as a GeoTIFF where it is asked for.
 """
 
 from __future__ import annotations
@@ -22,17 +23,21 @@ from nested_ats.cells import box_starts
 from nested_ats.config import PatchConfig
 from nested_ats.maps import attention_map
 from nested_ats.models.patches import PatchModel
+from pipeline.data.crs import needed
 from pipeline.data.manifest import Entry
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
 from pipeline.progress import progress
 from pipeline.results.classifier import Classifier
 from pipeline.results.pictures import thumbnail, to_rgb
+from pipeline.results.places import attention_geotiff, georeference_of, in_wgs84
 from pipeline.results.settings import Settings
 from storage import Slide, write_pyramid
 
 MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
+PIXEL_OBJECTS = "patches-pixels.geojson"  # where `OBJECTS` is in WGS 84
+GEOTIFF = "attention.tif"
 _PICTURE_PIXELS = 1600  # the longer side of the slide in the picture has no more
 _SHOWN_PATCHES = 8
 _PATCH_PIXELS = 256  # a shown patch has so many pixels a side, and less than twice as many, if the slide has them
@@ -64,9 +69,10 @@ class Heatmap:
     prediction: str = ""
     peak: float = 0.0  # the highest attention, in multiples of the uniform one
     error: str = ""
+    remark: str = ""  # why patches of a scene are not in WGS 84
 
 
-def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list[Heatmap]:
+def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path, *, geotiff: bool = False) -> list[Heatmap]:
     """Write the heatmap of every slide into ``folder/SLIDE``; one that fails is reported and the others go on.
 
     Parameters
@@ -77,14 +83,18 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
         The settings of the predictions that the heatmaps explain: equal settings draw equal patches.
     folder
         The folder to write to, which is made where it is missing.
+    geotiff
+        Whether to write the attention of each slide as a GeoTIFF too, for which a slide needs a georeference.
 
     Raises
     ------
     nested_ats.ModelFileError
         The model cannot be loaded.
     UsageError
-        `folder` cannot be written to, or the model has no attention.
+        `folder` cannot be written to, the model has no attention, or `geotiff` is asked for without rasterio.
     """
+    if geotiff:
+        needed("rasterio", "--geotiff")
     classifier = Classifier(settings)
     if not isinstance(classifier.model, PatchModel):
         raise UsageError(
@@ -96,18 +106,20 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path) -> list
         for number, entry in enumerate(entries):
             place = folder / file_name(entry.slide_id)
             with Net() as net:
-                done.append(_heatmap(classifier, entry, make_folder(place)))
+                done.append(_heatmap(classifier, entry, make_folder(place), geotiff=geotiff))
             if net.error:
                 done.append(Heatmap(entry.slide_id, place, error=net.error))
             update(number + 1, len(entries), entry.slide_id)
     return done
 
 
-def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
+def _heatmap(classifier: Classifier, entry: Entry, folder: Path, *, geotiff: bool) -> Heatmap:
     config = classifier.model.config
     assert isinstance(config, PatchConfig)  # noqa: S101  seen in `heatmaps`
     with classifier.opened(entry) as image:
         slide = image.slide
+        if geotiff:
+            georeference_of(slide)  # what cannot be written is said before anything is computed
         prediction = classifier.estimate(entry, image)
         density, pitch = attention_map(prediction.outputs, image.shapes[0])
         pitch *= image.scale  # from the model's pixels to those of the slide
@@ -123,13 +135,32 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path) -> Heatmap:
             mpp=slide.mpp,
             downsample=pitch,
             channels=("attention, times uniform",),
+            georeference=slide.georeference and slide.georeference.scaled(pitch),
             overwrite=True,
         )
         title = f"{entry.slide_id}: {words}"
         picture = draw_picture(slide, heat, pitch, patches, title, fill=image.fill, channels=image.numbers)
         write_atomic(folder / PICTURE, picture)
-    write_atomic(folder / OBJECTS, json.dumps(to_geojson(patches)) + "\n")
-    return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()))
+        for name in (GEOTIFF, PIXEL_OBJECTS):
+            (folder / name).unlink(missing_ok=True)  # of another model, if they are not written now
+        if geotiff:
+            write_atomic(folder / GEOTIFF, attention_geotiff(slide, heat, pitch))
+        remark = _write_objects(folder, to_geojson(patches), slide)
+    return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()), remark=remark)
+
+
+def _write_objects(folder: Path, collection: dict[str, Any], slide: Slide) -> str:
+    """Write patches, of a scene in WGS 84 and in pixels; return why not in WGS 84, where it should have been."""
+    placed, remark = None, ""
+    if slide.georeference is not None and slide.georeference.crs is not None:
+        try:
+            placed = in_wgs84(collection, slide)
+        except PipelineError as error:
+            remark = f"{OBJECTS} is in pixels: {error}"
+    if placed:
+        write_atomic(folder / PIXEL_OBJECTS, json.dumps(collection) + "\n")
+    write_atomic(folder / OBJECTS, json.dumps(placed or collection) + "\n")
+    return remark
 
 
 def drawn_patches(prediction: Prediction, model: PatchConfig) -> list[Patch]:

@@ -23,6 +23,7 @@ from storage.conversion.plan import ConvertOptions, plan
 from storage.conversion.receipts import Receipt, by_place
 from storage.conversion.target import partial_of
 from storage.errors import ConversionError, CorruptImageError, StorageError
+from storage.format import georeference as geo
 from storage.format.nodata import to_json
 from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, with_shards
 from storage.place.files import fingerprint
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from storage.format.georeference import Georeference
     from storage.images.image import Image
 
 
@@ -104,6 +106,8 @@ def convert(
     with open_image(source, allow_sparse=options.allow_sparse, pages=options.pages) as image:
         if image.nodata is not None:  # it decides pixels, and those made before it was heeded are others
             provenance["nodata"] = to_json(image.nodata)
+        if image.georeference is not None:  # pyramids made before it was kept lack it
+            provenance["georeference"] = geo.to_json(image.georeference)
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
         unit = "micrometer" if mpp_yx else None
         planned = plan(image, options, place, scale_yx=mpp_yx or (1.0, 1.0), unit=unit)
@@ -112,6 +116,7 @@ def convert(
             channels=image.channels,
             nodata=image.nodata,
             bits=image.bits,
+            georeference=image.georeference,
             window=(0.0, 2.0**image.bits - 1) if image.bits else planned.window,
             provenance=provenance,
         )
@@ -137,6 +142,7 @@ def write_pyramid(
     mpp: float | None = None,
     downsample: float = 1.0,
     channels: tuple[str, ...] | None = None,
+    georeference: Georeference | None = None,
     options: ConvertOptions | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
@@ -156,6 +162,8 @@ def write_pyramid(
         Level-0 pixels of the slide per pixel of ``array`` along each axis.
     channels
         Channel names.
+    georeference
+        Where on the Earth ``array`` lies.
     options
         Codec and layout; its ``mpp`` is not used.
     overwrite
@@ -186,6 +194,7 @@ def write_pyramid(
         info,
         name=name or info.name,
         channels=channels or info.channels,
+        georeference=georeference,
         window=_value_range(array) if array.dtype.kind == "f" else info.window,
     )
     return _write(source, info, place, overwrite=overwrite)

@@ -24,6 +24,7 @@ import numpy as np
 
 from storage import typed
 from storage.errors import CorruptImageError, NotAPyramidError
+from storage.format import georeference as geo
 from storage.format.levels import check_levels
 from storage.format.ngff import load_json, parse_image
 from storage.format.nodata import from_json, to_json
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from storage.format.georeference import Georeference
     from storage.format.ngff import Dataset, Multiscale
 
 FORMAT = 3  # version of the nested_ats block and of the contents of shards
@@ -115,6 +117,7 @@ class PyramidInfo:
     levels: tuple[LevelInfo, ...]
     nodata: float | None = None  # value of pixels that hold no data, each channel for itself
     bits: int | None = None  # of a sample, where it has fewer than its type
+    georeference: Georeference | None = None  # of level 0
     provenance: dict[str, Any] = field(default_factory=dict)  # source fingerprint and options, JSON values
 
     @cached_property
@@ -130,11 +133,11 @@ class PyramidInfo:
 
 def metadata_files(info: PyramidInfo) -> dict[str, bytes]:
     """All metadata of a pyramid by key; the root's comes last, as it marks the pyramid as whole."""
-    arrays = {level.path: _array_json(level) for level in info.levels}
+    arrays = {level.path: _array_json(level) | {"attributes": _place_json(info, level)} for level in info.levels}
     root = {
         "zarr_format": 3,
         "node_type": "group",
-        "attributes": {"ome": _ome_json(info), "nested_ats": _own_json(info)},
+        "attributes": {"ome": _ome_json(info), "nested_ats": _own_json(info)} | _place_json(info, info.levels[0]),
         "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": arrays},
     }
     seal(root)
@@ -264,10 +267,21 @@ def _omero_json(info: PyramidInfo) -> dict[str, Any]:
     return {"channels": channels, "rdefs": {"model": "color" if len(channels) > 1 else "greyscale"}}
 
 
+def _place_json(info: PyramidInfo, level: LevelInfo) -> dict[str, Any]:
+    """Where a level lies on the Earth, by the conventions of GeoZarr."""
+    downsample = level.scale_yx[0] / info.levels[0].scale_yx[0]
+    place = info.georeference and info.georeference.scaled(downsample)
+    return geo.attributes(place, (level.shape[1], level.shape[2]))
+
+
 def _own_json(info: PyramidInfo) -> dict[str, Any]:
     tables = [level.table for level in info.levels]
     shards = [{key: getattr(table, key).ravel().tolist() for key in SHARD_COLUMNS} for table in tables]
-    known = {"nodata": None if info.nodata is None else to_json(info.nodata), "bits": info.bits}
+    known = {
+        "nodata": None if info.nodata is None else to_json(info.nodata),
+        "bits": info.bits,
+        "georeference": info.georeference and geo.to_json(info.georeference),
+    }
     own = {"format": FORMAT, "provenance": info.provenance, "shards": shards}
     return own | {key: value for key, value in known.items() if value is not None}
 
@@ -291,6 +305,7 @@ def _parse(
         levels=tuple(levels),
         nodata=from_json(own.get("nodata"), levels[0].layout.dtype),
         bits=_bits(own.get("bits"), levels[0].layout.dtype),
+        georeference=geo.from_json(own.get("georeference")),
         provenance=typed.mapping(own.get("provenance"), "provenance"),
     )
 

@@ -22,6 +22,7 @@ import numpy as np
 import tifffile
 
 from storage.errors import StorageError, UnsupportedImageError
+from storage.images.geotiff import georeference_of
 from storage.images.halving import whole_ratio
 from storage.images.image import Image
 from storage.images.orientation import TRANSPOSED
@@ -223,6 +224,7 @@ class TiffStructure(Image):
         self.mpp_yx = mpp_yx(tif, key)
         self.channels = channel_names(tif, key, self.shape[0])
         self._turn(orientation_of(key))
+        self.georeference = georeference_of(key, self.orientation, self.shape[1:])
 
     def _turn(self, orientation: int) -> None:
         """Describe the image as it is to be shown."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from storage.format.georeference import Georeference
     from storage.format.ngff import Dataset, Multiscale
     from storage.format.zarr_array import Place
     from storage.place.stores import Store
@@ -52,6 +53,7 @@ class ForeignSource:
 
     memory_bytes = 0
     bits: int | None = None
+    georeference: Georeference | None = None
     identity = None  # nothing lists the chunks, so any of them may change unnoticed
 
     def __init__(

@@ -52,6 +52,7 @@ class HalvedSource:
 
     def __init__(self, image: Image, shapes_yx: Sequence[tuple[int, int]], pieces: Sequence[int]) -> None:
         self.channels, self.dtype, self.nodata, self.bits = image.channels, image.dtype, image.nodata, image.bits
+        self.georeference = image.georeference
         self._steps = _steps(shapes_yx)
         self.levels = tuple(_level(step, pieces[step.number or 0], image.mpp_yx) for step in self._steps)
 

@@ -18,6 +18,7 @@ from storage.read.boxes import cut
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from storage.format.georeference import Georeference
     from storage.read.source import Counters
 
 
@@ -31,6 +32,7 @@ class MemorySource:
 
     bits: int | None = None
     nodata: float | None = None  # what is transparent has an alpha channel
+    georeference: Georeference | None = None
 
     def __init__(self, location: str, counters: Counters) -> None:
         with closing(RandomFile(location)) as file:

@@ -82,7 +82,7 @@ class ShardedSource:
         # The root metadata names the source and has every shard's checksum, so it changes with the content.
         self._cached_prefix = f"{location}\n{hashlib.blake2b(root, digest_size=16).hexdigest()}"
         self.name, self.dtype, self._info = info.name, info.levels[0].layout.dtype, info
-        self.nodata, self.bits = info.nodata, info.bits
+        self.nodata, self.bits, self.georeference = info.nodata, info.bits, info.georeference
         self.channels = name_channels(info.channels, info.levels[0].shape[0])
         known = info.unit == "micrometer"
         self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)

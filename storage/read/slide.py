@@ -61,7 +61,8 @@ class Slide:
         means of the other pixels. NaN holds no data in any case
     dtype : uint8, int8, uint16, int16, uint32, int32, float32 or float64
     bits : bits of a sample where it has fewer than its type, as of cameras with 12; None elsewhere
-    mpp : micrometres per pixel of level 0, None where unknown
+    mpp : micrometres per pixel of level 0, None where unknown, as of scenes, whose pixels measure metres or degrees
+    georeference : where on the Earth level 0 lies (``storage.format.georeference``), None where it is unknown
     shape_yx : height and width of level 0
     memory_bytes : bytes of pixels held while it is open; a PNG, JPEG or BMP is decoded whole
 
@@ -76,6 +77,7 @@ class Slide:
         self._source = _open_source(self.location, self._counters, cache)
         self.name, self.channels, self.dtype = self._source.name, self._source.channels, self._source.dtype
         self.nodata, self.bits = self._source.nodata, self._source.bits
+        self.georeference = self._source.georeference
         self.levels, self.memory_bytes = self._source.levels, self._source.memory_bytes
         self.mpp, self.shape_yx = self.levels[0].mpp, self.levels[0].shape_yx
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from storage.format.georeference import Georeference
     from storage.format.levels import Level
 
 
@@ -61,6 +62,7 @@ class Source(Protocol):
     levels: tuple[Level, ...]
     bits: int | None  # bits of a sample, where it has fewer than its type
     nodata: float | None  # value of pixels that hold no data, each channel for itself
+    georeference: Georeference | None  # where on the Earth it lies
     memory_bytes: int  # bytes of pixels held while it is open
 
     @property

@@ -21,7 +21,19 @@ from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.results.classifier import Classifier
 from storage import Slide, write_pyramid
 
-COMMANDS = ["init", "convert", "validate", "info", "tissue", "stats", "train", "predict", "evaluate", "heatmap"]
+COMMANDS = [
+    "init",
+    "convert",
+    "validate",
+    "info",
+    "tissue",
+    "stats",
+    "split",
+    "train",
+    "predict",
+    "evaluate",
+    "heatmap",
+]
 COMMANDS += ["report", "synth", "synth signs"]
 
 
@@ -135,6 +147,14 @@ MISTAKES = [
     (4, "no level at downsample 16", "train --manifest {pyramids} --out {new}"),
     (2, "cannot be made", "train --manifest {pyramids} --out {notes}/below --config {small}"),
     (2, "not empty and not a training run", "train --manifest {pyramids} --out {full} --config {small}"),
+    (2, "has splits already", "split {pyramids} --out {new}.csv"),
+    (2, "gone.csv: cannot be read", "split gone.csv --out {new}.csv"),
+    (2, "row 2: label is missing", "split {no_label} --out {new}.csv"),
+    (2, "name it .csv", "split {unsplit} --out {new}.parquet"),
+    (2, "unsplit.csv: is there already", "split {unsplit} --out {unsplit}"),
+    (2, "leave nothing to train on", "split {unsplit} --out {new}.csv --validation 0.5 --test 0.5"),
+    (2, "--spatial-block", "split {unsplit} --out {new}.csv --spatial-block 0"),
+    (4, "1 of 1 scenes have no place on the Earth", "split {unsplit} --out {new}.csv --spatial-block 5"),
     (2, "no training run here", "predict {empty} {pyramids} --out {new}"),
     (2, "no training run here", "predict gone {pyramids} --out {new}"),
     (2, "training has not finished", "predict {unfinished} {pyramids} --out {new}"),
@@ -180,6 +200,7 @@ def places(tmp_path, monkeypatch, pyramids, finished, predicted, small):
         "wrong_manifest.csv": "slide_id,path,lable\na,b,c\n",
         "no_label.csv": "slide_id,path,label\na,b,\n",
         "no_labels.csv": "slide_id,path\na,b\n",
+        "unsplit.csv": "slide_id,path,label\na,notes.tif,c\n",
         "wrong_config.yaml": "train: {epochs_: 3}\n",
         "full/precious.txt": "mine",
     }
