@@ -52,17 +52,18 @@ TILE = 64  # pixels
 ONE_LEVEL = "model.levels=[{downsample: 8, stride: 8, samples: 32, channels: [16, 16]}]"
 ALL_TILES = "attention over all tiles"
 ARMS: dict[str, list[str]] = {
-    "two levels": ["model.prior=tissue"],
-    "two levels, symmetries": ["model.prior=tissue", "train.augment.flip=true"],
-    "one level": [ONE_LEVEL, "model.prior=tissue"],
-    "two levels, no tissue prior": ["model.prior=none"],
-    "one level, no tissue prior": [ONE_LEVEL, "model.prior=none"],
+    "two levels": ["model.prior=tissue", "train.early_samples=1"],
+    "one level": [ONE_LEVEL, "model.prior=tissue", "train.early_samples=1"],
+    "two levels, four times the samples early": ["model.prior=tissue", "train.early_samples=4"],
+    "two levels, no tissue prior": ["model.prior=none", "train.early_samples=4"],
+    "one level, no tissue prior": [ONE_LEVEL, "model.prior=none", "train.early_samples=4"],
     "two levels, no tissue prior, bfloat16": [
         "model.prior=none",
+        "train.early_samples=4",
         "train.precision=bfloat16",
         "predict.precision=bfloat16",
     ],
-    "two levels, features as they are": ["model.prior=tissue", "model.standardise=false"],
+    "two levels, features as they are": ["model.prior=tissue", "train.early_samples=1", "model.standardise=false"],
     ALL_TILES: [],
 }
 
@@ -193,7 +194,7 @@ def show(results: dict[str, Any]) -> None:
     """Print the table: pooled AUC of each seed, seconds of a fold."""
     labels = results["labels"]
     print(f"\n{len(labels)} slides, {FOLDS} folds")
-    print(f"{'arm':36}{'seeds':>6}{'pooled AUC':>24}{'seconds a fold':>18}{'training cross-entropy':>26}")
+    print(f"{'arm':42}{'seeds':>6}{'pooled AUC':>24}{'seconds a fold':>18}{'training cross-entropy':>26}")
     for arm in ARMS:
         runs = [each for each in results["runs"] if each["arm"] == arm]
         aucs = []
@@ -208,7 +209,7 @@ def show(results: dict[str, Any]) -> None:
             middle = f"{statistics.median(aucs):.3f} [{min(aucs):.3f}, {max(aucs):.3f}]"
             seconds = statistics.median(each["seconds"] for each in runs if each["seconds"])  # none: it was paused
             losses = [each["cross_entropy"] for each in runs]
-            print(f"{arm:36}{len(aucs):6}{middle:>24}{seconds:18.0f}{f'{min(losses):.3f} to {max(losses):.3f}':>26}")
+            print(f"{arm:42}{len(aucs):6}{middle:>24}{seconds:18.0f}{f'{min(losses):.3f} to {max(losses):.3f}':>26}")
     print("\nmedian [range] over seeds")
     for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["runs"]}:
         print(words)
