@@ -138,6 +138,10 @@ def _pretrained(kind: str, slides: Slides | None, encoder: str | None) -> dict[s
     longer = max(slides.shape_yx) * scale if slides else 4096.0
     training = max(1, round((slides.training if slides else 50) * 0.8))
     epochs = min(_MOST, max(_FEWEST, round(_STEPS * _BATCH / training)))
+    if kind == "histology":
+        prior = "tissue" if colours else "none"
+    else:
+        prior = "valid" if slides is None or slides.nodata is not None else "none"
     return {
         "levels": _levels(side, longer, 16 if kind == "histology" else 8),
         "side": str(side),
@@ -145,7 +149,7 @@ def _pretrained(kind: str, slides: Slides | None, encoder: str | None) -> dict[s
         "encoder": line,
         "trainable": trained,
         "standardise": str(colours).lower(),
-        "prior": "valid" if slides is None or slides.nodata is not None else "none",
+        "prior": prior,
         "epochs": str(epochs),
         "steps": str(epochs * math.ceil(training / _BATCH)),
     }

@@ -258,7 +258,6 @@ FILL = """if True:
     import random, sys
     import torch
     from pipeline.data.features import DiskFeatures
-from pipeline.files import cache_folder
     store, draw = DiskFeatures(__import__("pathlib").Path(sys.argv[1]), int(sys.argv[3])), random.Random(sys.argv[2])
     print("ready", flush=True)
     for _ in range(int(sys.argv[4])):
