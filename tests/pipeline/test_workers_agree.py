@@ -101,6 +101,7 @@ def test_predictions_agree(runs, pyramids, tmp_path):
     there = predict(entries, runs["none"], tmp_path / "there", address="local", workers=2, device="cpu")
     for one, other in zip(here, there, strict=True):
         assert one["status"] == "ok"
-        for key in one.keys() - {"seconds"}:
+        # Two threads that want one index of chunks at the same moment may both read it.
+        for key in one.keys() - {"seconds", "requests", "bytes_read"}:
             number = isinstance(one[key], float)
             assert other[key] == (pytest.approx(one[key], rel=1e-4, abs=1e-6) if number else one[key]), key
