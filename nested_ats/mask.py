@@ -39,6 +39,11 @@ class Mask:
         sums = pixels.double().cumsum(0).cumsum(1)
         self._sums = functional.pad(sums, (1, 0, 1, 0))[None, None]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.pixels.nbytes + self._sums.nbytes
+
     def area(self, boxes_l0: Tensor) -> Tensor:
         """Area of the mask in boxes: (..., 4) y0, x0, y1, x1 in level-0 pixels -> (...) in squares of them.
 

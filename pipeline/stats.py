@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import CacheConfig
 from pipeline.data.manifest import Entry
-from pipeline.data.slides import Channels, channel_numbers, largest_value, open_slide
+from pipeline.data.slides import Channels, channel_numbers, open_slide
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.progress import progress
@@ -170,7 +170,7 @@ def _tallies(slide: Slide, level: int, numbers: Sequence[int]) -> tuple[_Tally, 
         raise DataError(
             f"{slide.location}: holds infinite numbers, with which nothing computes; mend it or leave it out"
         )
-    largest = largest_value(slide)
+    largest = slide.largest_value
     return tuple(_tally(channel[holds_data(channel, slide.nodata)], largest) for channel in pixels)
 
 

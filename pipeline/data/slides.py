@@ -87,7 +87,7 @@ class SlideImage:
         self._all = self.numbers == list(range(len(slide.channels)))
         dtype = np.dtype(slide.dtype)
         self._has_gaps = slide.nodata is not None or dtype.kind == "f"
-        largest = largest_value(slide)
+        largest = slide.largest_value
         # PyTorch computes little in the other types, and knows no pixels of 12 bits.
         self._divisor = largest if slide.bits or dtype.name in ("int8", "uint32", "int32") else None
         self.fill = background if dtype.kind == "f" else round(background * largest)
@@ -105,6 +105,11 @@ class SlideImage:
     def downsamples(self) -> Sequence[float]:
         """Level-0 pixels per pixel of every level."""
         return [level.downsample for level in self._levels]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of pixels and of the mask that are held while it is open."""
+        return self.slide.memory_bytes + (self.mask.nbytes if self.mask else 0)
 
     @property
     def identity(self) -> str | None:
@@ -186,13 +191,6 @@ def channel_numbers(slide: Slide, channels: Channels) -> list[int]:
                 f"{slide.location}: no channel {wanted!r}, only {there}; leave it out, or change data.channels"
             )
     return numbers
-
-
-def largest_value(slide: Slide) -> int:
-    """The largest value that pixels of a slide can have, which is 1 to the model; of floating-point ones 1 itself."""
-    if slide.dtype.kind == "f":
-        return 1
-    return 2**slide.bits - 1 if slide.bits else int(np.iinfo(slide.dtype).max)
 
 
 class _Level(NamedTuple):
@@ -284,7 +282,7 @@ class SlideCache:
             return image
 
     def _held_bytes(self) -> int:
-        return sum(image.slide.memory_bytes for image in self._slides.values())
+        return sum(image.memory_bytes for image in self._slides.values())
 
 
 class Opening(TypedDict, total=False):

@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 
 from nested_ats.config import PatchConfig
 from nested_ats.files import open_regular
-from nested_ats.images import scale_pixels
 from nested_ats.mask import Mask, Prior
 from pipeline.data.manifest import Entry
 from pipeline.data.outlines import read_mask
@@ -142,9 +141,14 @@ def find_mask(
     level = view_level(slide, finding.mpp, mpp)
     view = slide.read(level, (0, 0, *slide.levels[level].shape_yx))[chosen]
     pixel_um = mpp and mpp * slide.levels[level].downsample
-    pixels = (
-        tissue(view, finding, pixel_um, slide.location) if prior == "tissue" else valid(view, slide.nodata, nodata)
-    )
+    scaled = view.astype(np.float32) / np.float32(slide.largest_value)
+    if prior == "tissue":
+        pixels = tissue(scaled, finding, pixel_um, slide.location)
+    else:
+        pixels = holds_data(view, slide.nodata)
+        if slide.nodata is None and nodata is not None:
+            pixels &= np.abs(scaled - nodata) > 0.5 / 255  # half of the step between two values of 8 bits
+        pixels = np.any(pixels, axis=0)  # what any channel has recorded
     pitch = slide.levels[level].downsample
     found = Found(pixels, (pitch, pitch))
     if path:
@@ -164,8 +168,8 @@ def view_level(slide: Slide, wanted_mpp: float, mpp: float | None) -> int:
     return min(small, key=lambda i: abs(math.log(slide.levels[i].downsample / max(downsample, 1))))
 
 
-def tissue(view: NDArray[Any], finding: Finding, pixel_um: float | None, location: str) -> NDArray[np.bool_]:
-    """Find tissue: (C, H, W) pixels of the slide's type -> (H, W).
+def tissue(view: NDArray[np.float32], finding: Finding, pixel_um: float | None, location: str) -> NDArray[np.bool_]:
+    """Find tissue: (C, H, W) pixels in [0, 1] -> (H, W).
 
     Parameters
     ----------
@@ -191,7 +195,7 @@ def tissue(view: NDArray[Any], finding: Finding, pixel_um: float | None, locatio
             f"{location}: tissue is told by colour, and it has {len(view)} channels, not 3; give it a mask of your "
             "own in a column mask (prior: column), or set model.prior to valid or none"
         )
-    colours = filters.gaussian(scale_pixels(torch.from_numpy(view)).numpy(), _BLUR, channel_axis=0)
+    colours = filters.gaussian(view, _BLUR, channel_axis=0)
     largest, smallest = colours.max(0), colours.min(0)
     saturation = np.where(largest > _DARK, (largest - smallest) / np.maximum(largest, _DARK), 0.0)
     possible = (largest > _DARK) & ~_ink(colours, saturation)
@@ -221,26 +225,6 @@ def _ink(colours: NDArray[Any], saturation: NDArray[Any]) -> NDArray[np.bool_]:
     reddish = (red > np.maximum(green, blue) + _RED) & (blue < green + _INK) & (saturation > _INK_SATURATION)
     widened: NDArray[np.bool_] = isotropic_dilation(greenish | bluish | reddish, _RIM)
     return widened
-
-
-def valid(view: NDArray[Any], nodata: float | None, untold: float | None) -> NDArray[np.bool_]:
-    """Where pixels were recorded: (C, H, W) of the slide's type -> (H, W), which any channel makes true.
-
-    Parameters
-    ----------
-    view
-        The view of a whole scene.
-    nodata
-        The value of pixels that were not recorded, as the slide tells it; NaN is never valid.
-    untold
-        The same as it is scaled (`nested_ats.images.scale_pixels`), for slides that do not tell it.
-    """
-    recorded = holds_data(view, nodata)
-    if nodata is None and untold is not None:
-        scaled = scale_pixels(torch.from_numpy(view)).numpy()
-        recorded &= np.abs(scaled - untold) > 0.5 / 255  # half of the step between two values of 8 bits
-    found: NDArray[np.bool_] = np.any(recorded, axis=0)
-    return found
 
 
 def _kept_at(slide: Slide, decides: tuple[Any, ...]) -> Path | None:

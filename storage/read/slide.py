@@ -144,6 +144,13 @@ class Slide:
             self._source.fill(level, boxes, out)
         return out
 
+    @property
+    def largest_value(self) -> int:
+        """The largest value that pixels can have, by their type and `bits`; 1 for floating point."""
+        if self.dtype.kind == "f":
+            return 1
+        return 2**self.bits - 1 if self.bits else int(np.iinfo(self.dtype).max)
+
     def valid(self, level: int, boxes: ArrayLike) -> NDArray[np.bool_] | None:
         """Tell which pixels of boxes hold data: those that lie in the image and have data in any channel.
 

@@ -20,7 +20,7 @@ from pipeline.data.augment import AugmentedImage
 from pipeline.data.manifest import Entry, read_manifest
 from pipeline.data.outlines import read_mask, to_outlines
 from pipeline.data.selection import select
-from pipeline.data.slides import open_image
+from pipeline.data.slides import SlideCache, open_image
 from pipeline.data.tissue import Finding, find_mask
 from pipeline.errors import DataError
 from pipeline.results.predictions import read_result, write_result
@@ -291,3 +291,25 @@ def test_a_result_is_not_kept_where_the_mask_or_the_scale_changed(tmp_path):
     at_url = replace(entry, mask="s3://bucket/a.geojson")
     write_result(tmp_path, at_url, {"status": "ok"})
     assert read_result(tmp_path, at_url) == {"status": "ok"}
+
+
+def test_tissue_of_twelve_bits_is_that_of_eight(tmp_path):
+    boxes = [(200, 300, 600, 800)]
+    pixels = paint(tissue=(boxes, EOSIN)).astype(np.uint16) * 16
+    tifffile.imwrite(
+        tmp_path / "a.tif", pixels.transpose(1, 2, 0), tile=(128, 128), photometric="rgb", bitspersample=12
+    )
+    with Slide(tmp_path / "a.tif") as slide:
+        assert slide.bits == 12
+        found = find_mask(slide, Entry(slide_id="a", path=str(tmp_path / "a.tif")), "tissue")
+    assert overlap(found.pixels, boxes) > 0.97
+
+
+def test_masks_of_open_slides_are_held_within_bounds(tmp_path, monkeypatch):
+    entries = [slide_of(tmp_path, paint(tissue=([(200, 300, 600, 800)], EOSIN)), name) for name in "abc"]
+    cache = SlideCache(ModelConfig(levels=LEVELS, patch_size=24, prior="tissue"))
+    images = [cache.open(entry) for entry in entries]
+    monkeypatch.setattr("pipeline.data.slides._HELD_BYTES", 2 * images[0].memory_bytes)
+    assert images[0].memory_bytes > 8 * 1024**2
+    assert cache.open(entries[2]) is images[2]
+    assert cache.open(entries[0]) is not images[0]
