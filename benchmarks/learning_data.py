@@ -122,7 +122,9 @@ def make_data(name: str, task: Task, places: Places, jobs: int) -> Data:
         image.identity = digest
         if name == "slides":
             view = image.downsamples.index(_MASK)
-            found = tissue(image.levels[view].numpy().astype(np.float32) / np.float32(255), Finding(), None, "a slide")
+            found = tissue(
+                image.levels[view].numpy().astype(np.float32) / np.float32(255), Finding(), None, "a slide"
+            )
             image.mask = Mask(torch.from_numpy(found), (_MASK, _MASK))
     rows = torch.arange(count)
     folds = [(rows[: task.train], rows[task.train :])]

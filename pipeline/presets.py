@@ -132,7 +132,8 @@ def _pretrained(kind: str, slides: Slides | None, encoder: str | None) -> dict[s
         line, trained = "resnet # ImageNet's networks take three channels", "all"
     scale = 1.0
     if slides and slides.mpp and kind == "histology":
-        mpp = max(mpp, slides.mpp if slides.mpp > 1.1 * mpp else mpp)
+        if slides.mpp > 1.1 * mpp:  # no slide may be coarser than the model
+            mpp = slides.mpp
         scale = slides.mpp / mpp
     told = slides is not None and slides.mpp is not None
     longer = max(slides.shape_yx) * scale if slides else 4096.0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 OnProgress = Callable[[float, float, str], None]  # what is done, what there is in all, a few words
 
@@ -25,6 +27,38 @@ def progress(title: str) -> Iterator[OnProgress]:
     """
     with _bar(title) if sys.stderr.isatty() else _lines(title) as update:
         yield update
+
+
+class _Named(Protocol):
+    @property
+    def slide_id(self) -> str: ...
+
+
+Slide = TypeVar("Slide", bound=_Named)
+Result = TypeVar("Result")
+
+
+def each_slide(
+    title: str, slides: Sequence[Slide], look: Callable[[Slide], Result], *, threads: int
+) -> Iterator[Result]:
+    """Do something with every slide in threads, and show how far it has come.
+
+    Results come in the order of the slides, and few of them are held at a time.
+    """
+    with ThreadPoolExecutor(threads) as pool, progress(title) as update:
+
+        def begun() -> Iterator[tuple[Slide, Future[Result]]]:
+            waiting: deque[tuple[Slide, Future[Result]]] = deque()
+            for slide in slides:
+                waiting.append((slide, pool.submit(look, slide)))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft()
+            yield from waiting
+
+        for done, (slide, future) in enumerate(begun(), 1):
+            result = future.result()
+            update(done, len(slides), slide.slide_id)
+            yield result
 
 
 class SlideProgress:

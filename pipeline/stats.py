@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from pipeline.data.manifest import Entry
 from pipeline.data.slides import Channels, channel_numbers, open_slide
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
-from pipeline.progress import progress
+from pipeline.progress import each_slide
 from storage import Slide, processors
 from storage.format.nodata import holds_data
 
@@ -148,12 +147,7 @@ def _look_at_all(
             return _Found(entry, names, slide.levels[level].downsample, _tallies(slide, level, numbers))
         return _Found(entry, error=net.error)
 
-    found = []
-    with ThreadPoolExecutor(processors()) as pool, progress("stats") as update:
-        for one in pool.map(look, entries):
-            found.append(one)
-            update(len(found), len(entries), one.entry.slide_id)
-    return found
+    return list(each_slide("stats", entries, look, threads=processors()))
 
 
 def _level(slide: Slide) -> int:

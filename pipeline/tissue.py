@@ -6,10 +6,9 @@ import csv
 import io
 import json
 import math
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from pipeline.data.tissue import Finding, find_mask
 from pipeline.errors import DataError
 from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
-from pipeline.progress import progress
-from pipeline.results.pictures import thumbnail
+from pipeline.progress import each_slide
+from pipeline.results.pictures import thumbnail, to_png
 from storage import processors
 
 MANIFEST, TABLE = "manifest.csv", "tissue.csv"
@@ -86,14 +85,10 @@ def find_tissue(
         return Tissue(entry, error=net.error)
 
     done: list[Tissue] = []
-    with ThreadPoolExecutor(processors()) as pool, progress("tissue") as update:
-        for page, first in enumerate(range(0, len(entries), _COLUMNS * _ROWS), 1):
-            found: list[Tissue] = []
-            for one in pool.map(find, entries[first : first + _COLUMNS * _ROWS]):
-                found.append(one)
-                update(len(done) + len(found), len(entries), one.entry.slide_id)
-            write_atomic(folder / f"contact-{page}.png", _contact_sheet(found))
-            done += [replace(one, shown=None) for one in found]
+    found = each_slide("tissue", entries, find, threads=processors())
+    while page := list(islice(found, _COLUMNS * _ROWS)):
+        write_atomic(folder / f"contact-{len(done) // (_COLUMNS * _ROWS) + 1}.png", _contact_sheet(page))
+        done += [replace(one, shown=None) for one in page]
     write_atomic(folder / TABLE, _table(done))
     write_manifest(folder / MANIFEST, [one.entry for one in done if not one.error])
     return done
@@ -130,7 +125,6 @@ def _table(done: Sequence[Tissue]) -> str:
 
 def _contact_sheet(found: Sequence[Tissue]) -> bytes:
     """Draw small views of slides with the outline of what was found on them, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(len(found), _COLUMNS)
@@ -151,8 +145,4 @@ def _contact_sheet(found: Sequence[Tissue]) -> bytes:
             if not mask.all():
                 y, x = ((np.arange(n) + 0.5) * side / n for n, side in zip(mask.shape, (height, width), strict=True))
                 axes.contour(x, y, mask, levels=[0.5], colors=["#00a040"], linewidths=0.8)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # letters that the font lacks are shown as boxes
-        FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return to_png(figure)

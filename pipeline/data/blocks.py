@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.data.crs import needed, to_wgs84
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import open_slide
 from pipeline.errors import DataError
 from pipeline.net import Net
+from pipeline.progress import each_slide
 from storage import processors
 
 _KM_PER_DEGREE = 2 * math.pi * 6371.0088 / 360  # of the mean sphere (IUGG)
@@ -46,8 +46,7 @@ def spatial_groups(entries: Sequence[Entry], kilometres: float) -> dict[str, str
         Scenes cannot be opened, or do not tell where on the Earth they lie; they are named.
     """
     needed("pyproj", "--spatial-block")
-    with ThreadPoolExecutor(processors()) as pool:
-        centres = list(pool.map(_centre, entries))
+    centres = list(each_slide("open", entries, _centre, threads=processors()))
     wrong = [f"{entry.slide_id}: {why}" for entry, why in zip(entries, centres, strict=True) if isinstance(why, str)]
     if wrong:
         more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,7 +17,7 @@ from pipeline.data.slides import check_slide, open_image
 from pipeline.data.splits import assign_splits
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
-from pipeline.progress import progress
+from pipeline.progress import each_slide
 from storage.format.levels import Level
 
 _OPENED_AT_ONCE = 16  # opening waits for the disk or the network
@@ -172,12 +171,7 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
             return _Found(entry, len(image.numbers), downsamples, slow, mpp, assumed)
         return _Found(entry, error=net.error)
 
-    found = []
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool, progress("open") as update:
-        for one in pool.map(look, entries):
-            found.append(one)
-            update(len(found), len(entries), one.entry.slide_id)
-    return found
+    return list(each_slide("open", entries, look, threads=_OPENED_AT_ONCE))
 
 
 def _classes(entries: Sequence[Entry]) -> list[str]:

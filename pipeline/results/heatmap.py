@@ -7,9 +7,7 @@ lies on the Earth, polygons come in WGS 84 too, and the map as a GeoTIFF where i
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +28,7 @@ from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
 from pipeline.progress import progress
 from pipeline.results.classifier import Classifier
-from pipeline.results.pictures import thumbnail, to_rgb
+from pipeline.results.pictures import thumbnail, to_png, to_rgb
 from pipeline.results.places import attention_geotiff, georeference_of, in_wgs84
 from pipeline.results.settings import Settings
 from storage import Slide, write_pyramid
@@ -238,7 +236,6 @@ def draw_picture(
     channels
         Numbers of the channels to show (`SlideImage.numbers`); None means all, of which the first three are shown.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -274,12 +271,7 @@ def draw_picture(
             place.imshow(to_rgb(_read_patch(slide, patch, fill)[shown], slide.nodata))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # Letters that the font lacks are shown as boxes; that is no reason to warn of every slide.
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:

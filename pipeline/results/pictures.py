@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage import Slide
 from storage.format.nodata import holds_data
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """Draw a figure as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Letters that the font lacks are shown as boxes; that is no reason to warn of every slide.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
 def thumbnail(
