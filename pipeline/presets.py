@@ -18,6 +18,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 from nested_ats.config import LevelConfig, levels_for
 from nested_ats.networks.hub import cached
@@ -26,7 +27,8 @@ from pipeline.data.manifest import Entry
 from pipeline.data.slides import open_slide
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
-from pipeline.progress import progress
+from pipeline.progress import each_slide
+from storage import processors
 
 KINDS = ("histology", "scenes", "megapixel")
 _MOBILENET = "mobilenet_v2-b0353104.pth"
@@ -46,6 +48,15 @@ class Slides:
     channels: int  # of most
     nodata: float | None  # that of the first slide that tells one
     failures: tuple[tuple[str, str], ...]
+
+
+class _About(NamedTuple):
+    """What one slide is like."""
+
+    shape_yx: tuple[int, int]
+    mpp: float | None
+    channels: int
+    nodata: float | None
 
 
 def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where: str) -> tuple[str, Slides | None]:
@@ -86,29 +97,26 @@ def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where
 
 def look_at(entries: Sequence[Entry]) -> Slides:
     """Open slides and see what they have in common; those that cannot be opened are named (DataError: none can)."""
-    shapes, mpps, channels, nodata, failures, training = [], [], Counter[int](), None, [], 0
-    with progress("open") as update:
-        for number, entry in enumerate(entries, 1):
-            with Net() as net, open_slide(entry.path) as slide:
-                shapes.append(slide.shape_yx)
-                mpps.append(entry.mpp or slide.mpp)
-                channels[len(slide.channels)] += 1
-                nodata = slide.nodata if nodata is None else nodata
-                training += entry.split in ("", "train")
-            if net.error:
-                failures.append((entry.slide_id, net.error))
-            update(number, len(entries), entry.slide_id)
-    if not shapes:
+
+    def look(entry: Entry) -> tuple[Entry, _About | None, str]:
+        with Net() as net, open_slide(entry.path) as slide:
+            return entry, _About(slide.shape_yx, entry.mpp or slide.mpp, len(slide.channels), slide.nodata), ""
+        return entry, None, net.error
+
+    found = list(each_slide("open", entries, look, threads=processors()))
+    opened = [(entry, about) for entry, about, _ in found if about]
+    failures = tuple((entry.slide_id, error) for entry, about, error in found if not about)
+    if not opened:
         raise DataError(f"no slide can be opened; the first: {failures[0][1]}")
-    told = [mpp for mpp in mpps if mpp]
+    mpps = [about.mpp for _, about in opened if about.mpp]
     return Slides(
-        len(shapes),
-        training,
-        max(shapes, key=math.prod),
-        max(told) if len(told) == len(mpps) else None,
-        channels.most_common(1)[0][0],
-        nodata,
-        tuple(failures),
+        count=len(opened),
+        training=sum(entry.split in ("", "train") for entry, _ in opened),
+        shape_yx=max((about.shape_yx for _, about in opened), key=math.prod),
+        mpp=max(mpps) if len(mpps) == len(opened) else None,
+        channels=Counter(about.channels for _, about in opened).most_common(1)[0][0],
+        nodata=next((about.nodata for _, about in opened if about.nodata is not None), None),
+        failures=failures,
     )
 
 
