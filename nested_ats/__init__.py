@@ -30,15 +30,19 @@ from nested_ats.models.uniform import UniformSampling
 from nested_ats.phases import Output
 from nested_ats.profiling import Cost, step_cost
 from nested_ats.sampling import Draw, draw
+from nested_ats.targets import Classes, Cox, DiscreteSurvival, MultiLabel, Ordinal, Regression, Target
 
 __all__ = [
     "CNN",
     "AnyConfig",
     "ArrayImage",
     "CNNConfig",
+    "Classes",
     "Cost",
+    "Cox",
     "DeepMIL",
     "DeepMILConfig",
+    "DiscreteSurvival",
     "Draw",
     "EncoderError",
     "FeatureStore",
@@ -50,11 +54,15 @@ __all__ = [
     "ModelConfig",
     "ModelFileError",
     "ModelInfo",
+    "MultiLabel",
     "NestedATS",
     "NestedATSError",
+    "Ordinal",
     "Output",
     "Prediction",
+    "Regression",
     "SamplingModel",
+    "Target",
     "UniformConfig",
     "UniformSampling",
     "UntrustedEncoderError",

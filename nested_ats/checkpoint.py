@@ -2,9 +2,10 @@
 
 A model folder holds ``model.safetensors`` and ``config.json``. The latter states everything that is needed to build
 the network again and to name its classes, with a checksum of the weights and one of itself, so that a flipped bit
-anywhere is noticed. Folders of the first format, without the second checksum, and of the second, with the encoder's
-options elsewhere, still load. Both must be regular files: pipes, devices and links out of the folder are refused.
-Nothing outside the folder is read, not even the weights that the encoder began with.
+anywhere is noticed. Folders of earlier formats still load: of the first, without the second checksum, of the second,
+with the encoder's options elsewhere, and of the fourth, which knows classes only. Both must be regular files: pipes,
+devices and links out of the folder are refused. Nothing outside the folder is read, not even the weights that the
+encoder began with.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from nested_ats.models.kinds import KINDS, bring_up_to_date, build_model
 from nested_ats.models.nested import NestedATS
 from nested_ats.networks.encoders import is_import_path
 from nested_ats.networks.weights import read_tensors, sha256
+from nested_ats.targets import Classes, Target, read_target
 
 __all__ = ["CONFIG", "WEIGHTS", "ModelInfo", "inspect_model", "load_model", "save_model"]
 
@@ -36,14 +38,15 @@ M = TypeVar("M", bound=ImageModel)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
-# There is no third: one flipped bit would make it the first, whose checksum is not required.
-_FIRST_FORMAT, _SECOND_FORMAT, _FORMAT = "nested-ats/1", "nested-ats/2", "nested-ats/4"
+# There is no third or fifth: one flipped bit would make it the first, whose checksum is not required.
+_FIRST_FORMAT, _SECOND_FORMAT, _FOURTH_FORMAT, _FORMAT = (f"nested-ats/{number}" for number in (1, 2, 4, 6))
 _OWN_SUM, _WEIGHTS_SUM = "sha256", "weights_sha256"
-_KEYS = {"format", "model", "in_channels", "classes", _WEIGHTS_SUM, _OWN_SUM}
+_KEYS = {"format", "model", "in_channels", "target", _WEIGHTS_SUM, _OWN_SUM}
+_EARLIER_KEYS = _KEYS - {"target"} | {"classes"}  # of formats that know no other target
 _LONGEST = 64 * 2**20  # bytes that a description may have
 
 
-def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> None:
+def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str] | None = None) -> None:
     """Write a model into a folder, which appears when it is whole.
 
     Parameters
@@ -54,15 +57,18 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
     model
         A model of any kind; its weights are written as they are.
     classes
-        Names of the Q classes, in the order of the logits.
+        Names of the Q classes, in the order of the logits, of a model that was made with their number alone.
 
     Raises
     ------
+    ValueError
+        `classes` are not the names of Q classes.
     OSError, safetensors.SafetensorError
         The folder cannot be written; an earlier model there is unchanged.
     """
     from safetensors.torch import save_file
 
+    target = _named(model.target, classes)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -71,7 +77,7 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
         "format": _FORMAT,
         "model": dataclasses.asdict(model.config),
         "in_channels": model.in_channels,
-        "classes": list(classes),
+        "target": target.plain,
     }
     description = json.loads(json.dumps(said))  # as it will be read, since the checksum is taken of that
     save_file(weights, partial / WEIGHTS)
@@ -89,6 +95,17 @@ def save_model(folder: Path, model: ImageModel, *, classes: Sequence[str]) -> No
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def _named(target: Target, names: Sequence[str] | None) -> Target:
+    """Give classes their names."""
+    if names is None:
+        return target
+    if not isinstance(target, Classes) or len(names) != target.outputs:
+        raise ValueError(
+            f"classes: {len(names)} names for a target of kind {target.kind} with {target.outputs} outputs"
+        )
+    return dataclasses.replace(target, classes=tuple(names))
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two folders in one step; return False if one is missing or the system cannot do it."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Python has no function for this call of Linux
@@ -104,15 +121,15 @@ class ModelInfo(NamedTuple):
         Configuration of the network.
     in_channels
         C of the images.
-    classes
-        Names of the classes, in the order of the logits.
+    target
+        What the model answers, with the names of its answers.
     sha256
         Checksum of the description and the weights, which identifies the model.
     """
 
     config: AnyConfig
     in_channels: int
-    classes: list[str]
+    target: Target
     sha256: str
 
 
@@ -131,13 +148,9 @@ def inspect_model(folder: Path, *, expect: type[ImageModel] = ImageModel, trust_
     try:
         _check_format(description)
         config = _parse_config(description["model"], first_format=description["format"] == _FIRST_FORMAT)
-        channels, classes = description["in_channels"], description["classes"]
+        channels, target = description["in_channels"], _parse_target(description)
         if not _has_type(channels, int) or channels < 1:
             raise ValueError(f"in_channels is {channels!r}")
-        if not isinstance(classes, list) or not classes or not all(_has_type(name, str) for name in classes):
-            raise ValueError(f"classes is {classes!r}, not a list of names")
-        if len(set(classes)) < len(classes):
-            raise ValueError(f"classes is {classes!r}, which names one twice")
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ModelFileError(f"{folder / CONFIG}: not a model description: {error}") from error
     if not issubclass(KINDS[config.kind].model, expect):
@@ -149,7 +162,7 @@ def inspect_model(folder: Path, *, expect: type[ImageModel] = ImageModel, trust_
         raise ModelFileError(
             f"{folder / WEIGHTS}: damaged, or not the weights that {CONFIG} was written for; copy the folder again"
         )
-    return ModelInfo(config, channels, classes, _checksum(description))
+    return ModelInfo(config, channels, target, _checksum(description))
 
 
 @overload
@@ -173,8 +186,8 @@ def load_model(
 
     Returns
     -------
-    model, classes
-        The network with its weights, on the CPU, and the names of its classes.
+    model, names
+        The network with its weights, on the CPU, and the names of its answers, such as those of classes.
 
     Raises
     ------
@@ -183,9 +196,9 @@ def load_model(
     EncoderError
         The encoder cannot be built on this machine.
     """
-    config, channels, classes, _ = inspect_model(folder, expect=expect, trust_encoder=trust_encoder)
+    config, channels, target, _ = inspect_model(folder, expect=expect, trust_encoder=trust_encoder)
     try:
-        model = build_model(config, in_channels=channels, classes=len(classes), pretrained=False)
+        model = build_model(config, in_channels=channels, classes=target, pretrained=False)
     except (OverflowError, RuntimeError, TypeError) as error:  # sizes that no network has
         raise ModelFileError(f"{folder / CONFIG}: no network can be built of it: {error}") from error
     try:
@@ -193,7 +206,7 @@ def load_model(
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ModelFileError(f"{folder / WEIGHTS}: weights do not fit {CONFIG}: {reason}") from error
-    return model, classes
+    return model, list(target.names)
 
 
 def _check_format(description: dict[str, Any]) -> None:
@@ -204,9 +217,10 @@ def _check_format(description: dict[str, Any]) -> None:
     """
     if description["format"] == _FIRST_FORMAT:
         return
-    if description["format"] not in (_SECOND_FORMAT, _FORMAT):
+    earlier = description["format"] in (_SECOND_FORMAT, _FOURTH_FORMAT)
+    if not earlier and description["format"] != _FORMAT:
         raise ValueError(f"format is {description['format']!r}, not {_FORMAT!r}")
-    if description.keys() != _KEYS or description[_OWN_SUM] != _checksum(description):
+    if description.keys() != (_EARLIER_KEYS if earlier else _KEYS) or description[_OWN_SUM] != _checksum(description):
         raise ValueError("damaged, or edited by hand, as its checksum shows; copy the folder again, or train again")
 
 
@@ -234,6 +248,18 @@ def _parse_config(description: Any, *, first_format: bool) -> AnyConfig:
     if config.mean is None or config.std is None:
         raise ValueError("mean and std are missing")
     return config
+
+
+def _parse_target(description: dict[str, Any]) -> Target:
+    """Read the target of a description; those of earlier formats name classes."""
+    if description["format"] != _FORMAT:
+        names = description["classes"]
+        if not isinstance(names, list):
+            raise ValueError(f"classes is {names!r}, not a list of names")
+        return Classes(tuple(names))
+    target = read_target(description["target"])
+    _check_types(target)
+    return target
 
 
 def _check_types(config: Any) -> None:

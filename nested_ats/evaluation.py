@@ -1,13 +1,14 @@
-"""Classify with several independent draws, and say how far the draws agree.
+"""Answer with several independent draws, and say how far the draws agree.
 
 The number of draws is given, or follows from a wanted error; or all patches of the opened regions are encoded and
 none is drawn.
 
 A handful of draws is a small sample, and a probability is far from linear in F_hat where it is near 0 or 1. Intervals
-are therefore Student's t, with M - 1 degrees of freedom, on the logit of a class against the rest, which is nearly
-linear in F_hat, and are then transformed to probabilities (`benchmarks/interval_coverage.py` simulates them).
+are therefore Student's t, with M - 1 degrees of freedom, on the scale of the target that is nearly linear in F_hat,
+as the logit of a class against the rest, and are then transformed back (`benchmarks/interval_coverage.py` simulates
+them).
 
-Shape letters: B batch, M draws, Q classes, D features.
+Shape letters: B batch, M draws, Q numbers of the head, A answers, D features.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from nested_ats.models.nested import NestedATS
 from nested_ats.models.patches import SamplingModel
 from nested_ats.phases import Output, take_rows
 from nested_ats.reading import Reading, interleave, run
+from nested_ats.targets import Target, as_target
 
 CONFIDENCE = 0.95  # of every interval
 _AHEAD = 4  # draws under way at a time
@@ -36,37 +38,38 @@ Head = Callable[[Tensor], Tensor]  # (..., D) features -> (..., Q) logits
 
 
 class Estimate(NamedTuple):
-    """Class probabilities from several draws.
+    """Answers from several draws.
 
     Attributes
     ----------
-    probabilities
-        (B, Q), of the mean of F_hat over the draws: closer to the full model than the mean of probabilities.
+    answers
+        (B, A), of the mean of F_hat over the draws: closer to the full model than the mean of answers.
     standard_error
-        (B, Q), the jackknife standard error of `probabilities`; NaN for a single draw.
+        (B, A), the jackknife standard error of `answers`; NaN for a single draw.
     low, high
-        (B, Q), limits in [0, 1] of the 95 % interval of each probability; NaN for a single draw.
+        (B, A), limits of the 95 % interval of each answer; NaN for a single draw.
     """
 
-    probabilities: Tensor
+    answers: Tensor
     standard_error: Tensor
     low: Tensor
     high: Tensor
 
 
 class Prediction(NamedTuple):
-    """Class probabilities with their sampling error.
+    """Answers with their sampling error.
 
     Attributes
     ----------
-    probabilities
-        (B, Q), of the mean of F_hat over the draws: closer to the full model than the mean of probabilities.
+    answers
+        (B, A), what `nested_ats.Target.answers` returns, as the probabilities of classes, of the mean of F_hat over
+        the draws: closer to the full model than the mean of answers.
     standard_error
-        (B, Q), the jackknife standard error of `probabilities` over the draws; NaN for a single draw, zero where
-        nothing is drawn.
+        (B, A), the jackknife standard error of `answers` over the draws; NaN for a single draw, zero where nothing is
+        drawn.
     low, high
-        (B, Q), limits of the 95 % interval of each probability (`estimate`): the range in which a model without
-        sampling error would lie. NaN for a single draw, the probability itself where nothing is drawn.
+        (B, A), limits of the 95 % interval of each answer (`estimate`): the range in which a model without sampling
+        error would lie. NaN for a single draw, the answer itself where nothing is drawn.
     outputs
         Outputs of the model, one for each draw, for the images that took part in it, in order: image b is in the
         first ``draws[b]`` of them. `of` picks those of one image.
@@ -74,12 +77,17 @@ class Prediction(NamedTuple):
         (B,) int64: how many draws each image had.
     """
 
-    probabilities: Tensor
+    answers: Tensor
     standard_error: Tensor
     low: Tensor
     high: Tensor
     outputs: tuple[Output, ...]
     draws: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The `answers` of a model of classes, (B, Q)."""
+        return self.answers
 
     def of(self, image: int) -> tuple[Output, ...]:
         """Outputs of one image of the batch, as batches of one."""
@@ -112,8 +120,8 @@ def predict(
     readers
         The threads that read, for several draws at a time; by default this thread does.
     target_error
-        An image stops drawing when the largest error to be expected of its probabilities (`expected_error`) is at
-        most this; the others go on.
+        An image stops drawing when the largest error to be expected of its answers (`expected_error`) is at most
+        this; the others go on.
     least
         The least number of draws before an image may stop, >= 2.
     exact
@@ -142,46 +150,52 @@ def predict(
     return _draw_until(model, draw, keys.shape, target_error, least, readers)
 
 
-def estimate(head: Head, features: Tensor) -> Estimate:
-    """Class probabilities, their standard error and their 95 % interval from independent draws.
+def estimate(head: Head, features: Tensor, target: Target | None = None) -> Estimate:
+    """Answers, their standard error and their 95 % interval from independent draws.
 
-    The interval is Student's t of M - 1 degrees of freedom on the logit of a class against the rest, with the
-    jackknife's standard error of that logit, transformed back.
+    The interval is Student's t of M - 1 degrees of freedom on the scale on which answers are nearly linear in the
+    features (`Target.linear`), as the logit of a class against the rest, with the jackknife's standard error there,
+    transformed back.
 
     Parameters
     ----------
     head
-        Maps features to logits.
+        Maps features to the numbers of the target, such as logits.
     features
         (M, B, D): F_hat of each draw.
+    target
+        What the numbers mean; by default they are logits of classes.
     """
     draws = len(features)
     logits = head(features.mean(0))
-    probabilities = logits.softmax(-1)
+    target = target or as_target(logits.shape[-1])
+    answers = target.answers(logits)
     if draws == 1:
-        return Estimate(probabilities, *(torch.full_like(probabilities, torch.nan) for _ in range(3)))
-    center, spread = _logit_against_rest(head, features)
+        return Estimate(answers, *(torch.full_like(answers, torch.nan) for _ in range(3)))
+    center, spread = _on_linear_scale(head, features, target)
     reach = t_quantile(draws - 1) * spread
-    low, high = ((center + side * reach).sigmoid().to(probabilities) for side in (-1, 1))
-    error = _jackknife(head(_leave_one_out_means(features)).softmax(-1))
-    return Estimate(probabilities, error, low.minimum(probabilities), high.maximum(probabilities))
+    low, high = (target.from_linear(center + side * reach).to(answers) for side in (-1, 1))
+    error = _jackknife(target.answers(head(_leave_one_out_means(features))))
+    return Estimate(answers, error, low.minimum(answers), high.maximum(answers))
 
 
-def expected_error(head: Head, features: Tensor) -> Tensor:
-    """Root mean square error to be expected of the probabilities of `estimate` from M >= 2 draws, (B, Q).
+def expected_error(head: Head, features: Tensor, target: Target | None = None) -> Tensor:
+    """Root mean square error to be expected of the answers of `estimate` from M >= 2 draws, (B, A).
 
-    The mean is over Student's t of the logit of the class against the rest. Near 0 and 1 a standard error is nearly
-    zero whatever the draws, since the probability is flat there; this considers how far the logit may reach. It is an
+    The mean is over Student's t on the scale of `Target.linear`. Near 0 and 1 the standard error of a probability is
+    nearly zero whatever the draws, since it is flat there; this considers how far the logit may reach. It is an
     integral and takes no random numbers.
 
     Parameters
     ----------
-    head, features
+    head, features, target
         See `estimate`.
     """
-    center, spread = _logit_against_rest(head, features)
+    target = target or as_target(head(features[0]).shape[-1])
+    center, spread = _on_linear_scale(head, features, target)
     t, weights = (part.to(center.device) for part in _student(len(features) - 1, _CELLS))
-    errors = (center[..., None] + spread[..., None] * t).sigmoid() - center[..., None].sigmoid()
+    reached = target.from_linear(center[..., None] + spread[..., None] * t)
+    errors = reached - target.from_linear(center)[..., None]
     return (errors.square() @ weights).sqrt()
 
 
@@ -207,16 +221,10 @@ def _student(freedom: int, cells: int) -> tuple[Tensor, Tensor]:
     return math.sqrt(freedom) * angles.tan(), density / density.sum()
 
 
-def _logit_against_rest(head: Head, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Logit of each class against the rest, (B, Q) doubles, and its jackknife standard error over the draws."""
-    return _rest_logits(head(features.mean(0))), _jackknife(_rest_logits(head(_leave_one_out_means(features))))
-
-
-def _rest_logits(logits: Tensor) -> Tensor:
-    logits = logits.double()  # their differences are small
-    own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    rest = logits[..., None, :].masked_fill(own, -torch.inf).logsumexp(-1)
-    return logits - rest
+def _on_linear_scale(head: Head, features: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """Answers on their linear scale, (B, A) doubles, and their jackknife standard error over the draws."""
+    without = target.linear(head(_leave_one_out_means(features)))
+    return target.linear(head(features.mean(0))), _jackknife(without)
 
 
 def _leave_one_out_means(features: Tensor) -> Tensor:
@@ -231,7 +239,7 @@ def _jackknife(without: Tensor) -> Tensor:
 
 
 def _certain(model: ImageModel, output: Output) -> Prediction:
-    p = model.head(output.features).softmax(-1)
+    p = model.target.answers(model.head(output.features))
     return Prediction(p, torch.zeros_like(p), p, p, (output,), torch.ones(len(p), dtype=torch.int64))
 
 
@@ -259,8 +267,8 @@ def _draw_until(
         drawn = torch.stack(features)
         done = torch.ones(len(going), dtype=torch.bool)
         if number < budget:
-            done = expected_error(model.head, drawn).amax(-1).cpu() <= (target or 0.0)
-        found = estimate(model.head, drawn)
+            done = expected_error(model.head, drawn, model.target).amax(-1).cpu() <= (target or 0.0)
+        found = estimate(model.head, drawn, model.target)
         for place in done.nonzero().flatten().tolist():
             estimates[int(going[place])] = Estimate(*(part[place] for part in found))
         draws[going[done]] = number
@@ -271,5 +279,5 @@ def _draw_until(
         features = [*(each[~done.to(each.device)] for each in features), outputs[-1].features]
         number += 1
     in_order = (estimates[row] for row in range(size))
-    probabilities, error, low, high = (torch.stack(parts) for parts in zip(*in_order, strict=True))
-    return Prediction(probabilities, error, low, high, tuple(outputs), draws)
+    answers, error, low, high = (torch.stack(parts) for parts in zip(*in_order, strict=True))
+    return Prediction(answers, error, low, high, tuple(outputs), draws)

@@ -96,7 +96,9 @@ def training_step(
     model.train()
     keys = torch.arange(len(images)) + number * len(images)
     output = model(images, keys, readers=readers)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=output.logits.device)
+    labels = torch.zeros(
+        len(images), dtype=torch.int64, device=output.logits.device
+    )  # the loss of classes serves all
     loss, _ = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=_ENTROPY_WEIGHT)
     torch.autograd.backward(loss.mean())
 

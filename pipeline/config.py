@@ -74,6 +74,68 @@ WholePath = Annotated[Path, AfterValidator(_whole)]
 Precision = Literal["float32", "bfloat16"]
 
 
+class ClassesTarget(_Section):
+    """One class of several."""
+
+    kind: Literal["classes"] = "classes"
+    column: str = "label"  # the column of the table that names the class
+
+
+class OrdinalTarget(_Section):
+    """One class of several in an order, such as a grade."""
+
+    kind: Literal["ordinal"] = "ordinal"
+    column: str = "label"  # the column of the table that names the grade
+    order: tuple[str, ...] | None = None  # grades from the lowest to the highest; numbers have their own order
+
+
+class MultiLabelTarget(_Section):
+    """Several labels, each there or not."""
+
+    kind: Literal["multilabel"] = "multilabel"
+    columns: tuple[str, ...] = Field(min_length=1)  # one for each label, with 0, 1, or nothing where it is not known
+
+
+class RegressionTarget(_Section):
+    """A number."""
+
+    kind: Literal["regression"] = "regression"
+    column: str = "label"  # the column of the table that holds it
+
+
+class CoxTarget(_Section):
+    """How long until an event, by the risk of it: Cox's proportional hazards."""
+
+    kind: Literal["cox"] = "cox"
+    time: str = "time"  # the column of the time until the event or the last look, above 0
+    event: str = "event"  # the column that is 1 where the event was seen, and 0 where it was not
+
+
+class SurvivalTarget(_Section):
+    """How long until an event, by the probability to get through each interval of time."""
+
+    kind: Literal["survival"] = "survival"
+    time: str = "time"  # as above
+    event: str = "event"  # as above
+    intervals: int = Field(default=4, ge=1, le=100)  # as many, with equally many events of training slides in each
+    times: tuple[float, ...] | None = None  # or the ends of the intervals, increasing
+
+
+def _target_kind(value: Any) -> str:
+    return str(value.get("kind", "classes") if isinstance(value, dict) else getattr(value, "kind", "classes"))
+
+
+AnyTarget = Annotated[
+    Annotated[ClassesTarget, Tag("classes")]
+    | Annotated[OrdinalTarget, Tag("ordinal")]
+    | Annotated[MultiLabelTarget, Tag("multilabel")]
+    | Annotated[RegressionTarget, Tag("regression")]
+    | Annotated[CoxTarget, Tag("cox")]
+    | Annotated[SurvivalTarget, Tag("survival")],
+    Discriminator(_target_kind),
+]
+
+
 class AugmentConfig(_Section):
     """How slides are changed at random, anew in every epoch; by default not at all."""
 
@@ -180,8 +242,18 @@ class Config(_Section):
     seed: int = Field(default=0, ge=0, lt=2**63)  # decides the first weights, the order of slides and every draw
     model: AnyModel = ModelConfig(levels=DEFAULT_LEVELS)
     train: TrainConfig = TrainConfig()
+    target: AnyTarget = ClassesTarget()
     data: DataConfig = DataConfig()
     predict: PredictConfig = PredictConfig()
+
+    @model_validator(mode="after")
+    def _balance_classes_alone(self) -> Self:
+        balanced = self.train.class_weights == "balanced" or self.train.sampling == "balanced"
+        if balanced and not isinstance(self.target, ClassesTarget | OrdinalTarget):
+            raise ValueError(
+                f"train: class_weights and sampling balance classes, and the target is {self.target.kind}"
+            )
+        return self
 
 
 def load_config(path: Path | None, settings: list[str] | None = None) -> Config:

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
-from nested_ats import inspect_model
+from nested_ats import Classes, inspect_model
+from nested_ats.targets import read_target
 from pipeline.config import Config, Precision
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
@@ -46,11 +47,27 @@ class _Run(BaseModel):
     model_config = ConfigDict(extra="allow")  # later versions may write more
 
     fingerprint: str
-    classes: list[str] = Field(min_length=1)
+    target: dict[str, Any]
     channels: int = Field(ge=1, le=65535)
     config: Config
     versions: dict[str, str]
     entries: list[Entry]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_classes(cls, values: Any) -> Any:
+        """Earlier runs name their classes and know no other target."""
+        if isinstance(values, dict) and "target" not in values and "classes" in values:
+            return {**values, "target": {"kind": Classes.kind, "classes": values["classes"]}}
+        return values
+
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, target: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return read_target(target).plain
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError("describes no target") from error
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from nested_ats.networks.encoders import build_encoder
 from nested_ats.networks.trainable import freeze
 from nested_ats.phases import Output
 from nested_ats.reading import Reading, run
+from nested_ats.targets import Target, as_target
 
 
 class ImageModel(nn.Module):
-    """A classifier of images through an encoder and a linear head.
+    """A model that answers for images through an encoder and a linear head.
 
     Parameters
     ----------
@@ -36,7 +37,7 @@ class ImageModel(nn.Module):
     in_channels
         C of the images.
     classes
-        Q.
+        Q, the number of classes; or what else the model answers.
     patch_size
         H = W of the patches that the encoder sees; None for whole images.
     location
@@ -61,7 +62,7 @@ class ImageModel(nn.Module):
         config: EncoderConfig,
         *,
         in_channels: int,
-        classes: int,
+        classes: int | Target,
         patch_size: int | None,
         location: bool = False,
         pretrained: bool = True,
@@ -73,7 +74,7 @@ class ImageModel(nn.Module):
         if attention is not None:
             self.attention = attention
         self.in_channels = in_channels
-        self.classes = classes
+        self.target = as_target(classes)
         built = build_encoder(
             config.encoder,
             in_channels=in_channels,
@@ -90,7 +91,7 @@ class ImageModel(nn.Module):
         )
         self._frozen = freeze(self.encoder, config.trainable)
         self.locate = nn.Linear(self.features + 2, self.features) if location else None
-        self.head = _Head(self.features, classes, config.scale if isinstance(config, PatchConfig) else 1.0)
+        self.head = self.target.head(self.features, config.scale if isinstance(config, PatchConfig) else 1.0)
         for name in ("mean", "std"):  # (C, 1, 1) each; the configuration keeps them, the state does not
             values = getattr(config, name)
             if isinstance(values, tuple) and len(values) != in_channels:
@@ -179,25 +180,6 @@ class ImageModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features: Tensor = self.encoder(seen)
         return features.to(seen.dtype) if frozen else features  # the type that kept features have
-
-
-class _Head(nn.Linear):
-    """A linear layer of `scale` times its input, in the precision of its weights even under autocast.
-
-    Features have unit length, so a new layer's logits are so small that the gradient of the entropy hides that of the
-    attention; scaled, a model learns in half the epochs.
-
-    Standard errors are differences between logits of nearly equal features, which the rounding of bf16 would hide.
-    """
-
-    def __init__(self, features: int, classes: int, scale: float) -> None:
-        super().__init__(features, classes)
-        self.scale = scale
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(..., D) -> (..., Q)."""
-        with torch.autocast(pooled.device.type, enabled=False):
-            return super().forward(pooled.to(self.weight.dtype) * self.scale)
 
 
 def _to_device(pixels: Tensor, device: torch.device) -> Tensor:

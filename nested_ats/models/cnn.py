@@ -15,6 +15,7 @@ from nested_ats.images import Image, find_level
 from nested_ats.models.base import ImageModel
 from nested_ats.phases import Output
 from nested_ats.reading import Reading
+from nested_ats.targets import Target
 
 
 class CNN(ImageModel):
@@ -27,7 +28,9 @@ class CNN(ImageModel):
 
     config: CNNConfig
 
-    def __init__(self, config: CNNConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
+    def __init__(
+        self, config: CNNConfig, *, in_channels: int, classes: int | Target, pretrained: bool = True
+    ) -> None:
         super().__init__(config, in_channels=in_channels, classes=classes, patch_size=None, pretrained=pretrained)
 
     def coarse_view(self, image: Image) -> Tensor:

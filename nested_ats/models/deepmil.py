@@ -18,6 +18,7 @@ from nested_ats.images import Image
 from nested_ats.models.patches import PatchModel
 from nested_ats.phases import Output, Phase, Population, draw_phase, take_all
 from nested_ats.reading import Reading
+from nested_ats.targets import Target
 
 
 class _AttentionPooling(nn.Module):
@@ -52,7 +53,9 @@ class DeepMIL(PatchModel):
 
     config: DeepMILConfig
 
-    def __init__(self, config: DeepMILConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
+    def __init__(
+        self, config: DeepMILConfig, *, in_channels: int, classes: int | Target, pretrained: bool = True
+    ) -> None:
         super().__init__(config, in_channels=in_channels, classes=classes, pretrained=pretrained)
         gated = config.attention == "gated"
         self.pooling = _AttentionPooling(self.features, config.attention_features, gated=gated)

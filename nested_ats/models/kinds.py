@@ -13,6 +13,7 @@ from nested_ats.models.nested import NestedATS
 from nested_ats.models.uniform import UniformSampling
 from nested_ats.networks.encoders import TIMM, read_choice
 from nested_ats.networks.hub import RANDOM
+from nested_ats.targets import Target
 
 
 class Kind(NamedTuple):
@@ -30,7 +31,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def build_model(config: AnyConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> ImageModel:
+def build_model(config: AnyConfig, *, in_channels: int, classes: int | Target, pretrained: bool = True) -> ImageModel:
     """Build the model of a configuration.
 
     Parameters
@@ -40,7 +41,7 @@ def build_model(config: AnyConfig, *, in_channels: int, classes: int, pretrained
     in_channels
         C of the images.
     classes
-        Q.
+        Q, the number of classes; or what else the model answers.
     pretrained
         Read the weights that ``encoder`` names; false where another state will be loaded.
 

@@ -27,6 +27,7 @@ from nested_ats.networks.attention import AttentionNetwork
 from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase, take_all
 from nested_ats.reading import Reading
 from nested_ats.sampling import Draw, draw, fold_in
+from nested_ats.targets import Target
 
 
 class NestedATS(SamplingModel):
@@ -39,7 +40,7 @@ class NestedATS(SamplingModel):
     in_channels
         C of the images.
     classes
-        Q.
+        Q, the number of classes; or what else the model answers.
     pretrained
         Read the weights that ``encoder`` names.
 
@@ -52,7 +53,9 @@ class NestedATS(SamplingModel):
     config: ModelConfig
     attention: nn.ModuleList
 
-    def __init__(self, config: ModelConfig, *, in_channels: int, classes: int, pretrained: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, *, in_channels: int, classes: int | Target, pretrained: bool = True
+    ) -> None:
         residual = config.attention == "residual"
         attention = nn.ModuleList(
             AttentionNetwork(

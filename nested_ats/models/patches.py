@@ -24,6 +24,7 @@ from nested_ats.models.base import ImageModel
 from nested_ats.networks.encoders import read_choice
 from nested_ats.phases import Output, Phase, Population, Sampler
 from nested_ats.reading import Reading, run
+from nested_ats.targets import Target
 
 _LEAST_SPREAD = 0.01  # least spread that a feature is divided by, as a part of the mean spread
 _READS = 8  # parts in which one image's patches are read, so that several threads can read them
@@ -60,7 +61,7 @@ class PatchModel(ImageModel):
         config: PatchConfig,
         *,
         in_channels: int,
-        classes: int,
+        classes: int | Target,
         pretrained: bool = True,
         attention: nn.ModuleList | None = None,
     ) -> None:

@@ -34,9 +34,10 @@ def train(
     """Train a model from one label per slide; the same command goes on with an interrupted run."""
     from pipeline.config import dump_config, load_config
     from pipeline.data.manifest import read_manifest
+    from pipeline.data.targets import columns
 
     chosen = load_config(config, settings)
-    entries = read_manifest(manifest, labelled=True)
+    entries = read_manifest(manifest, labelled="label" in columns(chosen.target))
     group = _range(workers)
     check_cluster(cluster, group[1], device)
     options: dict[str, Any] = {"device": device, "mirror": mirror, "overwrite": overwrite, "fail_fast": fail_fast}

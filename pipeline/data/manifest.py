@@ -118,12 +118,12 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
     write_atomic(path, text.getvalue())
 
 
-def remarks(entries: Sequence[Entry]) -> list[str]:
-    """Say in one line each what is probably not meant in a manifest to train from."""
+def remarks(entries: Sequence[Entry], *, classes: bool = True) -> list[str]:
+    """Say in one line each what is probably not meant in a manifest to train from; labels may be no classes."""
     found = []
     if any(entry.fold for entry in entries):
         found.append("column fold: not supported yet, and ignored; only split decides what a slide is used for")
-    counts = Counter(entry.label for entry in entries)
+    counts = Counter(entry.label for entry in entries if classes)
     for name, other in _near_duplicates(counts):
         found.append(
             f"labels {name!r} ({counts[name]} slides) and {other!r} ({counts[other]}) are two classes that differ "
@@ -214,13 +214,13 @@ def _check_cells(table: _Table, *, labelled: bool) -> list[tuple[int, str]]:
 
 def _wrong_mpp(text: str) -> str:
     try:
-        mpp = _number(text)
+        mpp = number(text)
     except ValueError:
         return f"mpp is {text!r}, not a number"
     return "" if mpp is None or 0 < mpp < 1000 else f"mpp {mpp:g} is not between 0 and 1000"
 
 
-def _number(text: str) -> float | None:
+def number(text: str) -> float | None:
     """Read a number, which has a decimal comma in tables with semicolons; an empty cell has none."""
     return float(text.replace(",", ".")) if text else None
 
@@ -247,7 +247,7 @@ def _entries(table: _Table, folder: Path) -> list[Entry]:
     def whole(path: str) -> str:
         return path if not path or is_remote(path) else os.path.normpath(path if path[0] == "/" else f"{here}/{path}")
 
-    mpps = {text: _number(text) for text in set(table.get("mpp", ("",)))}
+    mpps = {text: number(text) for text in set(table.get("mpp", ("",)))}
     extra = [name for name in table if name not in COLUMNS]
     extras = (dict(zip(extra, more, strict=True)) for more in _rows(table, extra)) if extra else repeat({})
     return [

@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from nested_ats.networks.builtin import ENCODERS
 from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
-from pipeline.config import Config
+from nested_ats.targets import Classes, Target
+from pipeline.config import AnyTarget, ClassesTarget, Config
 from pipeline.data.manifest import Entry, remarks
 from pipeline.data.slides import check_slide, open_image
 from pipeline.data.splits import assign_splits
+from pipeline.data.targets import by_stratum, check_table, columns, learn_target, row_of
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.progress import each_slide
@@ -39,7 +42,7 @@ class Selection:
     """What can be trained on."""
 
     entries: list[Entry]  # slides that can be used, each with a split
-    classes: list[str]  # labels of the training slides, sorted
+    target: Target  # what the training slides have the model answer
     channels: int  # how many channels all of them have
     downsamples: list[tuple[float, ...]]  # for each slide those of the levels that the model reads, coarse to fine
     failures: list[Failure]  # the other slides
@@ -77,9 +80,11 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
     DataError
         No slide, or with `fail_fast` not every slide, can be used.
     """
-    for remark in [*_encoder_remarks(config), *remarks(entries)]:
+    check_table(config.target, entries)
+    for remark in [*_encoder_remarks(config), *remarks(entries, classes=isinstance(config.target, ClassesTarget))]:
         _say(f"warning: {remark}")
-    entries = assign_splits(entries, validation=config.data.validation, test=config.data.test, seed=config.seed)
+    shares: dict[str, Any] = {"validation": config.data.validation, "test": config.data.test, "seed": config.seed}
+    entries = by_stratum(config.target, entries, lambda labelled: assign_splits(labelled, **shares))
     found = _open_all(entries, config, fail_fast=fail_fast)
     opened = [one for one in found if not one.error]
     if not opened:
@@ -117,12 +122,12 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         raise DataError(f"no slide can be used; the first: {failures[0].error}")
     kept = [one.entry for one in usable]
     try:
-        classes = _classes(kept)
+        target = _target(kept, config.target)
     except UsageError:
         for failure in failures:  # they may be the cause of the error, and are named before it
             _say(f"slide {failure.slide_id} is left out: {failure.error}")
         raise
-    return Selection(kept, classes, channels, [one.downsamples for one in usable], failures)
+    return Selection(kept, target, channels, [one.downsamples for one in usable], failures)
 
 
 def _several_scales(mpps: Sequence[float]) -> str:
@@ -174,15 +179,14 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
     return list(each_slide("open", entries, look, threads=_OPENED_AT_ONCE))
 
 
-def _classes(entries: Sequence[Entry]) -> list[str]:
-    training = {entry.label for entry in entries if entry.split == "train"}
-    if len(training) < 2:
-        found = ", ".join(sorted(training)) or "none"
-        raise UsageError(f"training slides need at least two different labels (found: {found})")
-    unknown = sorted({entry.label for entry in entries} - training)
-    if unknown:
-        raise UsageError(f"labels of validation or test slides that no training slide has: {', '.join(unknown)}")
-    return sorted(training)
+def _target(entries: Sequence[Entry], config: AnyTarget) -> Target:
+    target = learn_target(config, [entry for entry in entries if entry.split == "train"])
+    if isinstance(target, Classes):
+        column = columns(config)[0]
+        unknown = sorted({str(row_of(entry)[column]) for entry in entries} - set(target.classes))
+        if unknown:
+            raise UsageError(f"labels of validation or test slides that no training slide has: {', '.join(unknown)}")
+    return target
 
 
 def _say(text: str) -> None:

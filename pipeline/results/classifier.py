@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage, check_slide, draw_key, open_image
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
-from pipeline.results.predictions import OF_CLASS, SIGNS
+from pipeline.results.predictions import SIGNS, answer_cells, in_short
 from pipeline.results.settings import Settings, with_samples
 from pipeline.results.verdict import Observer
 from pipeline.runs import autocast, choose_device
@@ -50,9 +49,7 @@ class Classifier:
             raise UsageError(
                 f"--device cuda: PyTorch sees no GPU on {platform.node()}; install its CUDA build, or choose auto"
             )
-        model, self.classes = load_model(
-            Path(settings.model), expect=ImageModel, trust_encoder=settings.trust_encoder
-        )
+        model, _ = load_model(Path(settings.model), expect=ImageModel, trust_encoder=settings.trust_encoder)
         model.config = with_samples(model.config, settings.samples)  # the weights do not depend on it
         self.settings = settings
         self.model = model.to(choose_device(settings.device))
@@ -80,7 +77,7 @@ class Classifier:
         Raises
         ------
         DataError
-            Attention or probabilities are not finite.
+            Attention or answers are not finite.
         """
         settings = self.settings
         keys = [draw_key(settings.seed, "predict", entry.slide_id, i) for i in range(settings.draws)]
@@ -97,7 +94,7 @@ class Classifier:
                 target_error=settings.target_error,
                 exact=_ENCODED_AT_ONCE if settings.exact else 0,
             )
-            if prediction.probabilities.isfinite().all():
+            if prediction.answers.isfinite().all():
                 return prediction
         raise DataError(f"{entry.path}: what the model computes is not finite; has the slide pixels that are not?")
 
@@ -112,16 +109,9 @@ class Classifier:
         with self.opened(entry) as image:
             prediction = self.estimate(entry, image)
             read = image.slide.statistics
-        limits = (prediction.low, prediction.high)
-        columns = [each[0].tolist() for each in (prediction.probabilities, prediction.standard_error, *limits)]
-        probabilities = columns[0]
         return {
-            "prediction": self.classes[max(range(len(probabilities)), key=probabilities.__getitem__)],
-            **{
-                f"{prefix}{name}": None if math.isnan(value) else value
-                for prefix, column in zip(OF_CLASS, columns, strict=True)
-                for name, value in zip(self.classes, column, strict=True)
-            },
+            "prediction": in_short(self.model.target, prediction.answers[0].tolist()),
+            **answer_cells(self.model.target, prediction),
             "draws": int(prediction.draws[0]),
             **self._signs(prediction),
             "requests": read.requests,

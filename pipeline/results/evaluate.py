@@ -1,6 +1,6 @@
 """``evaluate``: say how good predictions are, with intervals over cases, and whether anything was learned.
 
-Shape letters: S slides, Q classes.
+Shape letters: S slides, A answers, Q labels.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import Any
 
 import numpy as np
 
+from nested_ats.targets import Classes, DiscreteSurvival, Target, read_target
+from pipeline.config import AnyTarget, ClassesTarget, parse_config
 from pipeline.data.manifest import SPLITS
 from pipeline.data.splits import SEEN, count_seen
+from pipeline.data.targets import columns, is_known, truth
 from pipeline.errors import UsageError
 from pipeline.files import write_json
-from pipeline.results.intervals import (
-    MOVER,
-    WILSON,
-    Numbers,
-    Reals,
-    accuracy_interval,
-    area,
-    area_interval,
-    balanced_interval,
-    case_numbers,
+from pipeline.results.intervals import Numbers, Reals, case_numbers
+from pipeline.results.measures import brier, measure, ranking
+from pipeline.results.predictions import (
+    ABOUT,
+    SIGNS,
+    answer_columns,
+    read_about,
+    read_predictions,
+    table_digest,
 )
-from pipeline.results.predictions import SIGNS, read_about, read_predictions, table_digest
 from pipeline.results.verdict import class_shares, guess_cross_entropy, verdict
 
 METRICS = "metrics.json"
@@ -48,11 +49,12 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
 
     Returns
     -------
-    ``accuracy``, ``balanced_accuracy`` and ``auc`` (mean one-against-rest area under the ROC curve), each with its
-    95 % interval over cases and the method of the interval; ``cross_entropy``, and that of guessing by class
-    frequencies; the confusion matrix (rows are labels); counts; the ``split`` of the slides; ``verdict`` (what speaks
-    against anything having been learned, or an empty text); and ``predictions`` and ``model``, by which the report
-    sees whether they have changed since and belong to its run.
+    The measures of the target (`pipeline.results.measures`; of classes ``accuracy``, ``balanced_accuracy`` and
+    ``auc``, the mean one-against-rest area under the ROC curve), each with its 95 % interval over cases and the
+    method of the interval, and their names; of classes the ``cross_entropy``, that of guessing by class frequencies
+    and the confusion matrix (rows are labels); counts; the ``split`` of the slides; ``verdict`` (what speaks against
+    anything having been learned, or an empty text); and ``predictions`` and ``model``, by which the report sees
+    whether they have changed since and belong to its run.
 
     Raises
     ------
@@ -61,21 +63,19 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
     """
     about, table = read_about(folder), read_predictions(folder)
     model = _one_model(folder, table, about)
+    target, config = answered(about, table)
     rows = [row for row in table if split is None or row["split"] == split]
     where = f"{folder}" + (f", split {split}" if split else "")
-    labelled = [row for row in rows if row["status"] == "ok" and row["label"]]
+    labelled = [row for row in rows if row["status"] == "ok" and is_known(config, row)]
     included = include_seen or split in SEEN
     usable = [row for row in labelled if included or not row.get("seen")]
     if not usable:
         seen = f", {len(labelled)} of them seen in training: --include-seen counts those" if labelled else ""
         raise UsageError(f"{where}: no predicted slide has a label; {len(rows)} slides are there{seen}")
-    classes = [name.removeprefix("prob_") for name in usable[0] if name.startswith("prob_")]
-    strange = sorted({row["label"] for row in usable} - set(classes))
-    if strange:
-        raise UsageError(f"{where}: labels the model does not know: {', '.join(strange)}")
-    labels = np.array([classes.index(row["label"]) for row in usable])
-    probabilities = np.array([[row[f"prob_{name}"] for name in classes] for row in usable])
+    outcomes = _outcomes(where, target, config, usable)
+    answers = np.array([[row[name] for name in answer_columns(target)] for row in usable], dtype=np.float64)
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in usable)
+    measures = measure(target, outcomes, answers, cases)
     metrics: dict[str, Any] = {
         "split": _splits(usable),
         "predictions": table_digest(folder),
@@ -84,19 +84,50 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
         "seen": count_seen(labelled),
         "seen_included": included,
         "failed": sum(row["status"] != "ok" for row in rows),
-        "unlabelled": sum(not row["label"] for row in rows),
+        "unlabelled": sum(not is_known(config, row) for row in rows),
         "cases": len(set(cases.tolist())),
-        "classes": classes,
+        "target": target.plain,
+        "measures": list(measures),
+        **measures,
     }
-    metrics |= _measure(labels, probabilities, cases)
-    truth = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
-    metrics["cross_entropy"] = float(-np.log(truth).mean())
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (labels, probabilities.argmax(-1)), 1)
-    metrics["confusion"] = confusion.tolist()
-    metrics |= _judge(metrics, usable, about)
+    if isinstance(target, Classes):
+        metrics |= _of_classes(target, outcomes.astype(np.int64), answers)
+        metrics["guess_cross_entropy"] = _guess(about, target, [target.classes[int(label)] for label in outcomes])
+    if isinstance(target, DiscreteSurvival):
+        metrics["brier"] = brier(target, outcomes, answers)
+    metrics |= _judge(metrics, target, usable)
     write_json(folder / METRICS, metrics)
     return metrics
+
+
+def answered(about: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> tuple[Target, AnyTarget]:
+    """Return what was answered, and where a table tells it, from predict.json; earlier ones answer classes."""
+    if "target" in about:
+        return read_target(about["target"]), parse_config({"target": about["told_by"]}, ABOUT).target
+    names = dict.fromkeys(name for row in table for name in row if name.startswith("prob_"))
+    return Classes(
+        tuple(name.removeprefix("prob_") for name in names) or ("",)
+    ), ClassesTarget()  # all may have failed
+
+
+def _outcomes(where: str, target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]]) -> Reals:
+    """Return what is true of slides: (S,), or (S, Q) of labels, or (S, 2) times and events."""
+    if isinstance(target, Classes):
+        strange = sorted({str(row[columns(config)[0]]) for row in rows} - set(target.classes))
+        if strange:
+            raise UsageError(f"{where}: labels the model does not know: {', '.join(strange)}")
+    return np.asarray(truth(target, config, rows, raw=True).numpy(), dtype=np.float64)
+
+
+def _of_classes(target: Classes, labels: Numbers, probabilities: Reals) -> dict[str, Any]:
+    confusion = np.zeros((target.outputs, target.outputs), np.int64)
+    np.add.at(confusion, (labels, probabilities.argmax(-1)), 1)
+    chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
+    return {
+        "classes": list(target.classes),
+        "cross_entropy": float(-np.log(chosen).mean()),
+        "confusion": confusion.tolist(),
+    }
 
 
 def _one_model(folder: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str | None:
@@ -117,37 +148,27 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{counts[name]} of {name or 'no split'}" for name in order)
 
 
-def _measure(labels: Numbers, probabilities: Reals, cases: Numbers) -> dict[str, dict[str, Any]]:
-    """Measure accuracy, balanced accuracy and AUC, each with its interval and method; one case has no interval."""
-    right = probabilities.argmax(-1) == labels
-    balanced = float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
-    values = {"accuracy": float(right.mean()), "balanced_accuracy": balanced, "auc": area(labels, probabilities)}
-    found: dict[str, dict[str, Any]] = {
-        name: {"value": value, "interval_95": None, "method": ""} for name, value in values.items()
-    }
-    if len(set(cases.tolist())) > 1:
-        found["accuracy"] |= {"interval_95": accuracy_interval(right, cases), "method": WILSON}
-        found["balanced_accuracy"] |= {"interval_95": balanced_interval(right, labels, cases), "method": MOVER}
-        if values["auc"] is not None:
-            interval, method = area_interval(labels, probabilities, cases)
-            found["auc"] |= {"interval_95": interval, "method": method}
-    return found
+def _guess(about: Mapping[str, Any], target: Classes, labels: Sequence[str]) -> float:
+    """Return the cross-entropy of guessing by the class frequencies that `predict` found in the run."""
+    shares = about.get("class_shares") or class_shares([], target.classes, balanced=True)
+    return guess_cross_entropy(shares, labels)
 
 
-def _judge(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the cross-entropy of guessing, by the class frequencies that `predict` found in the run, and a verdict."""
-    labels = [row["label"] for row in rows]
-    shares = about.get("class_shares") or class_shares([], metrics["classes"], balanced=True)
-    guess, judged = guess_cross_entropy(shares, labels), metrics["auc"]["value"] is not None
+def _judge(metrics: Mapping[str, Any], target: Target, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add the means of the signs, and a verdict."""
+    ranked = metrics.get(ranking(target).name) or {"value": None, "interval_95": None}
+    # On slides of one class nothing beats to answer always that class; other targets are judged by their ranks.
+    guess = metrics.get("guess_cross_entropy", math.inf) if ranked["value"] is not None else math.inf
     signs = {name: [row[name] for row in rows if row.get(name) is not None] for name in SIGNS}
     mean = {name: float(np.mean(values)) if values else None for name, values in signs.items()}
     words = verdict(
-        cross_entropy=metrics["cross_entropy"],
-        guess=guess if judged else math.inf,  # on slides of one class nothing beats to answer always that class
-        auc=metrics["auc"]["value"],
-        interval=metrics["auc"]["interval_95"],
+        target,
+        loss=metrics.get("cross_entropy", 0.0),
+        guess=guess,
+        ranked=ranked["value"],
+        interval=ranked["interval_95"],
         entropy=mean["entropy"] or 0.0,
         uniform=mean["uniform_entropy"] or 0.0,
         background=mean["background"],
     )
-    return {"guess_cross_entropy": guess, **mean, "verdict": words}
+    return {**mean, "verdict": words}

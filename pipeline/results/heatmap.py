@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nested_ats import Prediction
+from nested_ats import Classes, Prediction
 from nested_ats.cells import box_starts
 from nested_ats.config import PatchConfig
 from nested_ats.maps import attention_map
@@ -30,6 +30,7 @@ from pipeline.progress import progress
 from pipeline.results.classifier import Classifier
 from pipeline.results.pictures import thumbnail, to_png, to_rgb
 from pipeline.results.places import attention_geotiff, georeference_of, in_wgs84
+from pipeline.results.predictions import in_short
 from pipeline.results.settings import Settings
 from storage import Slide, write_pyramid
 
@@ -123,8 +124,9 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path, *, geotiff: boo
         pitch *= image.scale  # from the model's pixels to those of the slide
         # As multiples of the uniform attention, numbers mean the same on slides of any size.
         heat = (density * density.numel()).float().numpy()
-        best = int(prediction.probabilities[0].argmax())
-        words = f"{classifier.classes[best]} ({prediction.probabilities[0, best]:.0%})"
+        target, answers = classifier.model.target, prediction.answers[0].tolist()
+        answer = in_short(target, answers)
+        words = f"{answer} ({max(answers):.0%})" if isinstance(target, Classes) else answer
         patches = [patch.scaled(image.scale) for patch in drawn_patches(prediction, config)]
         write_pyramid(
             folder / MAP,
@@ -144,7 +146,7 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path, *, geotiff: boo
         if geotiff:
             write_atomic(folder / GEOTIFF, attention_geotiff(slide, heat, pitch))
         remark = _write_objects(folder, to_geojson(patches), slide)
-    return Heatmap(entry.slide_id, folder, classifier.classes[best], float(heat.max()), remark=remark)
+    return Heatmap(entry.slide_id, folder, answer, float(heat.max()), remark=remark)
 
 
 def _write_objects(folder: Path, collection: dict[str, Any], slide: Slide) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import cluster
+from nested_ats.targets import read_target
 from pipeline.data.manifest import Entry
 from pipeline.data.splits import RunSplits
 from pipeline.files import alone, make_folder, write_json
@@ -73,13 +74,15 @@ def predict(
     """
     settings = prediction_settings(run, **options)
     about = read_run(run)
-    predictions.check_columns(entries, about["classes"])
+    predictions.check_columns(entries, read_target(about["target"]))
     splits, model = RunSplits(about["entries"]), short(settings.model_sha256)
     entries, fingerprint = splits.fill(entries), settings.fingerprint
     results = make_folder(folder / predictions.RESULTS)
     with alone(folder / predictions.LOCK, "another prediction is being written there"):
         predictions.check_folder(folder, fingerprint, overwrite=overwrite)
-        facts = {"model": model, "class_shares": run_shares(about)}  # what `evaluate` wants to know of the training
+        # What `evaluate` wants to know of the training.
+        facts = {"model": model, "target": about["target"], "told_by": about["config"]["target"]}
+        facts |= {"class_shares": shares} if (shares := run_shares(about)) else {}
         write_json(folder / predictions.ABOUT, {"settings": settings.plain, "fingerprint": fingerprint, **facts})
         rows = {entry.slide_id: predictions.read_result(results, entry) for entry in entries}
         tasks = cluster.run_tasks(

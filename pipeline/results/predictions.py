@@ -13,11 +13,13 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nested_ats import Classes, DiscreteSurvival, MultiLabel, Prediction, Target
 from nested_ats.files import open_regular
 from pipeline.config import digest
 from pipeline.data.manifest import Entry
@@ -26,9 +28,9 @@ from pipeline.files import file_name, read_inside, write_atomic, write_json
 
 RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
 SIGNS = ("entropy", "uniform_entropy", "background")
-OF_CLASS = ("prob_", "se_", "low_", "high_")  # each class has a probability, its standard error, and an interval
+_ERRORS = ("se_", "low_", "high_")  # each answer has a standard error, and an interval
 _LAST = ("model", "status", "error")
-_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and OF_CLASS
+_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and answers
 
 
 def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -137,12 +139,44 @@ def identity(entry: Entry) -> dict[str, str]:
     return own | dict(entry.extra)
 
 
-def check_columns(entries: Sequence[Entry], classes: Sequence[str]) -> None:
+def answer_columns(target: Target) -> list[str]:
+    """Return the columns of the answers: those that are probabilities have the prefix prob_."""
+    return [f"prob_{name}" if target.probabilities else name for name in target.names]
+
+
+def answer_cells(target: Target, prediction: Prediction) -> dict[str, float | None]:
+    """Return the cells of the answers of one slide, their standard errors and intervals; None stands for NaN."""
+    names = [answer_columns(target), *([prefix + name for name in target.names] for prefix in _ERRORS)]
+    values = (prediction.answers, prediction.standard_error, prediction.low, prediction.high)
+    cells: dict[str, float | None] = {}
+    for some, tensor in zip(names, values, strict=True):
+        each = zip(some, tensor[0].tolist(), strict=True)
+        cells |= {name: None if math.isnan(value) else value for name, value in each}
+    return cells
+
+
+def in_short(target: Target, answers: Sequence[float]) -> str:
+    """Say in short what was answered for a slide.
+
+    It is the most probable class, the labels that are more probable than not, the number, the log hazard ratio, or
+    the time that half of such slides survive.
+    """
+    if isinstance(target, Classes):
+        return target.classes[max(range(len(answers)), key=answers.__getitem__)]
+    if isinstance(target, MultiLabel):
+        return ";".join(name for name, answer in zip(target.labels, answers, strict=True) if answer > 0.5) or "none"
+    if isinstance(target, DiscreteSurvival):
+        past = [time for time, answer in zip(target.times, answers, strict=True) if answer < 0.5]
+        return f"{past[0]:g}" if past else f"over {target.times[-1]:g}"
+    return f"{answers[0]:.6g}"
+
+
+def check_columns(entries: Sequence[Entry], target: Target) -> None:
     """See that no column of a manifest has the name of one of the table's own.
 
     A name that begins with prob_ would be taken for a class, too; columns such as low_grade are the user's own.
     """
-    own = {*_COLUMNS, *(prefix + name for prefix in OF_CLASS for name in classes)}
+    own = {*_COLUMNS, *answer_columns(target), *(prefix + name for prefix in _ERRORS for name in target.names)}
     for name in dict.fromkeys(name for entry in entries for name in entry.extra):
         if name in own or name.startswith("prob_"):
             raise UsageError(f"manifest: column {name} would be lost, as predictions have one too; rename it")

@@ -6,7 +6,8 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,30 @@ def describe_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     seen = sum(metrics["seen"].values())
     rows = [("slides", str(metrics["slides"])), ("failed", str(metrics["failed"]))]
     rows.append((f"seen, {'counted' if metrics['seen_included'] else 'left out'}", str(seen)))
-    for name in ("accuracy", "balanced_accuracy", "auc"):
+    for name in metrics["measures"]:
         value, interval = metrics[name]["value"], metrics[name]["interval_95"]
-        text = "undefined for one class" if value is None else f"{value:.3f}"
+        undefined = "undefined for one class" if "classes" in metrics else "undefined where nothing differs"
+        text = undefined if value is None else f"{value:.3f}"
         text += f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         rows.append((name.replace("_", " "), text))
+    rows += [(f"Brier score at {time:g}", text) for time, text in _brier(metrics)]
+    if "cross_entropy" not in metrics:
+        return rows
     guess = f"{metrics['guess_cross_entropy']:.3f} by guessing"
     return [*rows, ("cross-entropy", f"{metrics['cross_entropy']:.3f} ({guess})")]
+
+
+def _brier(metrics: Mapping[str, Any]) -> list[tuple[float, str]]:
+    if "brier" not in metrics:
+        return []
+    times = metrics["target"]["times"]
+    scores = metrics["brier"] or [None] * len(times)
+    missing = "needs scikit-survival: pip install 'nested-ats[survival]'"
+    unknown = missing if metrics["brier"] is None else "undefined: no slide is seen until then"
+    return [
+        (time, unknown if score is None or math.isnan(score) else f"{score:.3f}")
+        for time, score in zip(times, scores, strict=True)
+    ]
 
 
 def _read_metrics(predictions: Path) -> dict[str, Any]:
@@ -93,7 +111,7 @@ def _read_metrics(predictions: Path) -> dict[str, Any]:
         metrics: dict[str, Any] = json.loads(read_inside(predictions, METRICS))
     except (FileNotFoundError, ValueError):
         raise UsageError(f"{predictions}: not evaluated yet; run nested-ats evaluate first") from None
-    if metrics.get("predictions") != table_digest(predictions) or "verdict" not in metrics:
+    if metrics.get("predictions") != table_digest(predictions) or "measures" not in metrics:
         raise UsageError(
             f"{predictions}: the predictions were changed after they were evaluated; run nested-ats evaluate again"
         )
@@ -111,19 +129,23 @@ def _check_model(run: Path, predictions: Path, metrics: dict[str, Any]) -> None:
 
 def _results(metrics: dict[str, Any]) -> str:
     rows = describe_metrics(metrics)
-    confusion = [
-        [f"label {name}", *map(str, counts)]
-        for name, counts in zip(metrics["classes"], metrics["confusion"], strict=True)
-    ]
-    methods = dict.fromkeys(metrics[name]["method"] for name in ("accuracy", "balanced_accuracy", "auc"))
+    methods = dict.fromkeys(metrics[name]["method"] for name in metrics["measures"])
     how = "; ".join(method for method in methods if method)
     return (
         f"<p>Split: {html.escape(metrics['split'])}. {html.escape(_seen(metrics))}</p>"
         + _warning(metrics["verdict"])
         + _table(["", "value"], rows)
         + (f"<p>In brackets 95 % intervals over cases: {html.escape(how)}.</p>" if how else "")
-        + _table(["", *(f"predicted {name}" for name in metrics["classes"])], confusion)
+        + _confusion(metrics)
     )
+
+
+def _confusion(metrics: Mapping[str, Any]) -> str:
+    if "classes" not in metrics:
+        return ""
+    counts = zip(metrics["classes"], metrics["confusion"], strict=True)
+    rows = [[f"label {name}", *map(str, row)] for name, row in counts]
+    return _table(["", *(f"predicted {name}" for name in metrics["classes"])], rows)
 
 
 def _seen(metrics: dict[str, Any]) -> str:

@@ -19,6 +19,8 @@ from nested_ats import ImageModel, Output
 from nested_ats.expectation import uniform_entropy
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.uniform import UniformSampling
+from nested_ats.targets import Classes, Target, read_target
+from pipeline.results.measures import ranking
 
 _BETTER = 0.98  # a cross-entropy above this share of that of guessing is not better than guessing
 _EVEN = 0.9  # an attention that is spread over this share of the cells is called uniform
@@ -44,9 +46,13 @@ def class_shares(labels: Sequence[str], classes: Sequence[str], *, balanced: boo
 
 
 def run_shares(run: Mapping[str, Any]) -> dict[str, float]:
-    """Return `class_shares` of a run, from its run.json."""
-    labels = [row["label"] for row in run["entries"] if row["split"] == "train"]
-    return class_shares(labels, run["classes"], balanced=run["config"]["train"]["class_weights"] == "balanced")
+    """Return `class_shares` of a run of classes, from its run.json; it is empty for other targets."""
+    target = read_target(run["target"])
+    if not isinstance(target, Classes):
+        return {}
+    column = run["config"]["target"]["column"]
+    labels = [str(({**row["extra"], **row})[column]) for row in run["entries"] if row["split"] == "train"]
+    return class_shares(labels, target.classes, balanced=run["config"]["train"]["class_weights"] == "balanced")
 
 
 def guess_cross_entropy(shares: Mapping[str, float], labels: Sequence[str]) -> float:
@@ -55,10 +61,11 @@ def guess_cross_entropy(shares: Mapping[str, float], labels: Sequence[str]) -> f
 
 
 def verdict(
+    target: Target,
     *,
-    cross_entropy: float,
+    loss: float,
     guess: float,
-    auc: float | None = None,
+    ranked: float | None = None,
     interval: Sequence[float] | None = None,
     entropy: float = 0.0,
     uniform: float = 0.0,
@@ -68,37 +75,48 @@ def verdict(
 
     Parameters
     ----------
-    cross_entropy, guess
-        The cross-entropy of the model, and of guessing by class frequencies (`guess_cross_entropy`), in nats.
-    auc, interval
-        The area under the ROC curve and its 95 % interval, where they are known.
+    target
+        What is answered.
+    loss, guess
+        The loss of the model, and that of the best answer that is the same for all slides, as by class frequencies.
+    ranked, interval
+        The measure that tells by ranks (`ranking`) and its 95 % interval, where they are known.
     entropy, uniform
         The entropy of the attention, and of a uniform one; both are 0 where there is no attention.
     background
         The share of the drawn patches in which there is nothing to see, where it is known.
     """
-    near = cross_entropy < guess / _BETTER
-    compared = f"cross-entropy {cross_entropy:.3f} is {'that' if near else 'worse than that'} of guessing by class "
-    compared += f"frequencies ({guess:.3f})"
-    blind = cross_entropy > _BETTER * guess
-    ranked, chance = "", False
-    if auc is not None and interval is not None:
-        ranked = f"AUC {auc:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
-        chance = interval[0] <= 0.5  # below 0.5 it has learned no more than at it
+    by, classes = ranking(target), isinstance(target, Classes)
+    name, title = in_words(target.loss_name), by.name.upper() if by.name == "auc" else by.name
+    slack = (1 / _BETTER - 1) * abs(guess)  # likelihoods may be negative
+    compared = f"{name} {loss:.3f} is {'that' if loss < guess + slack else 'worse than that'} of guessing "
+    compared += f"by class frequencies ({guess:.3f})" if classes else f"({guess:.3f})"
+    blind = loss > guess - (1 - _BETTER) * abs(guess)
+    words_of_rank, chance = "", False
+    if ranked is not None and interval is not None:
+        words_of_rank = f"{title} {ranked:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+        chance = interval[0] <= by.chance  # below it has learned no more than at it
     words = []
-    if blind and ranked and not chance:
-        words.append(f"ranks better than chance ({ranked}), but its probabilities do not: {compared}")
+    if blind and words_of_rank and not chance:
+        answers = "probabilities" if target.probabilities else "values"
+        words.append(f"ranks better than chance ({words_of_rank}), but its {answers} do not: {compared}")
     elif blind:
         words.append(f"has learned nothing yet: {compared}")
     elif chance:
         words.append("cannot be told from guessing by its ranking")
     if chance and interval is not None:
-        words.append(f"{ranked} {'contains 0.5' if interval[1] >= 0.5 else 'lies below 0.5'}")
+        side = "contains" if interval[1] >= by.chance else "lies below"
+        words.append(f"{words_of_rank} {side} {by.chance:g}")
     if uniform > 0 and entropy - uniform > math.log(_EVEN):
         words.append(f"attention is uniform (entropy {entropy:.2f} of {uniform:.2f})")
     if background is not None and background >= _MOSTLY:
         words.append(f"{background:.0%} of the drawn patches are background")
     return "; ".join(words)
+
+
+def in_words(name: str) -> str:
+    """Write the name of a loss for people, as cross-entropy and squared error."""
+    return {"cross_entropy": "cross-entropy"}.get(name, name.replace("_", " "))
 
 
 class Observer:

@@ -20,10 +20,12 @@ import torch
 
 import cluster
 from nested_ats.config import EncoderConfig
-from pipeline.config import Config
+from nested_ats.targets import Classes
+from pipeline.config import AnyTarget, Config
 from pipeline.data.manifest import SPLITS, Entry
 from pipeline.data.selection import Failure, Selection, select
 from pipeline.data.slides import Opening, SlideCache, SlideImage
+from pipeline.data.targets import strata
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder
 from pipeline.progress import duration
@@ -71,7 +73,7 @@ def dry_run(
         slide_id, reason = next(iter(unreadable.items()))
         raise DataError(f"no training slide can be read; slide {slide_id}: {reason}")
     failures = chosen.failures + [Failure(slide_id, reason) for slide_id, reason in unreadable.items()]
-    return [*_class_lines(chosen), *_level_lines(chosen), *_cost_lines(chosen, config, cost)], failures
+    return [*_class_lines(chosen, config.target), *_level_lines(chosen), *_cost_lines(chosen, config, cost)], failures
 
 
 def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tuple[Cost, dict[str, str]]:
@@ -129,13 +131,16 @@ def _check_out(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
         raise UsageError(f"{folder}: cannot be made in {above}; choose another --out")
 
 
-def _class_lines(chosen: Selection) -> list[str]:
-    """Slides of each class, by split."""
-    counts = Counter((entry.label, entry.split) for entry in chosen.entries)
+def _class_lines(chosen: Selection, config: AnyTarget) -> list[str]:
+    """Slides of each stratum of the target, such as a class, by split."""
+    names = strata(config, chosen.entries)
+    counts = Counter(zip(names, (entry.split for entry in chosen.entries), strict=True))
+    word = "class" if isinstance(chosen.target, Classes) else f"target {config.kind}, stratum"
+    order = chosen.target.classes if isinstance(chosen.target, Classes) else sorted(set(names))
     lines = []
-    for name in chosen.classes:
+    for name in order:
         there = [f"{counts[name, split]} {split}" for split in SPLITS if counts[name, split]]
-        lines.append(f"class {name}: {', '.join(there)}")
+        lines.append(f"{word} {name}: {', '.join(there)}")
     return lines
 
 

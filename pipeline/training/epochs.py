@@ -1,6 +1,6 @@
 """The metrics of an epoch: summed over slides and workers, put into words, and drawn as curves.
 
-Shape letters: S slides, Q classes.
+Shape letters: S slides, A answers.
 """
 
 from __future__ import annotations
@@ -10,23 +10,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 from torch import Tensor
 
 from cluster import Context
+from nested_ats.targets import KINDS_OF_TARGETS, Target
+from pipeline.config import AnyTarget
 from pipeline.data.manifest import Entry
-from pipeline.results.intervals import area, area_interval, case_numbers
-from pipeline.results.verdict import guess_cross_entropy, verdict
+from pipeline.data.targets import row_of, truth
+from pipeline.results.intervals import case_numbers
+from pipeline.results.measures import measure, ranking
+from pipeline.results.verdict import in_words, verdict
 from pipeline.runs import CURVES, Position, read_metrics
 
-TOTALS = ("loss", "cross_entropy", "accuracy", "entropy", "uniform_entropy", "background", "patches", "slides")
+TOTALS = ("loss", "first", "right", "entropy", "uniform_entropy", "background", "patches", "slides")
+_LOSSES = dict.fromkeys(target.loss_name for target in KINDS_OF_TARGETS.values())
 
 
-def means(totals: Tensor) -> dict[str, float]:
-    """Means over the slides of an epoch so far; that of background is over the drawn patches, if there are any."""
+def means(totals: Tensor, target: Target) -> dict[str, float]:
+    """Means over the slides of an epoch so far; that of background is over the drawn patches, if there are any.
+
+    The first term of the loss goes by the target's name for it, and ``accuracy`` is there if answers are right or
+    wrong.
+    """
     sums = dict(zip(TOTALS, totals.tolist(), strict=True))
     background, patches, slides = (sums.pop(name) for name in ("background", "patches", "slides"))
-    found = {name: value / slides if slides else math.nan for name, value in sums.items()}
+    names = {"first": target.loss_name, "right": "accuracy"}
+    found = {names.get(name, name): value / slides if slides else math.nan for name, value in sums.items()}
+    if not target.countable:
+        del found["accuracy"]
     return found | ({"background": background / patches} if patches else {})
 
 
@@ -38,54 +49,65 @@ def stored_share(looked_up: Tensor) -> dict[str, float]:
 
 def describe(metrics: Mapping[str, float]) -> str:
     """Describe the metrics of an epoch in a few words, for a progress bar."""
-    cross_entropy, accuracy, entropy = (metrics[name] for name in ("cross_entropy", "accuracy", "entropy"))
+    words = [f"{in_words(name)} {metrics[name]:.3f}" for name in (*_LOSSES, "accuracy") if name in metrics]
     stored = f" {metrics['stored']:.0%} of patches stored" if "stored" in metrics else ""
-    return f"cross-entropy {cross_entropy:.3f} accuracy {accuracy:.3f} entropy {entropy:.2f}{stored}"
+    return f"{' '.join(words)} entropy {metrics['entropy']:.2f}{stored}"
 
 
-def validation_auc(entries: Sequence[Entry], classes: Sequence[str], probabilities: Tensor) -> dict[str, float]:
-    """Area under the ROC curve of the validation slides with its 95 % interval; empty where there is none.
+def validation_figures(
+    target: Target, config: AnyTarget, entries: Sequence[Entry], answers: Tensor
+) -> dict[str, float]:
+    """Return the measure that a target is judged by (`ranking`) on validation slides with its 95 % interval, if any.
 
     Parameters
     ----------
+    target, config
+        What was answered, and where it stands in the table.
     entries
         The S slides.
-    classes
-        Names of the Q classes.
-    probabilities
-        (S, Q), with zeros for a slide that could not be read.
+    answers
+        (S, A + 1): their answers, and 1 for a slide that could be read.
     """
-    answers = probabilities.double().cpu().numpy()
-    read = [i for i, answer in enumerate(answers) if answer.any()]
-    cases = case_numbers((entries[i].case_id, entries[i].slide_id) for i in read)
-    labels = np.array([classes.index(entries[i].label) for i in read])
-    value = area(labels, answers[read]) if read else None
-    if value is None:
+    found = answers.double().cpu().numpy()
+    read = [i for i, answer in enumerate(found) if answer[-1]]
+    if not read:
         return {}
-    low, high = area_interval(labels, answers[read], cases)[0]
-    return {"val_auc": value, "val_auc_low": low, "val_auc_high": high}
+    outcomes = truth(target, config, [row_of(entries[i]) for i in read], raw=True).double().numpy()
+    cases = case_numbers((entries[i].case_id, entries[i].slide_id) for i in read)
+    name = ranking(target).name
+    measured = measure(target, outcomes, found[read, :-1], cases)[name]
+    if measured["value"] is None:
+        return {}
+    limits = dict(zip(("low", "high"), measured["interval_95"] or (), strict=False))
+    return {f"val_{name}": measured["value"], **{f"val_{name}_{side}": value for side, value in limits.items()}}
 
 
-def epoch_verdict(
-    metrics: Mapping[str, float], training: Sequence[Entry], validation: Sequence[Entry], shares: Mapping[str, float]
-) -> str:
+def judged_by_validation(metrics: Mapping[str, float], target: Target) -> bool:
+    """Whether the validation slides of an epoch suffice to judge it by: on those of one class any answer is best."""
+    return f"val_{ranking(target).name}" in metrics
+
+
+def epoch_verdict(metrics: Mapping[str, float], target: Target, guess: float) -> str:
     """Judge an epoch's metrics in words (`verdict`), by the validation slides where they suffice.
 
     Parameters
     ----------
     metrics
         Metrics of the epoch.
-    training, validation
-        The slides of each.
-    shares
-        `class_shares` of the training slides.
+    target
+        What is answered.
+    guess
+        The loss, on the slides that it is judged by, of the best answer that is the same for all.
     """
-    prefix = "val_" if "val_auc" in metrics else ""  # on slides of one class, always answering it is best
+    by = ranking(target)
+    prefix = "val_" if judged_by_validation(metrics, target) else ""
+    sides = [f"val_{by.name}_low", f"val_{by.name}_high"]
     return verdict(
-        cross_entropy=metrics[f"{prefix}cross_entropy"],
-        guess=guess_cross_entropy(shares, [entry.label for entry in (validation if prefix else training)]),
-        auc=metrics.get("val_auc"),
-        interval=(metrics["val_auc_low"], metrics["val_auc_high"]) if "val_auc" in metrics else None,
+        target,
+        loss=metrics[f"{prefix}{target.loss_name}"],
+        guess=guess,
+        ranked=metrics.get(f"val_{by.name}"),
+        interval=[metrics[side] for side in sides] if all(side in metrics for side in sides) else None,
         entropy=metrics["entropy"],
         uniform=metrics["uniform_entropy"],
         background=metrics.get("background"),

@@ -3,7 +3,7 @@
 Each slide's draws are keyed by (seed, epoch, slide), and the loss of each slide is divided by the number of slides of
 the whole step, so the sum of the workers' gradients is the gradient that one worker would have computed.
 
-Shape letters: B slides of one worker in one step, Q classes.
+Shape letters: B slides of one worker in one step, Q numbers of the head.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from nested_ats import Image, ImpossibleWeightsError, Output, attention_sampling
 from nested_ats.models.patches import SamplingModel
 from nested_ats.networks.trainable import batch_statistics
 from nested_ats.reading import Reading, interleave
-from pipeline.config import Config
+from nested_ats.targets import Target
+from pipeline.config import Config, CoxTarget
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import draw_key
+from pipeline.data.targets import row_of, truth
 from pipeline.data.unreadable import SlideError
 from pipeline.errors import DataError, UsageError
 from pipeline.results.verdict import Observer
 from pipeline.runs import autocast
 from pipeline.training.course import KeptWeights, clip, entropy_weight, learning_rate, more_samples
 from pipeline.training.epochs import TOTALS
+from pipeline.training.risks import RiskMemory
 
 # This many parts of a batch read or compute while another goes backward: enough to keep a slow store busy, and at
 # most half of them, since each holds what its backward pass needs.
@@ -48,14 +51,14 @@ class Learner:
         context: Context,
         config: Config,
         training: Sequence[Entry],
-        classes: Sequence[str],
+        target: Target,
         channels: int,
         folder: Path,
     ) -> None:
         self.context, self.config, self.training, self.folder = context, config, training, folder
-        self.classes = list(classes)
+        self.target = target
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model, in_channels=channels, classes=len(classes)).to(context.device)
+        self.model = build_model(config.model, in_channels=channels, classes=target).to(context.device)
         _check_statistics(self.model, context)
         self.optimizer = torch.optim.AdamW(
             self._trained(),
@@ -67,7 +70,8 @@ class Learner:
         )
         self.observer = Observer(self.model)
         self.kept = KeptWeights(self.model, config.train.average)
-        self.class_weights = self._class_weights().to(context.device)
+        self.class_weights = self._class_weights()
+        self.risks = RiskMemory(config.target, training) if isinstance(config.target, CoxTarget) else None
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)  # sums of this epoch, named by `TOTALS`
 
     @property
@@ -101,17 +105,22 @@ class Learner:
         for done in interleave(forward, readers, ahead=ahead, context=self._autocast):
             if done is None:
                 continue
-            output, labels = done[1], self._labels(done[0])
-            loss, cross_entropy = attention_sampling_loss(
+            output, truth = done[1], self._truth(done[0])
+            loss, first = attention_sampling_loss(
                 output.logits,
-                labels,
+                truth,
                 output.entropy,
                 entropy_weight=entropy_weight(course, progress),
-                class_weights=self.class_weights,
+                target=self.target,
+                weights=None if self.class_weights is None else self.class_weights[truth],
             )
             torch.autograd.backward(loss.sum())
-            sums += self._sums(loss, cross_entropy, output, labels)
+            sums += self._sums(loss, first, output, truth)
+            if self.risks:
+                self.risks.keep(done[0], output.logits[:, 0])
         self.totals += self._reduce(sums).cpu()
+        if self.risks:
+            self.risks.gather(self.context)
         clip(self._trained(), course.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(course, progress)
@@ -163,22 +172,25 @@ class Learner:
             "train.learning_rate, or look for NaN in floating-point slides, and start again with --overwrite"
         )
 
-    def _sums(self, loss: Tensor, cross_entropy: Tensor, output: Output, labels: Tensor) -> Tensor:
+    def _sums(self, loss: Tensor, first: Tensor, output: Output, truth: Tensor) -> Tensor:
         """Sum what `TOTALS` names over the slides and patches of a batch."""
-        correct = output.logits.argmax(-1) == labels
-        parts = (loss, cross_entropy, correct, output.entropy, self.observer.uniform_entropy(output))
+        right = self.target.right(output.logits, truth)
+        right = torch.zeros_like(first) if right is None else right
+        parts = (loss, first, right, output.entropy, self.observer.uniform_entropy(output))
         of_slides = torch.stack([part.detach().sum() for part in parts])
-        return torch.cat([of_slides, self.observer.take().to(of_slides), of_slides.new_tensor([len(labels)])])
+        return torch.cat([of_slides, self.observer.take().to(of_slides), of_slides.new_tensor([len(truth)])])
 
-    def _labels(self, batch: Sequence[Entry]) -> Tensor:
-        return torch.tensor([self.classes.index(entry.label) for entry in batch], device=self.context.device)
+    def _truth(self, batch: Sequence[Entry]) -> Tensor:
+        """Return what is true of slides, as the target's loss takes it."""
+        found = truth(self.target, self.config.target, [row_of(entry) for entry in batch])
+        return (self.risks.truth(found) if self.risks else found).to(self.context.device)
 
-    def _class_weights(self) -> Tensor:
-        """Weight of each class, with mean one over the training slides."""
-        counts = torch.tensor([sum(e.label == name for e in self.training) for name in self.classes]).float()
+    def _class_weights(self) -> Tensor | None:
+        """Weight of each class, (Q,), with mean one over the training slides; None where all weigh alike."""
         if self.config.train.class_weights == "none":
-            return torch.ones_like(counts)
-        return len(self.training) / (len(self.classes) * counts.clamp_min(1))
+            return None
+        counts = torch.bincount(self._truth(self.training), minlength=self.target.outputs).float()
+        return len(self.training) / (self.target.outputs * counts.clamp_min(1))
 
 
 def _check_statistics(model: nn.Module, context: Context) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import cluster
-from pipeline.config import Config, digest, dump_config, plain
+from pipeline.config import ClassesTarget, Config, digest, dump_config, plain
 from pipeline.data.manifest import Entry
 from pipeline.data.selection import Failure, Selection, select
+from pipeline.data.targets import columns
 from pipeline.errors import UsageError
 from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.progress import OnProgress, progress
@@ -112,7 +113,7 @@ def worker_arguments(
     arguments = {
         "config": plain(config),
         "entries": plain_entries([entry for entry in chosen.entries if entry.split != "test"]),
-        "classes": chosen.classes,
+        "target": chosen.target.plain,
         "channels": chosen.channels,
         "folder": str(folder.absolute()),
         "mirror": mirror,
@@ -122,10 +123,19 @@ def worker_arguments(
 
 def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     """Identify a run; the place of slides and the number of epochs may change and do not count."""
-    learnt = [(row["slide_id"], row["label"], row["split"]) for row in arguments["entries"]]
+    told = set(columns(config.target)) - {"label"}
+    learnt = [
+        (row["slide_id"], row["label"], row["split"], *(row["extra"].get(name, "") for name in sorted(told)))
+        for row in arguments["entries"]
+    ]
     identity = {**arguments, "folder": "", "entries": learnt}
     del identity["mirror"]
+    if config.target == ClassesTarget():  # as of runs that know no other target
+        del identity["target"]
+        identity["classes"] = arguments["target"]["classes"]
     decisive = plain(config)
+    if config.target == ClassesTarget():
+        del decisive["target"]
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["data"] |= {"cache": None}
     if config.data.chosen is None:
@@ -165,7 +175,7 @@ def _prepare(
         clear_run(folder)
     run = {
         "fingerprint": arguments["fingerprint"],
-        "classes": arguments["classes"],
+        "target": arguments["target"],
         "channels": arguments["channels"],
         "config": plain(config),
         "versions": versions(),

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cluster import Context
-from nested_ats import Image, attention_sampling_loss, save_model
+from nested_ats import Image, save_model
 from nested_ats.models.patches import PatchModel
 from nested_ats.reading import interleave
+from nested_ats.targets import Target, read_target
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, parse_config
 from pipeline.data.augment import AugmentedImage
@@ -34,14 +36,23 @@ from pipeline.data.unreadable import SlideError, Unreadable, WatchedImage
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic
 from pipeline.net import Net
-from pipeline.results.verdict import class_shares
 from pipeline.runs import METRICS, MODEL, STATE, Position, load_state, read_metrics, save_state
 from pipeline.training.course import KeptWeights
-from pipeline.training.epochs import TOTALS, Curves, describe, epoch_verdict, means, stored_share, validation_auc
+from pipeline.training.epochs import (
+    TOTALS,
+    Curves,
+    describe,
+    epoch_verdict,
+    judged_by_validation,
+    means,
+    stored_share,
+    validation_figures,
+)
 from pipeline.training.mirror import Mirror
 from pipeline.training.step import Learner, Row
 
 _FIRST_SLIDES = 16  # slides that the spread of features is taken from
+_RISKS = "risks"  # of a Cox target, in the state of a run
 _READERS = 16  # threads that read slides: they wait for disk or network, and decoding frees the GIL
 
 OnStep = Callable[[int, int, str], None]  # takes steps done, steps in all, and a few words
@@ -57,9 +68,9 @@ def train_worker(
     context
         The worker's place in its group.
     arguments
-        ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``classes``,
-        ``channels``, ``folder`` and ``fingerprint`` of the run; ``mirror``, the URL of its copy if it has one; and
-        ``fail_fast``, whether a slide that cannot be read ends the training.
+        ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``target`` (plain
+        values), ``channels``, ``folder`` and ``fingerprint`` of the run; ``mirror``, the URL of its copy if it has
+        one; and ``fail_fast``, whether a slide that cannot be read ends the training.
     on_step
         Is called after every step.
 
@@ -85,7 +96,7 @@ def make_trainer(context: Context, arguments: Mapping[str, Any]) -> Trainer:
         context,
         parse_config(arguments["config"], "configuration"),
         [Entry(**row) for row in arguments["entries"]],
-        arguments["classes"],
+        read_target(arguments["target"]),
         arguments["channels"],
         Path(arguments["folder"]),
         arguments.get("mirror"),
@@ -102,7 +113,7 @@ class Trainer(Learner):
         context: Context,
         config: Config,
         entries: Sequence[Entry],
-        classes: Sequence[str],
+        target: Target,
         channels: int,
         folder: Path,
         mirror: str | None = None,
@@ -115,10 +126,9 @@ class Trainer(Learner):
         self.slides = SlideCache(config.model, **config.data.opening)
         self.unreadable = Unreadable(fail_fast=fail_fast)
         training = [entry for entry in entries if entry.split == "train"]
-        super().__init__(context, config, training, classes, channels, folder)
+        super().__init__(context, config, training, target, channels, folder)
         self.features: DiskFeatures | None = None
-        balanced = config.train.class_weights == "balanced"
-        self.shares = class_shares([entry.label for entry in self.training], self.classes, balanced=balanced)
+        self.guess = self._guess()
         self.saved_at = time.monotonic()
 
     def trial(self) -> Iterator[list[Entry]]:
@@ -148,7 +158,7 @@ class Trainer(Learner):
                 self.context.report(metrics)
         if self.context.rank == 0:
             self.kept.use_best()
-            save_model(self.folder / MODEL, self.model, classes=self.classes)
+            save_model(self.folder / MODEL, self.model)
             if self.mirror:
                 self.mirror.put()
         return metrics or (read_metrics(self.folder) or [{}])[-1]
@@ -161,6 +171,8 @@ class Trainer(Learner):
         position, self.totals, kept, metrics = state or (Position(), self.totals, self.kept.state(), "")
         try:
             self.kept.load(kept)
+            if self.risks and state:
+                self.risks.log_risks = kept[_RISKS]
         except (KeyError, RuntimeError) as error:
             raise UsageError(
                 f"{self.folder / STATE}: of an earlier version, which kept no averaged weights; start again with "
@@ -208,24 +220,24 @@ class Trainer(Learner):
             due = time.monotonic() - self.saved_at > 60 * self.config.train.checkpoint_minutes
             if due and step + 1 < self.steps:
                 self._save(Position(epoch, step + 1))
-            so_far = means(self.totals) | stored_share(self._looked_up() - looked_up)
+            so_far = means(self.totals, self.target) | stored_share(self._looked_up() - looked_up)
             words = f"epoch {epoch + 1}/{self.config.train.epochs} {describe(so_far)}"
             on_step(epoch * self.steps + step + 1, self.config.train.epochs * self.steps, words)
         validation = {}
         if self.validation:
             with self.kept.applied():
                 validation = self._validate(epoch, readers)
-            self.kept.judge(validation.get("val_cross_entropy", math.nan))
+            self.kept.judge(validation.get(f"val_{self.target.loss_name}", math.nan))
         self.unreadable.gather(self.context)
         if not self.totals[-1]:
             slide_id, reason = next(iter(self.unreadable.reasons.items()))
             raise DataError(f"no training slide can be read; slide {slide_id}: {reason}")
         seconds = time.monotonic() - began
-        metrics: dict[str, Any] = {"epoch": epoch + 1, **means(self.totals), **validation}
+        metrics: dict[str, Any] = {"epoch": epoch + 1, **means(self.totals, self.target), **validation}
         looked_up = (self._looked_up() - looked_up).to(self.context.device)
         self.context.all_reduce(looked_up)
         metrics |= {**stored_share(looked_up), "seconds": seconds}
-        metrics["verdict"] = epoch_verdict(metrics, self.training, self.validation, self.shares)
+        metrics["verdict"] = epoch_verdict(metrics, self.target, self._guessed(metrics))
         self.totals = torch.zeros_like(self.totals)
         if self.context.rank == 0:
             with (self.folder / METRICS).open("a") as file:
@@ -265,7 +277,7 @@ class Trainer(Learner):
         generator = torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
         order = torch.randperm(len(self.training), generator=generator)
         if self.config.train.sampling == "balanced":
-            labels = self._labels(self.training).cpu()
+            labels = self._truth(self.training).cpu()  # classes
             classes = [order[labels[order] == number] for number in sorted(set(labels.tolist()))]
             share = -(-len(order) // len(classes))
             order = torch.stack([rows.repeat(-(-share // len(rows)))[:share] for rows in classes], 1)
@@ -296,7 +308,8 @@ class Trainer(Learner):
     def _validate(self, epoch: int, readers: ThreadPoolExecutor) -> dict[str, float]:
         self.model.eval()
         totals = torch.zeros(len(TOTALS), device=self.context.device)
-        answers = torch.zeros(len(self.validation), len(self.classes), device=self.context.device)
+        # Of each slide its answers, and a 1 if it could be read.
+        answers = torch.zeros(len(self.validation), len(self.target.names) + 1, device=self.context.device)
         mine = self.validation[self.context.rank :: self.context.world_size]
         places = {entry.slide_id: place for place, entry in enumerate(self.validation)}
         size = max(1, self.config.train.batch_size // self.context.world_size)
@@ -306,19 +319,32 @@ class Trainer(Learner):
             if done is None:
                 continue
             batch, output = done
-            labels = self._labels(batch)
-            loss, cross_entropy = attention_sampling_loss(output.logits, labels, output.entropy, entropy_weight=0)
-            totals += self._sums(loss, cross_entropy, output, labels)
-            answers[[places[entry.slide_id] for entry in batch]] = output.logits.softmax(-1)
+            truth = self._truth(batch)
+            loss = self.target.loss(output.logits, truth)
+            totals += self._sums(loss, loss, output, truth)
+            answered_now = self.target.answers(output.logits)
+            answers[[places[entry.slide_id] for entry in batch]] = functional.pad(answered_now, (0, 1), value=1.0)
         self.context.all_reduce(totals)
         self.context.all_reduce(answers)
         if not bool(totals.isfinite().all()):
             raise self._diverged()
         if not totals[-1]:
             return {}  # no slide can be read
-        found = means(totals)
-        validated = {f"val_{name}": found[name] for name in ("cross_entropy", "accuracy")}
-        return validated | validation_auc(self.validation, self.classes, answers)
+        found = means(totals, self.target)
+        validated = {f"val_{name}": found[name] for name in (self.target.loss_name, "accuracy") if name in found}
+        return validated | validation_figures(self.target, self.config.target, self.validation, answers)
+
+    def _guess(self) -> Tensor:
+        """Return the best answer that looks at no slide, as numbers of the head, (Q,)."""
+        if self.config.train.class_weights == "balanced":
+            return torch.zeros(self.target.outputs)  # weights make classes count alike
+        return self.target.guess(self._truth(self.training).cpu())
+
+    def _guessed(self, metrics: Mapping[str, Any]) -> float:
+        """Return the loss of that answer, on the slides that an epoch is judged by (`epoch_verdict`)."""
+        slides = self.validation if judged_by_validation(metrics, self.target) else self.training
+        truth = self._truth(slides).cpu()
+        return float(self.target.loss(self.guess.expand(len(truth), -1), truth).mean())
 
     def _looked_up(self) -> Tensor:
         """Patches whose features this worker found in the store, and those it looked up, (2,) float64."""
@@ -327,9 +353,8 @@ class Trainer(Learner):
     def _save(self, position: Position) -> None:
         self.saved_at = time.monotonic()
         if self.context.rank == 0:
-            save_state(
-                self.folder, self.model, self.optimizer, position, self.totals, self.kept.state(), self.fingerprint
-            )
+            kept = self.kept.state() | ({_RISKS: self.risks.log_risks} if self.risks else {})
+            save_state(self.folder, self.model, self.optimizer, position, self.totals, kept, self.fingerprint)
             if self.mirror:
                 self.mirror.put()
 

@@ -284,7 +284,7 @@ class TestModelsOfBefore:
     def description(self, folder, **entries) -> None:
         said = json.loads((folder / "config.json").read_text())
         del said["sha256"]
-        said |= {"format": "nested-ats/1", "model": said["model"] | entries}
+        said |= {"classes": said.pop("target")["classes"], "format": "nested-ats/1", "model": said["model"] | entries}
         (folder / "config.json").write_text(json.dumps(said))
 
     def test_timm(self, timm, tmp_path):

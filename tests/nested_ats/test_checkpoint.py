@@ -20,14 +20,20 @@ from safetensors.torch import load_file, save_file
 
 from nested_ats import (
     ArrayImage,
+    Classes,
     CNNConfig,
+    Cox,
     DeepMILConfig,
+    DiscreteSurvival,
     ImageModel,
     LevelConfig,
     ModelConfig,
     ModelFileError,
+    MultiLabel,
     NestedATS,
     NestedATSError,
+    Ordinal,
+    Regression,
     UniformConfig,
     build_model,
     checkpoint,
@@ -69,6 +75,14 @@ def write(folder, description) -> None:
 def change(folder, **entries) -> None:
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     write(folder, json.loads((folder / "config.json").read_text()) | {"weights_sha256": weights} | entries)
+
+
+def earlier(folder):
+    """Put down the classes as formats that know no other target do; return the description."""
+    said = json.loads((folder / "config.json").read_text())
+    said["classes"] = said.pop("target")["classes"]
+    (folder / "config.json").write_text(json.dumps(said))
+    return said
 
 
 def test_round_trip(model, folder):
@@ -132,7 +146,7 @@ def test_not_a_description(folder, content):
 
 class TestWeights:
     def test_of_other_shapes(self, folder):
-        change(folder, classes=["a", "b"])
+        change(folder, target={"kind": "classes", "classes": ["a", "b"]})
         with pytest.raises(ModelFileError, match=r"model\.safetensors: weights do not fit config\.json: .*head"):
             load_model(folder)
 
@@ -243,6 +257,7 @@ def test_models_of_the_first_format_load_and_those_with_gaps_keep_them(folder, m
     """They have no checksum of the description, and nothing to say that their gaps are meant."""
     description = json.loads((folder / "config.json").read_text())
     del description["sha256"], description["model"]["allow_gaps"]
+    description["classes"] = description.pop("target")["classes"]
     level = dataclasses.asdict(LevelConfig(downsample=4.0, samples=3, stride=4)) | {"channels": [8, 8]}
     for first in ({}, {"weights_sha256": None}):
         kept = {key: value for key, value in description.items() if key not in first}
@@ -264,7 +279,7 @@ def test_models_of_the_first_format_load_and_those_with_gaps_keep_them(folder, m
 
 def test_models_of_the_second_format_load(folder, model):
     """Their encoder's options stood beside its name; see test_backbones for what those were."""
-    said = json.loads((folder / "config.json").read_text())
+    said = earlier(folder)
     said["model"]["encoder_options"] = {}
     change(folder, format="nested-ats/2", model=said["model"])
     loaded, _ = load_model(folder)
@@ -274,6 +289,18 @@ def test_models_of_the_second_format_load(folder, model):
         load_model(folder)
     change(folder, format="nested-ats/5", model=model.config.__dict__ | {"levels": said["model"]["levels"]})
     with pytest.raises(ModelFileError, match="format is 'nested-ats/5'"):
+        load_model(folder)
+
+
+def test_models_of_the_fourth_format_load(folder, model):
+    """They know classes only."""
+    earlier(folder)
+    change(folder, format="nested-ats/4")
+    loaded, classes = load_model(folder)
+    assert classes == list("abcd")
+    assert loaded.config == model.config
+    change(folder, classes="abcd")
+    with pytest.raises(ModelFileError, match="classes is 'abcd', not a list of names"):
         load_model(folder)
 
 
@@ -288,9 +315,58 @@ def test_pixels_normalised_channel_by_channel(tmp_path):
 
 
 def test_two_classes_of_one_name_are_refused(folder):
-    change(folder, classes=["a", "b", "a", "c"])
-    with pytest.raises(ModelFileError, match="names one twice"):
+    change(folder, target={"kind": "classes", "classes": ["a", "b", "a", "c"]})
+    with pytest.raises(ModelFileError, match="must be different names"):
         load_model(folder)
+
+
+TARGETS = [
+    Classes(("a", "b")),
+    Ordinal(("low", "middle", "high")),
+    MultiLabel(("er", "pr")),
+    Regression(3.5, 0.25),
+    Cox(),
+    DiscreteSurvival((1.5, 3.0)),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.kind)
+def test_every_target_is_kept(tmp_path, target):
+    network = build_model(CONFIGS["ats"], in_channels=3, classes=target)
+    save_model(tmp_path / "m", network)
+    loaded, names = load_model(tmp_path / "m")
+    assert loaded.target == inspect_model(tmp_path / "m").target == target
+    assert tuple(names) == target.names
+    picture, keys = ArrayImage(torch.rand(3, 60, 80), levels=3), torch.tensor([3])
+    assert torch.equal(loaded([picture], keys).logits, network([picture], keys).logits)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (None, "NoneType"),
+        ({"kind": "other"}, "other"),
+        ({"kind": "regression", "mean": 0.0}, "std"),
+        ({"kind": "regression", "mean": "0", "std": 1.0}, "mean is '0'"),
+        ({"kind": "regression", "mean": 0.0, "std": -1.0}, "std: must be positive"),
+        ({"kind": "survival", "times": [2.0, 1.0]}, "times: must increase"),
+        ({"kind": "survival", "times": []}, "times: must increase"),
+        ({"kind": "cox", "times": [1.0]}, "times"),
+        ({"kind": "multilabel", "labels": []}, "must be different names"),
+    ],
+)
+def test_what_is_no_target_is_refused(folder, target, reason):
+    change(folder, target=target)
+    with pytest.raises(ModelFileError, match=f"not a model description: .*{reason}"):
+        load_model(folder)
+
+
+def test_names_for_what_has_no_classes(tmp_path):
+    network = build_model(CONFIGS["ats"], in_channels=3, classes=Regression(0.0, 1.0))
+    with pytest.raises(ValueError, match="classes: 1 names for a target of kind regression"):
+        save_model(
+            tmp_path / "m", build_model(CONFIGS["ats"], in_channels=3, classes=Regression(0.0, 1.0)), classes=["a"]
+        )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

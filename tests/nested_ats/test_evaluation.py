@@ -160,7 +160,7 @@ class TestIntervals:
         assert (found.low >= 0).all()
         assert (found.high <= 1).all()
         if draws == 4:  # what 1.96 standard errors hold
-            off = (found.probabilities - wanted).abs()
+            off = (found.answers - wanted).abs()
             assert (off <= 1.96 * found.standard_error).double().mean() < 0.89
 
     def test_of_two_classes_they_mirror_each_other(self, drawn):

@@ -8,10 +8,13 @@ import time
 import pytest
 
 from cluster import LocalContext
+from nested_ats import Classes
 from pipeline.config import plain
 from pipeline.data.manifest import read_manifest
 from pipeline.runs import CURVES
 from pipeline.training.trainer import plain_entries, train_worker
+
+CLASSES = Classes(("bar", "box")).plain
 
 
 class Stop(Exception):
@@ -29,7 +32,12 @@ def epochs_of(folder):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
 def test_curves_are_there_while_training_goes_on(config, pyramids, tmp_path):
     entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"]
-    job = {"config": plain(config), "entries": plain_entries(entries), "classes": ["bar", "box"], "channels": 3}
+    job = {
+        "config": plain(config),
+        "entries": plain_entries(entries),
+        "target": CLASSES,
+        "channels": 3,
+    }
     seen: list[int] = []
 
     def look(done, total, words):
@@ -52,7 +60,12 @@ def test_curves_are_there_while_training_goes_on(config, pyramids, tmp_path):
 def test_curves_of_a_run_that_goes_on_without_them(config, pyramids, tmp_path, epochs):
     """The run goes on from a copy, as on another machine, whether it has finished there or not."""
     entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"]
-    job = {"entries": plain_entries(entries), "classes": ["bar", "box"], "channels": 3, "folder": str(tmp_path)}
+    job = {
+        "entries": plain_entries(entries),
+        "target": CLASSES,
+        "channels": 3,
+        "folder": str(tmp_path),
+    }
     train_worker(LocalContext(), {**job, "config": plain(config)})
     shutil.rmtree(tmp_path / CURVES)
     longer = plain(config)

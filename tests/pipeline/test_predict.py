@@ -497,7 +497,7 @@ class TestSlidesThatDoNotFit:
 
         def broken(*arguments, **settings):
             prediction = original(*arguments, **settings)
-            return prediction._replace(probabilities=prediction.probabilities * math.nan)
+            return prediction._replace(answers=prediction.answers * math.nan)
 
         monkeypatch.setattr(module, "estimate", broken)
         [row] = predict(entries[:1], finished, tmp_path)

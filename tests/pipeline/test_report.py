@@ -180,7 +180,8 @@ def test_intervals_are_shown():
     metric = {"value": 0.5, "interval_95": [0.25, 0.75]}
     metrics = {"slides": 1, "failed": 0, "seen": {"train": 2, "val": 1}, "seen_included": False}
     metrics |= {"cross_entropy": 1.0, "guess_cross_entropy": 1.25}
-    rows = dict(describe_metrics(metrics | dict.fromkeys(("accuracy", "balanced_accuracy", "auc"), metric)))
+    names = ("accuracy", "balanced_accuracy", "auc")
+    rows = dict(describe_metrics(metrics | {"measures": names} | dict.fromkeys(names, metric)))
     assert rows["balanced accuracy"] == "0.500 [0.250, 0.750]"
     assert rows["seen, left out"] == "3"
     assert rows["cross-entropy"] == "1.000 (1.250 by guessing)"

@@ -26,7 +26,7 @@ def entries(pyramids, tmp_path):
 
 def test_a_first_slide_with_an_odd_number_of_channels_falls_out_alone(config, entries, capsys):
     chosen = select(entries, config, fail_fast=False)
-    assert (chosen.channels, chosen.classes, len(chosen.entries)) == (3, ["bar", "box"], 13)
+    assert (chosen.channels, chosen.target.names, len(chosen.entries)) == (3, ("bar", "box"), 13)
     [failure] = chosen.failures
     assert failure.slide_id == "slide 0"
     assert "odd.ome.zarr: 4 channels, where 13 of 14 slides have 3; convert slides of one kind" in failure.error

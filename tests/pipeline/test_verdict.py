@@ -19,15 +19,16 @@ from nested_ats import (
 )
 from nested_ats.expectation import uniform_entropy
 from nested_ats.models.patches import spread
+from nested_ats.targets import Classes, Cox, Regression
 from pipeline.results.verdict import Observer, class_shares, guess_cross_entropy, is_background, run_shares, verdict
 
-GOOD = {"cross_entropy": 0.3, "guess": 0.69, "auc": 0.9, "interval": (0.7, 0.97), "entropy": 4.0, "uniform": 8.3}
+GOOD = {"loss": 0.3, "guess": 0.69, "ranked": 0.9, "interval": (0.7, 0.97), "entropy": 4.0, "uniform": 8.3}
 WORDS = [
     ({}, ""),
-    ({"auc": None, "interval": None}, ""),
+    ({"ranked": None, "interval": None}, ""),
     ({"background": 0.89}, ""),
     (
-        {"cross_entropy": 0.69, "auc": 0.52, "interval": (0.38, 0.66), "entropy": 8.25, "background": 0.96},
+        {"loss": 0.69, "ranked": 0.52, "interval": (0.38, 0.66), "entropy": 8.25, "background": 0.96},
         (
             "has learned nothing yet: cross-entropy 0.690 is that of guessing by class frequencies (0.690); "
             "AUC 0.52 [0.38, 0.66] contains 0.5; attention is uniform (entropy 8.25 of 8.30); "
@@ -35,11 +36,11 @@ WORDS = [
         ),
     ),
     (
-        {"cross_entropy": 1.2, "auc": None, "interval": None},
+        {"loss": 1.2, "ranked": None, "interval": None},
         "has learned nothing yet: cross-entropy 1.200 is worse than that of guessing by class frequencies (0.690)",
     ),
     (
-        {"cross_entropy": 1.2},
+        {"loss": 1.2},
         (
             "ranks better than chance (AUC 0.90 [0.70, 0.97]), but its probabilities do not: "
             "cross-entropy 1.200 is worse than that of guessing by class frequencies (0.690)"
@@ -50,7 +51,7 @@ WORDS = [
         "cannot be told from guessing by its ranking; AUC 0.90 [0.40, 0.99] contains 0.5",
     ),
     (
-        {"auc": 0.2, "interval": (0.1, 0.4)},
+        {"ranked": 0.2, "interval": (0.1, 0.4)},
         "cannot be told from guessing by its ranking; AUC 0.20 [0.10, 0.40] lies below 0.5",
     ),
     ({"entropy": 8.3}, "attention is uniform (entropy 8.30 of 8.30)"),
@@ -61,7 +62,24 @@ WORDS = [
 
 @pytest.mark.parametrize(("signs", "words"), WORDS)
 def test_words(signs, words):
-    assert verdict(**(GOOD | signs)) == words
+    assert verdict(Classes(("a", "b")), **(GOOD | signs)) == words
+
+
+def test_words_of_other_targets():
+    """They are judged by their own measure, whose chance is elsewhere, and named by their own loss."""
+    good = {"loss": 0.3, "guess": 1.0}
+    number = Regression(0.0, 1.0)
+    assert verdict(number, **good, ranked=0.4, interval=(0.1, 0.6)) == ""
+    said = verdict(number, **good, ranked=0.2, interval=(-0.1, 0.5))
+    assert said == "cannot be told from guessing by its ranking; spearman 0.20 [-0.10, 0.50] contains 0"
+    assert verdict(number, loss=1.0, guess=1.0) == (
+        "has learned nothing yet: squared error 1.000 is that of guessing (1.000)"
+    )
+    assert verdict(Cox(), loss=-0.5, guess=-0.1, ranked=0.7, interval=(0.6, 0.8)) == ""
+    said = verdict(Cox(), loss=-0.1, guess=-0.1, ranked=0.5, interval=(0.4, 0.6))
+    assert (
+        "partial likelihood -0.100 is that of guessing (-0.100); concordance 0.50 [0.40, 0.60] contains 0.5" in said
+    )
 
 
 def test_guessing():
@@ -70,8 +88,11 @@ def test_guessing():
     assert guess_cross_entropy(shares, ["b", "a"]) == pytest.approx(-(math.log(0.25) + math.log(0.75)) / 2)
     assert class_shares(["a", "a", "a", "b"], ["a", "b"], balanced=True) == {"a": 0.5, "b": 0.5}
     rows = [{"label": label, "split": split} for label, split in (("a", "train"), ("b", "train"), ("b", "test"))]
-    run = {"entries": rows, "classes": ["a", "b"], "config": {"train": {"class_weights": "none"}}}
+    rows = [row | {"extra": {}} for row in rows]
+    config = {"train": {"class_weights": "none"}, "target": {"column": "label"}}
+    run = {"entries": rows, "target": Classes(("a", "b")).plain, "config": config}
     assert run_shares(run) == {"a": 0.5, "b": 0.5}
+    assert run_shares(run | {"target": Cox().plain}) == {}
 
 
 def test_background_is_what_hardly_varies():
