@@ -384,7 +384,7 @@ def cumulative_hazard(times: Tensor, log_risks: Tensor, events: Tensor, at: Tens
     last = torch.searchsorted(-ordered, -ordered, right=True) - 1  # of those with an equal time
     steps = (events[order] > 0) * (-at_risk[last]).exp()
     summed = functional.pad(steps.flip(0).cumsum(0), (1, 0))
-    return summed[torch.searchsorted(ordered.flip(0), at.double(), right=True)]
+    return summed[torch.searchsorted(ordered.flip(0), at.double().contiguous(), right=True)]
 
 
 class Head(nn.Linear):

@@ -390,7 +390,7 @@ def _explain(problem: Any) -> str:
     place, kind = [str(part) for part in problem["loc"]], None
     if problem["type"].startswith("union_tag"):
         return f"model.kind: not one of {', '.join(KINDS)}"
-    if place[0] == "model" and place[1:2] and place[1] in KINDS:
+    if place[:1] == ["model"] and place[1:2] and place[1] in KINDS:
         kind = place.pop(1)  # it is no key
     name = ".".join(part for part in place if not _OF_A_UNION.fullmatch(part))
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

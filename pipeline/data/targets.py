@@ -58,7 +58,7 @@ def columns(config: AnyTarget) -> tuple[str, ...]:
 
 def is_known(config: AnyTarget, row: Row) -> bool:
     """Tell whether what is true of a slide is known; of several labels one is enough."""
-    cells = [_cell(row, name) not in _UNKNOWN for name in columns(config)]
+    cells = [_told(config, _cell(row, name)) for name in columns(config)]
     return any(cells) if isinstance(config, MultiLabelTarget) else all(cells)
 
 
@@ -77,7 +77,7 @@ def check_table(config: AnyTarget, entries: Sequence[Entry]) -> None:
         for entry in entries:
             row = row_of(entry)
             if not is_known(config, row):
-                empty = [name for name in wanted if _cell(row, name) in _UNKNOWN]
+                empty = [name for name in wanted if not _told(config, _cell(row, name))]
                 problems.append(f"slide {entry.slide_id}: {', '.join(empty)} is missing")
             else:
                 problems += [f"slide {entry.slide_id}: {why}" for why in _wrong_cells(config, row)]
@@ -96,17 +96,15 @@ def learn_target(config: AnyTarget, training: Sequence[Entry]) -> Target:
     """
     rows = [row_of(entry) for entry in training]
     if isinstance(config, MultiLabelTarget):
-        known = {
-            name: [cell for row in rows if (cell := _cell(row, name)) not in _UNKNOWN] for name in config.columns
-        }
-        even = [name for name, cells in known.items() if len({cell in _YES for cell in cells}) < 2]
+        known = {name: [cell for row in rows if _told(config, cell := _cell(row, name))] for name in config.columns}
+        even = [name for name, cells in known.items() if len({_binary(cell) for cell in cells}) < 2]
         if even:
             raise UsageError(f"target: of {', '.join(even)} the training slides have only one value; leave it out")
         return MultiLabel(config.columns)
     if isinstance(config, RegressionTarget):
         values = np.array([_number(row, config.column) for row in rows])
         if not values.std() > 0:
-            raise UsageError(f"target: {config.column} is {values[:1]} for all {len(values)} training slides")
+            raise UsageError(f"target: {config.column} is {values[0]:g} for all {len(values)} training slides")
         return Regression(float(values.mean()), float(values.std()))
     if isinstance(config, CoxTarget | SurvivalTarget):
         return _learn_survival(config, rows)
@@ -139,7 +137,7 @@ def strata(config: AnyTarget, entries: Sequence[Entry]) -> list[str]:
     """Return the stratum of each slide, of which every split gets its share."""
     rows = [row_of(entry) for entry in entries]
     if isinstance(config, CoxTarget | SurvivalTarget):
-        return [_cell(row, config.event) for row in rows]
+        return [f"{_binary(_cell(row, config.event)):g}" for row in rows]
     if isinstance(config, RegressionTarget):
         values = np.array([_number(row, config.column) for row in rows])
         edges = np.quantile(values, np.linspace(0, 1, _STRATA + 1)[1:-1])
@@ -199,7 +197,7 @@ def _wrong_cells(config: AnyTarget, row: Row) -> list[str]:
         return [
             f"{name} is {cell!r}, not 0 or 1"
             for name, cell in cells.items()
-            if cell not in _UNKNOWN and cell not in (*_YES, *_NO)
+            if _told(config, cell) and math.isnan(_binary(cell))
         ]
     if isinstance(config, RegressionTarget):
         return _wrong_number(row, config.column)
@@ -207,7 +205,9 @@ def _wrong_cells(config: AnyTarget, row: Row) -> list[str]:
         wrong, event = _wrong_number(row, config.time), _cell(row, config.event)
         if not wrong and _number(row, config.time) <= 0:
             wrong = [f"{config.time} is {_cell(row, config.time)}; times must be above 0"]
-        return wrong + ([] if event in (*_YES, *_NO) else [f"{config.event} is {event!r}, not 0 or 1"])
+        if math.isnan(_binary(event)):
+            wrong.append(f"{config.event} is {event!r}, not 0 or 1")
+        return wrong
     return []
 
 
@@ -220,8 +220,12 @@ def _wrong_number(row: Row, column: str) -> list[str]:
 
 
 def _cell(row: Row, column: str) -> str:
-    cell = str(row.get(column) or "")
-    return cell.casefold() if cell.casefold() in (*_YES, *_NO, *_UNKNOWN) and column != "label" else cell
+    return str(row.get(column) or "")
+
+
+def _told(config: AnyTarget, cell: str) -> bool:
+    """Whether a cell tells anything; a class may have any name."""
+    return cell != "" if isinstance(config, ClassesTarget | OrdinalTarget) else cell.casefold() not in _UNKNOWN
 
 
 def _number(row: Row, column: str) -> float:
@@ -230,4 +234,4 @@ def _number(row: Row, column: str) -> float:
 
 
 def _binary(cell: str) -> float:
-    return 1.0 if cell in _YES else 0.0 if cell in _NO else math.nan
+    return 1.0 if cell.casefold() in _YES else 0.0 if cell.casefold() in _NO else math.nan

@@ -105,9 +105,8 @@ def answered(about: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> tu
     if "target" in about:
         return read_target(about["target"]), parse_config({"target": about["told_by"]}, ABOUT).target
     names = dict.fromkeys(name for row in table for name in row if name.startswith("prob_"))
-    return Classes(
-        tuple(name.removeprefix("prob_") for name in names) or ("",)
-    ), ClassesTarget()  # all may have failed
+    classes = tuple(name.removeprefix("prob_") for name in names)
+    return Classes(classes or ("",)), ClassesTarget()  # there are none where all slides failed
 
 
 def _outcomes(where: str, target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]]) -> Reals:

@@ -205,6 +205,21 @@ def concordance(times: Reals, events: Reals, risk: Reals) -> float | None:
     return float(concordant / comparable) if comparable else None
 
 
+def kaplan_meier(times: Reals, events: Reals) -> tuple[Reals, Reals]:
+    """Return the distinct times, (T,), and the share without the event past each (Kaplan and Meier, 1958).
+
+    Parameters
+    ----------
+    times, events
+        (S,) each; events are 1 where the event was seen.
+    """
+    distinct, place = np.unique(times, return_inverse=True)
+    at_risk = len(times) - np.concatenate([[0], np.bincount(place).cumsum()[:-1]])
+    happened = np.bincount(place, weights=events > 0, minlength=len(distinct))
+    survival: Reals = np.cumprod(1 - happened / at_risk)
+    return distinct.astype(np.float64), survival
+
+
 def _mean_area(truth: Reals, probabilities: Reals) -> float:
     """Return the mean area under the ROC curves of the labels that occur both ways."""
     areas = []

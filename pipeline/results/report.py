@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nested_ats.targets import Cox, DiscreteSurvival, Regression, Target, read_target
+from pipeline.config import AnyTarget
 from pipeline.data.splits import seen_words
+from pipeline.data.targets import is_known, truth
 from pipeline.errors import UsageError
 from pipeline.files import make_folder, read_inside, write_atomic
-from pipeline.results.evaluate import METRICS
+from pipeline.results.evaluate import METRICS, answered
 from pipeline.results.heatmap import PICTURE
-from pipeline.results.predictions import read_predictions, table_digest
+from pipeline.results.measures import ranking, risks
+from pipeline.results.pictures import to_png
+from pipeline.results.plots import scatter, survival_by_risk
+from pipeline.results.predictions import answer_columns, read_about, read_predictions, table_digest
+from pipeline.results.verdict import in_words
 from pipeline.runs import MODEL, model_fingerprint, read_metrics, read_run
 
 _SHOWN_SLIDES = 50
@@ -54,15 +62,16 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     rows = read_predictions(predictions)
     metrics = _read_metrics(predictions)
     _check_model(run, predictions, metrics)
-    epochs = read_metrics(run)
+    epochs, target = read_metrics(run), read_target(metrics["target"])
     title = html.escape(run.absolute().name)
     parts = [
         f"<h1>{title}</h1>",
         "<h2>Results</h2>",
         _results(metrics),
+        _outcomes(target, answered(read_about(predictions), rows)[1], rows, metrics),
         "<h2>Training</h2>",
         _warning(epochs[-1].get("verdict", "") if epochs else ""),
-        _curves(epochs),
+        _curves(target, epochs),
         "<h2>Slides</h2>",
         _slides(rows),
         _heatmaps(heatmaps),
@@ -160,24 +169,42 @@ def _warning(verdict: str) -> str:
     return f"<p class=wrong>The model {html.escape(verdict)}.</p>" if verdict else ""
 
 
-def _curves(metrics: Sequence[dict[str, Any]]) -> str:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _curves(target: Target, metrics: Sequence[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
 
     if not metrics:
         return "<p>No epoch has finished.</p>"
     figure = Figure(figsize=(10, 3), layout="constrained")
-    panels = (("cross_entropy", "cross-entropy"), ("accuracy", "accuracy"), ("entropy", "entropy of attention, nats"))
-    for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        epochs = [line["epoch"] for line in metrics]
-        axes.plot(epochs, [line[name] for line in metrics], label="training")
+    epochs = [line["epoch"] for line in metrics]
+    loss, by = target.loss_name, ranking(target).name
+    panels = [(loss, in_words(loss)), ("accuracy", "accuracy"), (by, by), ("entropy", "entropy of attention, nats")]
+    there = [panel for panel in panels if {panel[0], f"val_{panel[0]}"} & metrics[0].keys()]
+    for axes, (name, title) in zip(figure.subplots(1, len(there)), there, strict=True):
+        for prefix, label in (("", "training"), ("val_", "validation")):
+            if prefix + name in metrics[0]:
+                axes.plot(epochs, [line.get(prefix + name, math.nan) for line in metrics], label=label)
         if f"val_{name}" in metrics[0]:
-            axes.plot(epochs, [line[f"val_{name}"] for line in metrics], label="validation")
             axes.legend()
         axes.set(title=title, xlabel="epoch")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return _image(buffer.getvalue())
+    return _image(to_png(figure))
+
+
+def _outcomes(
+    target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
+) -> str:
+    """Draw what is true against what was answered, of the slides that count: numbers, or survival by risk."""
+    counted = [
+        row
+        for row in rows
+        if row["status"] == "ok" and is_known(config, row) and (metrics["seen_included"] or not row.get("seen"))
+    ]
+    if not counted or not isinstance(target, Regression | Cox | DiscreteSurvival):
+        return ""
+    outcomes = truth(target, config, counted, raw=True).double().numpy()
+    answers = np.array([[row[name] for name in answer_columns(target)] for row in counted], dtype=np.float64)
+    if isinstance(target, Regression):
+        return _image(scatter(outcomes, answers[:, 0]))
+    return _image(survival_by_risk(outcomes, risks(target, answers)))
 
 
 def _slides(rows: Sequence[dict[str, Any]]) -> str:

@@ -31,7 +31,7 @@ class RiskMemory:
 
     def __init__(self, config: CoxTarget, training: Sequence[Entry]) -> None:
         outcomes = truth(Cox(), config, [row_of(entry) for entry in training])
-        self._times, self._events = outcomes.unbind(-1)
+        self._times, self._events = outcomes.T.contiguous()
         self._places = {entry.slide_id: place for place, entry in enumerate(training)}
         self.log_risks = torch.zeros(len(training), dtype=torch.float64)
         self._new = torch.zeros(2, len(training), dtype=torch.float64)  # of this step: values, and whose they are

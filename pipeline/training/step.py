@@ -70,8 +70,8 @@ class Learner:
         )
         self.observer = Observer(self.model)
         self.kept = KeptWeights(self.model, config.train.average)
-        self.class_weights = self._class_weights()
         self.risks = RiskMemory(config.target, training) if isinstance(config.target, CoxTarget) else None
+        self.class_weights = self._class_weights()
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64)  # sums of this epoch, named by `TOTALS`
 
     @property

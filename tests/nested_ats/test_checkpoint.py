@@ -364,9 +364,7 @@ def test_what_is_no_target_is_refused(folder, target, reason):
 def test_names_for_what_has_no_classes(tmp_path):
     network = build_model(CONFIGS["ats"], in_channels=3, classes=Regression(0.0, 1.0))
     with pytest.raises(ValueError, match="classes: 1 names for a target of kind regression"):
-        save_model(
-            tmp_path / "m", build_model(CONFIGS["ats"], in_channels=3, classes=Regression(0.0, 1.0)), classes=["a"]
-        )
+        save_model(tmp_path / "m", network, classes=["a"])
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -33,7 +33,7 @@ def test_every_key_is_explained():
     rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", "\n".join(hooks._keys()), re.MULTILINE))
     models = {field.name for model in (*get_args(AnyConfig), LevelConfig) for field in fields(model)}
     assert rows.keys() == {*keys(Config), *models}
-    sections = {"model", "train", "data", "predict", "kind"}
+    sections = {"model", "target", "train", "data", "predict", "kind"}
     assert [name for name, row in rows.items() if not row.split("|")[-1].strip() and name not in sections] == []
 
 

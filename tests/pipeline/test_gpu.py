@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster import LocalContext
-from nested_ats import ArrayImage, ModelConfig, NestedATS
+from nested_ats import ArrayImage, Classes, ModelConfig, NestedATS
 from pipeline.config import parse_config, plain
 from pipeline.data.manifest import Entry, read_manifest
 from pipeline.results.predict import predict
@@ -31,7 +31,7 @@ def _whole_float32():
 
 def gradients(context, config, entries, folder):
     folder.mkdir()
-    trainer = Trainer(context, config, entries, ["bar", "box"], 3, folder)
+    trainer = Trainer(context, config, entries, Classes(("bar", "box")), 3, folder)
     trainer.run(lambda *_: None)
     return {name: parameter.grad.cpu() for name, parameter in trainer.model.named_parameters()}
 

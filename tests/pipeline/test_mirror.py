@@ -241,7 +241,7 @@ def test_two_workers_that_share_no_disk(config, pyramids, url, s3, tmp_path, ray
     job = {
         "config": values,
         "entries": plain_entries(training),
-        "classes": run["classes"],
+        "target": run["target"],
         "channels": run["channels"],
         "fingerprint": run["fingerprint"],
         "mirror": url,

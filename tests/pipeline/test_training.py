@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cluster import LocalContext
-from nested_ats import ModelFileError
+from nested_ats import Classes, ModelFileError
 from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
 from pipeline.data.manifest import Entry, read_manifest
@@ -34,6 +34,8 @@ from pipeline.training.train import train
 from pipeline.training.trainer import Trainer, make_trainer, plain_entries, train_worker
 from storage.place.locks import locked
 
+TARGET = Classes(("bar", "box"))
+
 
 def arguments(config, manifest, folder):
     folder.mkdir(exist_ok=True)
@@ -41,7 +43,7 @@ def arguments(config, manifest, folder):
     return {
         "config": plain(config),
         "entries": plain_entries(entries),
-        "classes": ["bar", "box"],
+        "target": TARGET.plain,
         "channels": 3,
         "folder": str(folder),
     }
@@ -110,14 +112,14 @@ def test_parts_read_while_others_wait(config, pyramids, tmp_path, monkeypatch):
 
 def test_an_error_in_one_part_ends_the_step(config, pyramids, tmp_path, monkeypatch):
     parted = parse_config({**plain(config), "train": {"epochs": 1, "batch_size": 4, "parts": 4}}, "test")
-    labels, calls = Trainer._labels, itertools.count(1)
+    labels, calls = Trainer._truth, itertools.count(1)
 
     def fails(self, batch):
         if next(calls) == 7:  # several threads compute: each has a number of its own
             raise ValueError("gone")
         return labels(self, batch)
 
-    monkeypatch.setattr(Trainer, "_labels", fails)
+    monkeypatch.setattr(Trainer, "_truth", fails)
     with pytest.raises(ValueError, match="gone"):
         train_worker(LocalContext(), arguments(parted, pyramids, tmp_path / "run"))
 
@@ -288,8 +290,7 @@ def test_two_workers_augment_as_one_does(config, pyramids, tmp_path):
     meeting, shared = threading.Barrier(2), {}
     entries = [Entry(**row) for row in job["entries"]]
     workers = [
-        Trainer(Peer(rank, meeting, shared), config, entries, ["bar", "box"], 3, tmp_path / "two")
-        for rank in range(2)
+        Trainer(Peer(rank, meeting, shared), config, entries, TARGET, 3, tmp_path / "two") for rank in range(2)
     ]
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(worker.run, lambda *_: None) for worker in workers]:
@@ -322,7 +323,7 @@ def test_slides_change_from_epoch_to_epoch_and_resume_as_they_would_have(config,
         train_worker(LocalContext(), job)
     assert_same(weights(tmp_path / "halves"), weights(tmp_path / "whole"))
     entries = [Entry(**row) for row in job["entries"]]
-    trainer = Trainer(LocalContext(), config, entries, ["bar", "box"], 3, tmp_path)
+    trainer = Trainer(LocalContext(), config, entries, TARGET, 3, tmp_path)
     views = [trainer.model.coarse_view(trainer._augmented(epoch, entries[0])).float() for epoch in (0, 0, 1)]
     assert torch.equal(views[0], views[1])
     assert views[0].shape != views[2].shape or not torch.equal(views[0], views[2])
@@ -401,7 +402,12 @@ def test_balanced_epochs_have_as_many_slides_of_each_class(config, pyramids, tmp
     rows = [row for row in job["entries"] if row["split"] == "train"]
     job["entries"] = [row for i, row in enumerate(rows) if row["label"] == "box" or i < 4]
     trainer = Trainer(
-        LocalContext(), balanced, [Entry(**row) for row in job["entries"]], ["bar", "box"], 3, tmp_path / "run"
+        LocalContext(),
+        balanced,
+        [Entry(**row) for row in job["entries"]],
+        TARGET,
+        3,
+        tmp_path / "run",
     )
     seen = set()
     for epoch in range(6):
@@ -441,7 +447,7 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(pyramids, tmp_path, kind, 
         job = arguments(config, pyramids, tmp_path)
         # The slides have one label: gradients of two would nearly cancel, and leave little but rounding.
         entries = [Entry(**row) for row in job["entries"] if row["label"] == "bar"]
-        found[precision], outputs = gradient(Trainer(LocalContext(), config, entries, ["bar", "box"], 3, tmp_path))
+        found[precision], outputs = gradient(Trainer(LocalContext(), config, entries, TARGET, 3, tmp_path))
         for output in outputs:
             assert output.logits.dtype == torch.float32
             for phase in output.phases:
@@ -573,7 +579,7 @@ def test_a_level_the_slides_lack_is_named(config, pyramids, tmp_path):
 def test_balanced_class_weights_have_mean_one(config, pyramids, tmp_path):
     balanced = parse_config({**plain(config), "train": {"class_weights": "balanced"}}, "")
     entries = [e for e in read_manifest(pyramids) if e.split == "train"][:7]  # 4 bars, 3 boxes
-    trainer = Trainer(LocalContext(), balanced, entries, ["bar", "box"], 3, tmp_path)
+    trainer = Trainer(LocalContext(), balanced, entries, TARGET, 3, tmp_path)
     assert trainer.class_weights.tolist() == pytest.approx([7 / 8, 7 / 6])
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cluster import LocalContext
+from nested_ats import Classes
 from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
 from pipeline.data.manifest import read_manifest, write_manifest
@@ -25,6 +26,8 @@ from storage import CorruptImageError, write_pyramid
 from storage.read.source import Counters
 
 from .test_workers_agree import Peers
+
+TARGET = Classes(("bar", "box"))
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def break_reads(monkeypatch):
 def trained(config, entries, folder, size=1, **settings):
     """Trainers of a group that has trained in threads, the first one's first."""
     folder.mkdir()
-    trainers = [Trainer(c, config, entries, ["bar", "box"], 3, folder, **settings) for c in Peers(size).contexts]
+    trainers = [Trainer(c, config, entries, TARGET, 3, folder, **settings) for c in Peers(size).contexts]
     with ThreadPoolExecutor(size) as pool:
         list(pool.map(lambda trainer: trainer.run(lambda *_: None), trainers))
     return trainers
@@ -150,7 +153,12 @@ def test_a_dry_run_counts_what_its_second_step_reads(config, pyramids, tmp_path,
     add, read = Counters.add, []
     monkeypatch.setattr(Counters, "add", lambda *a, **words: (read.append(words), add(*a, **words)))
     entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"]
-    arguments = {"config": plain(once), "entries": plain_entries(entries), "classes": ["bar", "box"], "channels": 3}
+    arguments = {
+        "config": plain(once),
+        "entries": plain_entries(entries),
+        "target": TARGET.plain,
+        "channels": 3,
+    }
     cost, _ = measure_step(LocalContext(), {**arguments, "folder": str(tmp_path)})
     chunks = sum(words["read"] for words in read if words.get("chunks"))
     assert cost.slides == 10

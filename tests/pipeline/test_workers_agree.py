@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from cluster import LocalContext
+from nested_ats import Classes
 from pipeline.config import parse_config, plain
 from pipeline.data.manifest import read_manifest
 from pipeline.results.predict import predict
 from pipeline.runs import read_metrics
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
+
+TARGET = Classes(("bar", "box"))
 
 
 def on_ray(test):
@@ -55,7 +58,7 @@ def test_the_gradient_of_a_step_is_that_of_one_worker(config, pyramids, tmp_path
         folder = tmp_path / str(size)
         folder.mkdir()
         # Made one after the other: their first weights come from torch's global generator.
-        trainers = [Trainer(context, once, entries, ["bar", "box"], 3, folder) for context in Peers(size).contexts]
+        trainers = [Trainer(context, once, entries, TARGET, 3, folder) for context in Peers(size).contexts]
         with ThreadPoolExecutor(size) as pool:
             list(pool.map(lambda trainer: trainer.run(lambda *_: None), trainers))
         return [{name: p.grad for name, p in trainer.model.named_parameters()} for trainer in trainers]
