@@ -94,7 +94,7 @@ def make_head(truth: Tensor, classes: int, scale: float) -> nn.Linear:
 def coverage(head: Head, features: Tensor, truth: Tensor) -> tuple[float, float, float, float]:
     """Root mean square error of the probabilities; coverage of the old and the new interval, and its mean width."""
     found, wanted = estimate(head, features), head(truth).softmax(-1)
-    off = (found.probabilities - wanted).abs()
+    off = (found.answers - wanted).abs()
     old = (off <= 1.96 * found.standard_error).double().mean()
     new = ((found.low <= wanted) & (wanted <= found.high)).double().mean()
     return float(off.square().mean().sqrt()), float(old), float(new), float((found.high - found.low).mean())
@@ -108,7 +108,7 @@ def stops(head: Head, features: Tensor, truth: Tensor) -> dict[str, tuple[float,
     for draws in range(LEAST, BUDGET + 1):
         drawn = features[:draws]
         found = estimate(head, drawn)
-        wrong = ((found.probabilities - wanted).abs().amax(-1) > WRONG) & (draws < BUDGET)
+        wrong = ((found.answers - wanted).abs().amax(-1) > WRONG) & (draws < BUDGET)
         holds = ((found.low <= wanted) & (wanted <= found.high)).double().mean(-1)
         now = torch.stack([wrong.double(), torch.full_like(holds, draws), holds], -1)
         for rule, error in (("old", found.standard_error), ("new", expected_error(head, drawn))):

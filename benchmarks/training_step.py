@@ -43,7 +43,7 @@ from storage_convert import make_slide
 
 import nested_ats.models.nested
 from cluster import LocalContext
-from nested_ats import LevelConfig, ModelConfig, Output
+from nested_ats import Classes, LevelConfig, ModelConfig, Output
 from nested_ats.reading import Reading
 from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, TrainConfig
@@ -196,7 +196,7 @@ def make_trainer(slides: Sequence[str], parts: int, folder: Path) -> Trainer:
         for i, path in enumerate(slides)
     ]
     folder.mkdir()
-    return Trainer(LocalContext(), config, entries, ["a", "b"], 3, folder)
+    return Trainer(LocalContext(), config, entries, Classes(("a", "b")), 3, folder)
 
 
 def run(trainer: Trainer) -> list[tuple[float, float]]:
