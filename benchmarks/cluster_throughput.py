@@ -35,16 +35,16 @@ import psutil
 import torch
 
 import cluster
-from nested_ats import build_model
+from nested_ats import Classes, build_model
 from pipeline.config import Config, parse_config, plain
-from pipeline.data.manifest import Entry
+from pipeline.data.manifest import Entry, plain_entries
 from pipeline.data.slides import SlideImage
 from pipeline.interrupt import run_main
 from pipeline.results.classifier import Classifier
 from pipeline.results.settings import Settings, prediction_settings
 from pipeline.runs import read_metrics
 from pipeline.training.train import train
-from pipeline.training.trainer import plain_entries, train_worker
+from pipeline.training.trainer import train_worker
 from storage import processors, write_pyramid
 
 CLASSES = ["bar", "box"]
@@ -129,7 +129,12 @@ def predictor(settings: Settings, claims: str) -> Classifier:
 def step_seconds(folder: Path, entries: Sequence[Entry], config: Config, workers: int) -> list[float]:
     """Seconds of every step; 0 workers: in this process, without Ray."""
     folder.mkdir(parents=True)
-    arguments = {"config": plain(config), "entries": plain_entries(entries), "classes": CLASSES, "channels": 3}
+    arguments = {
+        "config": plain(config),
+        "entries": plain_entries(entries),
+        "target": Classes(tuple(CLASSES)).plain,
+        "channels": 3,
+    }
     seconds: list[float] = cluster.fit(
         train_on_one_core,
         {**arguments, "folder": str(folder)},

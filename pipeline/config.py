@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from nested_ats import CNNConfig, DeepMILConfig, ModelConfig, UniformConfig, levels_for
+from nested_ats.config import PatchConfig
 from nested_ats.models.kinds import KINDS, bring_up_to_date, plain_encoder
 from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
@@ -200,6 +201,8 @@ class DataConfig(_Section):
     assume_mpp: float | None = Field(
         default=None, gt=0, lt=1000
     )  # micrometres per pixel of slides of which neither their file nor the manifest tells it
+    # What is one sample: a slide, or a case with all slides of one case_id, whose cells are then one population.
+    unit: Literal["slide", "case"] = "slide"
     cache: CacheConfig | None = None  # keeps chunks that are fetched from URLs; there is none by default
     features: FeaturesConfig | None = FeaturesConfig()  # keeps features of patches of a frozen encoder
 
@@ -245,6 +248,18 @@ class Config(_Section):
     target: AnyTarget = ClassesTarget()
     data: DataConfig = DataConfig()
     predict: PredictConfig = PredictConfig()
+
+    @model_validator(mode="after")
+    def _know_what_lies_between_slides(self) -> Self:
+        if self.data.unit == "case":
+            if not isinstance(self.model, PatchConfig) or self.model.prior == "none":
+                raise ValueError(
+                    "data.unit: the slides of a case lie side by side, and the model must know what lies between; set "
+                    "model.prior to tissue or valid, or unit to slide"
+                )
+            if self.model.location:
+                raise ValueError("data.unit: a place in a case means nothing; set model.location to false")
+        return self
 
     @model_validator(mode="after")
     def _balance_classes_alone(self) -> Self:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import repeat
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pipeline.data.tables import read_table
 from pipeline.errors import UsageError
@@ -48,9 +49,10 @@ class Entry:
     mpp: float | None = None  # micrometres per pixel of the finest level; this overrules what the file says
     mask: str = ""  # path or URL of its mask, GeoJSON or an image: where there is something to see
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)  # further columns, as they were
+    slides: tuple[Entry, ...] = ()  # those of a case that is one sample; `path` is then the first one's
 
 
-COLUMNS = tuple(column.name for column in fields(Entry) if column.name != "extra")
+COLUMNS = tuple(column.name for column in fields(Entry) if column.name not in ("extra", "slides"))
 _COMPARED_LABELS = 300  # more are no classes
 
 
@@ -94,6 +96,16 @@ def read_manifest(path: Path, *, labelled: bool = False) -> list[Entry]:
     if problems:
         raise _problem(path, problems)
     return _entries(table, path.parent)
+
+
+def plain_entries(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Turn entries into plain values that can be sent to workers; `read_entry` turns them back."""
+    return [asdict(entry) for entry in entries]
+
+
+def read_entry(row: Mapping[str, Any]) -> Entry:
+    """Make an entry of plain values."""
+    return Entry(**{**row, "slides": tuple(read_entry(slide) for slide in row.get("slides", ()))})
 
 
 def is_manifest(source: str) -> bool:

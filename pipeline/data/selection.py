@@ -14,6 +14,7 @@ from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from nested_ats.targets import Classes, Target
 from pipeline.config import AnyTarget, ClassesTarget, Config
+from pipeline.data.cases import group_cases
 from pipeline.data.manifest import Entry, remarks
 from pipeline.data.slides import check_slide, open_image
 from pipeline.data.splits import assign_splits
@@ -127,6 +128,8 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         for failure in failures:  # they may be the cause of the error, and are named before it
             _say(f"slide {failure.slide_id} is left out: {failure.error}")
         raise
+    if config.data.unit == "case":
+        kept = group_cases(kept, columns(config.target))
     return Selection(kept, target, channels, [one.downsamples for one in usable], failures)
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -23,18 +20,16 @@ from pipeline.config import CacheConfig
 from pipeline.data.manifest import Entry
 from pipeline.data.tissue import model_mask
 from pipeline.errors import DataError
-from storage import Slide
+from storage import ReadStatistics, Slide
 from storage.format.nodata import holds_data
 from storage.place.urls import is_remote
 from storage.read.cache import ChunkCache
 
-_OPEN_SLIDES = 128  # each holds a few file descriptors
 _NEAR = 0.1  # by which a level's pixels may differ from those that the model looks at, and are taken as they are
 _SQUARE = 0.02  # by which a pixel's sides may differ
 _NOTHING = 1e-6  # share of a pixel that holds data, below which it holds none
 _NAMED = 20  # channels, in messages
 _SAME = 1e-3  # by which two downsamples are one
-_HELD_BYTES = 2 * 2**30  # PNG, JPEG and BMP images are held decoded, and take no more than this
 
 
 Channels = Sequence[int | str] | None
@@ -110,6 +105,24 @@ class SlideImage:
     def memory_bytes(self) -> int:
         """Bytes of pixels and of the mask that are held while it is open."""
         return self.slide.memory_bytes + (self.mask.nbytes if self.mask else 0)
+
+    @property
+    def slides(self) -> list[SlideImage]:
+        """The one slide; a case has several."""
+        return [self]
+
+    @property
+    def statistics(self) -> ReadStatistics:
+        """Counts of what was read of the slide since it was opened."""
+        return self.slide.statistics
+
+    def places(self) -> list[tuple[SlideImage, Tensor]]:
+        """Return the slide with its first pixel, which is the image's, (2,)."""
+        return [(self, torch.zeros(2, dtype=torch.int64))]
+
+    def close(self) -> None:
+        """Close the slide."""
+        self.slide.close()
 
     @property
     def identity(self) -> str | None:
@@ -252,37 +265,6 @@ def _shares(starts: Tensor, count: int, shrink: float, read: int) -> Tensor:
     pixel = torch.arange(read)
     overlap = torch.minimum(first[..., None] + shrink, pixel + 1.0) - torch.maximum(first[..., None], pixel)
     return (overlap.clamp_min(0) / shrink).float()
-
-
-class SlideCache:
-    """Keeps slides open and closes the least recently used first; it is thread safe.
-
-    Parameters
-    ----------
-    config, options
-        As `open_image` takes them.
-    """
-
-    def __init__(self, config: EncoderConfig, **options: Unpack[Opening]) -> None:
-        self._open = partial(open_image, config=config, **options)
-        self._slides: OrderedDict[Entry, SlideImage] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def open(self, entry: Entry) -> SlideImage:
-        """Open the slide of an entry, or return it open; the errors are those of `open_image`."""
-        with self._lock:
-            image = self._slides.pop(entry, None)
-        # This opens without the lock, as it may wait for a store. Two threads may open one slide, which does no harm.
-        image = image or self._open(entry)
-        with self._lock:
-            self._slides[entry] = image
-            while len(self._slides) > _OPEN_SLIDES or (len(self._slides) > 1 and self._held_bytes() > _HELD_BYTES):
-                # It is not closed here, as another thread may read it; its descriptors go with the last reference.
-                self._slides.popitem(last=False)
-            return image
-
-    def _held_bytes(self) -> int:
-        return sum(image.memory_bytes for image in self._slides.values())
 
 
 class Opening(TypedDict, total=False):

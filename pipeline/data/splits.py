@@ -80,8 +80,10 @@ class RunSplits:
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._by_id = {row["slide_id"]: row for row in rows}
-        self._by_path = {row["path"]: row for row in rows}
+        # A case is known by all of its slides.
+        slides = [slide for row in rows for slide in (row.get("slides") or [row])]
+        self._by_id = {row["slide_id"]: row for row in (*rows, *slides)}
+        self._by_path = {row["path"]: row for row in slides}
         self._by_case = {row["case_id"]: row["split"] for row in rows if row["case_id"]}
 
     def of(self, entry: Entry) -> str:

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from nested_ats import Image, ImageModel, ImpossibleWeightsError, Prediction, lo
 from nested_ats import predict as estimate
 from pipeline.data.features import use_features
 from pipeline.data.manifest import Entry
-from pipeline.data.slides import SlideImage, check_slide, draw_key, open_image
+from pipeline.data.samples import Sample, check_sample, open_sample
+from pipeline.data.slides import draw_key
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.results.predictions import SIGNS, answer_cells, in_short
@@ -57,7 +58,7 @@ class Classifier:
         self.observer = Observer(self.model)
 
     @contextmanager
-    def opened(self, entry: Entry) -> Iterator[SlideImage]:
+    def opened(self, entry: Entry) -> Iterator[Sample]:
         """Open a slide as the model looks at it, and check that it has what the model reads.
 
         Raises
@@ -66,9 +67,8 @@ class Classifier:
             It cannot be opened, or lacks what the model reads.
         """
         config, settings = self.model.config, self.settings
-        image = open_image(entry, config, **settings.opening)
-        with image.slide:
-            check_slide(image, config, self.model.in_channels)
+        with closing(open_sample(entry, config, **settings.opening)) as image:
+            check_sample(image, config, self.model.in_channels)
             yield image
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:
@@ -108,7 +108,7 @@ class Classifier:
         began = time.monotonic()
         with self.opened(entry) as image:
             prediction = self.estimate(entry, image)
-            read = image.slide.statistics
+            read = image.statistics
         return {
             "prediction": in_short(self.model.target, prediction.answers[0].tolist()),
             **answer_cells(self.model.target, prediction),

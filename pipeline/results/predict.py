@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 import cluster
 from nested_ats.targets import read_target
+from pipeline.data.cases import group_cases
 from pipeline.data.manifest import Entry
 from pipeline.data.splits import RunSplits
 from pipeline.files import alone, make_folder, write_json
@@ -77,6 +78,8 @@ def predict(
     predictions.check_columns(entries, read_target(about["target"]))
     splits, model = RunSplits(about["entries"]), short(settings.model_sha256)
     entries, fingerprint = splits.fill(entries), settings.fingerprint
+    if settings.unit == "case":
+        entries = group_cases(entries)
     results = make_folder(folder / predictions.RESULTS)
     with alone(folder / predictions.LOCK, "another prediction is being written there"):
         predictions.check_folder(folder, fingerprint, overwrite=overwrite)
@@ -124,6 +127,8 @@ def _collect(
 
 def _pixels(entry: Entry) -> int:
     """Count the pixels of a local slide, so that the largest start first; for others it takes a request: 0."""
+    if entry.slides:
+        return sum(map(_pixels, entry.slides))
     if is_remote(entry.path):
         return 0
     with Net():

@@ -113,6 +113,8 @@ def read_result(results: Path, entry: Entry) -> dict[str, Any] | None:
 
 def _decisive(entry: Entry) -> dict[str, Any]:
     """What a manifest says of a slide that its result depends on: its place, its scale, and what its mask holds."""
+    if entry.slides:
+        return {"slides": [{"slide_id": slide.slide_id, **_decisive(slide)} for slide in entry.slides]}
     mask = None
     if entry.mask:
         with suppress(OSError), open_regular(Path(entry.mask)) as file:  # a mask at a URL goes by its name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from nested_ats import ModelConfig, UniformConfig, UntrustedEncoderError, inspect_model
 from nested_ats.config import EncoderConfig
@@ -35,6 +35,7 @@ class Settings:
     cache: CacheConfig | None = None  # keeps chunks that are fetched from URLs
     assume_mpp: float | None = None  # micrometres per pixel of slides that do not tell it
     features: FeaturesConfig | None = None  # keeps features of patches, where the encoder is frozen
+    unit: Literal["slide", "case"] = "slide"  # what is one sample (`DataConfig.unit`)
     model_sha256: str = ""  # tells which model that folder holds (`nested_ats.ModelInfo`)
 
     @property
@@ -45,6 +46,8 @@ class Settings:
         for name in ("assume_mpp", "channels"):
             if values[name] is None:
                 del values[name]  # nor these
+        if self.unit == "slide":
+            del values["unit"]
         return values
 
     @property
@@ -101,6 +104,7 @@ def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
         background=config["data"]["background"],
         assume_mpp=config["data"].get("assume_mpp"),  # earlier runs do not have it
         channels=_chosen(config["data"].get("channels")),
+        unit=config["data"]["unit"],
         seed=config["seed"],
         cache=cache and CacheConfig(**cache),
         features=features and FeaturesConfig(**features),

@@ -23,8 +23,9 @@ from nested_ats.config import EncoderConfig
 from nested_ats.targets import Classes
 from pipeline.config import AnyTarget, Config
 from pipeline.data.manifest import SPLITS, Entry
+from pipeline.data.samples import Sample, SampleCache
 from pipeline.data.selection import Failure, Selection, select
-from pipeline.data.slides import Opening, SlideCache, SlideImage
+from pipeline.data.slides import Opening
 from pipeline.data.targets import strata
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder
@@ -104,20 +105,20 @@ def measure_step(context: cluster.Context, arguments: Mapping[str, Any]) -> tupl
     return Cost(len(batch), read, seconds, peak, gpu, context.device), trainer.unreadable.reasons
 
 
-class _CountedSlides(SlideCache):
+class _CountedSlides(SampleCache):
     """Counts what was read from all slides that were opened, closed ones included."""
 
     def __init__(self, config: EncoderConfig, **options: Unpack[Opening]) -> None:
         super().__init__(config, **options)
-        self._opened: defaultdict[str, set[SlideImage]] = defaultdict(set)
+        self._opened: defaultdict[str, set[Sample]] = defaultdict(set)
 
-    def open(self, entry: Entry) -> SlideImage:
+    def open(self, entry: Entry) -> Sample:
         image = super().open(entry)
         self._opened[entry.path].add(image)
         return image
 
     def bytes_read(self, path: str) -> int:
-        return sum(image.slide.statistics.bytes_read for image in self._opened[path])
+        return sum(image.statistics.bytes_read for image in self._opened[path])
 
 
 def _check_out(folder: Path, fingerprint: str, *, overwrite: bool) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import cluster
 from pipeline.config import ClassesTarget, Config, digest, dump_config, plain
-from pipeline.data.manifest import Entry
+from pipeline.data.manifest import Entry, plain_entries
 from pipeline.data.selection import Failure, Selection, select
 from pipeline.data.targets import columns
 from pipeline.errors import UsageError
@@ -25,7 +24,7 @@ from pipeline.progress import OnProgress, progress
 from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, clear_run, read_metrics, read_run
 from pipeline.training.epochs import describe
 from pipeline.training.mirror import Mirror
-from pipeline.training.trainer import plain_entries, train_worker
+from pipeline.training.trainer import train_worker
 
 _COPY_TIMEOUT_S = 1200  # workers wait so long for rank 0, which may copy a state over a slow line
 _PACKAGES = ("nested-ats", "torch", "zarr", "numcodecs", "tifffile", "dask", "ray")
@@ -125,7 +124,11 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     """Identify a run; the place of slides and the number of epochs may change and do not count."""
     told = set(columns(config.target)) - {"label"}
     learnt = [
-        (row["slide_id"], row["label"], row["split"], *(row["extra"].get(name, "") for name in sorted(told)))
+        (
+            *(row["slide_id"], row["label"], row["split"]),
+            *(row["extra"].get(name, "") for name in sorted(told)),
+            *(slide["slide_id"] for slide in row["slides"]),
+        )
         for row in arguments["entries"]
     ]
     identity = {**arguments, "folder": "", "entries": learnt}
@@ -138,6 +141,8 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
         del decisive["target"]
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["data"] |= {"cache": None}
+    if config.data.unit == "slide":
+        del decisive["data"]["unit"]
     if config.data.chosen is None:
         del decisive["data"]["channels"]  # the number itself is among the arguments
     del decisive["data"]["features"]  # decides only time
@@ -179,7 +184,7 @@ def _prepare(
         "channels": arguments["channels"],
         "config": plain(config),
         "versions": versions(),
-        "entries": [asdict(entry) for entry in entries],
+        "entries": plain_entries(entries),
     }
     write_json(folder / RUN, run)
     write_atomic(folder / CONFIG, dump_config(config))

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, parse_config
 from pipeline.data.augment import AugmentedImage
 from pipeline.data.features import DiskFeatures, use_features
-from pipeline.data.manifest import Entry
-from pipeline.data.slides import SlideCache, draw_key
+from pipeline.data.manifest import Entry, read_entry
+from pipeline.data.samples import SampleCache
+from pipeline.data.slides import draw_key
 from pipeline.data.unreadable import SlideError, Unreadable, WatchedImage
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic
@@ -95,7 +95,7 @@ def make_trainer(context: Context, arguments: Mapping[str, Any]) -> Trainer:
     return Trainer(
         context,
         parse_config(arguments["config"], "configuration"),
-        [Entry(**row) for row in arguments["entries"]],
+        [read_entry(row) for row in arguments["entries"]],
         read_target(arguments["target"]),
         arguments["channels"],
         Path(arguments["folder"]),
@@ -123,7 +123,7 @@ class Trainer(Learner):
     ) -> None:
         self.mirror, self.fingerprint = Mirror(mirror, folder) if mirror else None, fingerprint
         self.validation = [entry for entry in entries if entry.split == "val"]
-        self.slides = SlideCache(config.model, **config.data.opening)
+        self.slides = SampleCache(config.model, **config.data.opening)
         self.unreadable = Unreadable(fail_fast=fail_fast)
         training = [entry for entry in entries if entry.split == "train"]
         super().__init__(context, config, training, target, channels, folder)
@@ -357,8 +357,3 @@ class Trainer(Learner):
             save_state(self.folder, self.model, self.optimizer, position, self.totals, kept, self.fingerprint)
             if self.mirror:
                 self.mirror.put()
-
-
-def plain_entries(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Turn entries into plain values that can be sent to workers."""
-    return [asdict(entry) for entry in entries]

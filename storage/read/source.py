@@ -23,6 +23,14 @@ class ReadStatistics:
     chunks_decoded: int = 0
     cached_chunks: int = 0  # decoded chunks that were found in the local cache
 
+    def __add__(self, other: ReadStatistics) -> ReadStatistics:
+        return ReadStatistics(
+            self.requests + other.requests,
+            self.bytes_read + other.bytes_read,
+            self.chunks_decoded + other.chunks_decoded,
+            self.cached_chunks + other.cached_chunks,
+        )
+
     def __sub__(self, other: ReadStatistics) -> ReadStatistics:
         return ReadStatistics(
             self.requests - other.requests,

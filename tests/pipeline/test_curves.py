@@ -10,9 +10,9 @@ import pytest
 from cluster import LocalContext
 from nested_ats import Classes
 from pipeline.config import plain
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import plain_entries, read_manifest
 from pipeline.runs import CURVES
-from pipeline.training.trainer import plain_entries, train_worker
+from pipeline.training.trainer import train_worker
 
 CLASSES = Classes(("bar", "box")).plain
 

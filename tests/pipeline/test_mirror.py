@@ -12,13 +12,13 @@ from safetensors.torch import load, load_file
 
 from cluster import fit
 from pipeline.config import parse_config, plain
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import plain_entries, read_manifest
 from pipeline.errors import UsageError
 from pipeline.runs import METRICS, MODEL, RUN, STATE, read_metrics
 from pipeline.training.course import PAPERS_COURSE
 from pipeline.training.mirror import Mirror
 from pipeline.training.train import train
-from pipeline.training.trainer import Trainer, plain_entries, train_worker
+from pipeline.training.trainer import Trainer, train_worker
 from storage import StorageError
 
 

@@ -13,7 +13,8 @@ from nested_ats.images import find_level
 from pipeline.config import CacheConfig, parse_config, plain
 from pipeline.data import slides as module
 from pipeline.data.manifest import Entry, read_manifest, write_manifest
-from pipeline.data.slides import SlideCache, SlideImage, check_slide, open_slide
+from pipeline.data.samples import SampleCache
+from pipeline.data.slides import SlideImage, check_slide, open_slide
 from pipeline.errors import DataError
 from pipeline.results.predict import predict
 from pipeline.training.train import train
@@ -103,7 +104,7 @@ def test_images_in_memory_are_kept_up_to_a_size(tmp_path, monkeypatch):
     places = [write_png(tmp_path / f"{i}.png", np.full((3, 64, 64), i, np.uint8)) for i in range(4)]
     with Slide(places[0]) as slide:
         monkeypatch.setattr(module, "_HELD_BYTES", 2 * slide.memory_bytes)
-    cache = SlideCache(CNNConfig(), background=0)
+    cache = SampleCache(CNNConfig(), background=0)
     entries = [Entry(slide_id=str(place), path=str(place)) for place in places]
     images = [cache.open(entry) for entry in entries]
     assert cache.open(entries[3]) is images[3]
@@ -116,7 +117,7 @@ def test_images_in_memory_are_kept_up_to_a_size(tmp_path, monkeypatch):
 def test_a_slide_that_is_open_is_not_taken_for_one_of_another_scale(tmp_path):
     place = tmp_path / "a.ome.zarr"
     write_pyramid(place, np.zeros((3, 64, 64), np.uint8), mpp=0.5)
-    cache = SlideCache(CNNConfig(mpp=1.0), background=0)
+    cache = SampleCache(CNNConfig(mpp=1.0), background=0)
     scales = [cache.open(Entry(slide_id="a", path=str(place), mpp=mpp)).scale for mpp in (None, 1.0, 0.5)]
     assert scales == [2.0, 1.0, 2.0]
 
@@ -130,7 +131,7 @@ def test_only_slides_at_urls_are_cached(monkeypatch, tmp_path):
 
     place = write_png(tmp_path / "a.png", np.zeros((3, 8, 8), np.uint8))
     monkeypatch.setattr(module, "Slide", spy)
-    slides = SlideCache(CNNConfig(), background=0, cache=CacheConfig(folder=tmp_path / "cache", gigabytes=0.5))
+    slides = SampleCache(CNNConfig(), background=0, cache=CacheConfig(folder=tmp_path / "cache", gigabytes=0.5))
     slides.open(Entry(slide_id="a", path="s3://bucket/a.zarr"))
     slides.open(Entry(slide_id="b", path=place))
     assert opened == [("s3://bucket/a.zarr", 5 * 10**8), (place, None)]
@@ -144,6 +145,6 @@ def test_the_cache_is_configured_and_off_by_default(tmp_path, monkeypatch):
     assert parse_config(plain(config), "") == config
     (tmp_path / "chunks").touch()
     with pytest.raises(StorageError, match="cannot be used as a cache"):
-        SlideCache(CNNConfig(), background=0, cache=config.data.cache).open(
+        SampleCache(CNNConfig(), background=0, cache=config.data.cache).open(
             Entry(slide_id="a", path="s3://bucket/a.zarr")
         )

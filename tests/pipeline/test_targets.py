@@ -15,7 +15,7 @@ from sksurv.nonparametric import kaplan_meier_estimator
 from cluster import LocalContext
 from nested_ats import Classes, Cox, DiscreteSurvival, MultiLabel, Ordinal, Regression
 from pipeline.config import Config, parse_config, plain
-from pipeline.data.manifest import Entry, write_manifest
+from pipeline.data.manifest import Entry, plain_entries, write_manifest
 from pipeline.data.selection import select
 from pipeline.data.targets import check_table, is_known, learn_target, strata, truth
 from pipeline.errors import UsageError
@@ -27,7 +27,7 @@ from pipeline.results.predictions import in_short, write_table
 from pipeline.results.report import report
 from pipeline.training.risks import RiskMemory
 from pipeline.training.train import train
-from pipeline.training.trainer import plain_entries, train_worker
+from pipeline.training.trainer import train_worker
 from storage import write_pyramid
 
 from .conftest import SMALL

@@ -19,8 +19,9 @@ from pipeline.config import AugmentConfig, parse_config, plain
 from pipeline.data.augment import AugmentedImage
 from pipeline.data.manifest import Entry, read_manifest
 from pipeline.data.outlines import read_mask, to_outlines
+from pipeline.data.samples import SampleCache
 from pipeline.data.selection import select
-from pipeline.data.slides import SlideCache, open_image
+from pipeline.data.slides import open_image
 from pipeline.data.tissue import Finding, find_mask
 from pipeline.errors import DataError
 from pipeline.results.predictions import read_result, write_result
@@ -307,7 +308,7 @@ def test_tissue_of_twelve_bits_is_that_of_eight(tmp_path):
 
 def test_masks_of_open_slides_are_held_within_bounds(tmp_path, monkeypatch):
     entries = [slide_of(tmp_path, paint(tissue=([(200, 300, 600, 800)], EOSIN)), name) for name in "abc"]
-    cache = SlideCache(ModelConfig(levels=LEVELS, patch_size=24, prior="tissue"))
+    cache = SampleCache(ModelConfig(levels=LEVELS, patch_size=24, prior="tissue"))
     images = [cache.open(entry) for entry in entries]
     monkeypatch.setattr("pipeline.data.slides._HELD_BYTES", 2 * images[0].memory_bytes)
     assert images[0].memory_bytes > 8 * 1024**2

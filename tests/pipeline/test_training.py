@@ -23,7 +23,7 @@ from cluster import LocalContext
 from nested_ats import Classes, ModelFileError
 from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
-from pipeline.data.manifest import Entry, read_manifest
+from pipeline.data.manifest import Entry, plain_entries, read_manifest
 from pipeline.data.slides import SlideImage
 from pipeline.errors import DataError, UsageError
 from pipeline.results.classifier import Classifier
@@ -31,7 +31,7 @@ from pipeline.results.predict import predict
 from pipeline.results.settings import prediction_settings
 from pipeline.runs import LOCK, METRICS, STATE, load_state, read_metrics
 from pipeline.training.train import train
-from pipeline.training.trainer import Trainer, make_trainer, plain_entries, train_worker
+from pipeline.training.trainer import Trainer, make_trainer, train_worker
 from storage.place.locks import locked
 
 TARGET = Classes(("bar", "box"))

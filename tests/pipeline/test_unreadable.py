@@ -15,13 +15,14 @@ from cluster import LocalContext
 from nested_ats import Classes
 from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
-from pipeline.data.manifest import read_manifest, write_manifest
-from pipeline.data.slides import SlideCache, SlideImage
+from pipeline.data.manifest import plain_entries, read_manifest, write_manifest
+from pipeline.data.samples import SampleCache
+from pipeline.data.slides import SlideImage
 from pipeline.errors import DataError
 from pipeline.runs import read_metrics
 from pipeline.training.dry_run import dry_run, measure_step
 from pipeline.training.train import train
-from pipeline.training.trainer import Trainer, plain_entries
+from pipeline.training.trainer import Trainer
 from storage import CorruptImageError, write_pyramid
 from storage.read.source import Counters
 
@@ -33,7 +34,7 @@ TARGET = Classes(("bar", "box"))
 @pytest.fixture
 def break_reads(monkeypatch):
     """Make reading some levels of some slides fail, as damaged chunks do; no level: opening them fails."""
-    read, open_ = SlideImage.read, SlideCache.open
+    read, open_ = SlideImage.read, SampleCache.open
 
     def fail(slides, levels=()):
         def matches(path):
@@ -50,7 +51,7 @@ def break_reads(monkeypatch):
             return open_(cache, entry)
 
         monkeypatch.setattr(SlideImage, "read", reading)
-        monkeypatch.setattr(SlideCache, "open", opening)
+        monkeypatch.setattr(SampleCache, "open", opening)
 
     return fail
 
