@@ -106,8 +106,8 @@ def of_run(run: Path) -> tuple[list[Path], list[Path]]:
     heatmaps = [folder for folder in folders if next(folder.glob(f"*/{MAP}"), None)]
     if not predictions and not heatmaps:
         raise UsageError(
-            f"{run}: no predictions and no heatmaps in it; run nested-ats predict and heatmap with --out {run}/..., or "
-            "name their folders by --predictions and --heatmaps"
+            f"{run}: no predictions and no heatmaps in it; run nested-ats predict and heatmap with --out {run}/..., "
+            "or name their folders by --predictions and --heatmaps"
         )
     return predictions, heatmaps
 

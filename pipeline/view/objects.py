@@ -11,7 +11,6 @@ from pipeline.errors import DataError
 
 _MOST_BYTES = 2**26  # of a file
 _MOST_POINTS = 2_000_000
-_BEYOND = 1.05  # times the slide's side may outlines reach
 _MEASUREMENTS = 8  # that are shown of an object
 
 
@@ -51,11 +50,11 @@ def plain_objects(found: list[Outlined], place: str, shape_yx: tuple[int, int]) 
             break
         if not rings:
             continue
-        far_x, far_y = np.max([ring.max(0) for ring in rings], 0)
-        if far_x > width * _BEYOND or far_y > height * _BEYOND:
+        x, y = np.min([ring.min(0) for ring in rings], 0)
+        if x > width or y > height:
             raise DataError(
-                f"{place}: reaches to x {far_x:.0f}, y {far_y:.0f}, off the slide, which is {width} wide and "
-                f"{height} high; give the outlines of this slide, in pixels of its finest level"
+                f"{place}: has an object at x {x:.0f}, y {y:.0f}, off the slide, which is {width} wide and {height} "
+                "high; give the outlines of this slide, in pixels of its finest level"
             )
         objects.append(
             {

@@ -63,7 +63,7 @@ def default_look(slide: Slide) -> Look:
         ranges = [(0.0, 255.0)] * count
     else:
         ranges = [_stretch(values, slide.nodata) for values in sample(slide)[: len(colours)]]
-    return Look(tuple(Shown(i, *both) for i, both in enumerate(zip(colours, *zip(*ranges, strict=True)))))
+    return Look(tuple(Shown(i, colours[i], *ends) for i, ends in enumerate(ranges)))
 
 
 def _stretch(values: NDArray[Any], nodata: float | None) -> tuple[float, float]:
@@ -98,7 +98,7 @@ def read_look(query: Mapping[str, str], slide: Slide, usual: Look) -> Look:
     wrong = len(channels) < len(found) or len(channels) > MOST_SHOWN or not 0.05 <= gamma <= 20
     numbers = [value for each in channels for value in (each.low, each.high)]
     if wrong or not all(map(math.isfinite, numbers)) or any(each.number >= len(slide.channels) for each in channels):
-        raise UsageError(f"channels={text}, gamma={query.get('gamma')}: not how this slide can be shown; reload")
+        raise UsageError(f"{dict(query)}: not how this slide can be shown; reload the page")
     return Look(channels or usual.channels, gamma)
 
 
@@ -146,15 +146,12 @@ def read_heat(query: Mapping[str, str], usual: Heat) -> Heat:
         There is no such colour map, or the numbers are no positive range.
     """
     try:
-        heat = Heat(
-            query.get("colours", usual.colours), *(float(query.get(n, getattr(usual, n))) for n in ("low", "high"))
-        )
+        ends = (float(query.get(name, getattr(usual, name))) for name in ("low", "high"))
+        heat = Heat(query.get("colours", usual.colours), *ends)
     except ValueError:
         heat = Heat("", 0, 0)
     if heat.colours not in COLOUR_MAPS or not 0 < heat.low < heat.high < math.inf:
-        raise UsageError(
-            f"colours={query.get('colours')}, low={query.get('low')}: not how attention can be shown; reload"
-        )
+        raise UsageError(f"{dict(query)}: not how attention can be shown; reload the page")
     return heat
 
 

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,8 @@ class Viewer:
             number = request.path_params["number"]
             if number >= len(self.cases):
                 return _refused(f"no slide {number}; reload the page", _UNFOUND)
-            work = partial(make, case=self.cases[number], number=number, request=request)
-            answer = await self._work.answer(request, work)
+            case = self.cases[number]
+            answer = await self._work.answer(request, lambda task: make(task, case, number, request))
             if answer.error:
                 return _refused(answer.error, _FAILED)
             # Pixels of patients are not to lie in the cache of a browser, which may be on a disk.
@@ -130,7 +129,7 @@ class Viewer:
                 "gaps": slide.nodata is not None or slide.dtype.kind == "f",
                 "attention": bool(case.attention),
                 "colour_maps": list(paint.COLOUR_MAPS),
-                "outlines": [layer for layer in LAYERS if _has(case, layer)],
+                "outlines": [layer for layer in LAYERS if _has(case, layer, slide)],
                 "remark": _remark(slide),
             }
         )
@@ -140,8 +139,7 @@ class Viewer:
         slide = self._open(case.entry)
         if remark := _remark(slide):  # those of many such slides would keep the tiles of one waiting
             raise DataError(remark)
-        whole = tiles.Tile(tiles.coarsest(slide.shape_yx), 0, 0)
-        return self._draw(task, slide, whole, paint.painter(slide, self._look(number, slide)))
+        return self._draw(task, slide, tiles.whole(slide.shape_yx), paint.painter(slide, self._look(number, slide)))
 
     def _tile(self, task: Task, case: Case, number: int, request: Request) -> Answer:
         slide = self._open(case.entry)
@@ -156,7 +154,7 @@ class Viewer:
     def _draw(self, task: Task, slide: Slide, tile: tiles.Tile, how: tiles.Paint) -> Answer:
         if not tiles.is_there(tile, slide.shape_yx):
             raise DataError(f"{slide.name}: no tile {tile.halvings}/{tile.row}_{tile.column}; reload the page")
-        task.costs(tiles.oversampling(slide, tile.halvings))
+        task.costs(tiles.cost(slide, tile))
         media_type, content = paint.encode(tiles.draw_tile(slide, tile, how, task.check))
         return Answer(content, media_type)
 
@@ -187,9 +185,9 @@ class Viewer:
     def _outlines(self, _task: Task, case: Case, number: int, request: Request) -> Answer:
         del number
         layer = request.path_params["layer"]
-        if layer not in LAYERS or not _has(case, layer):
-            raise DataError(f"{case.entry.slide_id}: has no {layer}; reload the page")
         slide = self._open(case.entry)
+        if not _has(case, layer, slide):
+            raise DataError(f"{case.entry.slide_id}: has no {layer}; reload the page")
         if layer != "tissue":
             return _json(objects_in(case.outlines[layer], slide.shape_yx))
         found = find_mask(slide, case.entry, "column" if case.entry.mask else "tissue")
@@ -255,8 +253,10 @@ def _listed(case: Case) -> dict[str, Any]:
     }
 
 
-def _has(case: Case, layer: str) -> bool:
-    return layer in case.outlines or (layer == "tissue" and case.find_tissue)
+def _has(case: Case, layer: str, slide: Slide) -> bool:
+    """Tell whether a slide has a layer; tissue is found where it is told by its colour."""
+    can_be_found = case.find_tissue and paint.is_photograph(slide)
+    return layer in case.outlines or (layer == "tissue" and can_be_found)
 
 
 def _pixel_um(entry: Entry, slide: Slide) -> float | None:
@@ -272,9 +272,9 @@ def _pixel_um(entry: Entry, slide: Slide) -> float | None:
 def _remark(slide: Slide) -> str:
     """Say so where views of the whole slide are slow to make."""
     stored = max(level.downsample for level in slide.levels if level.made_of is None)
-    if tiles.oversampling(slide, tiles.coarsest(slide.shape_yx)) <= LONG:
+    if tiles.cost(slide, tiles.whole(slide.shape_yx)) <= LONG:
         return ""
     return (
-        f"Its file stores no level coarser than 1:{stored:g}: views of the whole are made of all its pixels, and take "
-        "a while. nested-ats convert makes a pyramid of it, once."
+        f"Its file stores no level coarser than 1:{stored:g}: views of the whole are made of all its pixels, and "
+        "take a while. nested-ats convert makes a pyramid of it, once."
     )

@@ -2,7 +2,7 @@
 
 Tiles are those of Deep Zoom without overlap. A level that the slide has is copied; another is the mean, by area, of
 the next finer one, so that as a rule less than four times the pixels of a tile are read. Where a file has no coarse
-levels there is more to read (`oversampling`): that happens in pieces, which bound its memory and between which it can
+levels there is more to read (`cost`): that happens in pieces, which bound its memory and between which it can
 be stopped.
 
 Shape letters: C channels, H W pixels.
@@ -43,6 +43,11 @@ def coarsest(shape_yx: tuple[int, int]) -> int:
     return max(0, math.ceil(math.log2(max(shape_yx) / TILE)))
 
 
+def whole(shape_yx: tuple[int, int]) -> Tile:
+    """The tile that shows all of a slide."""
+    return Tile(coarsest(shape_yx), 0, 0)
+
+
 def is_there(tile: Tile, shape_yx: tuple[int, int]) -> bool:
     """Tell whether a slide of a shape has a tile."""
     if not 0 <= tile.halvings <= coarsest(shape_yx):
@@ -51,10 +56,17 @@ def is_there(tile: Tile, shape_yx: tuple[int, int]) -> bool:
     return 0 <= tile.row < -(-height // TILE) and 0 <= tile.column < -(-width // TILE)
 
 
-def oversampling(slide: Slide, halvings: int) -> float:
+def cost(slide: Slide, tile: Tile) -> float:
+    """How many pixels of the file are read for a tile."""
+    height, width = _size(slide.shape_yx, tile.halvings)
+    seen = min(TILE, height - tile.row * TILE) * min(TILE, width - tile.column * TILE)
+    return seen * _oversampling(slide, tile.halvings) ** 2
+
+
+def _oversampling(slide: Slide, halvings: int) -> float:
     """How many pixels of the file lie along a side of one pixel of a tile, on the level that is read."""
     number = _level(slide, halvings)
-    return 2**halvings / (slide.levels[number].made_of or slide.levels[number].downsample)
+    return float(2**halvings) / (slide.levels[number].made_of or slide.levels[number].downsample)
 
 
 def draw_tile(slide: Slide, tile: Tile, paint: Paint, check: Callable[[], None]) -> Image.Image:
@@ -122,7 +134,7 @@ def _pieces(slide: Slide, halvings: int, length: int) -> Iterator[tuple[int, int
     level = slide.levels[_level(slide, halvings)]
     pixel_bytes = len(slide.channels) * slide.dtype.itemsize
     step = min(
-        math.sqrt(_PIECE_PIXELS) / oversampling(slide, halvings),
+        math.sqrt(_PIECE_PIXELS) / _oversampling(slide, halvings),
         math.sqrt(_PIECE_BYTES / pixel_bytes) * level.downsample / 2**halvings,
     )
     whole = min(TILE, max(1, int(step)))

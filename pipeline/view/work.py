@@ -1,4 +1,4 @@
-"""What bounds the cost of a viewer: few readers at once, work that ends when nobody waits, and a cache of fixed size."""
+"""What bounds the cost of a viewer: a few readers, work that ends when nobody waits, and a cache of fixed size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storage import processors
 
 CACHE_BYTES = 2**28
 _MOST_WAITING = 512  # requests; a screen has a few dozen tiles
-LONG = 8.0  # from this oversampling on, a tile takes long (`pipeline.view.tiles.oversampling`)
+LONG = 2.0**24  # pixels of a file (`pipeline.view.tiles.cost`): to read more takes long
 
 
 class Answer(NamedTuple):
@@ -45,9 +45,9 @@ class Task:
         if self._gone.is_set():
             raise Gone
 
-    def costs(self, oversampling: float) -> None:
+    def costs(self, pixels: float) -> None:
         """Say how much there is to read; long work is done one at a time, so that others need not wait for it."""
-        if oversampling > LONG and not self.is_long:
+        if pixels > LONG and not self.is_long:
             raise TakesLongError
 
     def give_up(self) -> None:

@@ -106,7 +106,7 @@ export class Layers {
     const count = element("span", { className: "number" }, "…");
     box.addEventListener("change", () => this.turn(name, box.checked));
     this.boxes.set(name, { box, count });
-    return element("li", {}, element("label", {}, box, element("span", {}, name, " "), element("span", {}, count, " ", swatch)));
+    return element("li", {}, element("label", {}, box, element("span", {}, name), count, swatch));
   }
 
   async load(number, name, signal) {

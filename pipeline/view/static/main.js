@@ -8,9 +8,10 @@ import { drawScale, words } from "./scale.js";
 import { ask, element, settled } from "./server.js";
 import { Tiles, tileSource, watch } from "./source.js";
 
-const { Point, Viewer } = window.OpenSeadragon;
+const { Point, Rect, Viewer } = window.OpenSeadragon;
 const find = (id) => document.getElementById(id);
 const OBJECTIVE_UM = 10; // micrometres per pixel at magnification 1
+const MARGIN = 0.02; // of the slide, around the whole of it
 
 const viewer = new Viewer({
   element: find("slide"),
@@ -23,6 +24,7 @@ const viewer = new Viewer({
   visibilityRatio: 0.3,
   minZoomImageRatio: 0.6,
   maxZoomPixelRatio: 8,
+  minPixelRatio: 0.7, // tiles are enlarged 1.4 times before those of the next level are fetched
   imageLoaderLimit: 16,
   maxTilesPerFrame: 16,
   timeout: 10 * 60 * 1000, // a view of all of a slide without coarse levels takes long
@@ -80,9 +82,8 @@ function closeSlide() {
   tiles.items = [];
   attention.tiles.items = [];
   outlines.clear(0);
-  for (const id of ["attention", "outlines", "channels"]) find(id).hidden = true;
-  find("facts").replaceChildren();
-  find("scale").hidden = true;
+  for (const id of ["attention", "outlines", "channels", "about", "scale"]) find(id).hidden = true;
+  find("place").textContent = current.words = "";
 }
 
 function showTiles(query) {
@@ -91,12 +92,16 @@ function showTiles(query) {
   tiles.show(tileSource(viewer, about, { transparent: about.gaps, address }), 0);
 }
 
-/** Go to a view. A slide is one unit wide in OpenSeadragon's coordinates. */
+/** Show all of the slide, which is one unit wide in OpenSeadragon's coordinates. */
+function whole(at_once = false) {
+  const height = current.about.height / current.about.width;
+  viewer.viewport.fitBounds(new Rect(-MARGIN, -MARGIN * height, 1 + 2 * MARGIN, (1 + 2 * MARGIN) * height), at_once);
+}
+
+/** Go to a view. */
 function look(view) {
   const { about } = current;
-  const place = new window.OpenSeadragon.Rect(0, 0, 1, about.height / about.width);
-  viewer.viewport.setHomeBounds(place, place.width / place.height);
-  viewer.viewport.goHome(true);
+  whole(true);
   if (!view || ![view.x, view.y, view.zoom].every(Number.isFinite) || view.zoom <= 0) return;
   viewer.viewport.zoomTo((view.zoom * about.width) / viewer.viewport.getContainerSize().x, null, true);
   viewer.viewport.panTo(new Point(view.x / about.width, view.y / about.width), true);
@@ -122,6 +127,7 @@ function facts(about) {
   rows.push(["values", about.type], ["channels", about.channels.length]);
   for (const [name, share] of Object.entries(about.probabilities)) rows.push([name, `${(100 * share).toFixed(1)}%`]);
   if (about.error) rows.push(["failed", about.error]);
+  find("about").hidden = false;
   find("facts").replaceChildren(...rows.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, `${text}`)]));
 }
 
@@ -202,7 +208,7 @@ const KEYS = {
   "+": () => zoomBy(1.5),
   "=": () => zoomBy(1.5),
   "-": () => zoomBy(1 / 1.5),
-  0: () => viewer.viewport.goHome(),
+  0: () => whole(),
   "/": () => find("filter").focus(),
   "?": () => find("help").showModal(),
   ArrowUp: () => move(0, -1),
