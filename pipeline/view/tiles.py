@@ -24,6 +24,7 @@ from storage import Slide
 TILE = 256  # pixels, side of a tile
 _PIECE_PIXELS = 2**22  # of the file, that are read between two looks at whether somebody still waits
 _PIECE_BYTES = 2**26
+_SAMPLED = 1024  # pixels, that the longer side of a sampled level has at least
 _SAME = 0.01  # by which the downsample of a slide's level may differ from that of a tile, and is resampled from
 
 Paint = Callable[[NDArray[Any]], NDArray[np.uint8]]
@@ -104,8 +105,9 @@ def draw_tile(slide: Slide, tile: Tile, paint: Paint, check: Callable[[], None])
 
 
 def sample(slide: Slide) -> NDArray[Any]:
-    """Read (C, N) pixels from all over a slide, on the coarsest level that is stored: at most 2**20."""
-    number = max(i for i, level in enumerate(slide.levels) if level.made_of is None)
+    """Read (C, N) pixels from all over a slide, at most 2**20, on a coarse level that is stored."""
+    stored = [i for i, level in enumerate(slide.levels) if level.made_of is None]
+    number = max(i for i in stored if i == 0 or max(slide.levels[i].shape_yx) >= _SAMPLED)
     height, width = slide.levels[number].shape_yx
     side = max(1, min(TILE, int(math.sqrt(_PIECE_BYTES / (len(slide.channels) * slide.dtype.itemsize * 16)))))
     corners = list(product(_spread(height, side), _spread(width, side)))
@@ -149,14 +151,21 @@ def _draw(slide: Slide, halvings: int, box: tuple[int, int, int, int], paint: Pa
     if abs(ratio - 1) * max(level.shape_yx) < 0.5:  # they differ by no pixel anywhere
         ratio = 1.0
     y, x, h, w = box
-    height, width = level.shape_yx
-    # A level's sides may be rounded down, and the last pixels of the tile then lie off it.
-    y0, x0 = min(y * ratio, height - 1), min(x * ratio, width - 1)
-    y1, x1 = min((y + h) * ratio, height), min((x + w) * ratio, width)
-    top, left = math.floor(y0), math.floor(x0)
-    pixels = slide.read(number, (top, left, math.ceil(y1) - top, math.ceil(x1) - left))
+    (top, bottom), (left, right) = ((first * ratio, (first + side) * ratio) for first, side in ((y, h), (x, w)))
+    pixels = _read(slide, number, (math.floor(top), math.floor(left)), (math.ceil(bottom), math.ceil(right)))
+    picture = Image.fromarray(paint(pixels))
     if ratio == 1:
-        missing = (0, 0), (0, h - pixels.shape[1]), (0, w - pixels.shape[2])
-        return Image.fromarray(paint(np.pad(pixels, missing, mode="edge")))
-    part = (x0 - left, y0 - top, x1 - left, y1 - top)
-    return Image.fromarray(paint(pixels)).resize((w, h), Image.Resampling.BOX, box=part)
+        return picture
+    if ratio == int(ratio):
+        return picture.reduce(int(ratio))
+    part = (left - math.floor(left), top - math.floor(top), right - math.floor(left), bottom - math.floor(top))
+    return picture.resize((w, h), Image.Resampling.BOX, box=part)
+
+
+def _read(slide: Slide, level: int, first_yx: tuple[int, int], end_yx: tuple[int, int]) -> NDArray[Any]:
+    """Read a box of a level; its last pixels go on where it leaves the level, whose sides may be rounded down."""
+    pairs = zip(first_yx, end_yx, slide.levels[level].shape_yx, strict=True)
+    (top, bottom), (left, right) = ((min(first, side - 1), min(end, side)) for first, end, side in pairs)
+    pixels = slide.read(level, (top, left, bottom - top, right - left))
+    missing = [end - first - there for first, end, there in zip(first_yx, end_yx, pixels.shape[1:], strict=True)]
+    return np.pad(pixels, [(0, 0), *((0, each) for each in missing)], mode="edge") if any(missing) else pixels
