@@ -100,9 +100,10 @@ def view(
     made: tempfile.TemporaryDirectory[str] | None = None
     found = ""
     if isinstance(attention, np.ndarray):
+        weights = _checked(attention)
         made = tempfile.TemporaryDirectory(prefix="nested-ats-")
         found = str(Path(made.name, MAP))
-        _write_map(found, attention, path)
+        _write_map(found, weights, path)
     elif attention is not None:
         found, drawn = _heatmap(Path(attention))
         outlines |= drawn
@@ -123,14 +124,18 @@ def _heatmap(place: Path) -> tuple[str, dict[str, str]]:
     return str(place / MAP), {name: str(place / file) for name, file in reversed(files) if (place / file).exists()}
 
 
-def _write_map(place: str, attention: NDArray[Any], path: str) -> None:
-    """Write an array as a map over a slide, as `heatmap` does."""
+def _checked(attention: NDArray[Any]) -> NDArray[np.float32]:
     weights = np.asarray(attention, np.float32)
     if weights.ndim != 2 or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
         raise DataError(
             f"attention of shape {weights.shape}: give an array (H, W) of weights that are finite, not negative, and "
             "not all zero"
         )
+    return weights
+
+
+def _write_map(place: str, weights: NDArray[np.float32], path: str) -> None:
+    """Write (H, W) weights as a map over a slide, as `heatmap` does."""
     with Slide(path) as slide:
         pitch = max(side / cells for side, cells in zip(slide.shape_yx, weights.shape, strict=True))
         write_pyramid(place, weights[None] / weights.mean(), mpp=slide.mpp, downsample=pitch)

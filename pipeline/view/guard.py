@@ -46,6 +46,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse to."""
+        if scope["type"] == "lifespan":
+            await self._application(scope, receive, send)
         if scope["type"] != "http":
             return  # there are no web sockets here
 

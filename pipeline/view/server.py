@@ -227,7 +227,9 @@ def application(viewer: Viewer) -> Starlette:
         code = error.status_code if isinstance(error, HTTPException) else 500
         return _refused("there is nothing of this kind here" if code == _UNFOUND else "not possible", code)
 
-    return Starlette(routes=viewer.routes(), exception_handlers={HTTPException: refuse})
+    made = Starlette(routes=viewer.routes(), exception_handlers={HTTPException: refuse})
+    made.router.redirect_slashes = False  # an address is there, or it is not
+    return made
 
 
 def _refused(error: str, code: int) -> Response:

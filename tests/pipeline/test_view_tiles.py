@@ -1,11 +1,11 @@
-"""Tiles of a viewer: their pixels are those of the slide, whatever levels it has, and their colours what is asked for."""
+"""Tiles of a viewer: their pixels are the slide's, whatever levels it has, in the colours that are asked for."""
 
 from __future__ import annotations
 
 import io
 import math
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 import pytest
 import zarr
@@ -88,7 +88,7 @@ class TestPixels:
         assert np.array_equal(whole(slide, halvings), expected)
 
     def test_the_coarsest_tile_is_the_whole_slide(self, pyramid):
-        slide, pixels = pyramid
+        slide, _ = pyramid
         tile = tiles.whole(slide.shape_yx)
         assert max(tiles.draw_tile(slide, tile, colours, nothing).size) <= TILE
         assert not tiles.is_there(Tile(tile.halvings + 1, 0, 0), slide.shape_yx)
@@ -104,7 +104,9 @@ class TestPixels:
             drawn = whole(slide, halvings).astype(float)
         expected = mean(pixels, 2**halvings)
         assert drawn.shape == expected.shape
-        inner = np.abs(drawn - expected)[:-2, :-2]  # the levels of the file are rounded down, and lack some at the edge
+        inner = np.abs(drawn - expected)[
+            :-2, :-2
+        ]  # the levels of the file are rounded down, and lack some at the edge
         assert inner.max() <= (1 if scales == (1,) or 2**halvings in scales else 40)
         assert inner.mean() < (0.5 if scales == (1,) or 2**halvings in scales else 6)
 
@@ -165,7 +167,9 @@ class TestLook:
 
     @pytest.mark.parametrize(("channels", "kinds"), [(1, 1), (2, 2), (3, 3), (5, 3)])
     def test_16_bits_are_stretched_over_what_is_there(self, tmp_path, channels, kinds):
-        values = np.random.default_rng(0).uniform(1000, 1000 + 2000 * (1 + np.arange(channels)[:, None, None]), (channels, 300, 300))
+        values = np.random.default_rng(0).uniform(
+            1000, 1000 + 2000 * (1 + np.arange(channels)[:, None, None]), (channels, 300, 300)
+        )
         write_pyramid(tmp_path / "a.ome.zarr", values.astype(np.uint16))
         with Slide(tmp_path / "a.ome.zarr") as slide:
             look = paint.default_look(slide)
@@ -229,7 +233,7 @@ class TestHeat:
     def test_is_coloured_by_its_logarithm(self):
         values = np.array([[[0.0, 0.99, 1.01, 10, 100, 1000, np.nan]]], np.float32)
         drawn = paint.heat_painter(Heat("viridis", 1, 100))(values)[0]
-        table = (np.array(matplotlib.colormaps["viridis"].colors) * 255).round()
+        table = (np.array(mpl.colormaps["viridis"].colors) * 255).round()
         assert drawn[[0, 1, 6], 3].tolist() == [0, 0, 0]
         for place, share in ((2, 0), (3, 0.5), (4, 1), (5, 1)):
             assert np.abs(drawn[place, :3] - table[round(share * 255)]).max() <= 3
@@ -237,7 +241,9 @@ class TestHeat:
         assert opacity == sorted(opacity)
         assert opacity[-1] == 255
 
-    @pytest.mark.parametrize("query", [{"colours": "jet"}, {"low": "0"}, {"low": "7"}, {"high": "nan"}, {"high": "x"}])
+    @pytest.mark.parametrize(
+        "query", [{"colours": "jet"}, {"low": "0"}, {"low": "7"}, {"high": "nan"}, {"high": "x"}]
+    )
     def test_what_is_none_is_refused(self, query):
         with pytest.raises(UsageError, match="not how attention can be shown"):
             paint.read_heat(query, Heat("inferno", 1, 5))
