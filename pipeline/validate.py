@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from pipeline.data.discovery import expand, find_images
+from pipeline.data.discovery import expand, find_images, is_pyramid, is_pyramid_name
 from pipeline.data.manifest import Entry, is_image_file, is_manifest, read_manifest, slide_name
 from pipeline.data.naming import NAME_BY
 from pipeline.errors import UsageError
@@ -21,7 +21,6 @@ _SHOWN = 20  # problems of one pyramid
 _NO_SOURCE = "no source image has its name, or several have"
 _DECODED = 4096  # pixels, side of what is decoded of an image file at once
 _NO_PYRAMID = "an image file, which is decoded and not compared with a source"
-_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # OME-Zarr 0.5 has the first, and 0.4 the others
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def find_pyramids(places: Sequence[str]) -> list[Entry]:
     for place in places:
         if is_manifest(place):
             raise UsageError(f"{place}: give a manifest alone, without other pyramids")
-        here = expand(place, _is_pyramid, _is_pyramid_name)
+        here = expand(place, is_pyramid, is_pyramid_name)
         if not here:
             raise UsageError(f"{place}: no pyramid here")
         found += here
@@ -154,16 +153,3 @@ def _decode(slide: Slide, progress: Callable[[int, int], None]) -> None:
         for y, x in product(range(0, height, step), range(0, width, step)):
             done += slide.read(number, (y, x, min(step, height - y), min(step, width - x))).nbytes
             progress(done, total)
-
-
-def _is_pyramid_name(place: str) -> bool:
-    return place.endswith(".zarr")
-
-
-def _is_pyramid(path: Path) -> bool:
-    """Tell whether a folder is or should be a pyramid; an unfinished one is none beside the finished one."""
-    if path.name.startswith(".") or not path.is_dir():
-        return False
-    if path.name.endswith(".partial"):
-        return path.with_suffix("").name.endswith(".zarr") and not path.with_suffix("").exists()
-    return path.name.endswith(".zarr") or any((path / name).is_file() for name in _METADATA)

@@ -27,6 +27,7 @@ from pipeline.cli.synth import synth
 from pipeline.cli.tissue import tissue
 from pipeline.cli.train import train
 from pipeline.cli.validate import validate
+from pipeline.cli.view import view
 from pipeline.interrupt import RESUMABLE, interruptible
 
 
@@ -66,7 +67,21 @@ def _options(
     """Take the options that stand before a command."""
 
 
-for _command in (init, convert, validate, info, tissue, stats, split, train, predict, evaluate, heatmap, report):
+for _command in (
+    init,
+    convert,
+    validate,
+    info,
+    tissue,
+    stats,
+    split,
+    train,
+    predict,
+    evaluate,
+    heatmap,
+    report,
+    view,
+):
     app.command()(_command)
 app.add_typer(synth, name="synth")
 app.add_typer(job, name="job")

@@ -24,8 +24,8 @@ _ROUNDING = 1e-9  # degrees
 _MEND = "give the scene its own: gdal_edit -a_srs EPSG:... FILE"
 
 
-def needed(package: str, purpose: str) -> Any:
-    """Import a package of the extra ``geo``.
+def needed(package: str, purpose: str, *, extra: str = "geo") -> Any:
+    """Import a package of an extra.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def needed(package: str, purpose: str) -> Any:
         return import_module(package)
     except ImportError as error:
         raise UsageError(
-            f"{purpose} needs {package}, which is not installed: pip install 'nested-ats[geo]'"
+            f"{purpose} needs {package}, which is not installed: pip install 'nested-ats[{extra}]'"
         ) from error
 
 

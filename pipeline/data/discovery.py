@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.data.manifest import IMAGE_SUFFIXES, Entry, has_image_suffix, is_manifest, read_manifest, slide_name
+from pipeline.data.manifest import (
+    IMAGE_SUFFIXES,
+    Entry,
+    has_image_suffix,
+    is_manifest,
+    printable,
+    read_manifest,
+    slide_name,
+)
 from pipeline.data.naming import NAME_BY, keep_names, path_name
 from pipeline.errors import UsageError
 from storage import list_below
 from storage.place.urls import is_remote
+from storage.read.slide import dicom_file
+
+_METADATA = ("zarr.json", ".zattrs", ".zgroup")  # OME-Zarr 0.5 has the first, and 0.4 the others
 
 
 def find_images(
@@ -147,7 +159,53 @@ def name_slides(places: Sequence[str]) -> list[Entry]:
     return list(slides.values())
 
 
+def find_slides(places: Sequence[str]) -> list[Entry]:
+    """Find all that can be opened: image files, pyramids and DICOM series, in folders too, or one manifest.
+
+    Slides go by the names of their files, and those of which two are alike by their paths.
+
+    Raises
+    ------
+    UsageError
+        Nothing is there, a folder cannot be read, or a manifest is wrong or not alone.
+    """
+    if len(places) == 1 and is_manifest(places[0]):
+        return read_manifest(Path(places[0]))
+    sources: dict[str, str] = {}
+    for source in places:
+        if is_manifest(source):
+            raise UsageError(f"{source}: give a manifest alone, without other slides")
+        found = expand(source, _is_slide, lambda name: has_image_suffix(name) or is_pyramid_name(name))
+        if not found:
+            raise UsageError(f"{source}: no slide here; name one, a folder of them, or a manifest")
+        sources |= {place if is_remote(place) else os.path.abspath(place): source for place in found}
+    names = {path: (slide_name(path), path_name(path, source), printable(path)) for path, source in sources.items()}
+    counts = [Counter(each) for each in zip(*names.values(), strict=True)]
+    return [
+        Entry(slide_id=next(name for name, count in zip(each, counts, strict=True) if count[name] == 1), path=path)
+        for path, each in names.items()
+    ]
+
+
+def _is_slide(path: Path) -> bool:
+    return _is_image(path) or is_pyramid(path) or bool(dicom_file(str(path)))
+
+
 def _is_image(path: Path) -> bool:
     """Tell whether to take a file; a link that leads nowhere is taken, so that it is reported and not missed."""
     named = has_image_suffix(path.name) and not path.name.startswith(".")
     return named and (os.path.isfile(path) or not os.path.exists(path))  # a pipe would be waited for
+
+
+def is_pyramid_name(place: str) -> bool:
+    """Tell whether what has this name at a URL should be a pyramid."""
+    return place.endswith(".zarr")
+
+
+def is_pyramid(path: Path) -> bool:
+    """Tell whether a folder is or should be a pyramid; an unfinished one is none beside the finished one."""
+    if path.name.startswith(".") or not path.is_dir():
+        return False
+    if path.name.endswith(".partial"):
+        return path.with_suffix("").name.endswith(".zarr") and not path.with_suffix("").exists()
+    return path.name.endswith(".zarr") or any((path / name).is_file() for name in _METADATA)

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,19 @@ _GEOJSON_BYTES = 2**28
 _IGNORED = "Ignore*"  # QuPath's class of what is to be left out
 
 Outline = tuple[NDArray[np.float64], list[NDArray[np.float64]]]  # a ring (N, 2) of x, y, and the rings of its holes
+
+
+class Outlined(NamedTuple):
+    """An object of a GeoJSON file."""
+
+    properties: dict[str, Any]  # what the file says of it
+    outlines: list[Outline]  # none where it is a point or a line
+
+    @property
+    def kind(self) -> str:
+        """Name of QuPath's class of it; empty where it has none."""
+        found = self.properties.get("classification")
+        return str(found.get("name") or "") if isinstance(found, dict) else ""
 
 
 def read_mask(place: str, shape_yx: tuple[int, int]) -> tuple[NDArray[np.bool_], tuple[float, float]]:
@@ -77,41 +90,65 @@ def read_outlines(place: str) -> list[Outline]:
     storage.StorageError
         It cannot be read.
     """
-    store, key = open_above(place)
-    try:
-        content = json.loads(store.get(key, _GEOJSON_BYTES))
-    except FileNotFoundError:
-        raise DataError(f"{place}: does not exist; check the manifest's column mask") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: is not JSON ({error}); export the outlines again as GeoJSON") from error
-    finally:
-        store.close()
-    try:
-        outlines = [outline for geometry in _geometries(content) for outline in _polygons(geometry)]
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{place}: is not GeoJSON; export the outlines again as GeoJSON") from error
+    outlines = [one for each in read_objects(place) if each.kind != _IGNORED for one in each.outlines]
     if not outlines:
         raise DataError(f"{place}: has no polygon; outline what is to be seen, and export it again")
     return outlines
 
 
-def _geometries(node: Any) -> Iterator[dict[str, Any]]:
-    """Geometries of a collection, a list or a single feature."""
+def read_objects(place: str, most_bytes: int = _GEOJSON_BYTES) -> list[Outlined]:
+    """Read the objects of a GeoJSON file, with what it says of each.
+
+    Parameters
+    ----------
+    place
+        Its path or URL.
+    most_bytes
+        A larger file is refused.
+
+    Raises
+    ------
+    DataError
+        The file is no GeoJSON.
+    storage.StorageError
+        It cannot be read.
+    """
+    store, key = open_above(place)
+    try:
+        content = json.loads(store.get(key, most_bytes))
+    except FileNotFoundError:
+        raise DataError(f"{place}: does not exist; check the path, or the manifest's column mask") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: is not JSON ({error}); export the outlines again as GeoJSON") from error
+    finally:
+        store.close()
+    try:
+        return objects_of(content)
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{place}: is not GeoJSON; export the outlines again as GeoJSON") from error
+
+
+def objects_of(content: Any) -> list[Outlined]:
+    """Turn GeoJSON, such as `to_outlines` makes, into its objects; errors of any kind mean that it is none."""
+    return [Outlined(properties, list(_polygons(geometry))) for properties, geometry in _geometries(content, {})]
+
+
+def _geometries(node: Any, properties: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Geometries of a collection, a list or a single feature, each with the properties of its feature."""
     if isinstance(node, list):
         for each in node:
-            yield from _geometries(each)
+            yield from _geometries(each, properties)
         return
     match node["type"]:
         case "FeatureCollection":
-            yield from _geometries(node["features"])
+            yield from _geometries(node["features"], properties)
         case "GeometryCollection":
-            yield from _geometries(node["geometries"])
+            yield from _geometries(node["geometries"], properties)
         case "Feature":
-            named = ((node.get("properties") or {}).get("classification") or {}).get("name")
-            if named != _IGNORED and node.get("geometry"):
-                yield from _geometries(node["geometry"])
+            if node.get("geometry"):
+                yield from _geometries(node["geometry"], dict(node.get("properties") or {}))
         case _:
-            yield node
+            yield properties, node
 
 
 def _polygons(geometry: dict[str, Any]) -> Iterator[Outline]:

@@ -1,6 +1,6 @@
 """``heatmap``: show where the model looked, as an image beside the slide, a picture, and objects for QuPath.
 
-All three are aligned by level-0 coordinates: the map is a multiscale OME-Zarr with the slide's own scale, the
+All are aligned by level-0 coordinates: the map is a multiscale OME-Zarr with the slide's own scale, the
 picture lays slide and map out in level-0 pixels, and the GeoJSON's polygons are in level-0 pixels. Of a scene that
 lies on the Earth, polygons come in WGS 84 too, and the map as a GeoTIFF where it is asked for.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nested_ats import Classes, Prediction
 from nested_ats.cells import box_starts
-from nested_ats.config import PatchConfig
+from nested_ats.config import ModelConfig, PatchConfig
 from nested_ats.maps import attention_map
 from nested_ats.models.patches import PatchModel
 from pipeline.data.crs import needed
@@ -36,9 +36,11 @@ from storage import Slide, write_pyramid
 
 MAP, PICTURE, OBJECTS = "attention.ome.zarr", "overlay.png", "patches.geojson"
 PIXEL_OBJECTS = "patches-pixels.geojson"  # where `OBJECTS` is in WGS 84
+REGIONS = "regions.geojson"  # in pixels: what the model opened on its way to the patches, where it has several levels
 GEOTIFF = "attention.tif"
 _PICTURE_PIXELS = 1600  # the longer side of the slide in the picture has no more
 _SHOWN_PATCHES = 8
+_PATCH, _REGION = (230, 60, 30), (20, 120, 220)  # colours in QuPath
 _PATCH_PIXELS = 256  # a shown patch has so many pixels a side, and less than twice as many, if the slide has them
 
 
@@ -141,11 +143,13 @@ def _heatmap(classifier: Classifier, entry: Entry, folder: Path, *, geotiff: boo
         title = f"{entry.slide_id}: {words}"
         picture = draw_picture(slide, heat, pitch, patches, title, fill=image.fill, channels=image.numbers)
         write_atomic(folder / PICTURE, picture)
-        for name in (GEOTIFF, PIXEL_OBJECTS):
+        for name in (GEOTIFF, PIXEL_OBJECTS, REGIONS):
             (folder / name).unlink(missing_ok=True)  # of another model, if they are not written now
         if geotiff:
             write_atomic(folder / GEOTIFF, attention_geotiff(slide, heat, pitch))
         remark = _write_objects(folder, to_geojson(patches), slide)
+        if regions := [region.scaled(image.scale) for region in drawn_regions(prediction, config)]:
+            write_atomic(folder / REGIONS, json.dumps(to_geojson(regions, "opened region", _REGION)) + "\n")
     return Heatmap(entry.slide_id, folder, answer, float(heat.max()), remark=remark)
 
 
@@ -165,13 +169,27 @@ def _write_objects(folder: Path, collection: dict[str, Any], slide: Slide) -> st
 
 def drawn_patches(prediction: Prediction, model: PatchConfig) -> list[Patch]:
     """List the distinct patches of all draws for the first image, the heaviest first, as the encoder saw them."""
-    downsample, size = model.patch_downsample, model.patch_size
+    return _drawn(prediction, -1, model.patch_downsample, model.patch_size)
+
+
+def drawn_regions(prediction: Prediction, model: PatchConfig) -> list[Patch]:
+    """List the distinct regions that a nested model opened, coarse ones first; other models open none."""
+    levels = model.levels[1:] if isinstance(model, ModelConfig) else ()
+    return [
+        region
+        for number, level in enumerate(levels)
+        for region in _drawn(prediction, number, level.downsample, level.size or 1)
+    ]
+
+
+def _drawn(prediction: Prediction, phase: int, downsample: float, size: int) -> list[Patch]:
+    """List the distinct boxes of so many pixels that a phase drew for the first image, the heaviest first."""
     places: dict[tuple[float, float], list[tuple[int, float, float]]] = {}
     for number, output in enumerate(prediction.outputs):
-        last = output.phases[-1]
-        corners = (box_starts(last.centers_l0[0], downsample, size) * downsample).tolist()
-        attention = last.attention[0].tolist()
-        for (y, x), z, a in zip(corners, last.z[0].tolist(), attention, strict=True):
+        drawn_then = output.phases[phase]
+        corners = (box_starts(drawn_then.centers_l0[0], downsample, size) * downsample).tolist()
+        attention = drawn_then.attention[0].tolist()
+        for (y, x), z, a in zip(corners, drawn_then.z[0].tolist(), attention, strict=True):
             if z * a > 0:
                 places.setdefault((y, x), []).append((number, z * a, a))
     patches = [
@@ -188,8 +206,10 @@ def drawn_patches(prediction: Prediction, model: PatchConfig) -> list[Patch]:
     return sorted(patches, key=lambda patch: -patch.weight)
 
 
-def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
-    """Make a GeoJSON collection of patches that QuPath imports: polygons of x, y in level-0 pixels."""
+def to_geojson(
+    patches: Sequence[Patch], kind: str = "sampled patch", colour: tuple[int, int, int] = _PATCH
+) -> dict[str, Any]:
+    """Make a GeoJSON collection of patches that QuPath imports: polygons of x, y in level-0 pixels, of one class."""
     features = []
     for patch in patches:
         left, top, right, bottom = patch.x_l0, patch.y_l0, patch.x_l0 + patch.side_l0, patch.y_l0 + patch.side_l0
@@ -201,7 +221,7 @@ def to_geojson(patches: Sequence[Patch]) -> dict[str, Any]:
                 "properties": {
                     "objectType": "annotation",
                     "name": f"drawn {patch.draws} times",
-                    "classification": {"name": "sampled patch", "color": [230, 60, 30]},
+                    "classification": {"name": kind, "color": list(colour)},
                     "measurements": {"weight": patch.weight, "attention": patch.attention, "draws": patch.draws},
                 },
             }

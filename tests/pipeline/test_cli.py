@@ -34,7 +34,7 @@ COMMANDS = [
     "evaluate",
     "heatmap",
 ]
-COMMANDS += ["report", "synth", "synth signs"]
+COMMANDS += ["report", "view", "synth", "synth signs"]
 
 
 @pytest.fixture

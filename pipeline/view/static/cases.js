@@ -1,0 +1,61 @@
+// The list of slides: name, small picture, label and prediction.
+
+import { element } from "./server.js";
+
+export class Cases {
+  constructor(cases) {
+    this.cases = cases;
+    this.links = cases.map((each, number) => this.link(each, number));
+    const list = document.getElementById("cases");
+    list.replaceChildren(...this.links.map((link) => element("li", {}, link)));
+    this.filter = document.getElementById("filter");
+    this.filter.addEventListener("input", () => this.choose());
+    this.choose();
+  }
+
+  link(each, number) {
+    const picture = element("img", { src: `slides/${number}/thumbnail`, alt: "", loading: "lazy" });
+    const frame = element("span", { className: "thumb" }, picture);
+    picture.addEventListener("error", () => frame.replaceChildren("–"));
+    const rows = element("span", { className: "words" }, element("b", { title: each.id }, each.id));
+    if (each.label) rows.append(element("span", {}, `label ${each.label}`));
+    if (verdict(each)) rows.append(element("span", { className: verdict(each).className }, verdict(each).text));
+    return element("a", { href: `#slide=${encodeURIComponent(each.id)}` }, frame, rows);
+  }
+
+  /** Show those whose name, label or prediction has all words of the filter. */
+  choose() {
+    const sought = this.filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    this.cases.forEach((each, number) => {
+      const text = [each.id, each.label, each.prediction, verdict(each)?.className].join(" ").toLowerCase();
+      const fits = sought.every((word) => text.includes(word));
+      this.links[number].parentElement.hidden = !fits;
+      shown += fits;
+    });
+    const all = this.cases.length;
+    document.getElementById("count").textContent = shown === all ? `${all}` : `${shown} of ${all}`;
+  }
+
+  mark(number) {
+    this.links.forEach((link, i) => (i === number ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current")));
+    this.links[number].scrollIntoView({ block: "nearest" });
+  }
+
+  /** The number of the next slide that is listed, in one direction or the other. */
+  next(number, step) {
+    for (let i = number + step; i >= 0 && i < this.links.length; i += step)
+      if (!this.links[i].parentElement.hidden) return i;
+    return number;
+  }
+}
+
+/** What was predicted, in words, and whether that is right. */
+export function verdict({ label, prediction, probability, error }) {
+  if (error) return { text: "not predicted: it failed", className: "wrong" };
+  if (!prediction) return null;
+  const share = probability === null ? "" : ` ${(100 * probability).toFixed(0)}%`;
+  const className = !label ? "" : label === prediction ? "right" : "wrong";
+  const sign = { right: "✓ ", wrong: "✗ " }[className] ?? "";
+  return { text: `${sign}predicted ${prediction}${share}`, className };
+}
