@@ -254,8 +254,8 @@ class Config(_Section):
         if self.data.unit == "case":
             if not isinstance(self.model, PatchConfig) or self.model.prior == "none":
                 raise ValueError(
-                    "data.unit: the slides of a case lie side by side, and the model must know what lies between; set "
-                    "model.prior to tissue or valid, or unit to slide"
+                    "data.unit: the slides of a case lie side by side, and the model must know what lies between; "
+                    "set model.prior to tissue or valid, or unit to slide"
                 )
             if self.model.location:
                 raise ValueError("data.unit: a place in a case means nothing; set model.location to false")

@@ -8,10 +8,11 @@ lies on the Earth, polygons come in WGS 84 too, and the map as a GeoTIFF where i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,11 @@ from nested_ats.cells import box_starts
 from nested_ats.config import ModelConfig, PatchConfig
 from nested_ats.maps import attention_map
 from nested_ats.models.patches import PatchModel
+from pipeline.data.cases import group_cases
 from pipeline.data.crs import needed
 from pipeline.data.manifest import Entry
+from pipeline.data.samples import Sample
+from pipeline.data.slides import SlideImage
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
@@ -102,55 +106,101 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path, *, geot
             f"{settings.model}: a model without patches looks everywhere alike, so there is nothing to draw"
         )
     make_folder(folder)
-    done = []
+    if settings.unit == "case":
+        entries = group_cases(entries, ())
+    done: list[Heatmap] = []
     with progress("heatmap") as update:
         for number, entry in enumerate(entries):
-            place = folder / file_name(entry.slide_id)
             with Net() as net:
-                done.append(_heatmap(classifier, entry, make_folder(place), geotiff=geotiff))
+                done += _heatmap(classifier, entry, folder, geotiff=geotiff)
             if net.error:
-                done.append(Heatmap(entry.slide_id, place, error=net.error))
+                done.append(Heatmap(entry.slide_id, folder / file_name(entry.slide_id), error=net.error))
             update(number + 1, len(entries), entry.slide_id)
     return done
 
 
-def _heatmap(classifier: Classifier, entry: Entry, folder: Path, *, geotiff: bool) -> Heatmap:
-    config = classifier.model.config
-    assert isinstance(config, PatchConfig)  # noqa: S101  seen in `heatmaps`
+class _Look(NamedTuple):
+    """Where a model looked in one slide: what is drawn and written of it."""
+
+    answer: str  # in short
+    words: str  # the answer, with its probability if it has one
+    heat: NDArray[np.float32]  # (H, W), the attention as multiples of the uniform one
+    pitch: float  # pixels of the model's finest level to one of `heat`
+    patches: list[Patch]
+    regions: list[Patch]
+
+
+def _heatmap(classifier: Classifier, entry: Entry, folder: Path, *, geotiff: bool) -> list[Heatmap]:
+    """Write the heatmaps of a sample: of a slide, or of each slide of a case."""
     with classifier.opened(entry) as image:
-        slide = image.slide
-        if geotiff:
-            georeference_of(slide)  # what cannot be written is said before anything is computed
-        prediction = classifier.estimate(entry, image)
-        density, pitch = attention_map(prediction.outputs, image.shapes[0])
-        pitch *= image.scale  # from the model's pixels to those of the slide
-        # As multiples of the uniform attention, numbers mean the same on slides of any size.
-        heat = (density * density.numel()).float().numpy()
-        target, answers = classifier.model.target, prediction.answers[0].tolist()
-        answer = in_short(target, answers)
-        words = f"{answer} ({max(answers):.0%})" if isinstance(target, Classes) else answer
-        patches = [patch.scaled(image.scale) for patch in drawn_patches(prediction, config)]
-        write_pyramid(
-            folder / MAP,
-            heat[None],
-            name=f"attention of {entry.slide_id}",
-            mpp=slide.mpp,
-            downsample=pitch,
-            channels=("attention, times uniform",),
-            georeference=slide.georeference and slide.georeference.scaled(pitch),
-            overwrite=True,
-        )
-        title = f"{entry.slide_id}: {words}"
-        picture = draw_picture(slide, heat, pitch, patches, title, fill=image.fill, channels=image.numbers)
-        write_atomic(folder / PICTURE, picture)
-        for name in (GEOTIFF, PIXEL_OBJECTS, REGIONS):
-            (folder / name).unlink(missing_ok=True)  # of another model, if they are not written now
-        if geotiff:
-            write_atomic(folder / GEOTIFF, attention_geotiff(slide, heat, pitch))
-        remark = _write_objects(folder, to_geojson(patches), slide)
-        if regions := [region.scaled(image.scale) for region in drawn_regions(prediction, config)]:
-            write_atomic(folder / REGIONS, json.dumps(to_geojson(regions, "opened region", _REGION)) + "\n")
-    return Heatmap(entry.slide_id, folder, answer, float(heat.max()), remark=remark)
+        for each in image.slides if geotiff else []:
+            georeference_of(each.slide)  # what cannot be written is said before anything is computed
+        looks = _look(classifier, entry, image)
+        slides = zip(entry.slides or [entry], image.slides, looks, strict=True)
+        return [_write(one, slide, look, folder, geotiff=geotiff) for one, slide, look in slides]
+
+
+def _look(classifier: Classifier, entry: Entry, image: Sample) -> list[_Look]:
+    """Find where the model looks in each slide of a sample."""
+    config, target = classifier.model.config, classifier.model.target
+    assert isinstance(config, PatchConfig)  # noqa: S101  seen in `heatmaps`
+    prediction = classifier.estimate(entry, image)
+    density, pitch = attention_map(prediction.outputs, image.shapes[0])
+    places = [(corner, _cells(slide, pitch)) for slide, corner in image.places()]
+    # As multiples of the uniform attention, numbers mean the same on samples of any size.
+    heat = (density * sum(rows * columns for _, (rows, columns) in places)).float().numpy()
+    answers = prediction.answers[0].tolist()
+    answer = in_short(target, answers)
+    words = f"{answer} ({max(answers):.0%})" if isinstance(target, Classes) else answer
+    patches, regions = drawn_patches(prediction, config), drawn_regions(prediction, config)
+    looks = []
+    for corner, (rows, columns) in places:
+        top, left = (corner / pitch).round().long().tolist()
+        own = heat[top : top + rows, left : left + columns]
+        box = (*corner.tolist(), rows * pitch, columns * pitch)
+        looks.append(_Look(answer, words, own, pitch, _inside(patches, box), _inside(regions, box)))
+    return looks
+
+
+def _cells(slide: SlideImage, pitch: float) -> tuple[int, int]:
+    """Rows and columns of a map over a slide."""
+    height, width = slide.shapes[0]
+    return math.ceil(height / pitch), math.ceil(width / pitch)
+
+
+def _inside(patches: Sequence[Patch], box: tuple[float, float, float, float]) -> list[Patch]:
+    """Patches that touch a box (y, x, height, width), in pixels from its first one."""
+    y, x, height, width = box
+    moved = [replace(patch, y_l0=patch.y_l0 - y, x_l0=patch.x_l0 - x) for patch in patches]
+    return [p for p in moved if -p.side_l0 < p.y_l0 < height and -p.side_l0 < p.x_l0 < width]
+
+
+def _write(entry: Entry, image: SlideImage, look: _Look, folder: Path, *, geotiff: bool) -> Heatmap:
+    """Write the heatmap of a slide into its own folder."""
+    slide, heat, pitch = image.slide, look.heat, look.pitch * image.scale  # in pixels of the slide from here on
+    place = make_folder(folder / file_name(entry.slide_id))
+    patches, regions = ([each.scaled(image.scale) for each in some] for some in (look.patches, look.regions))
+    write_pyramid(
+        place / MAP,
+        heat[None],
+        name=f"attention of {entry.slide_id}",
+        mpp=slide.mpp,
+        downsample=pitch,
+        channels=("attention, times uniform",),
+        georeference=slide.georeference and slide.georeference.scaled(pitch),
+        overwrite=True,
+    )
+    title = f"{entry.slide_id}: {look.words}"
+    picture = draw_picture(slide, heat, pitch, patches, title, fill=image.fill, channels=image.numbers)
+    write_atomic(place / PICTURE, picture)
+    for name in (GEOTIFF, PIXEL_OBJECTS, REGIONS):
+        (place / name).unlink(missing_ok=True)  # of another model, if they are not written now
+    if geotiff:
+        write_atomic(place / GEOTIFF, attention_geotiff(slide, heat, pitch))
+    remark = _write_objects(place, to_geojson(patches), slide)
+    if regions:
+        write_atomic(place / REGIONS, json.dumps(to_geojson(regions, "opened region", _REGION)) + "\n")
+    return Heatmap(entry.slide_id, place, look.answer, float(heat.max()), remark=remark)
 
 
 def _write_objects(folder: Path, collection: dict[str, Any], slide: Slide) -> str:

@@ -25,7 +25,8 @@ from nested_ats.config import EncoderConfig
 from pipeline.data.crs import metres_per_pixel
 from pipeline.data.manifest import Entry
 from pipeline.data.outlines import objects_of, to_outlines
-from pipeline.data.slides import Opening, SlideCache
+from pipeline.data.samples import SampleCache
+from pipeline.data.slides import Opening
 from pipeline.data.tissue import find_mask
 from pipeline.errors import DataError, PipelineError
 from pipeline.view import paint, tiles
@@ -58,7 +59,7 @@ class Viewer:
 
     def __init__(self, cases: Sequence[Case], work: Work, opening: Opening) -> None:
         self.cases, self._work = list(cases), work
-        self._open_slides = SlideCache(EncoderConfig(), **opening)
+        self._open_slides = SampleCache(EncoderConfig(), **opening)
         self._looks: dict[int, Look] = {}
         self._heats: dict[int, Heat] = {}
 
@@ -195,7 +196,7 @@ class Viewer:
         return _json(plain_objects(outlines, case.entry.path, slide.shape_yx))
 
     def _open(self, entry: Entry) -> Slide:
-        return self._open_slides.open(entry).slide
+        return self._open_slides.open(entry).slides[0].slide
 
     def _attention(self, case: Case) -> Slide:
         if not case.attention:

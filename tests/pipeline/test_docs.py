@@ -47,7 +47,7 @@ def test_every_command_has_its_place():
 
 def test_the_layers_of_every_room_are_drawn():
     text = "\n".join(hooks._layers())
-    assert text.count("```text") == 5
+    assert text.count("```text") == 6
     assert re.search(r"validation.*▼.*conversion │ read.*▼.*images.*▼.*format.*▼.*place", text, re.DOTALL)
 
 

@@ -23,7 +23,7 @@ from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
 from pipeline.results.classifier import Classifier
-from pipeline.results.heatmap import MAP, OBJECTS, PICTURE, Patch, draw_picture, heatmaps, to_geojson
+from pipeline.results.heatmap import MAP, OBJECTS, PICTURE, REGIONS, Patch, draw_picture, heatmaps, to_geojson
 from pipeline.results.settings import Settings
 from storage import ConvertOptions, Slide, write_pyramid
 
@@ -155,7 +155,7 @@ class TestMap:
         moved = spotted((3, 131, 173), (104, 144), name="moved")
         draw(Entry(slide_id="slide", path=moved.path), bright_model[3], tmp_path / "out")
         assert not np.array_equal(map_in_level_0(again.folder)[0], before)
-        assert sorted(p.name for p in again.folder.iterdir()) == sorted([MAP, PICTURE, OBJECTS])
+        assert sorted(p.name for p in again.folder.iterdir()) == sorted([MAP, PICTURE, OBJECTS, REGIONS])
 
 
 @pytest.mark.usefixtures("no_picture")

@@ -103,14 +103,14 @@ def test_floats_of_any_precision_are_read(tmp_path):
 def test_images_in_memory_are_kept_up_to_a_size(tmp_path, monkeypatch):
     places = [write_png(tmp_path / f"{i}.png", np.full((3, 64, 64), i, np.uint8)) for i in range(4)]
     with Slide(places[0]) as slide:
-        monkeypatch.setattr(module, "_HELD_BYTES", 2 * slide.memory_bytes)
+        monkeypatch.setattr("pipeline.data.samples._HELD_BYTES", 2 * slide.memory_bytes)
     cache = SampleCache(CNNConfig(), background=0)
     entries = [Entry(slide_id=str(place), path=str(place)) for place in places]
     images = [cache.open(entry) for entry in entries]
     assert cache.open(entries[3]) is images[3]
     assert cache.open(entries[2]) is images[2]
     assert cache.open(entries[0]) is not images[0]
-    monkeypatch.setattr(module, "_HELD_BYTES", 1)
+    monkeypatch.setattr("pipeline.data.samples._HELD_BYTES", 1)
     assert cache.open(entries[1]) is cache.open(entries[1])  # one is always kept
 
 

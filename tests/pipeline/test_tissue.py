@@ -310,7 +310,7 @@ def test_masks_of_open_slides_are_held_within_bounds(tmp_path, monkeypatch):
     entries = [slide_of(tmp_path, paint(tissue=([(200, 300, 600, 800)], EOSIN)), name) for name in "abc"]
     cache = SampleCache(ModelConfig(levels=LEVELS, patch_size=24, prior="tissue"))
     images = [cache.open(entry) for entry in entries]
-    monkeypatch.setattr("pipeline.data.slides._HELD_BYTES", 2 * images[0].memory_bytes)
+    monkeypatch.setattr("pipeline.data.samples._HELD_BYTES", 2 * images[0].memory_bytes)
     assert images[0].memory_bytes > 8 * 1024**2
     assert cache.open(entries[2]) is images[2]
     assert cache.open(entries[0]) is not images[0]

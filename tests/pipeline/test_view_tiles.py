@@ -233,7 +233,7 @@ class TestHeat:
     def test_is_coloured_by_its_logarithm(self):
         values = np.array([[[0.0, 0.99, 1.01, 10, 100, 1000, np.nan]]], np.float32)
         drawn = paint.heat_painter(Heat("viridis", 1, 100))(values)[0]
-        table = (np.array(mpl.colormaps["viridis"].colors) * 255).round()
+        table = (np.array(mpl.colormaps["viridis"](np.arange(256))[:, :3]) * 255).round()
         assert drawn[[0, 1, 6], 3].tolist() == [0, 0, 0]
         for place, share in ((2, 0), (3, 0.5), (4, 1), (5, 1)):
             assert np.abs(drawn[place, :3] - table[round(share * 255)]).max() <= 3
