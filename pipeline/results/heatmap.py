@@ -32,6 +32,7 @@ from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
 from pipeline.progress import progress
 from pipeline.results.classifier import Classifier
+from pipeline.results.look import Patch, answered, bar_of, read_patch, write_look
 from pipeline.results.pictures import thumbnail, to_png, to_rgb
 from pipeline.results.places import attention_geotiff, georeference_of, in_wgs84
 from pipeline.results.predictions import in_short
@@ -45,24 +46,6 @@ GEOTIFF = "attention.tif"
 _PICTURE_PIXELS = 1600  # the longer side of the slide in the picture has no more
 _SHOWN_PATCHES = 8
 _PATCH, _REGION = (230, 60, 30), (20, 120, 220)  # colours in QuPath
-_PATCH_PIXELS = 256  # a shown patch has so many pixels a side, and less than twice as many, if the slide has them
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A place where patches were drawn, once or in several draws."""
-
-    y_l0: float  # the upper edge
-    x_l0: float  # the left edge
-    side_l0: float
-    weight: float  # the patch's share of the slide's feature: z times attention, averaged over the draws
-    attention: float  # the attention of its leaf, or of the strongest where several leaves lie there
-    draws: int  # how many draws drew it
-
-    def scaled(self, scale: float) -> Patch:
-        """The same place in pixels that are `scale` times smaller."""
-        place = {name: getattr(self, name) * scale for name in ("y_l0", "x_l0", "side_l0")}
-        return replace(self, **place)
 
 
 @dataclass(frozen=True)
@@ -122,6 +105,7 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path, *, geot
 class _Look(NamedTuple):
     """Where a model looked in one slide: what is drawn and written of it."""
 
+    about: dict[str, Any]  # what was answered (`pipeline.results.look.answered`)
     answer: str  # in short
     words: str  # the answer, with its probability if it has one
     heat: NDArray[np.float32]  # (H, W), the attention as multiples of the uniform one
@@ -153,12 +137,13 @@ def _look(classifier: Classifier, entry: Entry, image: Sample) -> list[_Look]:
     answer = in_short(target, answers)
     words = f"{answer} ({max(answers):.0%})" if isinstance(target, Classes) else answer
     patches, regions = drawn_patches(prediction, config), drawn_regions(prediction, config)
+    about = {"sample": entry.slide_id, "words": words, **answered(target, prediction, answer)}
     looks = []
     for corner, (rows, columns) in places:
         top, left = (corner / pitch).round().long().tolist()
         own = heat[top : top + rows, left : left + columns]
         box = (*corner.tolist(), rows * pitch, columns * pitch)
-        looks.append(_Look(answer, words, own, pitch, _inside(patches, box), _inside(regions, box)))
+        looks.append(_Look(about, answer, words, own, pitch, _inside(patches, box), _inside(regions, box)))
     return looks
 
 
@@ -197,6 +182,8 @@ def _write(entry: Entry, image: SlideImage, look: _Look, folder: Path, *, geotif
         (place / name).unlink(missing_ok=True)  # of another model, if they are not written now
     if geotiff:
         write_atomic(place / GEOTIFF, attention_geotiff(slide, heat, pitch))
+    about = {"slide_id": entry.slide_id, **look.about}
+    write_look(place, slide, heat, pitch, patches, regions, about, fill=image.fill, channels=image.numbers)
     remark = _write_objects(place, to_geojson(patches), slide)
     if regions:
         write_atomic(place / REGIONS, json.dumps(to_geojson(regions, "opened region", _REGION)) + "\n")
@@ -340,32 +327,18 @@ def draw_picture(
     for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
         place.axis("off")
         if patch is not None:
-            place.imshow(to_rgb(_read_patch(slide, patch, fill)[shown], slide.nodata))
+            place.imshow(to_rgb(read_patch(slide, patch, fill)[shown], slide.nodata))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
     return to_png(figure)
 
 
-def _read_patch(slide: Slide, patch: Patch, fill: float) -> NDArray[Any]:
-    """Read the (C, h, w) pixels of a patch, from a level that is coarse enough for a large one to be cheap."""
-    fine = [i for i, level in enumerate(slide.levels) if patch.side_l0 / level.downsample >= _PATCH_PIXELS]
-    number = fine[-1] if fine else 0
-    corner_and_side = (patch.y_l0, patch.x_l0, patch.side_l0, patch.side_l0)
-    box = [round(value / slide.levels[number].downsample) for value in corner_and_side]
-    return slide.read(number, box, fill=fill)
-
-
 def _scale_bar(axes: Any, slide: Slide) -> None:
     """Draw a bar of a round length of about a fifth of the slide's width."""
     height, width = slide.shape_yx
-    unit = slide.mpp or 1.0
-    wanted = width * unit / 5
-    power = 10 ** np.floor(np.log10(wanted))
-    length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
-    metric = f"{length:g} µm" if length < 1000 else f"{length / 1000:g} mm"
-    label = f"{length:g} px" if slide.mpp is None else metric
+    length, label = bar_of(slide)
     x, y = 0.03 * width, 0.96 * height
     for colour, line in (("black", 5), ("white", 3)):
-        axes.plot([x, x + length / unit], [y, y], color=colour, linewidth=line, solid_capstyle="butt")
+        axes.plot([x, x + length], [y, y], color=colour, linewidth=line, solid_capstyle="butt")
     box = {"facecolor": "black", "alpha": 0.6, "pad": 2, "edgecolor": "none"}
     axes.text(x, y - 0.015 * height, label, color="white", fontsize=9, bbox=box)

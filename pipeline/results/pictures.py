@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,17 @@ def to_png(figure: Figure) -> bytes:
         # Letters that the font lacks are shown as boxes; that is no reason to warn of every slide.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def to_file(pixels: NDArray[Any], kind: Literal["JPEG", "PNG"]) -> bytes:
+    """Make the file of a picture, (H, W, 3 or 4): bytes, or floating point from 0 to 1."""
+    from PIL import Image
+
+    if pixels.dtype != np.uint8:
+        pixels = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, kind, quality=90)
     return buffer.getvalue()
 
 

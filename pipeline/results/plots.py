@@ -1,34 +1,109 @@
-"""Plots of what is true against what was answered, as PNGs.
+"""Plots of a report, by Plotly: how a run trained, and what is true against what was answered.
 
-Shape letters: S slides, T times.
+Shape letters: S slides, Q classes, T times.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.results.intervals import Reals
-from pipeline.results.measures import kaplan_meier
-from pipeline.results.pictures import to_png
+from nested_ats.targets import Target
+from pipeline.results.intervals import Numbers, Reals, accuracy_interval
+from pipeline.results.measures import kaplan_meier, ranking
+from pipeline.results.verdict import in_words
+
+_BINS = 8  # of the calibration, at most
+_LEAST_IN_BIN = 5  # slides
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, told apart by all
 
 
-def scatter(truth: Reals, answers: Reals) -> bytes:
+def curves(target: Target, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Plot each figure of a training over its epochs, with the epoch whose weights are kept."""
+    epochs = [line["epoch"] for line in metrics]
+    loss, by = target.loss_name, ranking(target).name
+    names = {loss: in_words(loss), "accuracy": "accuracy", by: by, "entropy": "entropy of attention, nats"}
+    best = best_epoch(target, metrics)
+    plots = []
+    for name, title in names.items():
+        lines = []
+        for prefix, label, colour in (("", "training", _COLOURS[0]), ("val_", "validation", _COLOURS[1])):
+            if prefix + name in metrics[0]:
+                values = [line.get(prefix + name) for line in metrics]
+                lines.append(_line(epochs, values, label, colour))
+        if lines:
+            plots.append(_html(f"curve-{name}", lines, title, x="epoch", mark=best))
+    return plots
+
+
+def best_epoch(target: Target, metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the epoch of the lowest validation loss, whose weights are kept; None without validation."""
+    name = f"val_{target.loss_name}"
+    judged = [line for line in metrics if math.isfinite(line.get(name, math.nan))]
+    return min(judged, key=lambda line: line[name])["epoch"] if judged else None
+
+
+def roc(labels: Numbers, probabilities: Reals, names: Sequence[str]) -> str:
+    """Plot the receiver operating characteristic of each class against the rest, with 95 % bands of its height."""
+    lines: list[Any] = [_chance()]
+    for number, name, colour in _one_of(names):
+        positive = labels == number
+        if positive.any() and not positive.all():
+            hit, false = _rates(positive, probabilities[:, number])
+            low, high = _wilson(hit, int(positive.sum()))
+            lines += [_band(false, low, high, colour), _line(false, hit, name, colour, shape="hv")]
+    return _html("roc", lines, "ROC", x="false positive rate", y="true positive rate", unit=True)
+
+
+def precision_recall(labels: Numbers, probabilities: Reals, names: Sequence[str]) -> str:
+    """Plot precision over recall of each class against the rest, with 95 % bands of the precision."""
+    lines: list[Any] = []
+    for number, name, colour in _one_of(names):
+        positive = labels == number
+        if positive.any():
+            order = np.argsort(-probabilities[:, number], kind="stable")
+            hits, taken = positive[order].cumsum(), np.arange(1, len(order) + 1)
+            last = np.append(np.diff(probabilities[order, number]) != 0, True)  # equal scores are taken together
+            precision, recall = (hits / taken)[last], (hits / positive.sum())[last]
+            low, high = _wilson(precision, taken[last])
+            lines += [_band(recall, low, high, colour), _line(recall, precision, name, colour)]
+    return _html("precision-recall", lines, "Precision and recall", x="recall", y="precision", unit=True)
+
+
+def calibration(labels: Numbers, probabilities: Reals, cases: Numbers) -> str:
+    """Plot how often the answered class is right over its probability, in bins of equally many slides."""
+    sure, right = probabilities.max(1), probabilities.argmax(1) == labels
+    order = np.argsort(sure, kind="stable")
+    bins = np.array_split(order, max(1, min(_BINS, len(order) // _LEAST_IN_BIN)))
+    said, seen = [float(sure[rows].mean()) for rows in bins], [float(right[rows].mean()) for rows in bins]
+    limits = [accuracy_interval(right[rows], cases[rows]) for rows in bins]
+    points = {
+        **_line(said, seen, "slides", _COLOURS[0]),
+        "mode": "markers",
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [high - value for (_, high), value in zip(limits, seen, strict=True)],
+            "arrayminus": [value - low for (low, _), value in zip(limits, seen, strict=True)],
+        },
+    }
+    both = [_chance("as sure as right"), points]
+    return _html("calibration", both, "Calibration", x="probability of the answer", y="share right", unit=True)
+
+
+def scatter(truth: Reals, answers: Reals, names: Sequence[str]) -> str:
     """Plot numbers, (S,), against what was answered, (S,), with the line on which they are equal."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
-    axes = figure.subplots()
     ends = [float(min(truth.min(), answers.min())), float(max(truth.max(), answers.max()))]
-    axes.plot(ends, ends, color="grey", linewidth=1, label="equal")
-    axes.scatter(truth, answers, s=16)
-    axes.set(xlabel="true", ylabel="answered", title="Each slide")
-    axes.legend()
-    return to_png(figure)
+    points = {**_line(truth, answers, "slides", _COLOURS[0]), "mode": "markers", "text": list(names)}
+    equal = {**_line(ends, ends, "equal", "#888888"), "line": {"color": "#888888", "dash": "dot"}}
+    return _html("scatter", [equal, points], "Each slide", x="true", y="answered")
 
 
-def survival_by_risk(outcomes: Reals, risk: Reals) -> bytes:
+def survival_by_risk(outcomes: Reals, risk: Reals) -> str:
     """Plot the survival of the half with the lower predicted risk and of the other half.
 
     Parameters
@@ -38,23 +113,85 @@ def survival_by_risk(outcomes: Reals, risk: Reals) -> bytes:
     risk
         (S,), higher where the event comes earlier.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    high = risk > np.median(risk)
-    for name, rows in (("lower predicted risk", ~high), ("higher predicted risk", high)):
+    high, lines = risk > np.median(risk), []
+    for name, rows, colour in (("lower", ~high, _COLOURS[0]), ("higher", high, _COLOURS[1])):
         if rows.any():
-            _step(axes, outcomes[rows], f"{name} ({rows.sum()})")
-    axes.set(ylim=(0, 1.03), xlabel="time", ylabel="share without the event", title="Kaplan and Meier's estimate")
-    axes.legend()
-    return to_png(figure)
+            times, survival = kaplan_meier(outcomes[rows, 0], outcomes[rows, 1])
+            name = f"{name} predicted risk ({rows.sum()})"
+            lines.append(_line([0, *times], [1, *survival], name, colour, shape="hv"))
+            lost = np.sort(outcomes[rows & (outcomes[:, 1] == 0), 0])
+            there = survival[np.searchsorted(times, lost, side="right") - 1] if len(lost) else lost
+            ticks = {**_line(lost, there, f"{name}: last seen", colour), "mode": "markers", "showlegend": False}
+            lines.append({**ticks, "marker": {"symbol": "line-ns-open", "color": colour, "size": 9}})
+    return _html("survival", lines, "Kaplan and Meier's estimate", x="time", y="share without the event")
 
 
-def _step(axes: Any, outcomes: Reals, label: str) -> None:
-    times, survival = kaplan_meier(outcomes[:, 0], outcomes[:, 1])
-    (line,) = axes.step([0, *times], [1, *survival], where="post", label=label)
-    lost = outcomes[outcomes[:, 1] == 0, 0]
-    place = np.searchsorted(times, lost, side="right") - 1
-    there = np.where(place >= 0, survival[np.maximum(place, 0)], 1.0)
-    axes.plot(lost, there, "|", color=line.get_color())  # the last look at slides without the event
+def _one_of(names: Sequence[str]) -> list[tuple[int, str, str]]:
+    """The classes that are plotted against the rest: of two the second, as the other is its mirror image."""
+    numbers = [1] if len(names) == 2 else range(len(names))
+    return [(number, names[number], _COLOURS[i % len(_COLOURS)]) for i, number in enumerate(numbers)]
+
+
+def _rates(positive: NDArray[np.bool_], scores: Reals) -> tuple[Reals, Reals]:
+    """True and false positive rates at every threshold, from (0, 0) to (1, 1)."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)
+    hits, misses = positive[order].cumsum()[last], (~positive[order]).cumsum()[last]
+    return np.append(0.0, hits / positive.sum()), np.append(0.0, misses / (~positive).sum())
+
+
+def _wilson(share: Reals, size: int | NDArray[Any]) -> tuple[Reals, Reals]:
+    """Limits of the 95 % interval of proportions (Wilson, 1927)."""
+    z = 1.959964
+    middle = (share + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * np.sqrt(share * (1 - share) / size + z**2 / (4 * np.square(size, dtype=float)))
+    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+
+
+def _line(x: Any, y: Any, name: str, colour: str, *, shape: str = "linear") -> dict[str, Any]:
+    values = {"x": [float(v) for v in x], "y": [None if v is None else float(v) for v in y]}
+    return {"type": "scatter", "mode": "lines", "name": name, "line": {"color": colour, "shape": shape}, **values}
+
+
+def _band(x: Reals, low: Reals, high: Reals, colour: str) -> dict[str, Any]:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    around = _line([*x, *x[::-1]], [*high, *low[::-1]], "95 %", colour)
+    hidden = {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+    return {**around, **hidden, "fill": "toself", "fillcolor": f"rgba({red},{green},{blue},0.15)"}
+
+
+def _chance(name: str = "chance") -> dict[str, Any]:
+    return {**_line([0, 1], [0, 1], name, "#888888"), "line": {"color": "#888888", "dash": "dot"}}
+
+
+def _html(
+    name: str,
+    traces: Sequence[Mapping[str, Any]],
+    title: str,
+    *,
+    x: str = "",
+    y: str = "",
+    unit: bool = False,
+    mark: float | None = None,
+) -> str:
+    """Write a plot; `unit` axes go from 0 to 1, and `mark` is a place on the x axis to be marked as the best."""
+    from plotly.graph_objects import Figure
+    from plotly.io import to_html
+
+    figure = Figure(list(traces))
+    figure.update_layout(
+        template="none",
+        title={"text": title, "font": {"size": 15}},
+        height=320,
+        margin={"l": 55, "r": 15, "t": 45, "b": 75},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "y": -0.28},
+    )
+    for axis, words in (("xaxis", x), ("yaxis", y)):
+        figure.update_layout({axis: {"title": words, "zeroline": False, "range": [-0.02, 1.02] if unit else None}})
+    if mark is not None:
+        figure.add_vline(mark, line={"dash": "dash", "color": "#888888"}, annotation_text="kept")
+    options = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+    plot = to_html(figure, include_plotlyjs=False, full_html=False, div_id=name, config=options)
+    return f"<figure>{plot}</figure>"

@@ -1,45 +1,42 @@
-"""``report``: write one self-contained HTML page on how a run trained, how good it is, and where it looked."""
+"""``report``: write one self-contained HTML page on what was found, in which cohort, and how a run trained.
+
+Of each slide with a heatmap there is a page on where the model looked.
+"""
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
-from nested_ats.targets import Cox, DiscreteSurvival, Regression, Target, read_target
+from nested_ats.targets import Classes, Cox, DiscreteSurvival, MultiLabel, Regression, Target, read_target
 from pipeline.config import AnyTarget
+from pipeline.data.manifest import SPLITS, read_entry
 from pipeline.data.splits import seen_words
-from pipeline.data.targets import is_known, truth
+from pipeline.data.targets import columns, is_known, strata, truth
 from pipeline.errors import UsageError
 from pipeline.files import make_folder, read_inside, write_atomic
 from pipeline.results.evaluate import METRICS, answered
-from pipeline.results.heatmap import PICTURE
-from pipeline.results.measures import ranking, risks
-from pipeline.results.pictures import to_png
-from pipeline.results.plots import scatter, survival_by_risk
+from pipeline.results.intervals import case_numbers
+from pipeline.results.look import LOOK
+from pipeline.results.measures import ranking, risks, words_of
+from pipeline.results.page import document, table, text
+from pipeline.results.plots import calibration, curves, precision_recall, roc, scatter, survival_by_risk
 from pipeline.results.predictions import answer_columns, read_about, read_predictions, table_digest
-from pipeline.results.verdict import in_words
+from pipeline.results.slide_page import read_look, slide_page
 from pipeline.runs import MODEL, model_fingerprint, read_metrics, read_run
 
-_SHOWN_SLIDES = 50
-_SHOWN_HEATMAPS = 12
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:.5rem 0}td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}
-td:first-child,th:first-child{text-align:left}.wrong{background:#fbe3df}img{max-width:100%}
-pre{background:#f5f5f5;padding:.6rem;overflow:auto}
-"""
+_SHOWN_SLIDES = 5000  # more make a page slow
 
 
 def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = None) -> Path:
-    """Write the page.
+    """Write the page, and one page a slide where there are heatmaps, into a folder beside it.
 
     Parameters
     ----------
@@ -48,9 +45,9 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     predictions
         The folder of predictions that were evaluated.
     page
-        The HTML file to write.
+        The HTML file to write; pages of slides go to a folder of its name with ``_slides``.
     heatmaps
-        The folder of heatmaps, of which the first few are shown.
+        The folder of heatmaps.
 
     Raises
     ------
@@ -63,28 +60,31 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     metrics = _read_metrics(predictions)
     _check_model(run, predictions, metrics)
     epochs, target = read_metrics(run), read_target(metrics["target"])
-    title = html.escape(run.absolute().name)
+    config = answered(read_about(predictions), rows)[1]
+    make_folder(page.parent)
+    links = _slide_pages(page, heatmaps, rows)
+    title = run.absolute().name
     parts = [
-        f"<h1>{title}</h1>",
+        f"<h1>{text(title)}</h1>",
+        _finding(metrics, target),
+        "<h2>Cohort</h2>",
+        _cohort(about, config, metrics),
         "<h2>Results</h2>",
         _results(metrics),
-        _outcomes(target, answered(read_about(predictions), rows)[1], rows, metrics),
+        _plots(target, config, rows, metrics),
         "<h2>Training</h2>",
         _warning(epochs[-1].get("verdict", "") if epochs else ""),
-        _curves(target, epochs),
+        _grid(curves(target, epochs)) if epochs else "<p>No epoch has finished.</p>",
         "<h2>Slides</h2>",
-        _slides(rows),
-        _heatmaps(heatmaps),
+        _slides(rows, target, config, links),
         "<h2>Run</h2>",
-        f"<pre>{html.escape(json.dumps({k: about[k] for k in ('config', 'versions')}, indent=2))}</pre>",
+        f"<pre>{text(json.dumps({k: about[k] for k in ('config', 'versions')}, indent=2))}</pre>",
     ]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
-    make_folder(page.parent)
-    write_atomic(page, f"{head}<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
+    write_atomic(page, document(title, parts, plots=True))
     return page
 
 
-def describe_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def describe_metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of a table of metrics: each has a name, and a value with its interval."""
     seen = sum(metrics["seen"].values())
     rows = [("slides", str(metrics["slides"])), ("failed", str(metrics["failed"]))]
@@ -136,15 +136,50 @@ def _check_model(run: Path, predictions: Path, metrics: dict[str, Any]) -> None:
         )
 
 
-def _results(metrics: dict[str, Any]) -> str:
-    rows = describe_metrics(metrics)
+def _finding(metrics: Mapping[str, Any], target: Target) -> str:
+    """Write the one sentence that says what was found."""
+    by = ranking(target)
+    measured = f"{by.name.upper() if by.name == 'auc' else by.name} {words_of(metrics[by.name])}"
+    seen = "" if metrics["seen_included"] else " that the training has not seen"
+    if metrics["verdict"]:
+        return (
+            f"<p class='finding doubt'>On {metrics['slides']} slides{seen} the model {text(metrics['verdict'])}.</p>"
+        )
+    if "confusion" in metrics:
+        right = sum(row[i] for i, row in enumerate(metrics["confusion"]))
+        found = f"right for {right} of {metrics['slides']} slides{seen}"
+    else:
+        found = f"better than chance on {metrics['slides']} slides{seen}"
+    return f"<p class=finding>The model is {found}; {text(measured)}.</p>"
+
+
+def _cohort(about: Mapping[str, Any], config: AnyTarget, metrics: Mapping[str, Any]) -> str:
+    """Write how many slides of each stratum each split has, and what does not count and why."""
+    entries = [read_entry(row) for row in about["entries"]]
+    names = strata(config, entries)
+    counts = Counter(zip(names, (entry.split for entry in entries), strict=True))
+    splits = [split for split in SPLITS if any(entry.split == split for entry in entries)]
+    rows = [[name, *(counts[name, split] for split in splits)] for name in sorted(set(names))]
+    rows.append(["all", *(sum(entry.split == split for entry in entries) for split in splits)])
+    left_out = [
+        _seen(metrics),
+        f"{metrics['failed']} slides could not be read; the table below says why." if metrics["failed"] else "",
+        f"{metrics['unlabelled']} slides have no label." if metrics["unlabelled"] else "",
+    ]
+    said = " ".join(words for words in left_out if words)
+    return (
+        f"<p>Slides of the run, by label and split. The results are on: {text(metrics['split'])}.</p>"
+        + table(["", *splits], rows)
+        + (f"<p>{text(said)}</p>" if said else "")
+    )
+
+
+def _results(metrics: Mapping[str, Any]) -> str:
     methods = dict.fromkeys(metrics[name]["method"] for name in metrics["measures"])
     how = "; ".join(method for method in methods if method)
     return (
-        f"<p>Split: {html.escape(metrics['split'])}. {html.escape(_seen(metrics))}</p>"
-        + _warning(metrics["verdict"])
-        + _table(["", "value"], rows)
-        + (f"<p>In brackets 95 % intervals over cases: {html.escape(how)}.</p>" if how else "")
+        table(["", "value"], describe_metrics(metrics))
+        + (f"<p class=soft>In brackets 95 % intervals over cases: {text(how)}.</p>" if how else "")
         + _confusion(metrics)
     )
 
@@ -153,11 +188,11 @@ def _confusion(metrics: Mapping[str, Any]) -> str:
     if "classes" not in metrics:
         return ""
     counts = zip(metrics["classes"], metrics["confusion"], strict=True)
-    rows = [[f"label {name}", *map(str, row)] for name, row in counts]
-    return _table(["", *(f"predicted {name}" for name in metrics["classes"])], rows)
+    rows = [[f"label {name}", *row] for name, row in counts]
+    return table(["", *(f"predicted {name}" for name in metrics["classes"])], rows)
 
 
-def _seen(metrics: dict[str, Any]) -> str:
+def _seen(metrics: Mapping[str, Any]) -> str:
     """Write a sentence on slides that the training has seen; it is empty where there are none."""
     labelled = metrics["slides"] + (0 if metrics["seen_included"] else sum(metrics["seen"].values()))
     words = seen_words(metrics["seen"], labelled)
@@ -166,81 +201,108 @@ def _seen(metrics: dict[str, Any]) -> str:
 
 def _warning(verdict: str) -> str:
     """Write a paragraph on what speaks against anything having been learned."""
-    return f"<p class=wrong>The model {html.escape(verdict)}.</p>" if verdict else ""
+    return f"<p class=wrong>The model {text(verdict)}.</p>" if verdict else ""
 
 
-def _curves(target: Target, metrics: Sequence[dict[str, Any]]) -> str:
-    from matplotlib.figure import Figure
-
-    if not metrics:
-        return "<p>No epoch has finished.</p>"
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    epochs = [line["epoch"] for line in metrics]
-    loss, by = target.loss_name, ranking(target).name
-    panels = [(loss, in_words(loss)), ("accuracy", "accuracy"), (by, by), ("entropy", "entropy of attention, nats")]
-    there = [panel for panel in panels if {panel[0], f"val_{panel[0]}"} & metrics[0].keys()]
-    for axes, (name, title) in zip(figure.subplots(1, len(there)), there, strict=True):
-        for prefix, label in (("", "training"), ("val_", "validation")):
-            if prefix + name in metrics[0]:
-                axes.plot(epochs, [line.get(prefix + name, math.nan) for line in metrics], label=label)
-        if f"val_{name}" in metrics[0]:
-            axes.legend()
-        axes.set(title=title, xlabel="epoch")
-    return _image(to_png(figure))
+def _grid(plots: Sequence[str]) -> str:
+    return f"<div class=plots>{''.join(plots)}</div>"
 
 
-def _outcomes(
-    target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
-) -> str:
-    """Draw what is true against what was answered, of the slides that count: numbers, or survival by risk."""
-    counted = [
-        row
-        for row in rows
-        if row["status"] == "ok" and is_known(config, row) and (metrics["seen_included"] or not row.get("seen"))
-    ]
-    if not counted or not isinstance(target, Regression | Cox | DiscreteSurvival):
+def _plots(target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
+    """Plot what is true against what was answered, of the slides that count."""
+    included = metrics["seen_included"]
+    known = [row for row in rows if row["status"] == "ok" and is_known(config, row)]
+    counted = [row for row in known if included or not row.get("seen")]
+    if not counted:
         return ""
     outcomes = truth(target, config, counted, raw=True).double().numpy()
     answers = np.array([[row[name] for name in answer_columns(target)] for row in counted], dtype=np.float64)
+    cases = case_numbers((row["case_id"], row["slide_id"]) for row in counted)
+    if isinstance(target, Classes):
+        labels = outcomes.astype(np.int64)
+        chosen = (labels, answers, target.classes)
+        return _grid([roc(*chosen), precision_recall(*chosen), calibration(labels, answers, cases)]) + (
+            "<p class=soft>Bands and bars are 95 % intervals by Wilson's score, slide by slide in the curves.</p>"
+        )
     if isinstance(target, Regression):
-        return _image(scatter(outcomes, answers[:, 0]))
-    return _image(survival_by_risk(outcomes, risks(target, answers)))
+        return _grid([scatter(outcomes, answers[:, 0], [str(row["slide_id"]) for row in counted])])
+    if isinstance(target, Cox | DiscreteSurvival):
+        return _grid([survival_by_risk(outcomes, risks(target, answers))])
+    return ""
 
 
-def _slides(rows: Sequence[dict[str, Any]]) -> str:
-    """Write a table of slides: the failed ones first, then the wrong ones, then the rest."""
-    order = sorted(rows, key=lambda row: (row["status"] == "ok", not _is_wrong(row)))
-    classes = [name for name in rows[0] if name.startswith("prob_")] if rows else []
+def _slide_pages(page: Path, heatmaps: Path | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Write the page of every slide with a heatmap; return their places, from the report's folder, by sample."""
+    if heatmaps is None:
+        return {}
+    folders = sorted(path.parent for path in heatmaps.glob(f"*/{LOOK}"))
+    if not folders:
+        raise UsageError(f"{heatmaps}: no heatmaps here; give the --out of nested-ats heatmap")
+    by_id = {row["slide_id"]: row for row in rows}
+    place = make_folder(page.with_name(f"{page.stem}_slides"))
+    links: dict[str, list[str]] = {}
+    for folder in folders:
+        look = read_look(folder)
+        if look is not None:
+            name = f"{folder.name}.html"
+            write_atomic(place / name, slide_page(folder, look, by_id.get(look["sample"]), page.name))
+            links.setdefault(look["sample"], []).append(f"{place.name}/{name}")
+    return links
+
+
+def _slides(
+    rows: Sequence[Mapping[str, Any]], target: Target, config: AnyTarget, links: Mapping[str, Sequence[str]]
+) -> str:
+    """Write the table of slides, which sorts and filters: the failed ones first, then the most wrong ones."""
+    names = [name for name in answer_columns(target) if rows and name in rows[0]]
+    told = columns(config)
+    order = sorted(rows, key=lambda row: _doubt(row, target, config), reverse=True)
     lines = []
     for row in order[:_SHOWN_SLIDES]:
-        numbers = [f"{row[name]:.3f}" if row.get(name) is not None else "" for name in classes]
-        cells = [row["slide_id"], row["label"], row.get("prediction") or row["error"], *numbers]
-        body = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
-        lines.append(f"<tr{' class=wrong' if _is_wrong(row) else ''}>{body}</tr>")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("slide", "label", "prediction", *classes))
-    more = f"<p>{len(rows) - _SHOWN_SLIDES} more in the table.</p>" if len(rows) > _SHOWN_SLIDES else ""
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>{more}"
+        cells = [_linked(str(row["slide_id"]), links.get(row["slide_id"], ()))]
+        cells += [text(row.get(name) or "") for name in (*told, "split")]
+        cells.append(text(row.get("prediction") or row["error"]))
+        cells += [f"{row[name]:.3f}" if row.get(name) is not None else "" for name in names]
+        mark = " class=wrong" if _is_wrong(row, target, config) else ""
+        lines.append(f"<tr{mark}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    head = ("slide", *told, "split", "prediction", *names)
+    heads = "".join(f"<th scope=col><button type=button>{text(name)}</button></th>" for name in head)
+    return (
+        "<div class=filters><label>find <input type=search id=wanted></label>"
+        "<label><input type=checkbox id=wrong-only> wrong ones only</label>"
+        "<span class=soft id=shown aria-live=polite></span></div>"
+        "<div class=scroll tabindex=0 role=region aria-label=Slides><table class=sortable>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        + (f"<p>{len(rows) - _SHOWN_SLIDES} more in the table.</p>" if len(rows) > _SHOWN_SLIDES else "")
+    )
 
 
-def _is_wrong(row: dict[str, Any]) -> bool:
-    """Tell whether a slide failed, or has a label and another prediction."""
-    return bool(row["status"] != "ok" or (row["label"] and row["prediction"] != row["label"]))
+def _linked(name: str, pages: Sequence[str]) -> str:
+    """Link a sample's name to its page, or to those of its slides."""
+    if len(pages) == 1:
+        return f'<a href="{quote(pages[0])}">{text(name)}</a>'
+    more = " ".join(f'<a href="{quote(page)}">{number}</a>' for number, page in enumerate(pages, 1))
+    return f"{text(name)} {more}".strip()
 
 
-def _heatmaps(folder: Path | None) -> str:
-    if folder is None:
-        return ""
-    pictures = sorted(folder.glob(f"*/{PICTURE}"))
-    if not pictures:
-        raise UsageError(f"{folder}: no heatmaps here; give the --out of nested-ats heatmap")
-    return "<h2>Where the model looked</h2>" + "".join(_image(p.read_bytes()) for p in pictures[:_SHOWN_HEATMAPS])
+def _is_wrong(row: Mapping[str, Any], target: Target, config: AnyTarget) -> bool:
+    """Tell whether a slide failed, or has a label and another class was predicted."""
+    if row["status"] != "ok":
+        return True
+    label = row.get(columns(config)[0])
+    return isinstance(target, Classes) and bool(label) and row["prediction"] != label
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _image(png: bytes) -> str:
-    return f'<p><img src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
+def _doubt(row: Mapping[str, Any], target: Target, config: AnyTarget) -> tuple[bool, float]:
+    """Order slides: failed ones come first, then by how far the answer is from what is true."""
+    if row["status"] != "ok" or not is_known(config, row):
+        return row["status"] != "ok", -math.inf
+    if isinstance(target, Classes):
+        label = row.get(columns(config)[0])
+        return False, 1 - row.get(f"prob_{label}", 0.0)
+    if isinstance(target, Regression):
+        return False, abs(row["value"] - float(truth(target, config, [row])[0]))
+    if isinstance(target, MultiLabel):
+        answers = np.array([row[name] for name in answer_columns(target)])
+        return False, float(np.nanmax(np.abs(answers - truth(target, config, [row])[0].numpy())))
+    return False, 0.0

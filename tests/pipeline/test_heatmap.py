@@ -24,7 +24,9 @@ from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
 from pipeline.results.classifier import Classifier
 from pipeline.results.heatmap import MAP, OBJECTS, PICTURE, REGIONS, Patch, draw_picture, heatmaps, to_geojson
+from pipeline.results.look import ATTENTION, LOOK, THUMBNAIL
 from pipeline.results.settings import Settings
+from pipeline.results.slide_page import read_look
 from storage import ConvertOptions, Slide, write_pyramid
 
 CELL = 8  # level-0 pixels of a cell of the finest attention: downsample 2 times stride 4
@@ -155,7 +157,9 @@ class TestMap:
         moved = spotted((3, 131, 173), (104, 144), name="moved")
         draw(Entry(slide_id="slide", path=moved.path), bright_model[3], tmp_path / "out")
         assert not np.array_equal(map_in_level_0(again.folder)[0], before)
-        assert sorted(p.name for p in again.folder.iterdir()) == sorted([MAP, PICTURE, OBJECTS, REGIONS])
+        patches = {f"patch-{number}.jpg" for number in range(min(len(read_look(again.folder)["patches"]), 12))}
+        looks = {LOOK, THUMBNAIL, ATTENTION, *patches}
+        assert {p.name for p in again.folder.iterdir()} == {MAP, PICTURE, OBJECTS, REGIONS} | looks
 
 
 @pytest.mark.usefixtures("no_picture")
