@@ -23,8 +23,8 @@ from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
 from pipeline.results.classifier import Classifier
-from pipeline.results.heatmap import MAP, OBJECTS, PICTURE, REGIONS, Patch, draw_picture, heatmaps, to_geojson
-from pipeline.results.look import ATTENTION, LOOK, THUMBNAIL
+from pipeline.results.heatmap import MAP, OBJECTS, PICTURE, REGIONS, draw_picture, heatmaps, to_geojson
+from pipeline.results.look import ATTENTION, LOOK, THUMBNAIL, Patch
 from pipeline.results.settings import Settings
 from pipeline.results.slide_page import read_look
 from storage import ConvertOptions, Slide, write_pyramid

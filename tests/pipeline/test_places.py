@@ -15,7 +15,8 @@ from pipeline.data.crs import gdal_crs, metres_per_pixel, to_wgs84
 from pipeline.data.manifest import Entry
 from pipeline.errors import DataError, UsageError
 from pipeline.info import describe
-from pipeline.results.heatmap import GEOTIFF, MAP, OBJECTS, PIXEL_OBJECTS, Patch, heatmaps, to_geojson
+from pipeline.results.heatmap import GEOTIFF, MAP, OBJECTS, PIXEL_OBJECTS, heatmaps, to_geojson
+from pipeline.results.look import Patch
 from pipeline.results.places import has_data, in_wgs84
 from storage import ConvertOptions, Slide, convert, write_pyramid
 from storage.format.georeference import GeoKeys, Georeference
