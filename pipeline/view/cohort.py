@@ -34,12 +34,12 @@ class Case:
 
     @property
     def prediction(self) -> str:
-        """The class that was predicted; empty where none was."""
+        """What was predicted, in short; empty where nothing was."""
         return str(self.row.get("prediction") or "")
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """Of each class, as predicted."""
+        """Of each class or label, as predicted."""
         found = {name.removeprefix("prob_"): value for name, value in self.row.items() if name.startswith("prob_")}
         return {name: value for name, value in found.items() if isinstance(value, float) and math.isfinite(value)}
 
