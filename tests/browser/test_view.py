@@ -291,6 +291,7 @@ def test_channels_are_chosen_and_stretched(opened, cohort, screenshots):
     right = light * np.array(list(bytes.fromhex(colour)))
     inner = np.abs(shown(page) - right)[50:-50, 50:-50]
     assert number == "3"
+    assert float(high) > 40_000  # as bright as that channel is
     assert inner.mean() < 2 * EXACT
 
 

@@ -141,6 +141,7 @@ class TestAnswers:
         assert (four["type"], four["channels"], four["range"]) == ("uint16", ["0", "1", "2", "3"], [0, 65535])
         assert (four["outlines"], four["attention"], four["pixel_um"]) == ([], False, None)
         assert [each["number"] for each in four["look"]] == [0, 1, 2]
+        assert four["ranges"] == [pytest.approx([5, 997], abs=4)] * 4
 
     def test_a_tile_shows_the_slide(self, client, cohort):
         with Slide(cohort / "good.ome.zarr") as slide:
@@ -496,6 +497,15 @@ class TestCohort:
             (own / name).touch()
         [case] = cases_of(find_slides([str(cohort / "good.ome.zarr")]), heatmaps=[tmp_path])
         assert case.outlines["patches"].endswith(PIXEL_OBJECTS)
+
+    def test_where_cases_were_predicted_slides_have_the_answer_of_theirs(self, tmp_path):
+        write_table(tmp_path, [{"slide_id": "p1", "prediction": "yes", "prob_yes": 1.0, "status": "ok", "error": ""}])
+        (tmp_path / "predict.json").write_text('{"settings": {"unit": "case"}}')
+        entries = [
+            Entry(slide_id=name, path=name, case_id=case) for name, case in (("a", "p1"), ("b", "p1"), ("p1", "p2"))
+        ]
+        found = cases_of(entries, predictions=[tmp_path])
+        assert [case.prediction for case in found] == ["yes", "yes", ""]
 
     def test_a_mask_of_the_manifest_is_outlined(self, cohort, tmp_path):
         mask = np.zeros((70, 90), np.uint8)
