@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -204,6 +205,15 @@ class TestAnswers:
         for script in Path(__file__).parents[2].glob("pipeline/view/static/*.js"):
             for name in re.findall(r'from "\./([^"]+)"', script.read_text()):
                 assert client.get(f"static/{name}").headers["content-type"].startswith("text/javascript")
+
+    def test_what_is_of_others_is_listed_as_it_is(self):
+        root = Path(__file__).parents[2]
+        row = re.compile(r"^\| `([^`]+)` \|.*sha256 `(\w{64})`.*`([^`]+LICENSE[^`]*)`", re.MULTILINE)
+        listed = row.findall((root / "THIRD_PARTY.md").read_text())
+        assert [place for place, *_ in listed] == ["pipeline/view/static/openseadragon.min.js"]
+        for place, digest, licence in listed:
+            assert hashlib.sha256((root / place).read_bytes()).hexdigest() == digest
+            assert "Redistribution" in (root / licence).read_text()
 
     def test_a_slide_of_a_bucket(self, s3, cohort):
         for path in sorted((cohort / "good.ome.zarr").rglob("*")):
