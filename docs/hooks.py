@@ -21,6 +21,7 @@ PAGES = {
     "README.md": "index.md",
     "docs/guide.md": "guide.md",
     "docs/measurements.md": "measurements.md",
+    "docs/viewer.md": "viewer.md",
     "docs/cluster.md": "cluster.md",
     "nested_ats/README.md": "models.md",
     "storage/README.md": "pyramids.md",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.files import file_name
 from pipeline.results.heatmap import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS
-from pipeline.results.predictions import TABLE, read_predictions
+from pipeline.results.predictions import TABLE, read_about, read_predictions
 
 LAYERS = ("patches", "regions", "annotations", "tissue")  # that are outlines
 
@@ -34,12 +34,12 @@ class Case:
 
     @property
     def prediction(self) -> str:
-        """The class that was predicted; empty where none was."""
+        """What was predicted, in short; empty where nothing was."""
         return str(self.row.get("prediction") or "")
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """Of each class, as predicted."""
+        """Of each class or label, as predicted."""
         found = {name.removeprefix("prob_"): value for name, value in self.row.items() if name.startswith("prob_")}
         return {name: value for name, value in found.items() if isinstance(value, float) and math.isfinite(value)}
 
@@ -72,13 +72,11 @@ def cases_of(
     UsageError
         A folder holds nothing of these slides.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    for folder in predictions:
-        rows = {str(row["slide_id"]): row for row in read_predictions(folder)} | rows
+    tables = [_rows(folder) for folder in predictions]
     cases = [
         Case(
             entry=entry,
-            row=rows.get(entry.slide_id, {}),
+            row=next((row for find in tables if (row := find(entry))), {}),
             attention=_first(folder / file_name(entry.slide_id) / MAP for folder in heatmaps),
             outlines=dict(_outlines(entry, heatmaps, annotations)),
             find_tissue=tissue,
@@ -91,6 +89,13 @@ def cases_of(
         name = file_name(entries[0].slide_id)
         raise UsageError(f"{annotations}: no outlines of {_some(entries)} here; name them as in {name}.geojson")
     return cases
+
+
+def _rows(folder: Path) -> Callable[[Entry], dict[str, Any] | None]:
+    """Make the function that finds a slide's row, or that of its case where cases were predicted."""
+    by_case = read_about(folder).get("settings", {}).get("unit") == "case"
+    rows = {str(row.get("slide_id")): row for row in read_predictions(folder)}
+    return lambda entry: rows.get(entry.case_id or entry.slide_id if by_case else entry.slide_id)
 
 
 def of_run(run: Path) -> tuple[list[Path], list[Path]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ _PRIMARY = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 _TWO = ((0, 255, 0), (255, 0, 255))  # green and magenta, which the colour-blind tell apart
 _WHITE = ((255, 255, 255),)
 _LOW, _HIGH = 0.5, 99.8  # percentiles at which values are shown black and bright
-_FAINTEST = 0.35  # opacity where attention is at the threshold; it is 1 at the peak
+_FAINTEST = 0.15  # opacity where attention is at the threshold; it is 1 at the peak
 _CHANNEL = re.compile(r"(\d{1,4})~([0-9a-f]{6})~([^~]{1,40})~([^~]{1,40})")
 
 
@@ -55,15 +55,19 @@ def is_photograph(slide: Slide) -> bool:
     return bool(slide.dtype == np.uint8) and len(slide.channels) == len(_PRIMARY)
 
 
-def default_look(slide: Slide) -> Look:
-    """How a slide is shown at first: colours as they are, other values stretched over what is there."""
+def find_ranges(slide: Slide) -> list[tuple[float, float]]:
+    """The values of each channel that are black and bright at first: colours as they are, others as they occur."""
     count = len(slide.channels)
-    colours = _WHITE if count == 1 else _TWO if count == 2 else _PRIMARY
     if slide.dtype == np.uint8 and count in (1, len(_PRIMARY)):
-        ranges = [(0.0, 255.0)] * count
-    else:
-        ranges = [_stretch(values, slide.nodata) for values in sample(slide)[: len(colours)]]
-    return Look(tuple(Shown(i, colours[i], *ends) for i, ends in enumerate(ranges)))
+        return [(0.0, 255.0)] * count
+    return [_stretch(values, slide.nodata) for values in sample(slide)]
+
+
+def default_look(ranges: Sequence[tuple[float, float]]) -> Look:
+    """How a slide whose channels have these ranges is shown at first."""
+    colours = _WHITE if len(ranges) == 1 else _TWO if len(ranges) == 2 else _PRIMARY
+    chosen = zip(colours, ranges, strict=False)  # of many channels the first three
+    return Look(tuple(Shown(number, colour, *ends) for number, (colour, ends) in enumerate(chosen)))
 
 
 def _stretch(values: NDArray[Any], nodata: float | None) -> tuple[float, float]:

@@ -60,7 +60,7 @@ class Viewer:
     def __init__(self, cases: Sequence[Case], work: Work, opening: Opening) -> None:
         self.cases, self._work = list(cases), work
         self._open_slides = SampleCache(EncoderConfig(), **opening)
-        self._looks: dict[int, Look] = {}
+        self._ranges: dict[int, list[tuple[float, float]]] = {}
         self._heats: dict[int, Heat] = {}
 
     def routes(self) -> list[Route | Mount]:
@@ -126,6 +126,7 @@ class Viewer:
                 "range": [0 if slide.dtype.kind == "u" else None, largest],
                 "channels": list(slide.channels),
                 "look": paint.plain_look(look),
+                "ranges": self._ranges[number],
                 "colours": paint.is_photograph(slide),
                 "gaps": slide.nodata is not None or slide.dtype.kind == "f",
                 "attention": bool(case.attention),
@@ -207,9 +208,10 @@ class Viewer:
         return heat
 
     def _look(self, number: int, slide: Slide) -> Look:
-        if number not in self._looks:
-            self._looks[number] = paint.default_look(slide)
-        return self._looks[number]
+        """How a slide is shown at first."""
+        if number not in self._ranges:
+            self._ranges[number] = paint.find_ranges(slide)
+        return paint.default_look(self._ranges[number])
 
     def _heat(self, number: int, heat: Slide) -> Heat:
         """How a map is shown at first: from the uniform attention to its peak."""

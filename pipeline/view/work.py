@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from anyio import CapacityLimiter, create_task_group, to_thread
 from starlette.requests import Request
 
 from pipeline.net import Net
-from storage import processors
 
 CACHE_BYTES = 2**28
 _MOST_WAITING = 512  # requests; a screen has a few dozen tiles
+_READERS, _OF_ONE = 16, 6  # threads, and those of one slide: a server that does not answer holds up its slide alone
 LONG = 2.0**24  # pixels of a file (`pipeline.view.tiles.cost`): to read more takes long
 
 
@@ -56,7 +56,7 @@ class Task:
 
 
 class Work:
-    """Does work in threads, of which there are a few, and keeps what came out.
+    """Does work on slides in threads, of which there are a few, and keeps what came out.
 
     Parameters
     ----------
@@ -66,8 +66,8 @@ class Work:
 
     def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
         self._kept = ByteCache(cache_bytes)
-        self._readers = CapacityLimiter(processors() + 2)  # some wait for a disk or a server
-        self._long = CapacityLimiter(1)
+        self._readers, self._long = CapacityLimiter(_READERS), CapacityLimiter(1)
+        self._of_one = defaultdict[int, CapacityLimiter](lambda: CapacityLimiter(_OF_ONE))
         self._waiting = 0
 
     async def answer(self, request: Request, make: Callable[[Task], Answer]) -> Answer:
@@ -114,7 +114,8 @@ class Work:
         made: Answer | None = Answer(b"", error="given up")
         async with create_task_group() as group:
             group.start_soon(watch)
-            made = await to_thread.run_sync(work, limiter=self._long if task.is_long else self._readers)
+            async with self._long if task.is_long else self._of_one[request.path_params["number"]]:
+                made = await to_thread.run_sync(work, limiter=self._readers)
             group.cancel_scope.cancel()
         return made
 

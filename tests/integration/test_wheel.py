@@ -72,7 +72,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     added = {f"pipeline/deeper/{name}" for name in ("__init__.py", "still/__init__.py", "defaults.yaml")}
-    kinds = {".py", ".sh", ".typed", ".yaml"}
+    kinds = {".py", ".sh", ".typed", ".yaml", ".css", ".html", ".js", ".svg", ".txt"}
     files = [path.relative_to(ROOT) for package in PACKAGES for path in ROOT.glob(f"{package}/**/*")]
     assert held == {path.as_posix() for path in files if path.suffix in kinds} | added
     assert {f"{package}/py.typed" for package in PACKAGES} <= held

@@ -23,7 +23,16 @@ from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
 from pipeline.results.classifier import Classifier
-from pipeline.results.heatmap import MAP, OBJECTS, PICTURE, REGIONS, draw_picture, heatmaps, to_geojson
+from pipeline.results.heatmap import (
+    MAP,
+    OBJECTS,
+    PICTURE,
+    REGIONS,
+    draw_picture,
+    drawn_regions,
+    heatmaps,
+    to_geojson,
+)
 from pipeline.results.look import ATTENTION, LOOK, THUMBNAIL, Patch
 from pipeline.results.settings import Settings
 from pipeline.results.slide_page import read_look
@@ -207,6 +216,31 @@ class TestObjects:
             weights.append(about["measurements"]["weight"])
         assert weights == sorted(weights, reverse=True)
         assert sum(weights) == pytest.approx(1, abs=1e-5)  # shares of the slide's feature, each place once
+
+    def test_regions_are_those_that_patches_were_drawn_from(self, bright_model, spotted, tmp_path):
+        done = draw(spotted((3, 131, 173), (60, 77)), bright_model[3], tmp_path / "out")
+        corners = {
+            name: np.array(
+                [
+                    each["geometry"]["coordinates"][0]
+                    for each in json.loads((done.folder / name).read_text())["features"]
+                ]
+            )
+            for name in (OBJECTS, REGIONS)
+        }
+        low, high = corners[REGIONS].min(1), corners[REGIONS].max(1)
+        assert 1 <= len(low) <= 2 * 3  # draws times samples of the first level
+        assert np.all(high - low == 16 * 2)  # the size of a region at its downsample
+        middles = corners[OBJECTS][:, :4].mean(1)
+        inside = (low[None] <= middles[:, None] + 1) & (middles[:, None] - 1 <= high[None])
+        assert inside.all(-1).any(-1).all()
+
+    def test_a_model_of_one_level_opens_no_regions(self, config):
+        values = plain(config)
+        one = parse_config(
+            {**values, "model": {**values["model"], "levels": values["model"]["levels"][:1]}}, ""
+        ).model
+        assert drawn_regions(None, one) == []
 
     def test_rings_turn_as_the_standard_says(self):
         """RFC 7946: an outer ring is counterclockwise (here with y down, so the shoelace sum is positive)."""

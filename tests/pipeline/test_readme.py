@@ -12,7 +12,14 @@ import typer
 from pipeline.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/guide.md", "docs/cluster.md", "nested_ats/README.md", "storage/README.md"]
+PAGES = [
+    "README.md",
+    "docs/guide.md",
+    "docs/viewer.md",
+    "docs/cluster.md",
+    "nested_ats/README.md",
+    "storage/README.md",
+]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -142,6 +143,7 @@ class TestAnswers:
         assert (four["type"], four["channels"], four["range"]) == ("uint16", ["0", "1", "2", "3"], [0, 65535])
         assert (four["outlines"], four["attention"], four["pixel_um"]) == ([], False, None)
         assert [each["number"] for each in four["look"]] == [0, 1, 2]
+        assert four["ranges"] == [pytest.approx([5, 997], abs=4)] * 4
 
     def test_a_tile_shows_the_slide(self, client, cohort):
         with Slide(cohort / "good.ome.zarr") as slide:
@@ -204,6 +206,15 @@ class TestAnswers:
         for script in Path(__file__).parents[2].glob("pipeline/view/static/*.js"):
             for name in re.findall(r'from "\./([^"]+)"', script.read_text()):
                 assert client.get(f"static/{name}").headers["content-type"].startswith("text/javascript")
+
+    def test_what_is_of_others_is_listed_as_it_is(self):
+        root = Path(__file__).parents[2]
+        row = re.compile(r"^\| `([^`]+)` \|.*sha256 `(\w{64})`.*`([^`]+LICENSE[^`]*)`", re.MULTILINE)
+        listed = row.findall((root / "THIRD_PARTY.md").read_text())
+        assert [place for place, *_ in listed] == ["pipeline/view/static/openseadragon.min.js"]
+        for place, digest, licence in listed:
+            assert hashlib.sha256((root / place).read_bytes()).hexdigest() == digest
+            assert "Redistribution" in (root / licence).read_text()
 
     def test_a_slide_of_a_bucket(self, s3, cohort):
         for path in sorted((cohort / "good.ome.zarr").rglob("*")):
@@ -497,6 +508,15 @@ class TestCohort:
             (own / name).touch()
         [case] = cases_of(find_slides([str(cohort / "good.ome.zarr")]), heatmaps=[tmp_path])
         assert case.outlines["patches"].endswith(PIXEL_OBJECTS)
+
+    def test_where_cases_were_predicted_slides_have_the_answer_of_theirs(self, tmp_path):
+        write_table(tmp_path, [{"slide_id": "p1", "prediction": "yes", "prob_yes": 1.0, "status": "ok", "error": ""}])
+        (tmp_path / "predict.json").write_text('{"settings": {"unit": "case"}}')
+        entries = [
+            Entry(slide_id=name, path=name, case_id=case) for name, case in (("a", "p1"), ("b", "p1"), ("p1", "p2"))
+        ]
+        found = cases_of(entries, predictions=[tmp_path])
+        assert [case.prediction for case in found] == ["yes", "yes", ""]
 
     def test_a_mask_of_the_manifest_is_outlined(self, cohort, tmp_path):
         mask = np.zeros((70, 90), np.uint8)

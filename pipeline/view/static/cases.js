@@ -55,7 +55,8 @@ export function verdict({ label, prediction, probability, error }) {
   if (error) return { text: "not predicted: it failed", className: "wrong" };
   if (!prediction) return null;
   const share = probability === null ? "" : ` ${(100 * probability).toFixed(0)}%`;
-  const className = !label ? "" : label === prediction ? "right" : "wrong";
+  // Only classes have a probability, and are right or wrong.
+  const className = !label || probability === null ? "" : label === prediction ? "right" : "wrong";
   const sign = { right: "✓ ", wrong: "✗ " }[className] ?? "";
   return { text: `${sign}predicted ${prediction}${share}`, className };
 }

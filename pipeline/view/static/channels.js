@@ -52,7 +52,7 @@ export class Channels {
   append(number) {
     const taken = this.look.map(({ colour }) => colour);
     const colour = SPARE.find((each) => !taken.includes(each)) ?? "#ffffff";
-    const { low, high } = this.about.look[0];
+    const [low, high] = this.about.ranges[number];
     this.look.push({ number, colour, low, high });
     this.draw();
     this.change();
@@ -93,11 +93,10 @@ export class Channels {
 
   /** Two sliders, for the values that are black and bright. */
   range(name, shown, set) {
-    const first = this.about.look.find(({ number }) => number === shown.number) ?? shown;
+    const [first, last] = this.about.ranges[shown.number];
     const [least, most] = this.about.range;
-    const span = first.high - first.low;
-    const low = Math.max(least ?? -Infinity, first.low - span);
-    const high = Math.min(most ?? Infinity, first.high + 2 * span);
+    const low = Math.max(least ?? -Infinity, first - (last - first));
+    const high = Math.min(most ?? Infinity, last + 2 * (last - first));
     const sliders = ["low", "high"].map((side) => {
       const words = element("span", { className: "number" }, short(shown[side]));
       const slider = element("input", { type: "range", min: low, max: high, step: (high - low) / STEPS });

@@ -16,6 +16,7 @@ const MARGIN = 0.02; // of the slide, around the whole of it
 const viewer = new Viewer({
   element: find("slide"),
   drawer: "canvas", // pixels come out as they are
+  preserveViewport: true, // the view is ours to choose
   showNavigationControl: false,
   showNavigator: false,
   animationTime: 0.4,

@@ -41,13 +41,12 @@ export class Outlines {
     this.draw();
   }
 
-  /** The object under a place of the slide, of the topmost layer that has one; it is marked. */
+  /** The smallest of the objects under a place of the slide that are shown; it is marked. */
   pick(x, y) {
     const context = new OffscreenCanvas(1, 1).getContext("2d");
-    const under = ({ path }) => context.isPointInPath(path, x, y, "evenodd");
-    const seen = [...this.layers.values()].filter((layer) => layer.on).reverse();
-    this.picked = null;
-    for (const layer of seen) this.picked ??= layer.objects.find(under) ?? null;
+    const seen = [...this.layers.values()].filter((layer) => layer.on).flatMap((layer) => layer.objects);
+    const under = seen.filter(({ path }) => context.isPointInPath(path, x, y, "evenodd"));
+    this.picked = under.sort((one, other) => extent(one) - extent(other))[0] ?? null;
     this.draw();
     return this.picked;
   }
@@ -80,6 +79,15 @@ export class Outlines {
     }
     if (this.picked) stroke(this.picked.path, "#ffffff", 2 * WIDTH);
   }
+}
+
+/** Width times height of an object. */
+function extent({ rings }) {
+  const sides = [0, 1].map((axis) => {
+    const values = rings[0].filter((_, i) => i % 2 === axis);
+    return values.reduce((a, b) => Math.max(a, b)) - values.reduce((a, b) => Math.min(a, b));
+  });
+  return sides[0] * sides[1];
 }
 
 function pathOf(rings) {
