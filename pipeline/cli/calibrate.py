@@ -11,6 +11,7 @@ from pipeline.cli import options
 from pipeline.cli.output import exit_if_failed, say
 
 _FEW = 30  # slides, of which a temperature is hardly known
+_FLAT = 20  # a temperature at which probabilities are all but equal
 
 
 def calibrate(
@@ -48,5 +49,7 @@ def _fit(run: Path, how: dict[str, Any]) -> None:
         for name, words in (("cross_entropy", "cross-entropy"), ("ece", "calibration error"))
     ]
     print(f"{run}: temperature {found['temperature']:.3f} by {found['slides']} slides; on these {', '.join(changes)}")
+    if found["temperature"] > _FLAT:
+        say("note: so high a temperature says that the model's probabilities tell nothing; has it learned anything?")
     if found["slides"] < _FEW:
         say(f"note: {found['slides']} validation slides hardly tell a temperature; more are better")

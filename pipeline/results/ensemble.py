@@ -147,8 +147,8 @@ def predict_ensemble(
     Returns
     -------
     The table's row of each slide, in the order of `entries`. The answers are means over the models, ``se_`` their
-    standard errors over draws, ``low_`` and ``high_`` its 95 % interval over draws (MOVER), ``spread_`` the standard
-    deviation over the models, ``models`` their number, and ``seen`` says whether one of them has seen the slide.
+    standard errors over draws, ``low_`` and ``high_`` their 95 % intervals over draws (MOVER), ``spread_`` the
+    standard deviation over the models, ``models`` their number, and ``seen`` says whether one of them has seen the slide.
 
     Raises
     ------
@@ -163,26 +163,21 @@ def predict_ensemble(
         slides = [member.splits.complete(entry) for entry in slides]
     if found[0].settings.unit == "case":
         slides = group_cases(slides)
-    model = short(digest(sorted(member.settings.model_sha256 for member in found)))
-    about = {"models": {each.name: short(each.settings.model_sha256) for each in found}, "out_of_fold": out_of_fold}
-    fingerprint = digest([about, sorted(member.settings.fingerprint for member in found)])
+    about = _about(found, out_of_fold=out_of_fold)
     make_folder(folder)
     with alone(folder / predictions.LOCK, "another prediction is being written there"):
-        if predictions.read_about(folder).get("fingerprint", fingerprint) != fingerprint and not overwrite:
+        same = predictions.read_about(folder).get("fingerprint") in (None, about["fingerprint"])
+        if not same and not overwrite:
             raise UsageError(
                 f"{folder}: holds predictions of other models or settings; give another --out, or --overwrite"
             )
-        facts: Row = {"fingerprint": fingerprint, "model": model, "target": found[0].about["target"]}
-        facts |= {"told_by": found[0].about["config"]["target"]}
-        if shares := [known for each in found if (known := run_shares(each.about))]:
-            facts["class_shares"] = {name: float(np.mean([each[name] for each in shares])) for name in target.names}
-        write_json(folder / predictions.ABOUT, about | facts)
+        write_json(folder / predictions.ABOUT, about)
         answers: dict[str, list[tuple[Member, Row]]] = {entry.slide_id: [] for entry in slides}
         wanted = {entry.slide_id: _answering(entry, found) if out_of_fold else found for entry in slides}
         for member in found:
             chosen = [entry for entry in slides if member in wanted[entry.slide_id]]
             own: Options = {**options, "seed": member.settings.seed}
-            rows = predict(
+            for row in predict(
                 chosen,
                 member.run,
                 folder / MEMBERS / member.name,
@@ -191,13 +186,27 @@ def predict_ensemble(
                 timeout_s=timeout_s,
                 overwrite=overwrite,
                 **own,
-            )
-            for row in rows:
+            ):
                 answers[row["slide_id"]].append((member, row))
-        table = [_row(entry, answers[entry.slide_id], target, out_of_fold=out_of_fold) for entry in slides]
-        table = [row | {"model": model} for row in table]
+        table = [
+            _row(entry, answers[entry.slide_id], target, out_of_fold=out_of_fold) | {"model": about["model"]}
+            for entry in slides
+        ]
         predictions.write_table(folder, table)
         return table
+
+
+def _about(found: Sequence[Member], *, out_of_fold: bool) -> Row:
+    """Say which models answer, what `evaluate` wants to know of their training, and what decides the answers."""
+    model = short(digest(sorted(member.settings.model_sha256 for member in found)))
+    about: Row = {"models": {each.name: short(each.settings.model_sha256) for each in found}}
+    about["out_of_fold"] = out_of_fold
+    fingerprint = digest([about, sorted(member.settings.fingerprint for member in found)])
+    facts = {"target": found[0].about["target"], "told_by": found[0].about["config"]["target"]}
+    if shares := [known for each in found if (known := run_shares(each.about))]:
+        names = found[0].target.names
+        facts["class_shares"] = {name: float(np.mean([each[name] for each in shares])) for name in names}
+    return about | {"fingerprint": fingerprint, "model": model} | facts
 
 
 def _answering(entry: Entry, found: Sequence[Member]) -> list[Member]:
