@@ -148,7 +148,8 @@ def predict_ensemble(
     -------
     The table's row of each slide, in the order of `entries`. The answers are means over the models, ``se_`` their
     standard errors over draws, ``low_`` and ``high_`` their 95 % intervals over draws (MOVER), ``spread_`` the
-    standard deviation over the models, ``models`` their number, and ``seen`` says whether one of them has seen the slide.
+    standard deviation over the models, ``models`` their number, and ``seen`` says whether one of them has seen the
+    slide.
 
     Raises
     ------
