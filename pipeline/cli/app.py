@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from pipeline.cli.calibrate import calibrate
 from pipeline.cli.convert import convert
 from pipeline.cli.evaluate import evaluate
 from pipeline.cli.heatmap import heatmap
@@ -21,6 +22,7 @@ from pipeline.cli.job import job
 from pipeline.cli.output import NOTHING_USABLE, USAGE, say
 from pipeline.cli.predict import predict
 from pipeline.cli.report import report
+from pipeline.cli.runs import runs
 from pipeline.cli.split import split
 from pipeline.cli.stats import stats
 from pipeline.cli.synth import synth
@@ -67,21 +69,9 @@ def _options(
     """Take the options that stand before a command."""
 
 
-for _command in (
-    init,
-    convert,
-    validate,
-    info,
-    tissue,
-    stats,
-    split,
-    train,
-    predict,
-    evaluate,
-    heatmap,
-    report,
-    view,
-):
+_MAKE = (init, convert, validate, info, tissue, stats, split, train)
+_USE = (calibrate, predict, evaluate, heatmap, report, runs, view)
+for _command in (*_MAKE, *_USE):
     app.command()(_command)
 app.add_typer(synth, name="synth")
 app.add_typer(job, name="job")

@@ -34,7 +34,7 @@ COMMANDS = [
     "evaluate",
     "heatmap",
 ]
-COMMANDS += ["report", "view", "synth", "synth signs"]
+COMMANDS += ["calibrate", "report", "runs", "view", "synth", "synth signs"]
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ MISTAKES = [
     (4, "no level at downsample 16", "train --manifest {pyramids} --out {new}"),
     (2, "cannot be made", "train --manifest {pyramids} --out {notes}/below --config {small}"),
     (2, "not empty and not a training run", "train --manifest {pyramids} --out {full} --config {small}"),
-    (2, "has splits already", "split {pyramids} --out {new}.csv"),
+    (2, "has splits or folds already", "split {pyramids} --out {new}.csv"),
     (2, "gone.csv: cannot be read", "split gone.csv --out {new}.csv"),
     (2, "row 2: label is missing", "split {no_label} --out {new}.csv"),
     (2, "name it .csv", "split {unsplit} --out {new}.parquet"),
