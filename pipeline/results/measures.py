@@ -78,6 +78,12 @@ def measure_names(target: Target) -> tuple[str, ...]:
     return "accuracy", "balanced_accuracy", "auc", *(["quadratic_kappa"] if isinstance(target, Ordinal) else [])
 
 
+def badness(validation: Mapping[str, float], target: Target, figure: str) -> float:
+    """Return what `TrainConfig.best_by` wants small of a validation's figures, NaN where it has not this one."""
+    value = validation.get(f"val_{target.loss_name if figure == 'loss' else figure}", math.nan)
+    return value if figure in ("loss", "mae") else -value
+
+
 def measure(target: Target, truth: Reals, answers: Reals, cases: Numbers) -> Found:
     """Measure answers.
 

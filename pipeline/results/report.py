@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,7 +31,7 @@ from pipeline.results.page import document, table, text
 from pipeline.results.plots import calibration, curves, precision_recall, roc, scatter, survival_by_risk
 from pipeline.results.predictions import answer_columns, read_about, read_predictions, table_digest
 from pipeline.results.slide_page import read_look, slide_page
-from pipeline.runs import MODEL, model_fingerprint, read_metrics, read_run
+from pipeline.runs import MODEL, fold_runs, model_fingerprint, read_metrics, read_run
 
 _SHOWN_SLIDES = 5000  # more make a page slow
 
@@ -41,7 +42,7 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     Parameters
     ----------
     run
-        The folder of the training run.
+        The folder of the training run, or that of the runs of all folds.
     predictions
         The folder of predictions that were evaluated.
     page
@@ -55,11 +56,12 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
         A folder is not what it should be, the predictions were not evaluated or another model made them, or `page`
         cannot be written.
     """
-    about = read_run(run)
+    runs = fold_runs(run) or [run]
+    abouts = [read_run(each) for each in runs]
     rows = read_predictions(predictions)
     metrics = _read_metrics(predictions)
-    _check_model(run, predictions, metrics)
-    epochs, target = read_metrics(run), read_target(metrics["target"])
+    _check_models(runs, predictions, metrics)
+    target = read_target(metrics["target"])
     config = answered(read_about(predictions), rows)[1]
     make_folder(page.parent)
     links = _slide_pages(page, heatmaps, rows)
@@ -68,17 +70,16 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
         f"<h1>{text(title)}</h1>",
         _finding(metrics, target),
         "<h2>Cohort</h2>",
-        _cohort(about, config, metrics),
+        _cohort(abouts[0], config, metrics, folds=len(runs) > 1),
         "<h2>Results</h2>",
         _results(metrics),
         _plots(target, config, rows, metrics),
         "<h2>Training</h2>",
-        _warning(epochs[-1].get("verdict", "") if epochs else ""),
-        _grid(curves(target, epochs)) if epochs else "<p>No epoch has finished.</p>",
+        *(_training(each, about, target) for each, about in zip(runs, abouts, strict=True)),
         "<h2>Slides</h2>",
         _slides(rows, target, config, links),
         "<h2>Run</h2>",
-        f"<pre>{text(json.dumps({k: about[k] for k in ('config', 'versions')}, indent=2))}</pre>",
+        f"<pre>{text(json.dumps({k: abouts[0][k] for k in ('config', 'versions')}, indent=2))}</pre>",
     ]
     write_atomic(page, document(title, parts, plots=True))
     return page
@@ -128,13 +129,26 @@ def _read_metrics(predictions: Path) -> dict[str, Any]:
     return metrics
 
 
-def _check_model(run: Path, predictions: Path, metrics: dict[str, Any]) -> None:
-    """See that the run's model, as it is now, made the predictions."""
-    if metrics["model"] != model_fingerprint(run):
+def _check_models(runs: Sequence[Path], predictions: Path, metrics: Mapping[str, Any]) -> None:
+    """See that the models of the runs, as they are now, made the predictions."""
+    made_by = set(read_about(predictions).get("models", {}).values()) or {metrics["model"]}
+    models = {model_fingerprint(run): run for run in runs}
+    if made_by != models.keys():
+        other = next((run for model, run in models.items() if model not in made_by), runs[0])
         raise UsageError(
-            f"{predictions}: predictions of another model than {run / MODEL}: of another run, or from before it was "
-            "trained further; give those of this run, or run nested-ats predict and evaluate again"
+            f"{predictions}: predictions of another model than {other / MODEL}: of another run, or from before it "
+            "was trained further; give those of this run, or run nested-ats predict and evaluate again"
         )
+
+
+def _training(run: Path, about: Mapping[str, Any], target: Target) -> str:
+    """Write how a run was trained."""
+    name, epochs = run.absolute().name, read_metrics(run)
+    if not epochs:
+        return f"<h3>{text(name)}</h3><p>No epoch has finished.</p>"
+    best_by = about["config"]["train"]["best_by"]
+    plots = _grid(curves(name, target, epochs, best_by))
+    return f"<h3>{text(name)}</h3>{_warning(epochs[-1].get('verdict', ''))}{plots}"
 
 
 def _finding(metrics: Mapping[str, Any], target: Target) -> str:
@@ -154,12 +168,15 @@ def _finding(metrics: Mapping[str, Any], target: Target) -> str:
     return f"<p class=finding>The model is {found}; {text(measured)}.</p>"
 
 
-def _cohort(about: Mapping[str, Any], config: AnyTarget, metrics: Mapping[str, Any]) -> str:
-    """Write how many slides of each stratum each split has, and what does not count and why."""
+def _cohort(about: Mapping[str, Any], config: AnyTarget, metrics: Mapping[str, Any], *, folds: bool) -> str:
+    """Write how many slides of each stratum each split or fold has, and what does not count and why."""
     entries = [read_entry(row) for row in about["entries"]]
+    if folds:
+        entries = [replace(entry, split=f"fold {entry.fold}" if entry.fold else entry.split) for entry in entries]
     names = strata(config, entries)
     counts = Counter(zip(names, (entry.split for entry in entries), strict=True))
-    splits = [split for split in SPLITS if any(entry.split == split for entry in entries)]
+    there = {entry.split for entry in entries}
+    splits = [*sorted(there - {*SPLITS}), *(split for split in SPLITS if split in there)]
     rows = [[name, *(counts[name, split] for split in splits)] for name in sorted(set(names))]
     rows.append(["all", *(sum(entry.split == split for entry in entries) for split in splits)])
     left_out = [
