@@ -6,6 +6,7 @@ Shape letters: S slides, Q classes, T times.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def curves(name: str, target: Target, metrics: Sequence[Mapping[str, Any]], best
     loss, by = target.loss_name, ranking(target).name
     names = {loss: in_words(loss), "accuracy": "accuracy", by: by, "entropy": "entropy of attention, nats"}
     best = best_epoch(target, metrics, best_by)
+    place = re.sub(r"[^\w-]", "_", name)
     plots = []
     for figure, title in names.items():
         lines = []
@@ -48,7 +50,7 @@ def curves(name: str, target: Target, metrics: Sequence[Mapping[str, Any]], best
                 values = [line.get(prefix + figure) for line in metrics]
                 lines.append(_line(epochs, values, label, colour))
         if lines:
-            plots.append(_html(f"curve-{figure}-{name}", lines, title, x="epoch", mark=best))
+            plots.append(_html(f"curve-{figure}-{place}", lines, title, x="epoch", mark=best))
     return plots
 
 

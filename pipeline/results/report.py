@@ -70,7 +70,7 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
         f"<h1>{text(title)}</h1>",
         _finding(metrics, target),
         "<h2>Cohort</h2>",
-        _cohort(abouts[0], config, metrics, folds=len(runs) > 1),
+        _cohort({each.name: about for each, about in zip(runs, abouts, strict=True)}, config, metrics),
         "<h2>Results</h2>",
         _results(metrics),
         _plots(target, config, rows, metrics),
@@ -168,11 +168,12 @@ def _finding(metrics: Mapping[str, Any], target: Target) -> str:
     return f"<p class=finding>The model is {found}; {text(measured)}.</p>"
 
 
-def _cohort(about: Mapping[str, Any], config: AnyTarget, metrics: Mapping[str, Any], *, folds: bool) -> str:
+def _cohort(abouts: Mapping[str, Mapping[str, Any]], config: AnyTarget, metrics: Mapping[str, Any]) -> str:
     """Write how many slides of each stratum each split or fold has, and what does not count and why."""
-    entries = [read_entry(row) for row in about["entries"]]
-    if folds:
-        entries = [replace(entry, split=f"fold {entry.fold}" if entry.fold else entry.split) for entry in entries]
+    entries = [read_entry(row) for row in next(iter(abouts.values()))["entries"]]
+    if len(abouts) > 1:
+        fold_of = _folds(abouts)
+        entries = [replace(entry, split=fold_of.get(entry.slide_id, entry.split)) for entry in entries]
     names = strata(config, entries)
     counts = Counter(zip(names, (entry.split for entry in entries), strict=True))
     there = {entry.split for entry in entries}
@@ -190,6 +191,18 @@ def _cohort(about: Mapping[str, Any], config: AnyTarget, metrics: Mapping[str, A
         + table(["", *splits], rows)
         + (f"<p>{text(said)}</p>" if said else "")
     )
+
+
+def _folds(abouts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the name of the run whose fold a slide is, by slide id; a test that all runs have in common is no fold."""
+    held: dict[str, dict[str, set[str]]] = {}
+    for name, about in abouts.items():
+        held[name] = {"test": set(), "val": set(), "train": set(), "": set()}
+        for row in about["entries"]:
+            held[name][row["split"]].add(row["slide_id"])
+    common = set.intersection(*(each["test"] for each in held.values()))
+    folds = {name: each["test"] - common or each["val"] for name, each in held.items()}
+    return {slide_id: name for name, ids in folds.items() for slide_id in ids}
 
 
 def _results(metrics: Mapping[str, Any]) -> str:

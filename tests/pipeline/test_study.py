@@ -345,7 +345,7 @@ def test_the_report_of_a_study(study, entries, tmp_path):
     cli("report", study, tmp_path / "oof", "--out", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert [f'id="curve-cross_entropy-fold-{fold}"' in text for fold in range(FOLDS)] == [True] * FOLDS
-    assert "<th scope=col>fold 0</th><th scope=col>fold 1</th><th scope=col>fold 2</th>" in text
+    assert "<th scope=col>fold-0</th><th scope=col>fold-1</th><th scope=col>fold-2</th></tr>" in text
     assert "14 slides" in text
     refused = cli("report", study / "fold-0", tmp_path / "oof", "--out", tmp_path / "other.html", code=2)
     assert "predictions of another model than" in refused.output
