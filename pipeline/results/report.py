@@ -194,7 +194,7 @@ def _cohort(abouts: Mapping[str, Mapping[str, Any]], config: AnyTarget, metrics:
 
 
 def _folds(abouts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the name of the run whose fold a slide is, by slide id; a test that all runs have in common is no fold."""
+    """Return the name of the run whose fold a slide is, by slide id; a test that all runs have is no fold."""
     held: dict[str, dict[str, set[str]]] = {}
     for name, about in abouts.items():
         held[name] = {"test": set(), "val": set(), "train": set(), "": set()}
