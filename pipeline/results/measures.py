@@ -110,6 +110,19 @@ def measure(target: Target, truth: Reals, answers: Reals, cases: Numbers) -> Fou
     return found if several else {name: {**one, "interval_95": None, "method": ""} for name, one in found.items()}
 
 
+def by_ranks(target: Target, truth: Reals, answers: Reals) -> float:
+    """Return the value of the measure of `ranking` for a target that is not of classes; NaN where it is not defined.
+
+    The parameters are those of `measure`.
+    """
+    if isinstance(target, MultiLabel):
+        return _mean_area(truth, answers)
+    if isinstance(target, Regression):
+        return correlation(ranks(truth), ranks(answers[:, 0]))
+    found = concordance(truth[:, 0], truth[:, 1], risks(target, answers))
+    return math.nan if found is None else found
+
+
 def risks(target: Target, answers: Reals) -> Reals:
     """Return one number a slide that is higher where the event comes earlier, (S,).
 
