@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli.convert import convert
+from pipeline.cli.doctor import doctor
 from pipeline.cli.evaluate import evaluate
 from pipeline.cli.heatmap import heatmap
 from pipeline.cli.info import info
@@ -52,7 +53,6 @@ app = typer.Typer(
     cls=_Group,
     help="Classify gigapixel images from one label per image, reading only where it matters.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -67,21 +67,9 @@ def _options(
     """Take the options that stand before a command."""
 
 
-for _command in (
-    init,
-    convert,
-    validate,
-    info,
-    tissue,
-    stats,
-    split,
-    train,
-    predict,
-    evaluate,
-    heatmap,
-    report,
-    view,
-):
+_DATA = (init, convert, validate, info, tissue, stats, split)
+_MODELS = (train, predict, evaluate, heatmap, report, view)
+for _command in (*_DATA, *_MODELS, doctor):
     app.command()(_command)
 app.add_typer(synth, name="synth")
 app.add_typer(job, name="job")

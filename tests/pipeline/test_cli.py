@@ -34,7 +34,7 @@ COMMANDS = [
     "evaluate",
     "heatmap",
 ]
-COMMANDS += ["report", "view", "synth", "synth signs"]
+COMMANDS += ["report", "view", "doctor", "synth", "synth signs"]
 
 
 @pytest.fixture
