@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 OWN = ("cluster", "nested_ats", "pipeline", "storage")
 HOME = os.path.dirname(os.path.abspath(__file__))
@@ -22,13 +22,7 @@ HOME = os.path.dirname(os.path.abspath(__file__))
 class _Own(MetaPathFinder):
     """Finds the packages that lie beside this file."""
 
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: ModuleType | None = None,
-        /,  # noqa: ARG002
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, _path: Sequence[str] | None, target: ModuleType | None = None, /) -> Any:
         """Find one of `OWN`; None leaves a module to the other finders."""
         return PathFinder.find_spec(fullname, [HOME], target) if fullname in OWN else None
 

@@ -19,6 +19,7 @@ from pipeline.cli.heatmap import heatmap
 from pipeline.cli.info import info
 from pipeline.cli.init import init
 from pipeline.cli.job import job
+from pipeline.cli.model import model
 from pipeline.cli.output import NOTHING_USABLE, USAGE, say
 from pipeline.cli.predict import predict
 from pipeline.cli.report import report
@@ -72,6 +73,7 @@ _MODELS = (train, predict, evaluate, heatmap, report, view)
 for _command in (*_DATA, *_MODELS, doctor):
     app.command()(_command)
 app.add_typer(synth, name="synth")
+app.add_typer(model, name="model")
 app.add_typer(job, name="job")
 
 

@@ -57,8 +57,7 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     """
     about = read_run(run)
     rows = read_predictions(predictions)
-    metrics = _read_metrics(predictions)
-    _check_model(run, predictions, metrics)
+    metrics = evaluated(run, predictions)
     epochs, target = read_metrics(run), read_target(metrics["target"])
     config = answered(read_about(predictions), rows)[1]
     make_folder(page.parent)
@@ -115,7 +114,14 @@ def _brier(metrics: Mapping[str, Any]) -> list[tuple[float, str]]:
     ]
 
 
-def _read_metrics(predictions: Path) -> dict[str, Any]:
+def evaluated(run: Path, predictions: Path) -> dict[str, Any]:
+    """Return the metrics of predictions that this run's model, as it is now, has made.
+
+    Raises
+    ------
+    UsageError
+        They were not evaluated as they are now, or are of another model.
+    """
     try:
         metrics: dict[str, Any] = json.loads(read_inside(predictions, METRICS))
     except (FileNotFoundError, ValueError):
@@ -124,16 +130,12 @@ def _read_metrics(predictions: Path) -> dict[str, Any]:
         raise UsageError(
             f"{predictions}: the predictions were changed after they were evaluated; run nested-ats evaluate again"
         )
-    return metrics
-
-
-def _check_model(run: Path, predictions: Path, metrics: dict[str, Any]) -> None:
-    """See that the run's model, as it is now, made the predictions."""
     if metrics["model"] != model_fingerprint(run):
         raise UsageError(
             f"{predictions}: predictions of another model than {run / MODEL}: of another run, or from before it was "
             "trained further; give those of this run, or run nested-ats predict and evaluate again"
         )
+    return metrics
 
 
 def _finding(metrics: Mapping[str, Any], target: Target) -> str:

@@ -34,7 +34,7 @@ COMMANDS = [
     "evaluate",
     "heatmap",
 ]
-COMMANDS += ["report", "view", "doctor", "synth", "synth signs"]
+COMMANDS += ["report", "view", "doctor", "synth", "synth signs", "model", "model card", "model export"]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ class TestHelp:
 
     def test_no_command_is_missing_above(self, cli):
         names = [command.name or command.callback.__name__ for command in app.registered_commands]
-        assert {*names, "synth"} == {command for command in COMMANDS if " " not in command}
+        assert {*names, "synth", "model"} == {command for command in COMMANDS if " " not in command}
 
     def test_version(self, cli):
         result = cli("--version")
