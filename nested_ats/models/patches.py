@@ -105,6 +105,44 @@ class PatchModel(ImageModel):
             return self._finish_features(features, centers_l0 / image_sizes([image]) * 2 - 1)
         return self._embed(*(yield from self._read(image, centers_l0)))
 
+    def patch_centers(self, image: Image) -> Tensor:
+        """All points of an image that patches may be centred on: (P, 2) float64, y and x in level-0 pixels."""
+        centers, possible = self._grid([image])
+        return centers[possible]
+
+    def extracting(self, image: Image, centers_l0: Tensor) -> Reading[tuple[Tensor, Tensor]]:
+        """Encode patches of one image, or find them in the store, as a generator that yields its reads.
+
+        Parameters
+        ----------
+        image
+            An image of any size.
+        centers_l0
+            (P, 2) float64: the centres of patches in level-0 pixels.
+
+        Returns
+        -------
+        boxes, features
+            (P, 4) int64: first y and x, height and width of each patch in pixels of its level; and (P, D) as the
+            encoder gives them, before all that a training decides.
+        """
+        boxes = self._patch_boxes(centers_l0)
+        if self._keeps:
+            [features] = yield from self._recall([image], boxes[None])
+        else:
+            [rows] = yield from self._encode_boxes([image], [boxes])
+            features = rows[:, :-1]
+        return boxes, features
+
+    @property
+    def encoder_digest(self) -> str | None:
+        """Names all that decides features besides the pixels (`EncoderName`); None where that is not known."""
+        return self._encoder_name(self.encoder, self.head.weight.device)
+
+    def can_keep(self, image: Image) -> bool:
+        """Whether the store takes features of an image: both the image and the encoder have a name there."""
+        return self._keeps and self._store_names([image]) != [None]
+
     def _read(self, image: Image, centers_l0: Tensor) -> Reading[tuple[Tensor, Tensor]]:
         """Pixels (P, C, H, W) of patches of one image, and their (P, 2) places in [-1, 1]."""
         [pixels] = yield from self._read_parts([image], [self._patch_boxes(centers_l0)])
@@ -234,7 +272,7 @@ class PatchModel(ImageModel):
 
     def _store_names(self, images: Sequence[Image]) -> list[str | None]:
         """The name of each image's patches in the store; None where they cannot be kept."""
-        encoder = self._encoder_name(self.encoder, self.head.weight.device)
+        encoder = self.encoder_digest
         identities = [getattr(image, "identity", None) for image in images]
         return [f"{encoder}/{identity}" if encoder and identity else None for identity in identities]
 

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from pipeline.cli.convert import convert
 from pipeline.cli.doctor import doctor
 from pipeline.cli.evaluate import evaluate
+from pipeline.cli.features import features
 from pipeline.cli.heatmap import heatmap
 from pipeline.cli.info import info
 from pipeline.cli.init import init
@@ -68,7 +69,7 @@ def _options(
     """Take the options that stand before a command."""
 
 
-_DATA = (init, convert, validate, info, tissue, stats, split)
+_DATA = (init, convert, validate, info, tissue, stats, split, features)
 _MODELS = (train, predict, evaluate, heatmap, report, view)
 for _command in (*_DATA, *_MODELS, doctor):
     app.command()(_command)

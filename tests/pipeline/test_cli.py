@@ -34,7 +34,7 @@ COMMANDS = [
     "evaluate",
     "heatmap",
 ]
-COMMANDS += ["report", "view", "doctor", "synth", "synth signs", "model", "model card", "model export"]
+COMMANDS += ["report", "view", "doctor", "features", "synth", "synth signs", "model", "model card", "model export"]
 
 
 @pytest.fixture
