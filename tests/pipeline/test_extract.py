@@ -27,7 +27,7 @@ from storage import Slide, write_pyramid
 
 from .test_features import patches_read  # noqa: F401  a fixture
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "ats": {},
     "one level": {"levels": [{"downsample": 4, "samples": 3, "stride": 4, "channels": [4]}]},
     "deepmil": {"kind": "deepmil", "stride": 20},
