@@ -22,6 +22,12 @@ def features(
         Literal["trident", "clam"],
         typer.Option("--format", help="Layout of these files: h5, or h5_files and pt_files."),
     ] = "trident",
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Folder of h5 files by TRIDENT or CLAM to take features from, instead of encoding."
+        ),
+    ] = None,
     cluster: options.Cluster = "none",
     workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
     device: options.Device = "auto",
@@ -40,14 +46,18 @@ def features(
     from pipeline.results.extract import Plan, extract
 
     options.check_cluster(cluster, workers, device)
-    plan = Plan(config=load_config(config, settings), out=out, layout=layout, device=device, overwrite=overwrite)
+    chosen = load_config(config, settings)
+    plan = Plan(config=chosen, out=out, layout=layout, device=device, overwrite=overwrite, given=given)
     done = extract(name_slides(slides), plan, address=cluster, workers=workers, timeout_s=slide_timeout)
     if as_json:
         print(json.dumps([asdict(one) for one in done], indent=2))
     else:
         sound = [one for one in done if not one.error]
-        patches, encoded = (sum(getattr(one, name) for one in sound) for name in ("patches", "encoded"))
-        print(f"{len(sound)} slides, {patches} patches, {encoded} of them encoded now")
+        patches, encoded, missing = (
+            sum(getattr(one, name) for one in sound) for name in ("patches", "encoded", "missing")
+        )
+        rest = f"{encoded} of them encoded now" if given is None else f"{missing} of them not in the files"
+        print(f"{len(sound)} slides, {patches} patches, {rest}")
         if out is not None:
             print(out)
     exit_if_failed([(one.slide_id, one.error) for one in done if one.error], len(done))

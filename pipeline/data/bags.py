@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -112,3 +112,34 @@ def holds(folder: Path, layout: Layout, slide_id: str, source: str) -> bool:
         whose = "was not written here" if found is None else "has features of another encoder, slide or grid"
         raise DataError(f"{path}: {whose}; give another --out, or --overwrite")
     return True
+
+
+def read_bag(folder: Path, names: Sequence[str]) -> Bag:
+    """Read the file of a slide, in either layout, by the first of its names that has one.
+
+    Raises
+    ------
+    DataError
+        There is no file, or it cannot be read or does not hold as many features as places.
+    """
+    places = [bag_path(folder, layout, name) for name in names for layout in get_args(Layout)]
+    path = next(filter(os.path.lexists, places), None)
+    if path is None:
+        raise DataError(f"{places[0]}: does not exist, nor {places[-1]}; name the files as the slides")
+    h5py = require_h5py()
+    try:
+        with h5py.File(path, "r") as file:
+            features, coords = (np.asarray(file[name]) for name in ("features", "coords"))
+            about = dict(file["coords"].attrs)
+    except (OSError, KeyError) as error:
+        raise DataError(f"{path}: not a whole file of features and coords ({error}); extract it again") from error
+    sound = features.ndim == coords.ndim == 2 and len(features) == len(coords) > 0 and coords.shape[1] == 2
+    if not sound or features.dtype.kind != "f" or coords.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: features {features.shape} of {features.dtype} and coords {coords.shape} of {coords.dtype}, "
+            "where (N, D) numbers and (N, 2) whole ones are wanted; extract it again"
+        )
+    features = features.astype(np.float32)
+    if not np.isfinite(features).all():
+        raise DataError(f"{path}: features that are not finite; extract it again")
+    return Bag(features, coords.astype(np.int64), {**about, "path": str(path)})

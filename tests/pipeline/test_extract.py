@@ -260,6 +260,128 @@ class TestFiles:
         assert "pip install 'nested-ats[h5]'" in run(few, frozen(), "--out", tmp_path / "h5", code=2).stderr
 
 
+def change(path, **datasets):
+    """Change the datasets of a file by functions of their content."""
+    with h5py.File(path, "a") as file:
+        for name, new in datasets.items():
+            content, about = new(file[name][:]), dict(file[name].attrs)
+            del file[name]
+            file.create_dataset(name, data=content).attrs.update(about)
+
+
+class TestFilesOfOthers:
+    """The files are those that the command has written, without what tells that it has."""
+
+    @pytest.fixture(params=["trident", "clam"])
+    def extracted(self, few, tmp_path, request):
+        """Extract features by a configuration."""
+
+        def write(config):
+            out = tmp_path / "given"
+            run(few, config, "--out", out, "--format", request.param)
+            files = sorted(out.rglob("*.h5"))
+            assert len(files) == 4
+            for path in files:
+                with h5py.File(path, "a") as file:
+                    del file["features"].attrs[SOURCE]
+                    for name in list(file["coords"].attrs) if request.param == "clam" else ():
+                        del file["coords"].attrs[name]
+            return out, files
+
+        return write
+
+    @pytest.fixture
+    def given(self, extracted, frozen):
+        return extracted(frozen("deepmil", folder=None))
+
+    @pytest.mark.parametrize("kind", ["deepmil", "one level"])
+    def test_a_training_reads_no_patch_of_them(self, frozen, few, extracted, patches_read, tmp_path, kind):  # noqa: F811
+        out, _ = extracted(frozen(kind, folder=None))  # random weights of one kind are not those of another
+        config = frozen(kind)
+        done = told(few, config, "--from", out)
+        assert all(one["patches"] > 0 == one["missing"] == one["encoded"] for one in done)
+        patches_read.clear()
+        train(read_manifest(few), parse_config(yaml.safe_load(config.read_text()), "test"), tmp_path / "run")
+        assert patches_read == []
+        assert read_metrics(tmp_path / "run")[-1]["stored"] == 1
+
+    def test_half_precision_is_near_enough_and_what_is_missing_is_counted(self, frozen, few, given):
+        out, files = given
+        for path in files:
+            change(path, features=lambda own: own[::2].astype(np.float16), coords=lambda own: own[::2])
+        config = frozen("deepmil")
+        done = told(few, config, "--from", out)
+        assert all(one["missing"] == one["patches"] // 2 for one in done)
+        assert (
+            f"{sum(one['missing'] for one in done)} of them not in the files"
+            in run(few, config, "--from", out).stdout
+        )
+        assert all(one["encoded"] == one["patches"] // 2 for one in told(few, config))
+
+    def test_of_another_encoder(self, frozen, few, given):
+        result = run(few, frozen("deepmil"), "--from", given[0], "--set", "seed=8", code=4)
+        assert result.stderr.count("are not those that model.encoder makes") == 4
+
+    def test_of_another_slide_of_the_same_name(self, frozen, few, given):
+        out, files = given
+        other = files[0].read_bytes()  # slide 0 and slide 13 have other sizes than the rest
+        with h5py.File(files[0]) as a, h5py.File(files[1]) as b:
+            same = min(len(a["coords"]), len(b["coords"]))
+            content = b["features"][:same]
+        change(files[0], features=lambda own: np.concatenate([content, own[same:]]))
+        config = frozen("deepmil")
+        assert "are not those that model.encoder makes" in run(few, config, "--from", out, code=3).stderr
+        files[0].write_bytes(other)
+        assert all(one["encoded"] == 0 for one in told(few, config, "--from", out))
+
+    def test_nothing_of_a_refused_file_is_kept(self, frozen, few, given):
+        config = frozen("deepmil")
+        run(few, config, "--from", given[0], "--set", "seed=8", code=4)
+        assert all(one["encoded"] == one["patches"] for one in told(few, config, "--set", "seed=8"))
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"coords": lambda own: own + 7}, "none of its"),
+            ({"coords": lambda own: own + 1000}, "of another slide than this one"),
+            ({"features": lambda own: own[:, :5]}, "5 features a patch, where model.encoder has 8"),
+            ({"features": lambda own: own[:-1]}, "extract it again"),
+            ({"features": lambda own: own * np.nan}, "not finite"),
+            ({"coords": lambda own: own[:, :1]}, "extract it again"),
+        ],
+    )
+    def test_what_does_not_fit(self, frozen, few, given, changes, words):
+        out, files = given
+        change(files[0], **changes)
+        result = run(few, frozen("deepmil"), "--from", out, code=3)
+        assert words in result.stderr
+        assert str(files[0]) in result.stderr
+
+    def test_patches_of_another_size(self, frozen, few, given):
+        out, files = given
+        result = run(few, frozen("deepmil", patch_size=28), "--from", out, code=4)
+        told = "none of its" if files[0].parent.name == "h5_files" else "patches of 24 pixels of the finest level"
+        assert result.stderr.count(told) == 4  # CLAM's do not tell their size
+
+    def test_one_that_is_missing_or_damaged(self, frozen, few, given):
+        out, files = given
+        files[0].unlink()
+        files[1].write_bytes(files[1].read_bytes()[:700])
+        result = run(few, frozen("deepmil"), "--from", out, code=3)
+        assert "does not exist, nor" in result.stderr
+        assert f"{files[1]}: not a whole file" in result.stderr
+
+    def test_a_store_that_is_full(self, frozen, few, given):
+        assert (
+            "not all features could be kept"
+            in run(few, frozen("deepmil", gigabytes=1e-6), "--from", given[0], code=4).stderr
+        )
+
+    def test_options_that_do_not_go_together(self, frozen, few, tmp_path):
+        words = ["--from", tmp_path, "--out", tmp_path / "out"]
+        assert "leave out --out" in run(few, frozen("deepmil"), *words, code=2).stderr
+
+
 @pytest.mark.parametrize("kind", ["ats", "one level"])
 def test_only_tissue_is_encoded(frozen, few, kind):
     """And all that such a model draws is among it."""
@@ -273,10 +395,10 @@ def test_only_tissue_is_encoded(frozen, few, kind):
         image.mask = _Left()
         centers = model.patch_centers(image)
         assert 0 < len(centers) < len(everywhere.patch_centers(image))
-        known = {tuple(box) for box in model._patch_boxes(centers).tolist()}
+        known = {tuple(box) for box in model.patch_boxes(centers).tolist()}
         for key in range(20):
             phase = model([image], torch.tensor([key])).phases[-1]
-            assert {tuple(box) for box in model._patch_boxes(phase.centers_l0[0]).tolist()} <= known
+            assert {tuple(box) for box in model.patch_boxes(phase.centers_l0[0]).tolist()} <= known
 
 
 class _Left:
