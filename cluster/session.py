@@ -36,6 +36,9 @@ _DRIVER_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+# Ray has workers search the driver's folder first, where a `storage.py` of the user's may lie.
+_OWN_PACKAGES = "nested_ats_start.keep_own"
+
 _open_address: str | None = None
 
 
@@ -129,7 +132,7 @@ def _start(ray: ModuleType, address: str, folder: str, num_cpus: int | None, num
         }
         environment |= {"TMPDIR": folder} | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())
     try:
-        ray.init(runtime_env={"env_vars": environment}, **options)
+        ray.init(runtime_env={"env_vars": environment, "worker_process_setup_hook": _OWN_PACKAGES}, **options)
     except (Exception, SystemExit) as error:
         hint = "" if address == "local" else "; if the cluster wants a token, set RAY_AUTH_MODE=token and its token"
         raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}{hint}") from error

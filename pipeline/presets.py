@@ -206,12 +206,16 @@ def _megapixel(slides: Slides | None) -> dict[str, str]:
     return {"levels": _lines(levels_for(slides.shape_yx if slides else (2048, 2048)))}
 
 
+def encoders_here() -> list[str]:
+    """Name the published encoders whose weights are in the hub's cache."""
+    if not find_spec("huggingface_hub"):
+        return []
+    return [name for name, preset in PRESETS.items() if preset.library and cached(preset.repository)]
+
+
 def _best_encoder() -> str:
-    """The first of the published encoders whose weights are in the hub's cache; empty if none is."""
-    for name, preset in PRESETS.items():
-        if preset.library and find_spec("huggingface_hub") and cached(preset.repository):
-            return name
-    return ""
+    """Name the first of the published encoders whose weights are here; empty if there is none."""
+    return next(iter(encoders_here()), "")
 
 
 def _mobilenet() -> str:

@@ -80,6 +80,26 @@ class NestedATS(SamplingModel):
         side = [-(-size // level.unit) * level.unit + 2 * margin for size in image.shapes[index]]
         return image.read(index, torch.tensor([[-margin, -margin, *side]]))[0]
 
+    def patch_centers(self, image: Image) -> Tensor:
+        """All points that patches may be centred on, by whatever attention; see `PatchModel.patch_centers`."""
+        centers = torch.empty(0, 2, dtype=torch.float64)
+        for depth, level in enumerate(self.config.levels):
+            if depth:
+                assert level.size is not None  # noqa: S101 - an invariant of ModelConfig
+                origins = boxes_at(centers, level.downsample, level.size)[:, :2]
+                shape = (level.size, level.size)
+            else:
+                origins, shape = (
+                    torch.zeros(1, 2, dtype=torch.int64),
+                    image.shapes[find_level(image, level.downsample)],
+                )
+            rows, columns = (-(-side // level.unit) for side in shape)
+            places = origins[:, None] + grid_centers(rows, columns, level.unit)
+            centers = (places * level.downsample).flatten(0, 1).unique(dim=0)  # type: ignore[no-untyped-call]
+            centers = centers[_touching(image_sizes([image]), centers, level.extent_l0)]
+            centers = centers[self.worth_drawing([image], centers[None], level.extent_l0)[0]]
+        return centers
+
     def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
         """Attention over the whole images (equation 18); see `SamplingModel.attend`.
 
@@ -246,9 +266,13 @@ def _inside(images: Sequence[Image], centers_l0: Tensor, extent_l0: float) -> Te
 
     A cell may reach into its image by less than the pixel to which the region that opens it is rounded.
     """
-    sizes = image_sizes(images)[:, None, None, None]
-    inside = ((centers_l0 > -extent_l0 / 2) & (centers_l0 < sizes + extent_l0 / 2)).all(-1)
+    inside = _touching(image_sizes(images)[:, None, None, None], centers_l0, extent_l0)
     return _prefer(inside, torch.ones_like(inside))
+
+
+def _touching(sizes_l0: Tensor, centers_l0: Tensor, extent_l0: float) -> Tensor:
+    """Whether cells around (..., 2) points touch images of these sizes."""
+    return ((centers_l0 > -extent_l0 / 2) & (centers_l0 < sizes_l0 + extent_l0 / 2)).all(-1)
 
 
 def _prefer(wanted: Tensor, otherwise: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class PatchModel(ImageModel):
 
     def encoding(self, images: Sequence[Image], centers_l0: Tensor) -> Reading[Tensor]:
         """`encode` as a generator that yields its reads."""
-        boxes = self._patch_boxes(centers_l0)
+        boxes = self.patch_boxes(centers_l0)
         location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
         if self._keeps:
             return self._finish_features((yield from self._recall(images, boxes)), location)
@@ -101,13 +101,73 @@ class PatchModel(ImageModel):
     def _encoding_of_many(self, image: Image, centers_l0: Tensor) -> Reading[Tensor]:
         """Features of many patches of one image, read in parts: (P, 2) level-0 pixels -> (P, D)."""
         if self._keeps:
-            [features] = yield from self._recall([image], self._patch_boxes(centers_l0)[None])
+            [features] = yield from self._recall([image], self.patch_boxes(centers_l0)[None])
             return self._finish_features(features, centers_l0 / image_sizes([image]) * 2 - 1)
         return self._embed(*(yield from self._read(image, centers_l0)))
 
+    def patch_centers(self, image: Image) -> Tensor:
+        """All points of an image that patches may be centred on: (P, 2) float64, y and x in level-0 pixels."""
+        centers, possible = self._grid([image])
+        return centers[possible]
+
+    def extracting(self, image: Image, centers_l0: Tensor) -> Reading[tuple[Tensor, Tensor]]:
+        """Encode patches of one image, or find them in the store, as a generator that yields its reads.
+
+        Parameters
+        ----------
+        image
+            An image of any size.
+        centers_l0
+            (P, 2) float64: the centres of patches in level-0 pixels.
+
+        Returns
+        -------
+        boxes, features
+            (P, 4) int64: first y and x, height and width of each patch in pixels of its level; and (P, D) as the
+            encoder gives them, before all that a training decides.
+        """
+        boxes = self.patch_boxes(centers_l0)
+        if self._keeps:
+            [features] = yield from self._recall([image], boxes[None])
+        else:
+            [rows] = yield from self._encode_boxes([image], [boxes])
+            features = rows[:, :-1]
+        return boxes, features
+
+    def patch_boxes(self, centers_l0: Tensor) -> Tensor:
+        """Boxes (..., 4) of the patches around (..., 2) points, in pixels of the patches' level."""
+        return boxes_at(centers_l0, self.config.patch_downsample, self.config.patch_size)
+
+    def remember(self, image: Image, boxes: Tensor, features: Tensor) -> None:
+        """Put features that others have encoded into the store; how much the pixels vary is then not known.
+
+        Parameters
+        ----------
+        image
+            An image that `can_keep` says yes to.
+        boxes
+            (P, 4) int64, distinct patches as `extracting` gives them.
+        features
+            (P, D) float32 as the encoder gives them.
+        """
+        [name] = self._store_names([image])
+        assert self.store is not None  # noqa: S101 - the caller has asked
+        assert name is not None  # noqa: S101 - likewise
+        rows = torch.cat([features, torch.full_like(features[:, :1], torch.nan)], -1)
+        self.store.put(name, boxes[:, :2].contiguous(), rows)
+
+    @property
+    def encoder_digest(self) -> str | None:
+        """Names all that decides features besides the pixels (`EncoderName`); None where that is not known."""
+        return self._encoder_name(self.encoder, self.head.weight.device)
+
+    def can_keep(self, image: Image) -> bool:
+        """Whether the store takes features of an image: both the image and the encoder have a name there."""
+        return self._keeps and self._store_names([image]) != [None]
+
     def _read(self, image: Image, centers_l0: Tensor) -> Reading[tuple[Tensor, Tensor]]:
         """Pixels (P, C, H, W) of patches of one image, and their (P, 2) places in [-1, 1]."""
-        [pixels] = yield from self._read_parts([image], [self._patch_boxes(centers_l0)])
+        [pixels] = yield from self._read_parts([image], [self.patch_boxes(centers_l0)])
         return pixels, centers_l0 / image_sizes([image]) * 2 - 1
 
     def _read_parts(self, images: Sequence[Image], boxes: Sequence[Tensor]) -> Reading[list[Tensor]]:
@@ -147,9 +207,6 @@ class PatchModel(ImageModel):
         centers, there = image_cells(images, self.config.cell_l0)
         possible = there & self.worth_drawing(images, centers, self.config.cell_l0)
         return centers, torch.where(possible.any(-1, keepdim=True), possible, there)
-
-    def _patch_boxes(self, centers_l0: Tensor) -> Tensor:
-        return boxes_at(centers_l0, self.config.patch_downsample, self.config.patch_size)
 
     def _embed(self, pixels: Tensor, location: Tensor) -> Tensor:
         """Patches (P, C, H, W) and their (P, 2) places in [-1, 1] -> (P, D) of unit length (section 3.2.1)."""
@@ -234,7 +291,7 @@ class PatchModel(ImageModel):
 
     def _store_names(self, images: Sequence[Image]) -> list[str | None]:
         """The name of each image's patches in the store; None where they cannot be kept."""
-        encoder = self._encoder_name(self.encoder, self.head.weight.device)
+        encoder = self.encoder_digest
         identities = [getattr(image, "identity", None) for image in images]
         return [f"{encoder}/{identity}" if encoder and identity else None for identity in identities]
 

@@ -14,11 +14,14 @@ from typer.core import TyperGroup
 
 from pipeline.cli.calibrate import calibrate
 from pipeline.cli.convert import convert
+from pipeline.cli.doctor import doctor
 from pipeline.cli.evaluate import evaluate
+from pipeline.cli.features import features
 from pipeline.cli.heatmap import heatmap
 from pipeline.cli.info import info
 from pipeline.cli.init import init
 from pipeline.cli.job import job
+from pipeline.cli.model import model
 from pipeline.cli.output import NOTHING_USABLE, USAGE, say
 from pipeline.cli.predict import predict
 from pipeline.cli.report import report
@@ -54,7 +57,6 @@ app = typer.Typer(
     cls=_Group,
     help="Classify gigapixel images from one label per image, reading only where it matters.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -69,11 +71,12 @@ def _options(
     """Take the options that stand before a command."""
 
 
-_MAKE = (init, convert, validate, info, tissue, stats, split, train)
-_USE = (calibrate, predict, evaluate, heatmap, report, runs, view)
-for _command in (*_MAKE, *_USE):
+_DATA = (init, convert, validate, info, tissue, stats, split, features)
+_MODELS = (train, calibrate, predict, evaluate, heatmap, report, runs, view)
+for _command in (*_DATA, *_MODELS, doctor):
     app.command()(_command)
 app.add_typer(synth, name="synth")
+app.add_typer(model, name="model")
 app.add_typer(job, name="job")
 
 

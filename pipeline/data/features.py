@@ -63,6 +63,10 @@ class DiskFeatures:
         What the files may hold in all. What processes were adding as they were killed comes on top, until the files
         are counted again.
 
+    Attributes
+    ----------
+    trouble : why features were not kept, in words; empty while all were
+
     Raises
     ------
     StorageError
@@ -76,6 +80,7 @@ class DiskFeatures:
         self._touched: dict[str, float] = {}
         self._lock = Lock()
         self._full_until = 0.0
+        self.trouble = ""
         self._counts = [0, 0]
 
     def get(self, name: str, places: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +127,7 @@ class DiskFeatures:
                     data = _encode(name, record, places.numpy()[new], rows.numpy()[new])
                     if not self._folder.make_room(total, len(data), unused_since=self._began):
                         self._full_until = time.monotonic() + _WAIT_S
+                        self.trouble = f"{self._folder.folder}: full, with {self._folder.max_bytes / 1e9:g} GB"
                         return
                     total.bytes += _append(file, data)
         except OSError as error:
@@ -164,7 +170,8 @@ class DiskFeatures:
         """Stop keeping features, and say so."""
         if self._full_until != float("inf"):
             self._full_until = float("inf")
-            _say(f"{self._folder.folder}: {error.strerror}; no more features of patches are kept there")
+            self.trouble = f"{self._folder.folder}: {error.strerror}"
+            _say(f"{self.trouble}; no more features of patches are kept there")
 
 
 class _Index(NamedTuple):

@@ -150,7 +150,7 @@ def _several_scales(mpps: Sequence[float]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(groups) > 1 else ""
 
 
-def _why_slow(level: Level) -> str:
+def why_slow(level: Level) -> str:
     """What makes reading a level slow, in words; empty if nothing does."""
     if level.made_of and level.downsample > _FINER * level.made_of:
         more = (level.downsample / level.made_of) ** 2
@@ -179,7 +179,7 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
             with image.slide as slide:
                 levels = [slide.levels[number] for number in check_slide(image, config.model)]
                 identity = identity_of(slide)
-            slow = next(filter(None, map(_why_slow, levels)), "")
+            slow = next(filter(None, map(why_slow, levels)), "")
             downsamples = tuple(level.downsample for level in levels)
             mpp = entry.mpp or slide.mpp or config.data.assume_mpp
             assumed = mpp is not None and not (entry.mpp or slide.mpp)

@@ -59,6 +59,7 @@ class SlideImage:
     numbers : of the slide's channels that the image has, from 0
     fill : `background` as a value of the slide's type
     scale : pixels of the slide's finest level to a pixel of the image's, along each axis
+    own_mpp : micrometres per pixel of the slide's finest level; None where nothing tells it
     sources : number of the slide's level that each of the image's levels is read from
     mask : where there is something to see; see `open_image`
 
@@ -86,7 +87,8 @@ class SlideImage:
         # PyTorch computes little in the other types, and knows no pixels of 12 bits.
         self._divisor = largest if slide.bits or dtype.name in ("int8", "uint32", "int32") else None
         self.fill = background if dtype.kind == "f" else round(background * largest)
-        self.scale = 1.0 if mpp is None else _scale(slide, mpp, own_mpp or slide.mpp)
+        self.own_mpp = own_mpp or slide.mpp
+        self.scale = 1.0 if mpp is None else _scale(slide, mpp, self.own_mpp)
         self._levels = list(_scaled_levels(slide, self.scale))
         self.sources = [level.source for level in self._levels]
         self.mask: Mask | None = None

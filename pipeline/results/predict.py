@@ -96,7 +96,7 @@ def predict(
             workers=workers,
             device=settings.device,
             timeout_s=timeout_s,
-            cost=_pixels,
+            cost=pixels,
         )
         with closing(tasks):
             _collect(tasks, rows, results)
@@ -123,10 +123,10 @@ def _collect(
             update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
 
 
-def _pixels(entry: Entry) -> int:
+def pixels(entry: Entry) -> int:
     """Count the pixels of a local slide, so that the largest start first; for others it takes a request: 0."""
     if entry.slides:
-        return sum(map(_pixels, entry.slides))
+        return sum(map(pixels, entry.slides))
     if is_remote(entry.path):
         return 0
     with Net():

@@ -59,8 +59,7 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     runs = fold_runs(run) or [run]
     abouts = [read_run(each) for each in runs]
     rows = read_predictions(predictions)
-    metrics = _read_metrics(predictions)
-    _check_models(runs, predictions, metrics)
+    metrics = evaluated(runs, predictions)
     target = read_target(metrics["target"])
     config = answered(read_about(predictions), rows)[1]
     make_folder(page.parent)
@@ -117,7 +116,14 @@ def _brier(metrics: Mapping[str, Any]) -> list[tuple[float, str]]:
     ]
 
 
-def _read_metrics(predictions: Path) -> dict[str, Any]:
+def evaluated(runs: Sequence[Path], predictions: Path) -> dict[str, Any]:
+    """Return the metrics of predictions that the models of these runs, as they are now, have made together.
+
+    Raises
+    ------
+    UsageError
+        They were not evaluated as they are now, or are of another model.
+    """
     try:
         metrics: dict[str, Any] = json.loads(read_inside(predictions, METRICS))
     except (FileNotFoundError, ValueError):
@@ -126,11 +132,6 @@ def _read_metrics(predictions: Path) -> dict[str, Any]:
         raise UsageError(
             f"{predictions}: the predictions were changed after they were evaluated; run nested-ats evaluate again"
         )
-    return metrics
-
-
-def _check_models(runs: Sequence[Path], predictions: Path, metrics: Mapping[str, Any]) -> None:
-    """See that the models of the runs, as they are now, made the predictions."""
     made_by = set(read_about(predictions).get("models", {}).values()) or {metrics["model"]}
     models = {model_fingerprint(run): run for run in runs}
     if made_by != models.keys():
@@ -139,6 +140,7 @@ def _check_models(runs: Sequence[Path], predictions: Path, metrics: Mapping[str,
             f"{predictions}: predictions of another model than {other / MODEL}: of another run, or from before it "
             "was trained further; give those of this run, or run nested-ats predict and evaluate again"
         )
+    return metrics
 
 
 def _training(run: Path, about: Mapping[str, Any], target: Target) -> str:

@@ -23,6 +23,13 @@ _SOURCES = (
 _VENDOR = Path("/sys/class/dmi/id/sys_vendor")  # it says "Amazon EC2" where a role of the machine gives keys
 
 
+def credentials_source() -> str:
+    """Name what gives obstore credentials for S3, or tells it to need none; empty where nothing does."""
+    if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "on", "yes", "y"):
+        return "AWS_SKIP_SIGNATURE"
+    return next((name for name in _SOURCES if os.environ.get(name)), "Amazon EC2" if _on_ec2() else "")
+
+
 def check_credentials(url: str, store: ObjectStore) -> None:
     """Check, without the network, that obstore has credentials for a store in S3 or is told to need none.
 
@@ -33,8 +40,7 @@ def check_credentials(url: str, store: ObjectStore) -> None:
     """
     from obstore.store import S3Store
 
-    unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "on", "yes", "y")
-    if not isinstance(store, S3Store) or unsigned or any(os.environ.get(name) for name in _SOURCES) or _on_ec2():
+    if not isinstance(store, S3Store) or credentials_source():
         return
     profiles = ""
     if os.environ.get("AWS_PROFILE") or (Path.home() / ".aws" / "credentials").exists():

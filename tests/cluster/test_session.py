@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from ipaddress import ip_address
+from pathlib import Path
 
 import psutil
 import pytest
@@ -138,3 +139,24 @@ def test_a_local_session_listens_on_the_loopback_interface_only(head, tmp_path):
     assert {"gcs_server", "raylet"} < {name for name, _ in found}
     assert sum("_TrainingWork" in name for name, _ in found) >= 2  # the workers themselves
     assert [(name, address) for name, address in found if not only_from_here(address)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_module_of_the_users_does_not_shadow_ours_in_workers(tmp_path):
+    """Ray has workers search first the folder in which the driver was started."""
+    (tmp_path / "storage.py").write_text("raise SystemExit('the wrong one')\n")
+    code = """if True:
+        import sys
+        sys.path.remove("")  # as it is in the command
+        from functools import partial
+        from importlib import import_module
+        from cluster import run_tasks
+        [outcome] = run_tasks(partial(partial, import_module), ["storage.errors"], address="local", attempts=1)
+        print(outcome)
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert "storage/errors.py" in done.stdout, done.stderr

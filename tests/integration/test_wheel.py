@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from storage import write_pyramid
+
 pytestmark = [pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +32,10 @@ predict: {draws: 2}
 """
 
 
-def run(*command, folder):
+def run(*command, folder, **variables):
     """Run outside the repository, and without what leads a Python of these tests to it."""
     hidden = ("PYTHONPATH", "COVERAGE_PROCESS_START")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden} | variables
     words = [str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -74,7 +76,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
     added = {f"pipeline/deeper/{name}" for name in ("__init__.py", "still/__init__.py", "defaults.yaml")}
     kinds = {".py", ".sh", ".typed", ".yaml", ".css", ".html", ".js", ".svg", ".txt"}
     files = [path.relative_to(ROOT) for package in PACKAGES for path in ROOT.glob(f"{package}/**/*")]
-    assert held == {path.as_posix() for path in files if path.suffix in kinds} | added
+    assert held == {path.as_posix() for path in files if path.suffix in kinds} | added | {"nested_ats_start.py"}
     assert {f"{package}/py.typed" for package in PACKAGES} <= held
 
 
@@ -100,3 +102,11 @@ def test_the_main_job_runs_from_the_wheel(bin_folder, tmp_path):
         run(bin_folder / "nested-ats", *words.split(), folder=tmp_path)
     assert len((tmp_path / "run" / "test" / "predictions.csv").read_text().splitlines()) == 5
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["storage", "pipeline", "cluster", "nested_ats"])
+def test_a_module_of_the_users_does_not_shadow_ours(bin_folder, tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    write_pyramid(tmp_path / "a.ome.zarr", np.zeros((3, 64, 64), np.uint8))
+    told = run(bin_folder / "nested-ats", "info", "a.ome.zarr", folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "64 x 64 pixels" in told

@@ -34,7 +34,8 @@ COMMANDS = [
     "evaluate",
     "heatmap",
 ]
-COMMANDS += ["calibrate", "report", "runs", "view", "synth", "synth signs"]
+COMMANDS += ["calibrate", "report", "runs", "view", "doctor", "features", "synth", "synth signs"]
+COMMANDS += ["model", "model card", "model export"]
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ class TestHelp:
 
     def test_no_command_is_missing_above(self, cli):
         names = [command.name or command.callback.__name__ for command in app.registered_commands]
-        assert {*names, "synth"} == {command for command in COMMANDS if " " not in command}
+        assert {*names, "synth", "model"} == {command for command in COMMANDS if " " not in command}
 
     def test_version(self, cli):
         result = cli("--version")
