@@ -17,13 +17,20 @@ def evaluate(
     include_seen: Annotated[
         bool, typer.Option("--include-seen", help="Count slides too that the model was trained or validated on.")
     ] = False,
+    by_case: Annotated[
+        str | None,
+        typer.Option(help="Make one answer of the slides of a case: mean, max or noisy-or of theirs."),
+    ] = None,
+    positive: Annotated[str, typer.Option(help="Of two classes the one that max and noisy-or are about.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Compare predictions with the labels of the manifest, on slides that the training has not seen."""
+    from pipeline.results.by_case import choose_how
     from pipeline.results.evaluate import evaluate as measure
     from pipeline.results.report import describe_metrics
 
-    metrics = measure(predictions, split=split, include_seen=include_seen)
+    how = choose_how(by_case)
+    metrics = measure(predictions, split=split, include_seen=include_seen, by_case=how, positive=positive)
     if as_json:
         print(json.dumps(metrics, indent=2))
         return

@@ -97,7 +97,7 @@ def learn_target(config: AnyTarget, training: Sequence[Entry]) -> Target:
     rows = [row_of(entry) for entry in training]
     if isinstance(config, MultiLabelTarget):
         known = {name: [cell for row in rows if _told(config, cell := _cell(row, name))] for name in config.columns}
-        even = [name for name, cells in known.items() if len({_binary(cell) for cell in cells}) < 2]
+        even = [name for name, cells in known.items() if len({binary(cell) for cell in cells}) < 2]
         if even:
             raise UsageError(f"target: of {', '.join(even)} the training slides have only one value; leave it out")
         return MultiLabel(config.columns)
@@ -123,11 +123,11 @@ def truth(target: Target, config: AnyTarget, rows: Sequence[Row], *, raw: bool =
     if isinstance(target, Regression):
         return torch.tensor([_number(row, columns(config)[0]) for row in rows])
     if isinstance(target, MultiLabel):
-        values = [[_binary(_cell(row, name)) for name in target.labels] for row in rows]
+        values = [[binary(_cell(row, name)) for name in target.labels] for row in rows]
         return torch.tensor(values).reshape(len(rows), target.outputs)
     time_column, event_column = columns(config)
     times = torch.tensor([_number(row, time_column) for row in rows], dtype=torch.float64)
-    events = torch.tensor([_binary(_cell(row, event_column)) for row in rows], dtype=torch.float64)
+    events = torch.tensor([binary(_cell(row, event_column)) for row in rows], dtype=torch.float64)
     if isinstance(target, DiscreteSurvival) and not raw:
         return target.intervals(times, events)
     return torch.stack([times, events], -1)
@@ -137,7 +137,7 @@ def strata(config: AnyTarget, entries: Sequence[Entry]) -> list[str]:
     """Return the stratum of each slide, of which every split gets its share."""
     rows = [row_of(entry) for entry in entries]
     if isinstance(config, CoxTarget | SurvivalTarget):
-        return [f"{_binary(_cell(row, config.event)):g}" for row in rows]
+        return [f"{binary(_cell(row, config.event)):g}" for row in rows]
     if isinstance(config, RegressionTarget):
         values = np.array([_number(row, config.column) for row in rows])
         edges = np.quantile(values, np.linspace(0, 1, _STRATA + 1)[1:-1])
@@ -154,7 +154,7 @@ def by_stratum(
 
 
 def _learn_survival(config: CoxTarget | SurvivalTarget, rows: Sequence[Row]) -> Target:
-    events = [_binary(_cell(row, config.event)) == 1 for row in rows]
+    events = [binary(_cell(row, config.event)) == 1 for row in rows]
     times = np.array([_number(row, config.time) for row in rows])
     if sum(events) < 2:
         raise UsageError(f"target: {config.event} is 1 for {sum(events)} training slides; at least two are needed")
@@ -197,7 +197,7 @@ def _wrong_cells(config: AnyTarget, row: Row) -> list[str]:
         return [
             f"{name} is {cell!r}, not 0 or 1"
             for name, cell in cells.items()
-            if _told(config, cell) and math.isnan(_binary(cell))
+            if _told(config, cell) and math.isnan(binary(cell))
         ]
     if isinstance(config, RegressionTarget):
         return _wrong_number(row, config.column)
@@ -205,7 +205,7 @@ def _wrong_cells(config: AnyTarget, row: Row) -> list[str]:
         wrong, event = _wrong_number(row, config.time), _cell(row, config.event)
         if not wrong and _number(row, config.time) <= 0:
             wrong = [f"{config.time} is {_cell(row, config.time)}; times must be above 0"]
-        if math.isnan(_binary(event)):
+        if math.isnan(binary(event)):
             wrong.append(f"{config.event} is {event!r}, not 0 or 1")
         return wrong
     return []
@@ -233,5 +233,6 @@ def _number(row: Row, column: str) -> float:
     return math.nan if value is None else value
 
 
-def _binary(cell: str) -> float:
+def binary(cell: str) -> float:
+    """Return 1 or 0 of a cell that says yes or no, NaN of any other."""
     return 1.0 if cell.casefold() in _YES else 0.0 if cell.casefold() in _NO else math.nan

@@ -20,6 +20,7 @@ from pipeline.data.splits import SEEN, count_seen
 from pipeline.data.targets import columns, is_known, truth
 from pipeline.errors import UsageError
 from pipeline.files import write_json
+from pipeline.results.by_case import How, answer_cases
 from pipeline.results.intervals import Numbers, Reals, case_numbers
 from pipeline.results.measures import brier, calibration_error, measure, ranking
 from pipeline.results.predictions import (
@@ -35,7 +36,14 @@ from pipeline.results.verdict import class_shares, guess_cross_entropy, verdict
 METRICS = "metrics.json"
 
 
-def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = False) -> dict[str, Any]:
+def evaluate(
+    folder: Path,
+    *,
+    split: str | None = None,
+    include_seen: bool = False,
+    by_case: How | None = None,
+    positive: str = "",
+) -> dict[str, Any]:
     """Compare predictions with their labels and write metrics.json beside them.
 
     Parameters
@@ -46,6 +54,8 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
         If given, only slides of this split count.
     include_seen
         Whether slides count that the model was trained or validated on; they do where `split` asks for them.
+    by_case, positive
+        How the answers to the slides of a case become one (`answer_cases`); by default every slide counts.
 
     Returns
     -------
@@ -72,6 +82,8 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
     if not usable:
         seen = f", {len(labelled)} of them seen in training: --include-seen counts those" if labelled else ""
         raise UsageError(f"{where}: no predicted slide has a label; {len(rows)} slides are there{seen}")
+    if by_case:
+        usable = answer_cases(usable, target, config, by_case, positive)
     outcomes = known_outcomes(where, target, config, usable)
     answers = np.array([[row[name] for name in answer_columns(target)] for row in usable], dtype=np.float64)
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in usable)
@@ -86,6 +98,7 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
         "failed": sum(row["status"] != "ok" for row in rows),
         "unlabelled": sum(not is_known(config, row) for row in rows),
         "cases": len(set(cases.tolist())),
+        "by_case": {"how": by_case, "positive": positive} if by_case else None,
         "target": target.plain,
         "measures": list(measures),
         **measures,

@@ -23,6 +23,7 @@ from pipeline.data.splits import seen_words
 from pipeline.data.targets import columns, is_known, strata, truth
 from pipeline.errors import UsageError
 from pipeline.files import make_folder, read_inside, write_atomic
+from pipeline.results.by_case import answer_cases
 from pipeline.results.evaluate import METRICS, answered
 from pipeline.results.intervals import case_numbers
 from pipeline.results.look import LOOK
@@ -245,9 +246,11 @@ def _plots(target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]],
     """Plot what is true against what was answered, of the slides that count."""
     included = metrics["seen_included"]
     known = [row for row in rows if row["status"] == "ok" and is_known(config, row)]
-    counted = [row for row in known if included or not row.get("seen")]
+    counted: Sequence[Mapping[str, Any]] = [row for row in known if included or not row.get("seen")]
     if not counted:
         return ""
+    if by_case := metrics.get("by_case"):
+        counted = answer_cases(counted, target, config, by_case["how"], by_case["positive"])
     outcomes = truth(target, config, counted, raw=True).double().numpy()
     answers = np.array([[row[name] for name in answer_columns(target)] for row in counted], dtype=np.float64)
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in counted)
