@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": "index.md",
     "docs/guide.md": "guide.md",
+    "docs/folds.md": "folds.md",
+    "docs/targets.md": "targets.md",
     "docs/measurements.md": "measurements.md",
     "docs/viewer.md": "viewer.md",
     "docs/cluster.md": "cluster.md",

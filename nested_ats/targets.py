@@ -394,16 +394,22 @@ class Head(nn.Linear):
     attention; scaled, a model learns in half the epochs.
 
     Standard errors are differences between logits of nearly equal features, which the rounding of bf16 would hide.
+
+    Attributes
+    ----------
+    temperature
+        What the Q numbers are divided by; it is no weight, and 1 unless a calibration sets it.
     """
 
     def __init__(self, features: int, outputs: int, scale: float) -> None:
         super().__init__(features, outputs)
         self.scale = scale
+        self.temperature = 1.0
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(..., D) -> (..., Q)."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.numbers(super().forward(pooled.to(self.weight.dtype) * self.scale))
+            return self.numbers(super().forward(pooled.to(self.weight.dtype) * self.scale)) / self.temperature
 
     def numbers(self, values: Tensor) -> Tensor:
         """Make the head's numbers of those of the linear layer: (..., outputs of the layer) -> (..., Q)."""

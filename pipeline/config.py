@@ -137,6 +137,21 @@ AnyTarget = Annotated[
 ]
 
 
+# Measures of classes and grades; of numbers; of times until an event. A target has some of them.
+BestBy = Literal[
+    "loss",
+    "accuracy",
+    "balanced_accuracy",
+    "auc",
+    "quadratic_kappa",
+    "mae",
+    "r2",
+    "pearson",
+    "spearman",
+    "concordance",
+]
+
+
 class AugmentConfig(_Section):
     """How slides are changed at random, anew in every epoch; by default not at all."""
 
@@ -169,6 +184,9 @@ class TrainConfig(_Section):
     early_share: float = Field(default=0.2, ge=0, le=1)  # share of the training that is early
     class_weights: Literal["none", "balanced"] = "none"  # balanced weights a class by its inverse prior
     sampling: Literal["all", "balanced"] = "all"  # an epoch has each slide once, or as many of each class
+    best_by: BestBy = "loss"  # the epoch is kept that has the best of these on the validation slides, of equal ones
+    # the first: the loss, or a measure of the target (accuracy, balanced_accuracy, auc, quadratic_kappa; mae, r2,
+    # pearson, spearman; concordance)
     patience: int = Field(default=0, ge=0)  # epochs without a better validation after which training stops; 0: never
     checkpoint_minutes: float = Field(
         default=5.0, gt=0

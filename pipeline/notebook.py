@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data.crs import needed
 from pipeline.data.manifest import Entry, slide_name
 from pipeline.errors import DataError, UsageError
-from pipeline.results.heatmap import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS
+from pipeline.results.heatmap import MAP
 from storage import Slide, write_pyramid
 from storage.place.urls import is_remote
 
@@ -91,7 +91,7 @@ def view(
     """
     for package in ("starlette", "uvicorn"):
         needed(package, "a viewer", extra="view")
-    from pipeline.view.cohort import Case
+    from pipeline.view.cohort import Case, drawn_in
 
     place = slide.location if isinstance(slide, Slide) else os.fspath(slide)
     path = place if is_remote(place) else os.path.abspath(place)
@@ -105,23 +105,16 @@ def view(
         found = str(Path(made.name, MAP))
         _write_map(found, weights, path)
     elif attention is not None:
-        found, drawn = _heatmap(Path(attention))
+        drawn = drawn_in(Path(attention))
+        found = drawn.pop("attention", os.fspath(attention))
         outlines |= drawn
+        if not Path(found).exists():
+            raise UsageError(f"{found}: does not exist; give a folder SLIDE below the --out of nested-ats heatmap")
     return View(Case(entry=entry, attention=found, outlines=outlines, find_tissue=tissue), height, made)
 
 
 def _text(place: Place | None) -> str:
     return os.fspath(place) if place else ""
-
-
-def _heatmap(place: Path) -> tuple[str, dict[str, str]]:
-    """The map at a place, and the outlines beside it."""
-    if not (place / MAP).exists():
-        if not place.exists():
-            raise UsageError(f"{place}: does not exist; give a folder SLIDE below the --out of nested-ats heatmap")
-        return str(place), {}
-    files = (("patches", PIXEL_OBJECTS), ("patches", OBJECTS), ("regions", REGIONS))
-    return str(place / MAP), {name: str(place / file) for name, file in reversed(files) if (place / file).exists()}
 
 
 def _checked(attention: NDArray[Any]) -> NDArray[np.float32]:

@@ -6,6 +6,8 @@
     metrics.jsonl           one line an epoch
     tensorboard/            the same as curves
     model/                  the trained model, once training has finished; replaced when a longer one has
+    calibration.json        the temperature of the model, if it was calibrated
+    last/                   the model after the last epoch, where model/ is the best one by validation
     train.lock              held by the process that trains
 
 The state is one file, replaced in one step, so weights, optimizer and position always belong together, whichever
@@ -35,7 +37,8 @@ from pipeline.errors import UsageError
 from pipeline.files import read_inside, write_atomic
 
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
-MODEL, CURVES, LOCK = "model", "tensorboard", "train.lock"
+MODEL, LAST, CURVES, LOCK = "model", "last", "tensorboard", "train.lock"
+CALIBRATION = "calibration.json"
 
 _ABOUT = {"run", "epoch", "step", "metrics"}  # what a state says about itself
 _SUM, _BLANK = "sha256", "-" * 64  # its checksum, and what stands there while it is computed
@@ -52,6 +55,7 @@ class _Run(BaseModel):
     config: Config
     versions: dict[str, str]
     entries: list[Entry]
+    identities: dict[str, str] = {}  # of the pixels of slides, by slide id; runs of before have none
 
     @model_validator(mode="before")
     @classmethod
@@ -257,7 +261,7 @@ def short(sha256: str) -> str:
 
 def clear_run(folder: Path) -> None:
     """Remove what a run wrote and nothing else; run.json goes last, so that the folder is a run until then."""
-    for name in (STATE, METRICS, MODEL, CURVES, CONFIG, RUN):
+    for name in (STATE, METRICS, MODEL, LAST, CALIBRATION, CURVES, CONFIG, RUN):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

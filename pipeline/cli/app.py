@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from pipeline.cli.calibrate import calibrate
 from pipeline.cli.convert import convert
 from pipeline.cli.doctor import doctor
 from pipeline.cli.evaluate import evaluate
@@ -24,6 +25,7 @@ from pipeline.cli.model import model
 from pipeline.cli.output import NOTHING_USABLE, USAGE, say
 from pipeline.cli.predict import predict
 from pipeline.cli.report import report
+from pipeline.cli.runs import runs
 from pipeline.cli.split import split
 from pipeline.cli.stats import stats
 from pipeline.cli.synth import synth
@@ -69,9 +71,9 @@ def _options(
     """Take the options that stand before a command."""
 
 
-_DATA = (init, convert, validate, info, tissue, stats, split, features)
-_MODELS = (train, predict, evaluate, heatmap, report, view)
-for _command in (*_DATA, *_MODELS, doctor):
+_MAKE = (init, convert, validate, info, tissue, stats, split, features, train)
+_USE = (calibrate, predict, evaluate, heatmap, report, runs, view)
+for _command in (*_MAKE, *_USE, doctor):
     app.command()(_command)
 app.add_typer(synth, name="synth")
 app.add_typer(model, name="model")

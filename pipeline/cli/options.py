@@ -34,6 +34,30 @@ TrustEncoder = Annotated[
 Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 16,32; default: as trained.")]
 
 
+def fold_runs(folder: Path) -> list[Path]:
+    """Return the runs of the folds below a folder, unless it is itself that of a run."""
+    from pipeline.runs import RUN
+
+    return [] if (folder / RUN).exists() else sorted(path.parent for path in folder.glob(f"fold-*/{RUN}"))
+
+
+def several_runs(run: Path, places: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Tell runs and slides apart: folders of runs are runs, and a folder of folds stands for all of them."""
+    from pipeline.errors import UsageError
+    from pipeline.runs import RUN
+
+    runs, slides = [run], []
+    for place in places:
+        if (Path(place) / RUN).is_file():
+            runs.append(Path(place))
+        else:
+            slides.append(place)
+    runs[:1] = fold_runs(run) or [run]
+    if not slides:
+        raise UsageError(f"{places[-1]}: a run; give the slides behind the runs: a manifest, or pyramids")
+    return runs, slides
+
+
 def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[Entry]:
     """Choose the slides of a split, which is the run's where they have none of their own."""
     from pipeline.data.discovery import name_slides
@@ -44,7 +68,8 @@ def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[E
     entries = name_slides(slides)
     if split is None:
         return entries
-    filled = RunSplits(read_run(run)["entries"]).fill(entries)
+    about = read_run(run)
+    filled = RunSplits(about["entries"], about["identities"]).fill(entries)
     chosen = [entry for entry in filled if entry.split == split]
     counts = Counter(entry.split or "none" for entry in filled)
     if not chosen:

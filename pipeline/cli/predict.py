@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -11,10 +12,18 @@ from pipeline.cli.output import exit_if_failed, say
 
 
 def predict(
-    run: options.Run,
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a training run, or of folds; the mean of several: name all of them.")
+    ],
     slides: options.Slides,
     out: options.Out,
     split: options.Split = None,
+    out_of_fold: Annotated[
+        bool, typer.Option("--out-of-fold", help="Answer each slide by the models alone that have not seen it.")
+    ] = False,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Leave probabilities as they are, whatever calibrate has found.")
+    ] = False,
     draws: options.Draws = None,
     samples: options.Samples = "",
     target_error: Annotated[
@@ -33,27 +42,28 @@ def predict(
     ] = 3600.0,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Classify slides; run again, it classifies only what is missing."""
+    """Classify slides; run again, it classifies only what is missing. Of several runs the mean is taken."""
+    from pipeline.data.discovery import name_slides
     from pipeline.data.splits import count_seen, seen_words
+    from pipeline.results.ensemble import predict_ensemble
     from pipeline.results.predict import predict as classify
     from pipeline.results.predictions import TABLE
 
     options.check_cluster(cluster, workers, device)
-    rows = classify(
-        options.chosen_slides(slides, split, run),
-        run,
-        out,
-        draws=draws,
-        samples=options.sample_counts(samples),
-        target_error=target_error,
-        exact=exact,
-        trust_encoder=trust_encoder,
-        address=cluster,
-        workers=workers,
-        device=device,
-        timeout_s=slide_timeout,
-        overwrite=overwrite,
-    )
+    runs, places = options.several_runs(run, slides)
+    how: dict[str, Any] = {"draws": draws, "samples": options.sample_counts(samples), "target_error": target_error}
+    how |= {"exact": exact, "uncalibrated": no_calibration, "trust_encoder": trust_encoder, "device": device}
+    where: dict[str, Any] = {
+        "address": cluster,
+        "workers": workers,
+        "timeout_s": slide_timeout,
+        "overwrite": overwrite,
+    }
+    if len(runs) > 1 or out_of_fold:
+        say(f"{len(runs)} models: {', '.join(map(str, runs))}")
+        rows = predict_ensemble(name_slides(places), runs, out, split=split, out_of_fold=out_of_fold, **where, **how)
+    else:
+        rows = classify(options.chosen_slides(places, split, runs[0]), runs[0], out, **where, **how)
     print(out / f"{TABLE}.csv")
     seen = seen_words(count_seen(rows), len(rows))
     if seen:

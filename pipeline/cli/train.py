@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli import tables
 from pipeline.cli.options import Cluster, Device, FailFast, Out, Overwrite, check_cluster
-from pipeline.cli.output import exit_if_failed, print_all
+from pipeline.cli.output import exit_if_failed, print_all, say
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.data.manifest import Entry
 
 
 def train(
-    manifest: Annotated[Path, typer.Option(help="CSV or Parquet: slide_id, path, label, ...")],
+    manifest: Annotated[Path, typer.Option(help="CSV, Parquet or Excel: slide_id, path, label, ...")],
     out: Out,
     config: Annotated[Path | None, typer.Option(help="YAML; default: the built-in configuration.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Override, as in train.epochs=10.")] = None,
+    labels: tables.Labels = None,
+    target: tables.Target = None,
+    join: tables.Join = None,
+    missing: tables.Missing = "fail",
+    unused: tables.Unused = "ignore",
+    conflicts: tables.Conflicts = "fail",
+    alike: tables.Alike = "fail",
+    splits: Annotated[
+        Path | None,
+        typer.Option(help="Table of splits or folds: ours, CLAM's splits_0.csv or a folder of them, STAMP's JSON."),
+    ] = None,
+    fold: Annotated[
+        str | None,
+        typer.Option(
+            "--fold", "--folds", help="Train by this fold; several (0,1,2) or all have a run each below --out."
+        ),
+    ] = None,
     cluster: Cluster = "none",
     workers: Annotated[
-        str, typer.Option(help="Ray workers; a range, as in 1-4, uses as many as there is room for.")
+        str,
+        typer.Option(
+            help="Ray workers; a range, as in 1-4, uses as many as there is room for. Of several folds each has one."
+        ),
     ] = "1",
     device: Device = "auto",
     mirror: Annotated[
@@ -32,30 +58,70 @@ def train(
     ] = False,
 ) -> None:
     """Train a model from one label per slide; the same command goes on with an interrupted run."""
-    from pipeline.config import dump_config, load_config
-    from pipeline.data.manifest import read_manifest
+    from pipeline.config import load_config
+    from pipeline.data.split_table import fold_entries
     from pipeline.data.targets import columns
 
     chosen = load_config(config, settings)
-    entries = read_manifest(manifest, labelled="label" in columns(chosen.target))
     group = _range(workers)
     check_cluster(cluster, group[1], device)
+    rules = {"missing": missing, "unused": unused, "conflicts": conflicts, "alike": alike}
+    entries = tables.labelled_slides(manifest, labels, target, join, **rules, wanted=columns(chosen.target))
+    folds = fold_entries(entries, splits, fold, chosen, drop=missing == "drop")
     options: dict[str, Any] = {"device": device, "mirror": mirror, "overwrite": overwrite, "fail_fast": fail_fast}
     if dry_run:
-        from pipeline.training.dry_run import dry_run as look
-
-        print(dump_config(chosen), end="", flush=True)
-        lines, failures = look(entries, chosen, out, **options)
-        print_all([f"# {line}" for line in lines])  # comments: what is printed remains a configuration
+        _look(folds, chosen, out, options)
+    elif len(folds) > 1:
+        _train_folds(folds, chosen, out, options | {"address": cluster, "workers": group[1]})
     else:
-        from pipeline.training.train import train as run
+        _train_one(next(iter(folds.values())), chosen, out, options | {"address": cluster, "workers": group})
 
-        metrics, failures = run(entries, chosen, out, address=cluster, workers=group, **options)
-        print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not isinstance(value, str)))
-        if metrics.get("verdict"):
-            print(metrics["verdict"])
-        print(mirror or out)
+
+def _look(folds: Mapping[str, list[Entry]], config: Config, out: Path, options: dict[str, Any]) -> None:
+    from pipeline.config import dump_config
+    from pipeline.training.dry_run import dry_run
+    from pipeline.training.folds import fold_folder
+
+    fold, entries = next(iter(folds.items()))
+    if len(folds) > 1:
+        say(f"{len(folds)} folds: what follows is of fold {fold}")
+    print(dump_config(config), end="", flush=True)
+    lines, failures = dry_run(entries, config, fold_folder(out, fold) if len(folds) > 1 else out, **options)
+    print_all([f"# {line}" for line in lines])  # comments: what is printed remains a configuration
     exit_if_failed([(failure.slide_id, failure.error) for failure in failures], len(entries))
+
+
+def _train_one(entries: list[Entry], config: Config, out: Path, options: dict[str, Any]) -> None:
+    from pipeline.training.train import train as run
+
+    metrics, failures = run(entries, config, out, **options)
+    print(_words(metrics))
+    if metrics.get("verdict"):
+        print(metrics["verdict"])
+    print(options["mirror"] or out)
+    exit_if_failed([(failure.slide_id, failure.error) for failure in failures], len(entries))
+
+
+def _train_folds(folds: Mapping[str, list[Entry]], config: Config, out: Path, options: dict[str, Any]) -> None:
+    from pipeline.training.folds import train_folds
+
+    left_out: dict[str, str] = {}
+    failed: list[tuple[str, str]] = []
+    for done in train_folds(folds, config, out, **options):
+        left_out |= {failure.slide_id: failure.error for failure in done.failures}
+        if done.error:
+            failed.append((f"fold {done.fold}", done.error))
+            say(f"fold {done.fold}: failed; the others go on")
+        else:
+            print(f"fold {done.fold}: {_words(done.metrics)}  {done.folder}", flush=True)
+    slides = {entry.slide_id for entries in folds.values() for entry in entries}
+    if failed and left_out:
+        say(f"{len(left_out)} of {len(slides)} slides were left out: {'; '.join(map(': '.join, left_out.items()))}")
+    exit_if_failed(failed, len(folds)) if failed else exit_if_failed(list(left_out.items()), len(slides))
+
+
+def _words(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not isinstance(value, str))
 
 
 def _range(workers: str) -> tuple[int, int]:

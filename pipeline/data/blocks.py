@@ -8,9 +8,10 @@ sphere, all of about the wanted height and width at any latitude, which no singl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from pipeline.data.crs import needed, to_wgs84
+from pipeline.data.groups import join_groups
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import open_slide
 from pipeline.errors import DataError
@@ -59,7 +60,7 @@ def spatial_groups(entries: Sequence[Entry], kilometres: float) -> dict[str, str
         for entry, centre in zip(entries, centres, strict=True)
         if not isinstance(centre, str)
     }
-    return _joined(entries, blocks)
+    return join_groups(entries, blocks)
 
 
 def block_of(longitude: float, latitude: float, kilometres: float) -> Block:
@@ -82,22 +83,3 @@ def _centre(entry: Entry) -> tuple[float, float] | str:
         longitude, latitude = to_wgs84(slide.georeference, [(width / 2, height / 2)], entry.path)[0]
         return float(longitude), float(latitude)
     return net.error
-
-
-def _joined(entries: Sequence[Entry], blocks: Mapping[str, Block]) -> dict[str, str]:
-    """Join slides that share a block or a case, also by way of others; a group is named after its first slide."""
-    parent = {entry.slide_id: entry.slide_id for entry in entries}
-
-    def root(slide_id: str) -> str:
-        while parent[slide_id] != slide_id:
-            parent[slide_id] = parent[parent[slide_id]]
-            slide_id = parent[slide_id]
-        return slide_id
-
-    first: dict[Block | str, str] = {}
-    for entry in sorted(entries, key=lambda each: each.slide_id):
-        for shared in (blocks[entry.slide_id], entry.case_id):
-            if shared:
-                one, other = sorted((root(first.setdefault(shared, entry.slide_id)), root(entry.slide_id)))
-                parent[other] = one
-    return {slide_id: root(slide_id) for slide_id in parent}

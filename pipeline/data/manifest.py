@@ -1,4 +1,4 @@
-"""The manifest has one row a slide, in CSV or Parquet, and is checked as a whole before any work.
+"""The manifest has one row a slide, in a table of any kind, and is checked as a whole before any work.
 
 Columns are slide_id, path and label, and optionally case_id, split, fold, mpp and mask; the column names of TRIDENT
 (wsi), Slideflow (slide) and STAMP (PATIENT, FILENAME) are understood. Other columns are kept as they are, for the
@@ -17,16 +17,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import repeat
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.data.tables import read_table
+from pipeline.data.tables import WORKBOOK, read_table, table_name
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
 from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
 from storage.place.urls import is_remote
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 SPLITS = ("train", "val", "test")
-_ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
+ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
 IMAGE_SUFFIXES = (*TIFF_SUFFIXES, *RASTER_SUFFIXES, ".mrxs", ".vms", ".svslide")
 _SUFFIXES = (
     ".ome.zarr",
@@ -56,13 +59,14 @@ COLUMNS = tuple(column.name for column in fields(Entry) if column.name not in ("
 _COMPARED_LABELS = 300  # more are no classes
 
 
-def read_manifest(path: Path, *, labelled: bool = False) -> list[Entry]:
+def read_manifest(source: Path | DataFrame, *, labelled: bool = False) -> list[Entry]:
     """Read and check a manifest.
 
     Parameters
     ----------
-    path
-        A Parquet file, or a CSV file in UTF-8 or UTF-16 with commas, semicolons or tabs, as spreadsheets write it.
+    source
+        A CSV file in UTF-8 or UTF-16 with commas, semicolons or tabs, as spreadsheets write it; a Parquet file; a
+        workbook of Excel (extra ``tables``); or a pandas DataFrame, whose paths are relative to the current folder.
     labelled
         Whether every slide needs a label.
 
@@ -77,8 +81,9 @@ def read_manifest(path: Path, *, labelled: bool = False) -> list[Entry]:
         The file cannot be read, or has problems, which are all named: misspelt or missing columns, missing values,
         duplicate ids, unknown splits, a case in two splits, an mpp that is no positive number, NUL characters.
     """
-    header, columns = read_table(path)
-    names = [_ALIASES.get(name, name) for name in header]
+    header, columns = read_table(source)
+    path = source if isinstance(source, Path) else Path(table_name(source))
+    names = [ALIASES.get(name, name) for name in header]
     problems = [f"unknown column {name} (did you mean {near}?)" for name in names if (near := _misspelt(name, names))]
     problems += [f"column {name} given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     problems += [f"column {i + 1} has values and no name" for i, name in enumerate(names) if not name]
@@ -110,7 +115,7 @@ def read_entry(row: Mapping[str, Any]) -> Entry:
 
 def is_manifest(source: str) -> bool:
     """Tell whether an argument of the command line is a manifest rather than a slide."""
-    return PurePosixPath(source).suffix.lower() in (".csv", ".parquet")
+    return PurePosixPath(source).suffix.lower() in (".csv", ".parquet", WORKBOOK)
 
 
 def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
@@ -134,12 +139,12 @@ def remarks(entries: Sequence[Entry], *, classes: bool = True) -> list[str]:
     """Say in one line each what is probably not meant in a manifest to train from; labels may be no classes."""
     found = []
     if any(entry.fold for entry in entries):
-        found.append("column fold: not supported yet, and ignored; only split decides what a slide is used for")
+        found.append("column fold: ignored without --fold; give --fold 0, or --fold all for a cross-validation")
     counts = Counter(entry.label for entry in entries if classes)
-    for name, other in _near_duplicates(counts):
+    for name, other in near_labels(counts):
         found.append(
             f"labels {name!r} ({counts[name]} slides) and {other!r} ({counts[other]}) are two classes that differ "
-            f"{_difference(name, other)}; if they are one, mend the manifest"
+            f"{difference(name, other)}; if they are one, mend the manifest"
         )
     return found
 
@@ -280,16 +285,16 @@ def _entries(table: _Table, folder: Path) -> list[Entry]:
     ]
 
 
-def _near_duplicates(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+def near_labels(counts: Mapping[str, int]) -> list[tuple[str, str]]:
     """Find pairs of labels that are probably meant as one, the rarer label first."""
     names = sorted(counts, key=lambda name: (counts[name], name))
     if len(names) > _COMPARED_LABELS:
         return []
     pairs = ((name, other) for i, name in enumerate(names) for other in names[i + 1 :])
-    return [(name, other) for name, other in pairs if _difference(name, other)]
+    return [(name, other) for name, other in pairs if difference(name, other)]
 
 
-def _difference(name: str, other: str) -> str:
+def difference(name: str, other: str) -> str:
     """Say how two labels that look alike differ; the answer is empty where they do not look alike.
 
     One letter counts in labels of four letters and more, unless it is the last one, as in series (type A, type B).

@@ -15,6 +15,7 @@ from nested_ats.networks.hub import RANDOM
 from nested_ats.targets import Classes, Target
 from pipeline.config import AnyTarget, ClassesTarget, Config
 from pipeline.data.cases import group_cases
+from pipeline.data.duplicates import copy_remarks, identity_of
 from pipeline.data.manifest import Entry, remarks
 from pipeline.data.slides import check_slide, open_image
 from pipeline.data.splits import assign_splits
@@ -47,6 +48,7 @@ class Selection:
     channels: int  # how many channels all of them have
     downsamples: list[tuple[float, ...]]  # for each slide those of the levels that the model reads, coarse to fine
     failures: list[Failure]  # the other slides
+    identities: dict[str, str]  # of the pixels of slides that have one, by slide id
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class _Found:
     slow: str = ""  # what makes reading it slow, in words
     mpp: float | None = None  # micrometres per pixel of its finest level
     assumed: bool = False  # whether these are `DataConfig.assume_mpp`
+    identity: str | None = None  # of its pixels
     error: str = ""
 
 
@@ -128,9 +131,12 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         for failure in failures:  # they may be the cause of the error, and are named before it
             _say(f"slide {failure.slide_id} is left out: {failure.error}")
         raise
+    identities = {one.entry.slide_id: one.identity for one in usable if one.identity}
+    for remark in copy_remarks(kept, identities):
+        _say(f"warning: {remark}")
     if config.data.unit == "case":
         kept = group_cases(kept, columns(config.target))
-    return Selection(kept, target, channels, [one.downsamples for one in usable], failures)
+    return Selection(kept, target, channels, [one.downsamples for one in usable], failures, identities)
 
 
 def _several_scales(mpps: Sequence[float]) -> str:
@@ -172,11 +178,12 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
             image = open_image(entry, config.model, **config.data.opening)
             with image.slide as slide:
                 levels = [slide.levels[number] for number in check_slide(image, config.model)]
+                identity = identity_of(slide)
             slow = next(filter(None, map(why_slow, levels)), "")
             downsamples = tuple(level.downsample for level in levels)
             mpp = entry.mpp or slide.mpp or config.data.assume_mpp
             assumed = mpp is not None and not (entry.mpp or slide.mpp)
-            return _Found(entry, len(image.numbers), downsamples, slow, mpp, assumed)
+            return _Found(entry, len(image.numbers), downsamples, slow, mpp, assumed, identity)
         return _Found(entry, error=net.error)
 
     return list(each_slide("open", entries, look, threads=_OPENED_AT_ONCE))

@@ -1,6 +1,7 @@
-"""Read tables as people hand them in: Parquet, and CSV as spreadsheets of any country write it.
+"""Read tables as people hand them in: Parquet, workbooks of Excel, DataFrames, and CSV as any spreadsheet writes it.
 
 Notable: every cell is a text. pyarrow reads a table column by column, because manifests may have a million rows.
+Workbooks are read by pandas and openpyxl, which are the extra ``tables``.
 """
 
 from __future__ import annotations
@@ -8,31 +9,93 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+WORKBOOK = ".xlsx"
 _DELIMITERS = ",;\t"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
 _KINDS = {b"PK\x03\x04": "a workbook of Excel or LibreOffice", b"\xd0\xcf\x11\xe0": "a workbook of old Excel"}
 _LONGEST_ROW = 2**24  # bytes
 
 
-def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+def read_table(source: Path | DataFrame) -> tuple[list[str], list[list[str]]]:
     """Read the names of the columns, and the cells of each without blanks around them; a missing value is empty.
+
+    Parameters
+    ----------
+    source
+        A CSV, Parquet or Excel (.xlsx, its first sheet) file, or a pandas DataFrame.
 
     Raises
     ------
     UsageError
-        The file cannot be read, is not a table, or has rows of other lengths than the first.
+        The file cannot be read, is not a table, or has rows of other lengths than the first; or what reads workbooks
+        is not installed.
     """
     try:
-        names, columns = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
+        names, columns = _read(source)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}; give the manifest's path") from error
+        raise UsageError(f"{source}: cannot be read: {error.strerror}; give the table's path") from error
     names, columns = [name.strip() for name in names], [[cell.strip() for cell in column] for column in columns]
     named = [i for i, name in enumerate(names) if name or any(columns[i])]  # spreadsheets add empty columns
     return [names[i] for i in named], [columns[i] for i in named]
+
+
+def table_name(source: Path | DataFrame) -> str:
+    """Name a table in messages."""
+    return str(source) if isinstance(source, Path) else "table"
+
+
+def _read(source: Path | DataFrame) -> tuple[list[str], list[list[str]]]:
+    if not isinstance(source, Path):
+        return _read_frame(source)
+    match source.suffix.lower():
+        case ".parquet":
+            return _read_parquet(source)
+        case suffix if suffix == WORKBOOK:
+            return _read_workbook(source)
+        case _:
+            return _read_csv(source)
+
+
+def _read_frame(frame: DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Take the cells of a DataFrame; its index counts as a column where it has a name."""
+    if frame.index.name is not None:
+        frame = frame.reset_index()
+    present = frame.notna()
+    columns = [
+        [_text(value) if there else "" for value, there in zip(frame.iloc[:, i], present.iloc[:, i], strict=True)]
+        for i in range(frame.shape[1])
+    ]
+    return [str(name) for name in frame.columns], columns
+
+
+def _text(value: Any) -> str:
+    """Write a cell; whole numbers that became fractions, as where others of a column are missing, are whole again."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _read_workbook(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        import openpyxl  # noqa: F401 - pandas imports it later, and says less
+        import pandas as pd
+    except ImportError as error:
+        raise UsageError(
+            f"{path}: workbooks need pandas and openpyxl: pip install 'nested-ats[tables]', or save it as CSV UTF-8"
+        ) from error
+    try:
+        frame = pd.read_excel(path, dtype=object, keep_default_na=False, na_values=[""])
+    except OSError:
+        raise
+    except Exception as error:  # openpyxl raises whatever the file leads it to
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: not a workbook of Excel ({reason}); save it as CSV UTF-8") from error
+    return _read_frame(frame)
 
 
 def _read_parquet(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -14,13 +14,14 @@ import torch
 
 from nested_ats import Image, ImageModel, ImpossibleWeightsError, Prediction, load_model
 from nested_ats import predict as estimate
+from pipeline.data.duplicates import identity_of
 from pipeline.data.features import use_features
 from pipeline.data.manifest import Entry
 from pipeline.data.samples import Sample, check_sample, open_sample
 from pipeline.data.slides import draw_key
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
-from pipeline.results.predictions import SIGNS, answer_cells, in_short
+from pipeline.results.predictions import PIXELS, SIGNS, answer_cells, in_short
 from pipeline.results.settings import Settings, with_samples
 from pipeline.results.verdict import Observer
 from pipeline.runs import autocast, choose_device
@@ -52,6 +53,7 @@ class Classifier:
             )
         model, _ = load_model(Path(settings.model), expect=ImageModel, trust_encoder=settings.trust_encoder)
         model.config = with_samples(model.config, settings.samples)  # the weights do not depend on it
+        model.head.temperature = settings.temperature or 1.0
         self.settings = settings
         self.model = model.to(choose_device(settings.device))
         use_features(self.model, settings.features)
@@ -109,6 +111,7 @@ class Classifier:
         with self.opened(entry) as image:
             prediction = self.estimate(entry, image)
             read = image.statistics
+            identities = [found for slide in image.slides if (found := identity_of(slide.slide))]
         return {
             "prediction": in_short(self.model.target, prediction.answers[0].tolist()),
             **answer_cells(self.model.target, prediction),
@@ -117,6 +120,7 @@ class Classifier:
             "requests": read.requests,
             "bytes_read": read.bytes_read,
             "seconds": round(time.monotonic() - began, 4),
+            PIXELS: identities,
             "status": "ok",
             "error": "",
         }

@@ -21,7 +21,7 @@ from pipeline.data.targets import columns, is_known, truth
 from pipeline.errors import UsageError
 from pipeline.files import write_json
 from pipeline.results.intervals import Numbers, Reals, case_numbers
-from pipeline.results.measures import brier, measure, ranking
+from pipeline.results.measures import brier, calibration_error, measure, ranking
 from pipeline.results.predictions import (
     ABOUT,
     SIGNS,
@@ -125,6 +125,7 @@ def _of_classes(target: Classes, labels: Numbers, probabilities: Reals) -> dict[
     return {
         "classes": list(target.classes),
         "cross_entropy": float(-np.log(chosen).mean()),
+        "ece": calibration_error(probabilities, labels),
         "confusion": confusion.tolist(),
     }
 

@@ -105,6 +105,21 @@ def area_interval(labels: Numbers, probabilities: Reals, cases: Numbers) -> tupl
     """
     value = area(labels, probabilities)
     assert value is not None  # noqa: S101  the caller has looked
+    total, counts = area_parts(labels, probabilities, cases)
+    error = math.sqrt((np.bincount(cases, total) ** 2).sum())
+    if min(map(min, counts)) < 2 or error < 1e-9 or not 0 < value < 1:
+        few = min(counts)
+        return (_newcombe(value, *few), 1 - _newcombe(1 - value, *few)), NEWCOMBE
+    middle, half = math.log(value / (1 - value)), _Z * error / (value * (1 - value))
+    return (_logistic(middle - half), _logistic(middle + half)), DELONG
+
+
+def area_parts(labels: Numbers, probabilities: Reals, cases: Numbers) -> tuple[Reals, list[tuple[int, int]]]:
+    """Return what each slide contributes to the error of `area`, (S,), and the numbers of cases of classes and rests.
+
+    The contributions are summed over the slides of a case. The sum of the squares of these is the variance of the
+    area (DeLong), and, with those of another model on the same slides subtracted before, that of the difference.
+    """
     present = np.unique(labels)
     total, counts = np.zeros(len(labels)), []
     for label in present:
@@ -116,12 +131,7 @@ def area_interval(labels: Numbers, probabilities: Reals, cases: Numbers) -> tupl
             unbiased = math.sqrt(sizes[-1] / max(sizes[-1] - 1, 1))
             total[side] += (placements[side] - placements[side].mean()) * unbiased / side.sum() / len(present)
         counts.append((sizes[0], sizes[1]))
-    error = math.sqrt((np.bincount(cases, total) ** 2).sum())
-    if min(map(min, counts)) < 2 or error < 1e-9 or not 0 < value < 1:
-        few = min(counts)
-        return (_newcombe(value, *few), 1 - _newcombe(1 - value, *few)), NEWCOMBE
-    middle, half = math.log(value / (1 - value)), _Z * error / (value * (1 - value))
-    return (_logistic(middle - half), _logistic(middle + half)), DELONG
+    return total, counts
 
 
 def jackknife_interval(statistic: Callable[[Numbers], float], cases: Numbers, scale: Scale) -> Interval | None:

@@ -29,6 +29,7 @@ from pipeline.results.intervals import (
     ranks,
 )
 
+_BINS = 15
 Found = dict[str, dict[str, Any]]  # by name: value, interval_95 (or None), and the method of the interval
 
 
@@ -46,6 +47,35 @@ def ranking(target: Target) -> Ranking:
     if isinstance(target, Cox | DiscreteSurvival):
         return Ranking("concordance", 0.5)
     return Ranking("auc", 0.5)
+
+
+def calibration_error(probabilities: Reals, labels: Numbers) -> float:
+    """Return the expected calibration error (Guo et al., 2017): how far sureness is from the share that is right.
+
+    Slides are put into 15 bins of equal width by the probability of the class that is answered. The error is the mean
+    over slides of the distance of a bin's mean probability from the share of its answers that are right.
+
+    Parameters
+    ----------
+    probabilities
+        (S, Q), S >= 1.
+    labels
+        (S,), the numbers of the true classes.
+    """
+    sure, right = probabilities.max(1), probabilities.argmax(1) == labels
+    bins = np.clip(np.ceil(sure * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
+    return float(np.abs(np.bincount(bins, sure - right)).sum() / len(labels))
+
+
+def measure_names(target: Target) -> tuple[str, ...]:
+    """Return the names of the measures that every target of this kind has (`measure`)."""
+    if isinstance(target, MultiLabel):
+        return "accuracy", "auc"
+    if isinstance(target, Regression):
+        return "mae", "r2", "pearson", "spearman"
+    if isinstance(target, Cox | DiscreteSurvival):
+        return ("concordance",)
+    return "accuracy", "balanced_accuracy", "auc", *(["quadratic_kappa"] if isinstance(target, Ordinal) else [])
 
 
 def measure(target: Target, truth: Reals, answers: Reals, cases: Numbers) -> Found:

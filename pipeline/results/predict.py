@@ -75,11 +75,11 @@ def predict(
     """
     settings = prediction_settings(run, **options)
     about = read_run(run)
-    predictions.check_columns(entries, read_target(about["target"]))
-    splits, model = RunSplits(about["entries"]), short(settings.model_sha256)
+    splits, model = RunSplits(about["entries"], about["identities"]), short(settings.model_sha256)
     entries, fingerprint = splits.fill(entries), settings.fingerprint
     if settings.unit == "case":
         entries = group_cases(entries)
+    predictions.check_columns(entries, read_target(about["target"]))
     results = make_folder(folder / predictions.RESULTS)
     with alone(folder / predictions.LOCK, "another prediction is being written there"):
         predictions.check_folder(folder, fingerprint, overwrite=overwrite)
@@ -100,13 +100,11 @@ def predict(
         )
         with closing(tasks):
             _collect(tasks, rows, results)
-        table = [
-            predictions.identity(entry)
-            | {"seen": splits.seen(entry)}
-            | (rows[entry.slide_id] or {})
-            | {"model": model}
-            for entry in entries
-        ]
+        table = []
+        for entry in entries:
+            row = dict(rows[entry.slide_id] or {})
+            seen = splits.seen(entry, row.pop(predictions.PIXELS, ()))
+            table.append(predictions.identity(entry) | {"seen": seen} | row | {"model": model})
         predictions.write_table(folder, table)
         return table
 

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.files import file_name, read_inside, write_atomic, write_json
 RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
 SIGNS = ("entropy", "uniform_entropy", "background")
 _ERRORS = ("se_", "low_", "high_")  # each answer has a standard error, and an interval
+PIXELS = "pixels"  # identities of them, in the result of a slide alone: they tell whether the training has seen them
 _LAST = ("model", "status", "error")
 _COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and answers
 
@@ -146,9 +148,14 @@ def answer_columns(target: Target) -> list[str]:
     return [f"prob_{name}" if target.probabilities else name for name in target.names]
 
 
+def error_columns(target: Target) -> list[list[str]]:
+    """Return the columns of the answers' standard errors, and of the lower and upper limits of their intervals."""
+    return [[prefix + name for name in target.names] for prefix in _ERRORS]
+
+
 def answer_cells(target: Target, prediction: Prediction) -> dict[str, float | None]:
     """Return the cells of the answers of one slide, their standard errors and intervals; None stands for NaN."""
-    names = [answer_columns(target), *([prefix + name for name in target.names] for prefix in _ERRORS)]
+    names = [answer_columns(target), *error_columns(target)]
     values = (prediction.answers, prediction.standard_error, prediction.low, prediction.high)
     cells: dict[str, float | None] = {}
     for some, tensor in zip(names, values, strict=True):
@@ -173,12 +180,12 @@ def in_short(target: Target, answers: Sequence[float]) -> str:
     return f"{answers[0]:.6g}"
 
 
-def check_columns(entries: Sequence[Entry], target: Target) -> None:
-    """See that no column of a manifest has the name of one of the table's own.
+def check_columns(entries: Sequence[Entry], target: Target, more: Sequence[str] = ()) -> None:
+    """See that no column of a manifest has the name of one of the table's own, of which there may be `more`.
 
     A name that begins with prob_ would be taken for a class, too; columns such as low_grade are the user's own.
     """
-    own = {*_COLUMNS, *answer_columns(target), *(prefix + name for prefix in _ERRORS for name in target.names)}
+    own = {*_COLUMNS, *more, *answer_columns(target), *chain.from_iterable(error_columns(target))}
     for name in dict.fromkeys(name for entry in entries for name in entry.extra):
         if name in own or name.startswith("prob_"):
             raise UsageError(f"manifest: column {name} would be lost, as predictions have one too; rename it")

@@ -98,7 +98,8 @@ def describe_metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "cross_entropy" not in metrics:
         return rows
     guess = f"{metrics['guess_cross_entropy']:.3f} by guessing"
-    return [*rows, ("cross-entropy", f"{metrics['cross_entropy']:.3f} ({guess})")]
+    rows.append(("cross-entropy", f"{metrics['cross_entropy']:.3f} ({guess})"))
+    return [*rows, ("calibration error", f"{metrics['ece']:.3f}")] if "ece" in metrics else rows
 
 
 def _brier(metrics: Mapping[str, Any]) -> list[tuple[float, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from nested_ats.config import EncoderConfig
 from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
 from pipeline.data.slides import Opening
 from pipeline.errors import UsageError
-from pipeline.runs import model_folder, read_run
+from pipeline.files import read_inside
+from pipeline.runs import CALIBRATION, model_folder, read_run
 
 _FORMAT = 2  # the format of a result: rows of format 1 have no intervals
 
@@ -36,6 +38,7 @@ class Settings:
     assume_mpp: float | None = None  # micrometres per pixel of slides that do not tell it
     features: FeaturesConfig | None = None  # keeps features of patches, where the encoder is frozen
     unit: Literal["slide", "case"] = "slide"  # what is one sample (`DataConfig.unit`)
+    temperature: float | None = None  # what logits are divided by, where the model was calibrated
     model_sha256: str = ""  # tells which model that folder holds (`nested_ats.ModelInfo`)
 
     @property
@@ -43,7 +46,7 @@ class Settings:
         """The settings as JSON values, without where things are kept, which decides nothing but time."""
         values = asdict(replace(self, cache=None, features=None))
         del values["features"]  # earlier predictions do not have them
-        for name in ("assume_mpp", "channels"):
+        for name in ("assume_mpp", "channels", "temperature"):
             if values[name] is None:
                 del values[name]  # nor these
         if self.unit == "slide":
@@ -75,6 +78,8 @@ class Options(TypedDict, total=False):
     exact: bool
     trust_encoder: bool
     device: str
+    seed: int
+    uncalibrated: bool  # leave the probabilities as they are, whatever `pipeline.results.calibrate` has found
 
 
 def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
@@ -97,19 +102,43 @@ def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
     samples = tuple(options.get("samples", ()))
     with_samples(model.config, samples)
     cache, features = (config["data"][name] for name in ("cache", "features"))
-    given = {name: value for name, value in options.items() if value}
+    given = {name: value for name, value in options.items() if value and name != "uncalibrated"}
     return Settings(
         model=str(folder.absolute()),
         model_sha256=model.sha256,
+        temperature=None if options.get("uncalibrated") else _temperature(run, model.sha256),
         background=config["data"]["background"],
         assume_mpp=config["data"].get("assume_mpp"),  # earlier runs do not have it
         channels=_chosen(config["data"].get("channels")),
         unit=config["data"]["unit"],
-        seed=config["seed"],
         cache=cache and CacheConfig(**cache),
         features=features and FeaturesConfig(**features),
-        **{**config["predict"], **given, "samples": samples},
+        **{"seed": config["seed"], **config["predict"], **given, "samples": samples},
     )
+
+
+def _temperature(run: Path, model_sha256: str) -> float | None:
+    """Return the temperature of a calibrated model.
+
+    Raises
+    ------
+    UsageError
+        It is that of another model, or damaged.
+    """
+    path = run / CALIBRATION
+    try:
+        found = json.loads(read_inside(run, CALIBRATION))
+        known, temperature = found["model"], float(found["temperature"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path}: damaged ({error}); run nested-ats calibrate again, or remove it") from error
+    if known != model_sha256 or not temperature > 0:
+        raise UsageError(
+            f"{path}: of a model from before it was trained further; run nested-ats calibrate again, or give "
+            "--no-calibration"
+        )
+    return temperature
 
 
 def _chosen(channels: Any) -> tuple[int | str, ...] | None:

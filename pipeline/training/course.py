@@ -92,6 +92,11 @@ class KeptWeights:
         """How often in a row the average was no better than the best."""
         return int(self._stale)
 
+    @property
+    def judged(self) -> bool:
+        """Whether there is a best."""
+        return bool(self._best)
+
     def judge(self, score: float) -> None:
         """Keep the average if its score is the lowest so far, which NaN never is."""
         self._stale += 1

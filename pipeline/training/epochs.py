@@ -54,10 +54,16 @@ def describe(metrics: Mapping[str, float]) -> str:
     return f"{' '.join(words)} entropy {metrics['entropy']:.2f}{stored}"
 
 
+def badness(validation: Mapping[str, float], target: Target, figure: str) -> float:
+    """Return what `TrainConfig.best_by` wants small of a validation's figures, NaN where it has not this one."""
+    value = validation.get(f"val_{target.loss_name if figure == 'loss' else figure}", math.nan)
+    return value if figure in ("loss", "mae") else -value
+
+
 def validation_figures(
-    target: Target, config: AnyTarget, entries: Sequence[Entry], answers: Tensor
+    target: Target, config: AnyTarget, entries: Sequence[Entry], answers: Tensor, figure: str
 ) -> dict[str, float]:
-    """Return the measure that a target is judged by (`ranking`) on validation slides with its 95 % interval, if any.
+    """Return the measures of validation slides that are wanted, and `ranking` with its 95 % interval, if any.
 
     Parameters
     ----------
@@ -67,6 +73,8 @@ def validation_figures(
         The S slides.
     answers
         (S, A + 1): their answers, and 1 for a slide that could be read.
+    figure
+        The name of a measure (`TrainConfig.best_by`).
     """
     found = answers.double().cpu().numpy()
     read = [i for i, answer in enumerate(found) if answer[-1]]
@@ -74,12 +82,11 @@ def validation_figures(
         return {}
     outcomes = truth(target, config, [row_of(entries[i]) for i in read], raw=True).double().numpy()
     cases = case_numbers((entries[i].case_id, entries[i].slide_id) for i in read)
-    name = ranking(target).name
-    measured = measure(target, outcomes, found[read, :-1], cases)[name]
-    if measured["value"] is None:
-        return {}
-    limits = dict(zip(("low", "high"), measured["interval_95"] or (), strict=False))
-    return {f"val_{name}": measured["value"], **{f"val_{name}_{side}": value for side, value in limits.items()}}
+    measures, name = measure(target, outcomes, found[read, :-1], cases), ranking(target).name
+    wanted = {f"val_{each}": measures[each]["value"] for each in (figure, name) if each in measures}
+    limits = dict(zip(("low", "high"), measures[name]["interval_95"] or (), strict=False))
+    wanted |= {f"val_{name}_{side}": value for side, value in limits.items()}
+    return {each: value for each, value in wanted.items() if value is not None}
 
 
 def judged_by_validation(metrics: Mapping[str, float], target: Target) -> bool:

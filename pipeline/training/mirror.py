@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
 from pipeline.files import read_inside, write_atomic
-from pipeline.runs import CONFIG, CURVES, METRICS, MODEL, RUN, STATE, read_run, state_metadata
+from pipeline.runs import CONFIG, CURVES, LAST, METRICS, MODEL, RUN, STATE, read_run, state_metadata
 from storage import StorageError
 from storage.place import retry
 from storage.place.objects import mark_of
@@ -97,7 +97,7 @@ class Mirror:
         """
         if overwrite:
             self.remove(STATE)  # first, so that no run goes on from another's state
-            self.remove(METRICS, MODEL, CURVES)
+            self.remove(METRICS, MODEL, LAST, CURVES)
         self._replace(RUN, self._run)
         self._put(self._folder / CONFIG)
         there, here = self._fetch_state(), self._folder / STATE
@@ -134,7 +134,7 @@ class Mirror:
             Another training has put its state there.
         """
         self._state = self._replace(STATE, self._state)
-        for path in (*self._below(CURVES), *self._below(MODEL), self._folder / METRICS):
+        for path in (*self._below(CURVES), *self._below(LAST), *self._below(MODEL), self._folder / METRICS):
             self._put(path)
 
     def remove(self, *names: str) -> None:

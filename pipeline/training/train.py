@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import cluster
+from nested_ats.targets import Classes
 from pipeline.config import ClassesTarget, Config, digest, dump_config, plain
 from pipeline.data.manifest import Entry, plain_entries
 from pipeline.data.selection import Failure, Selection, select
-from pipeline.data.targets import columns
+from pipeline.data.targets import columns, row_of
 from pipeline.errors import UsageError
 from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.progress import OnProgress, progress
+from pipeline.results.measures import measure_names
 from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, clear_run, read_metrics, read_run
 from pipeline.training.epochs import describe
 from pipeline.training.mirror import Mirror
@@ -79,7 +81,6 @@ def train(
     """
     copy = Mirror(mirror, folder) if mirror else None
     chosen = select(entries, config, fail_fast=fail_fast)
-    entries = chosen.entries
     arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
     fingerprint = arguments["fingerprint"]
     make_folder(folder)
@@ -87,7 +88,7 @@ def train(
         check_folder(folder, fingerprint, overwrite=overwrite)
         if copy:
             copy.check(fingerprint, overwrite=overwrite)
-        _prepare(folder, config, arguments, entries, overwrite=overwrite)
+        _prepare(folder, config, arguments, chosen, overwrite=overwrite)
         if copy:
             copy.claim(overwrite=overwrite)
         # Workers elsewhere cannot call back; their epochs are followed in the run's folder.
@@ -108,7 +109,14 @@ def train(
 def worker_arguments(
     chosen: Selection, config: Config, folder: Path, *, mirror: str | None, fail_fast: bool
 ) -> dict[str, Any]:
-    """Arguments of `pipeline.training.trainer.train_worker`, from the parameters of `train`."""
+    """Arguments of `pipeline.training.trainer.train_worker`, from the parameters of `train`.
+
+    Raises
+    ------
+    UsageError
+        The validation slides do not have the figure that the best epoch is to be chosen by.
+    """
+    _check_best_by(chosen, config)
     arguments = {
         "config": plain(config),
         "entries": plain_entries([entry for entry in chosen.entries if entry.split != "test"]),
@@ -118,6 +126,25 @@ def worker_arguments(
         "mirror": mirror,
     }
     return arguments | {"fingerprint": _fingerprint(config, arguments), "fail_fast": fail_fast}
+
+
+def _check_best_by(chosen: Selection, config: Config) -> None:
+    """See that there is what the best epoch is chosen by; by the loss, the last one is kept without validation."""
+    figure, rows = config.train.best_by, [row_of(entry) for entry in chosen.entries if entry.split == "val"]
+    if figure == "loss":
+        return
+    if figure not in (known := measure_names(chosen.target)):
+        raise UsageError(
+            f"train.best_by: {figure} is none of a {chosen.target.kind} target: loss, {', '.join(known)}"
+        )
+    if not rows:
+        raise UsageError(f"train.best_by: {figure} needs validation slides, and there are none; set data.validation")
+    labels = {str(row[columns(config.target)[0]]) for row in rows}
+    if figure == "auc" and isinstance(chosen.target, Classes) and len(labels) == 1:
+        raise UsageError(
+            f"train.best_by: auc needs validation slides of two classes, and all are of {labels.pop()}; take loss, a "
+            "larger data.validation, or fewer folds"
+        )
 
 
 def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
@@ -145,6 +172,8 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
         del decisive["data"]["unit"]
     if config.data.chosen is None:
         del decisive["data"]["channels"]  # the number itself is among the arguments
+    if config.train.best_by == "loss":
+        del decisive["train"]["best_by"]  # runs of before have no other
     del decisive["data"]["features"]  # decides only time
     decisive["model"].pop("allow_gaps", None)  # a permission, which changes no result
     identity["config"] = decisive
@@ -172,9 +201,7 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
         raise UsageError(f"{folder}: not empty and not a training run; give another --out")
 
 
-def _prepare(
-    folder: Path, config: Config, arguments: dict[str, Any], entries: Sequence[Entry], *, overwrite: bool
-) -> None:
+def _prepare(folder: Path, config: Config, arguments: dict[str, Any], chosen: Selection, *, overwrite: bool) -> None:
     """Write the description of a run into its folder."""
     if overwrite:
         clear_run(folder)
@@ -184,7 +211,8 @@ def _prepare(
         "channels": arguments["channels"],
         "config": plain(config),
         "versions": versions(),
-        "entries": plain_entries(entries),
+        "entries": plain_entries(chosen.entries),
+        "identities": chosen.identities,
     }
     write_json(folder / RUN, run)
     write_atomic(folder / CONFIG, dump_config(config))

@@ -8,7 +8,6 @@ in turn, which together take one step (`pipeline.training.step`).
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,11 +35,12 @@ from pipeline.data.unreadable import SlideError, Unreadable, WatchedImage
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic
 from pipeline.net import Net
-from pipeline.runs import METRICS, MODEL, STATE, Position, load_state, read_metrics, save_state
+from pipeline.runs import LAST, METRICS, MODEL, STATE, Position, load_state, read_metrics, save_state
 from pipeline.training.course import KeptWeights
 from pipeline.training.epochs import (
     TOTALS,
     Curves,
+    badness,
     describe,
     epoch_verdict,
     judged_by_validation,
@@ -157,6 +157,9 @@ class Trainer(Learner):
                 curves.write(metrics)
                 self.context.report(metrics)
         if self.context.rank == 0:
+            if self.kept.judged:
+                with self.kept.applied():
+                    save_model(self.folder / LAST, self.model)
             self.kept.use_best()
             save_model(self.folder / MODEL, self.model)
             if self.mirror:
@@ -227,7 +230,7 @@ class Trainer(Learner):
         if self.validation:
             with self.kept.applied():
                 validation = self._validate(epoch, readers)
-            self.kept.judge(validation.get(f"val_{self.target.loss_name}", math.nan))
+            self.kept.judge(badness(validation, self.target, self.config.train.best_by))
         self.unreadable.gather(self.context)
         if not self.totals[-1]:
             slide_id, reason = next(iter(self.unreadable.reasons.items()))
@@ -332,7 +335,8 @@ class Trainer(Learner):
             return {}  # no slide can be read
         found = means(totals, self.target)
         validated = {f"val_{name}": found[name] for name in (self.target.loss_name, "accuracy") if name in found}
-        return validated | validation_figures(self.target, self.config.target, self.validation, answers)
+        figure = self.config.train.best_by
+        return validated | validation_figures(self.target, self.config.target, self.validation, answers, figure)
 
     def _guess(self) -> Tensor:
         """Return the best answer that looks at no slide, as numbers of the head, (Q,)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,16 +73,17 @@ def cases_of(
         A folder holds nothing of these slides.
     """
     tables = [_rows(folder) for folder in predictions]
-    cases = [
-        Case(
-            entry=entry,
-            row=next((row for find in tables if (row := find(entry))), {}),
-            attention=_first(folder / file_name(entry.slide_id) / MAP for folder in heatmaps),
-            outlines=dict(_outlines(entry, heatmaps, annotations)),
-            find_tissue=tissue,
-        )
-        for entry in entries
-    ]
+    cases = []
+    for entry in entries:
+        name = file_name(entry.slide_id)
+        row = next((row for find in tables if (row := find(entry))), {})
+        outlines = next((found for folder in heatmaps if (found := drawn_in(folder / name))), {})
+        attention = outlines.pop("attention", "")
+        if annotations and (annotations / f"{name}.geojson").exists():
+            outlines["annotations"] = str(annotations / f"{name}.geojson")
+        if entry.mask:
+            outlines["tissue"] = entry.mask
+        cases.append(Case(entry=entry, row=row, attention=attention, outlines=outlines, find_tissue=tissue))
     _check(predictions, any(case.row for case in cases), f"no prediction of {_some(entries)}", "predict")
     _check(heatmaps, any(case.attention for case in cases), f"no heatmap of {_some(entries)}", "heatmap")
     if annotations and not any("annotations" in case.outlines for case in cases):
@@ -117,23 +118,15 @@ def of_run(run: Path) -> tuple[list[Path], list[Path]]:
     return predictions, heatmaps
 
 
-def _outlines(entry: Entry, heatmaps: Sequence[Path], annotations: Path | None) -> Iterator[tuple[str, str]]:
-    """Yield the layers that a slide has, and their files."""
-    name = file_name(entry.slide_id)
-    places: dict[str, Iterable[Path]] = {
-        "patches": (folder / name / each for folder in heatmaps for each in (PIXEL_OBJECTS, OBJECTS)),
-        "regions": (folder / name / REGIONS for folder in heatmaps),
-        "annotations": [annotations / f"{name}.geojson"] if annotations else (),
+def drawn_in(folder: Path) -> dict[str, str]:
+    """What `heatmap` has written into the folder of a slide: paths of ``attention``, ``patches`` and ``regions``."""
+    names = {"attention": [MAP], "patches": [PIXEL_OBJECTS, OBJECTS], "regions": [REGIONS]}
+    if not (folder / MAP).exists():
+        return {}
+    there = {
+        layer: [str(folder / name) for name in some if (folder / name).exists()] for layer, some in names.items()
     }
-    for layer, files in places.items():
-        if found := _first(files):
-            yield layer, found
-    if entry.mask:
-        yield "tissue", entry.mask
-
-
-def _first(places: Iterable[Path]) -> str:
-    return next((str(place) for place in places if place.exists()), "")
+    return {layer: places[0] for layer, places in there.items() if places}
 
 
 def _check(folders: Sequence[Path], found: bool, what: str, command: str) -> None:

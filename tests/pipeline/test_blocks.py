@@ -24,7 +24,7 @@ def scenes(folder, places, crs=4326, cases=()):
     for i, (x, y) in enumerate(places):
         place = Georeference((1e-4, 0, x - 1e-3, 0, -1e-4, y + 5e-4), crs)
         path = folder / f"{i}.ome.zarr"
-        write_pyramid(path, np.zeros((1, 10, 20), np.uint8), georeference=place)
+        write_pyramid(path, np.full((1, 10, 20), i, np.uint8), georeference=place)
         case_id = cases[i] if cases else ""
         entries.append(Entry(slide_id=f"s{i:03}", path=str(path), label="ab"[i % 2], case_id=case_id))
     return entries

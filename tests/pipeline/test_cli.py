@@ -34,7 +34,8 @@ COMMANDS = [
     "evaluate",
     "heatmap",
 ]
-COMMANDS += ["report", "view", "doctor", "features", "synth", "synth signs", "model", "model card", "model export"]
+COMMANDS += ["calibrate", "report", "runs", "view", "doctor", "features", "synth", "synth signs"]
+COMMANDS += ["model", "model card", "model export"]
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ MISTAKES = [
     (4, "no level at downsample 16", "train --manifest {pyramids} --out {new}"),
     (2, "cannot be made", "train --manifest {pyramids} --out {notes}/below --config {small}"),
     (2, "not empty and not a training run", "train --manifest {pyramids} --out {full} --config {small}"),
-    (2, "has splits already", "split {pyramids} --out {new}.csv"),
+    (2, "has splits or folds already", "split {pyramids} --out {new}.csv"),
     (2, "gone.csv: cannot be read", "split gone.csv --out {new}.csv"),
     (2, "row 2: label is missing", "split {no_label} --out {new}.csv"),
     (2, "name it .csv", "split {unsplit} --out {new}.parquet"),

@@ -165,7 +165,7 @@ def test_labels_that_look_alike_and_folds_are_remarked_on():
     assert "'normal' (1 slides) and 'normol' (1)" in text
     assert not any(name in text for name in ("50", "type", "Grade"))
     [remark] = remarks([Entry(slide_id="a", path="p", label="x", fold="1")])
-    assert remark.startswith("column fold: not supported yet, and ignored")
+    assert remark.startswith("column fold: ignored without --fold")
 
 
 def test_names_of_manifests():

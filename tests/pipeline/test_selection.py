@@ -62,7 +62,7 @@ def test_remarks_are_made_before_any_slide_is_opened(config, pyramids, capsys):
     with pytest.raises(DataError, match="no slide can be used"):
         select(rows, config, fail_fast=False)
     text = capsys.readouterr().err
-    assert "warning: column fold: not supported yet" in text
+    assert "warning: column fold: ignored without --fold" in text
     assert "warning: labels 'Bar' (1 slides) and 'bar' (6) are two classes that differ in case or blanks" in text
 
 

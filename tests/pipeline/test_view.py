@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from pipeline.view.cohort import cases_of, of_run
 from pipeline.view.guard import guarded
 from pipeline.view.server import Viewer, application
 from pipeline.view.serving import Serving
+from pipeline.view.tiles import draw_tile
 from pipeline.view.work import Answer, ByteCache, Work
 from storage import Slide, write_pyramid
 
@@ -416,37 +418,34 @@ class TestWork:
             assert ended.wait(60)
             assert json.load(urllib.request.urlopen(f"{serving.url}slides"))[0]["id"] == "good"
 
-    def test_long_work_leaves_room_for_short(self, cases, monkeypatch):
-        """A slide without coarse levels is being read by many, and another is shown."""
-        going = threading.Event()
+    @pytest.mark.parametrize(("cost", "at_once"), [(1e12, 1), (1, 6)])
+    def test_one_slide_leaves_room_for_others(self, cases, monkeypatch, cost, at_once):
+        """One has no coarse levels, or lies on a server that does not answer, and another is shown meanwhile."""
+        going, begun = threading.Event(), []
         monkeypatch.setattr(
-            "pipeline.view.server.tiles.cost", lambda slide, _: 1e12 if "four" in slide.location else 1
+            "pipeline.view.server.tiles.cost", lambda slide, _: cost if "four" in slide.location else 1
         )
-        draw = __import__("pipeline.view.tiles", fromlist=["draw_tile"]).draw_tile
 
         def slow(slide, tile, how, check):
+            begun.append(slide.location)
             while "four" in slide.location and not going.wait(0.01):
                 check()
-            return draw(slide, tile, how, check)
+            return draw_tile(slide, tile, how, check)
 
         monkeypatch.setattr("pipeline.view.server.tiles.draw_tile", slow)
-        with Serving(cases) as serving:
-            paths = [f"slides/1/tiles/0/{row}_{column}" for row in range(2) for column in range(2)] * 5
-            answers = []
-            threads = [
-                threading.Thread(
-                    target=lambda path=path: answers.append(urllib.request.urlopen(serving.url + path).status)
-                )
-                for path in paths
-            ]
-            for thread in threads:
-                thread.start()
-            assert urllib.request.urlopen(f"{serving.url}slides/0/tiles/0/0_0", timeout=60).status == 200
-            assert not answers
+        with Serving(cases) as serving, ThreadPoolExecutor(40) as clients:
+
+            def status(path):
+                return urllib.request.urlopen(serving.url + path).status
+
+            paths = [f"slides/1/tiles/0/{row}_{column}" for row in range(2) for column in range(2)] * 10
+            answers = [clients.submit(status, path) for path in paths]
+            while len(begun) < at_once:
+                time.sleep(0.01)
+            assert status("slides/0/tiles/0/0_0") == 200
+            assert len(begun) == at_once + 1
             going.set()
-            for thread in threads:
-                thread.join()
-        assert answers == [200] * 20
+            assert [answer.result() for answer in answers] == [200] * 40
 
     def test_no_thumbnail_of_what_takes_long(self, cases, monkeypatch):
         monkeypatch.setattr("pipeline.view.server.LONG", 1000)

@@ -54,7 +54,8 @@ function fail(text) {
 async function open(number, view) {
   current.loading?.abort();
   const loading = new AbortController();
-  current = { number, about: null, loading };
+  const opened = { number, about: null, loading };
+  current = opened;
   const [listed, { signal }] = [cases.cases[number], loading];
   cases.mark(number);
   find("name").textContent = document.title = listed.id;
@@ -63,11 +64,12 @@ async function open(number, view) {
   say("");
   closeSlide();
   try {
-    current.about = await ask(`slides/${number}`, { signal });
+    opened.about = await ask(`slides/${number}`, { signal });
   } catch (error) {
     if (error.name !== "AbortError") fail(error.message);
     return;
   }
+  if (opened !== current) return;
   say(current.about.remark);
   facts(current.about);
   channels.open(current.about);
@@ -80,8 +82,8 @@ async function open(number, view) {
 function closeSlide() {
   viewer.close();
   viewer.world.removeAll();
-  tiles.items = [];
-  attention.tiles.items = [];
+  tiles.clear();
+  attention.tiles.clear();
   outlines.clear(0);
   for (const id of ["attention", "outlines", "channels", "about", "scale"]) find(id).hidden = true;
   find("place").textContent = current.words = "";
@@ -89,6 +91,7 @@ function closeSlide() {
 
 function showTiles(query) {
   const { number, about } = current;
+  if (!about) return;
   const address = (halvings, row, column) => `slides/${number}/tiles/${halvings}/${row}_${column}${query}`;
   tiles.show(tileSource(viewer, about, { transparent: about.gaps, address }), 0);
 }

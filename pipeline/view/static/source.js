@@ -106,15 +106,25 @@ export class Tiles {
     this.items = [];
   }
 
+  /** Forget the layers of a slide that is closed, those too that are still to come. */
+  clear() {
+    this.items = [];
+  }
+
   show(source, index) {
+    const { items } = this;
     this.viewer.addTiledImage({
       tileSource: source,
       width: source.span,
       opacity: this.opacity,
       index: this.items.length ? this.viewer.world.getIndexOfItem(this.items.at(-1)) + 1 : index,
       success: ({ item }) => {
-        const earlier = this.items;
-        this.items = [...earlier, item];
+        if (items !== this.items) {
+          this.viewer.world.removeItem(item);
+          return;
+        }
+        const earlier = [...items];
+        items.push(item);
         item.setOpacity(this.opacity);
         item.whenFullyLoaded(() => earlier.forEach((each) => this.remove(each)));
       },
@@ -128,7 +138,7 @@ export class Tiles {
 
   remove(item) {
     if (!this.items.includes(item)) return;
-    this.items = this.items.filter((each) => each !== item);
+    this.items.splice(this.items.indexOf(item), 1);
     this.viewer.world.removeItem(item);
   }
 }
