@@ -218,8 +218,8 @@ def _limits(
     yield from (f"- {line}" for line in _untested(figures))
     if temperature:
         yield (
-            f"- Figures are of calibrated probabilities: logits divided by {temperature:.4g}, which whoever loads the "
-            "model has to do."
+            f"- Figures are of calibrated probabilities: logits divided by {temperature:.4g}, which who loads the model "
+            "has to do."
         )
     if info.config.mpp is None:
         yield "- The model knows no scale: other scanners or magnifications than those of its data may mislead it."
