@@ -225,6 +225,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run.model_dump(mode="json")
 
 
+def fold_runs(folder: Path) -> list[Path]:
+    """Return the runs of the folds below a folder, unless it is itself that of a run."""
+    return [] if (folder / RUN).exists() else sorted(path.parent for path in folder.glob(f"fold-*/{RUN}"))
+
+
 def model_folder(run: Path) -> Path:
     """Return the folder of the model of a finished run.
 

@@ -71,9 +71,9 @@ def _options(
     """Take the options that stand before a command."""
 
 
-_MAKE = (init, convert, validate, info, tissue, stats, split, features, train)
-_USE = (calibrate, predict, evaluate, heatmap, report, runs, view)
-for _command in (*_MAKE, *_USE, doctor):
+_DATA = (init, convert, validate, info, tissue, stats, split, features)
+_MODELS = (train, calibrate, predict, evaluate, heatmap, report, runs, view)
+for _command in (*_DATA, *_MODELS, doctor):
     app.command()(_command)
 app.add_typer(synth, name="synth")
 app.add_typer(model, name="model")

@@ -24,10 +24,11 @@ def calibrate(
 ) -> None:
     """Fit one temperature to the validation slides, by which predict and heatmap divide the logits from then on."""
     from pipeline.net import Net
+    from pipeline.runs import fold_runs
 
     options.check_cluster(cluster, workers, device)
     how = {"draws": draws, "trust_encoder": trust_encoder, "device": device, "address": cluster, "workers": workers}
-    runs = options.fold_runs(run)
+    runs = fold_runs(run)
     if not runs:
         _fit(run, how)
         return

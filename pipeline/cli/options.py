@@ -34,17 +34,10 @@ TrustEncoder = Annotated[
 Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 16,32; default: as trained.")]
 
 
-def fold_runs(folder: Path) -> list[Path]:
-    """Return the runs of the folds below a folder, unless it is itself that of a run."""
-    from pipeline.runs import RUN
-
-    return [] if (folder / RUN).exists() else sorted(path.parent for path in folder.glob(f"fold-*/{RUN}"))
-
-
 def several_runs(run: Path, places: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Tell runs and slides apart: folders of runs are runs, and a folder of folds stands for all of them."""
     from pipeline.errors import UsageError
-    from pipeline.runs import RUN
+    from pipeline.runs import RUN, fold_runs
 
     runs, slides = [run], []
     for place in places:

@@ -71,9 +71,9 @@ def _line(test: Mapping[str, Any]) -> str:
 
 def _print_comparison(one: Path, other: Path, found: Mapping[str, Any]) -> None:
     print(f"{found['slides']} slides of {found['cases']} cases: {one}, {other}, and their difference")
-    for name in ("auc", "accuracy", "balanced_accuracy", "cross_entropy"):
+    for name in found["figures"]:
         if found[name] is None:
-            print(f"{name:18} undefined for one class")
+            print(f"{name:18} undefined where nothing differs")
             continue
         (before, after), (low, high), p = found[name]["values"], found[name]["interval_95"], found[name]["p"]
         chance = "" if p is None else f", p {p:.3g}"

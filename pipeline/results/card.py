@@ -78,7 +78,7 @@ def model_card(run: Path, predictions: Sequence[Path] = (), *, name: str = "", t
     """Return the card of a finished run's model; parameters and errors are those of `export_model`."""
     about, settings = read_run(run), prediction_settings(run, trust_encoder=trust_encoder)
     info = inspect_model(Path(settings.model), trust_encoder=trust_encoder)
-    figures = [evaluated(run, folder) for folder in predictions]
+    figures = [evaluated([run], folder) for folder in predictions]
     name = name or run.absolute().name
     choice = read_choice(info.config.encoder)
     front = yaml.safe_dump(_front_matter(name, info.target, choice, figures), sort_keys=False, allow_unicode=True)
@@ -218,8 +218,8 @@ def _limits(
     yield from (f"- {line}" for line in _untested(figures))
     if temperature:
         yield (
-            f"- Figures are of calibrated probabilities: logits divided by {temperature:.4g}, which who loads the model "
-            "has to do."
+            f"- Figures are of calibrated probabilities, of logits divided by {temperature:.4g}; loading the model does "
+            "not do that."
         )
     if info.config.mpp is None:
         yield "- The model knows no scale: other scanners or magnifications than those of its data may mislead it."

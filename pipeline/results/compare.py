@@ -1,7 +1,8 @@
 """Compare two sets of predictions of the same slides: which model is better, and how sure that is.
 
 Differences are paired: what is hard for both models does not count against either. That of two areas under the ROC
-curve has DeLong's variance over cases; the others are bootstrapped over cases.
+curve has DeLong's variance over cases; other figures of classes are bootstrapped over cases, and those of other
+targets are jackknifed over them.
 
 Shape letters: S slides, Q classes, K cases.
 """
@@ -16,17 +17,28 @@ from typing import Any
 
 import numpy as np
 
-from nested_ats.targets import Classes
+from nested_ats.targets import Classes, Target
+from pipeline.config import AnyTarget
 from pipeline.data.targets import columns, is_known
 from pipeline.errors import UsageError
-from pipeline.results.evaluate import answered
-from pipeline.results.intervals import Numbers, Reals, area, area_parts, case_numbers
-from pipeline.results.predictions import read_about, read_predictions
+from pipeline.results.evaluate import answered, known_outcomes
+from pipeline.results.intervals import (
+    JACKKNIFE,
+    Numbers,
+    Reals,
+    area,
+    area_parts,
+    case_numbers,
+    jackknife_interval,
+)
+from pipeline.results.measures import by_ranks, ranking
+from pipeline.results.predictions import answer_columns, read_about, read_predictions
 
 DELONG, BOOTSTRAP = "DeLong's variance over cases", "bootstrap over cases"
 _DRAWS, _AT_ONCE = 2000, 100
 _LEAST = 1e-12  # probability, of which there is a logarithm
 _NAMED = 5
+_Z = NormalDist().inv_cdf(0.975)
 
 Row = Mapping[str, Any]
 
@@ -45,47 +57,66 @@ def compare(one: Path, other: Path, *, include_seen: bool = False, seed: int = 0
 
     Returns
     -------
-    ``slides`` and ``cases`` that count; and for ``auc``, ``accuracy``, ``balanced_accuracy`` and ``cross_entropy``
-    the value of each, the ``difference`` of the second from the first, its 95 % interval, the two-sided ``p``-value
-    of no difference, and the ``method``. ``auc`` is None where the slides have one class.
+    ``slides`` and ``cases`` that count; ``figures``; and for each of these, which are ``auc``, ``accuracy``,
+    ``balanced_accuracy`` and ``cross_entropy`` of classes, and else the measure by ranks (`measures.ranking`), the
+    ``values``, the ``difference`` of the second from the first, its 95 % interval, the two-sided ``p``-value of no
+    difference, and the ``method``. A figure is None where it is not defined, as the AUC of one class.
 
     Raises
     ------
     UsageError
-        There are no such slides, the classes differ or there are none, or a slide has two labels.
+        There are no such slides, the models answer different things, or a slide has two labels.
     """
-    (tables, (column, classes)) = _read(one, other, include_seen=include_seen)
+    tables, target, config = _read(one, other, include_seen=include_seen)
     shared = [slide_id for slide_id in tables[0] if slide_id in tables[1]]
     if not shared:
         raise UsageError(f"{one} and {other}: no slide is in both with a label and unseen by both models")
     pairs = [[table[slide_id] for slide_id in shared] for table in tables]
-    torn = [row["slide_id"] for row, twin in zip(*pairs, strict=True) if row[column] != twin[column]]
-    if torn:
+    told = columns(config)
+    if torn := [row["slide_id"] for row, twin in zip(*pairs, strict=True) if any(row[c] != twin[c] for c in told)]:
         raise UsageError(f"{one} and {other}: {len(torn)} slides have two labels: {', '.join(torn[:_NAMED])}")
-    if unknown := sorted({row[column] for row in pairs[0]} - set(classes)):
-        raise UsageError(f"{one}: labels the models do not know: {', '.join(unknown)}")
-    labels = np.array([classes.index(row[column]) for row in pairs[0]])
+    outcomes = known_outcomes(str(one), target, config, pairs[0])
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in pairs[0])
-    answers = [np.array([[row[f"prob_{name}"] for name in classes] for row in rows]) for rows in pairs]
-    found: dict[str, Any] = {"slides": len(shared), "cases": len(set(cases.tolist()))}
-    return found | {"auc": _areas(labels, answers, cases)} | _bootstrapped(labels, answers, cases, seed)
+    answers = [np.array([[row[name] for name in answer_columns(target)] for row in rows]) for rows in pairs]
+    if isinstance(target, Classes):
+        labels = outcomes.astype(np.int64)
+        figures = {"auc": _areas(labels, answers, cases)} | _bootstrapped(labels, answers, cases, seed)
+    else:
+        figures = {ranking(target).name: _jackknifed(target, outcomes, answers, cases)}
+    return {"slides": len(shared), "cases": len(set(cases.tolist())), "figures": list(figures), **figures}
 
 
-def _read(one: Path, other: Path, *, include_seen: bool) -> tuple[list[dict[str, Row]], tuple[str, list[str]]]:
-    """Read the rows of both that may count, by slide, the column that names the class, and the classes."""
+def _read(one: Path, other: Path, *, include_seen: bool) -> tuple[list[dict[str, Row]], Target, AnyTarget]:
+    """Read the rows of both that may count, by slide, what they answer, and where a table tells it."""
     tables: list[dict[str, Row]] = []
-    told: list[tuple[str, list[str]]] = []
+    told: list[tuple[Target, AnyTarget]] = []
     for folder in (one, other):
         table = read_predictions(folder)
         target, config = answered(read_about(folder), table)
-        if not isinstance(target, Classes):
-            raise UsageError(f"{folder}: of a {target.kind} target; only classes and grades are compared")
-        told.append((columns(config)[0], list(target.classes)))
+        told.append((target, config))
         usable = [row for row in table if row["status"] == "ok" and is_known(config, row)]
         tables.append({row["slide_id"]: row for row in usable if include_seen or not row["seen"]})
-    if told[0][0] != told[1][0] or set(told[0][1]) != set(told[1][1]):
-        raise UsageError(f"{one} and {other}: predictions of other classes cannot be compared")
-    return tables, told[0]
+    kinds = [(target.kind, sorted(target.names), columns(config)) for target, config in told]
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"{one} and {other}: predictions of other classes or another target cannot be compared")
+    return tables, *told[0]
+
+
+def _jackknifed(target: Target, outcomes: Reals, answers: Sequence[Reals], cases: Numbers) -> dict[str, Any] | None:
+    """Compare the measures by ranks of two models of another target; None where one is not defined."""
+
+    def difference(rows: Numbers) -> float:
+        before, after = (by_ranks(target, outcomes[rows], each[rows]) for each in answers)
+        return after - before
+
+    values = [by_ranks(target, outcomes, each) for each in answers]
+    if any(map(math.isnan, values)):
+        return None
+    interval = jackknife_interval(difference, cases, "identity")
+    if interval is None:
+        return _said(values, (math.nan, math.nan), None, JACKKNIFE)
+    error = (interval[1] - interval[0]) / (2 * _Z)
+    return _said(values, interval, 2 * NormalDist().cdf(-abs(values[1] - values[0]) / error), JACKKNIFE)
 
 
 def _areas(labels: Numbers, answers: Sequence[Reals], cases: Numbers) -> dict[str, Any] | None:
@@ -95,9 +126,8 @@ def _areas(labels: Numbers, answers: Sequence[Reals], cases: Numbers) -> dict[st
         return None
     parts = [area_parts(labels, each, cases)[0] for each in answers]
     error = math.sqrt((np.bincount(cases, parts[1] - parts[0]) ** 2).sum())
-    normal, difference = NormalDist(), values[1] - values[0]
-    reach = normal.inv_cdf(0.975) * error
-    p = 2 * normal.cdf(-abs(difference) / error) if error > 1e-12 else 1.0 if difference == 0 else None
+    difference, reach = values[1] - values[0], _Z * error
+    p = 2 * NormalDist().cdf(-abs(difference) / error) if error > 1e-12 else 1.0 if difference == 0 else None
     return _said(values, (difference - reach, difference + reach), p, DELONG)
 
 

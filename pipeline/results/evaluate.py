@@ -72,7 +72,7 @@ def evaluate(folder: Path, *, split: str | None = None, include_seen: bool = Fal
     if not usable:
         seen = f", {len(labelled)} of them seen in training: --include-seen counts those" if labelled else ""
         raise UsageError(f"{where}: no predicted slide has a label; {len(rows)} slides are there{seen}")
-    outcomes = _outcomes(where, target, config, usable)
+    outcomes = known_outcomes(where, target, config, usable)
     answers = np.array([[row[name] for name in answer_columns(target)] for row in usable], dtype=np.float64)
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in usable)
     measures = measure(target, outcomes, answers, cases)
@@ -109,7 +109,7 @@ def answered(about: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> tu
     return Classes(classes or ("",)), ClassesTarget()  # there are none where all slides failed
 
 
-def _outcomes(where: str, target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]]) -> Reals:
+def known_outcomes(where: str, target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]]) -> Reals:
     """Return what is true of slides: (S,), or (S, Q) of labels, or (S, 2) times and events."""
     if isinstance(target, Classes):
         strange = sorted({str(row[columns(config)[0]]) for row in rows} - set(target.classes))

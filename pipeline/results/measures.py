@@ -78,6 +78,12 @@ def measure_names(target: Target) -> tuple[str, ...]:
     return "accuracy", "balanced_accuracy", "auc", *(["quadratic_kappa"] if isinstance(target, Ordinal) else [])
 
 
+def badness(validation: Mapping[str, float], target: Target, figure: str) -> float:
+    """Return what `TrainConfig.best_by` wants small of a validation's figures, NaN where it has not this one."""
+    value = validation.get(f"val_{target.loss_name if figure == 'loss' else figure}", math.nan)
+    return value if figure in ("loss", "mae") else -value
+
+
 def measure(target: Target, truth: Reals, answers: Reals, cases: Numbers) -> Found:
     """Measure answers.
 
@@ -102,6 +108,19 @@ def measure(target: Target, truth: Reals, answers: Reals, cases: Numbers) -> Fou
     else:
         found = _of_classes(target, truth.astype(np.int64), answers, cases)
     return found if several else {name: {**one, "interval_95": None, "method": ""} for name, one in found.items()}
+
+
+def by_ranks(target: Target, truth: Reals, answers: Reals) -> float:
+    """Return the value of the measure of `ranking` for a target that is not of classes; NaN where it is not defined.
+
+    The parameters are those of `measure`.
+    """
+    if isinstance(target, MultiLabel):
+        return _mean_area(truth, answers)
+    if isinstance(target, Regression):
+        return correlation(ranks(truth), ranks(answers[:, 0]))
+    found = concordance(truth[:, 0], truth[:, 1], risks(target, answers))
+    return math.nan if found is None else found
 
 
 def risks(target: Target, answers: Reals) -> Reals:

@@ -6,6 +6,7 @@ Shape letters: S slides, Q classes, T times.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from nested_ats.targets import Target
 from pipeline.results.intervals import Numbers, Reals, accuracy_interval
-from pipeline.results.measures import kaplan_meier, ranking
+from pipeline.results.measures import badness, kaplan_meier, ranking
 from pipeline.results.verdict import in_words
 
 _BINS = 8  # of the calibration, at most
@@ -22,29 +23,42 @@ _LEAST_IN_BIN = 5  # slides
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, told apart by all
 
 
-def curves(target: Target, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Plot each figure of a training over its epochs, with the epoch whose weights are kept."""
+def curves(name: str, target: Target, metrics: Sequence[Mapping[str, Any]], best_by: str) -> list[str]:
+    """Plot each figure of a training over its epochs, with the epoch whose weights are kept.
+
+    Parameters
+    ----------
+    name
+        The name of the run, by which its plots are told from those of others.
+    target
+        What was answered.
+    metrics
+        The metrics of each epoch, at least one.
+    best_by
+        ``train.best_by`` of the run.
+    """
     epochs = [line["epoch"] for line in metrics]
     loss, by = target.loss_name, ranking(target).name
     names = {loss: in_words(loss), "accuracy": "accuracy", by: by, "entropy": "entropy of attention, nats"}
-    best = best_epoch(target, metrics)
+    best = best_epoch(target, metrics, best_by)
+    place = re.sub(r"[^\w-]", "_", name)
     plots = []
-    for name, title in names.items():
+    for figure, title in names.items():
         lines = []
         for prefix, label, colour in (("", "training", _COLOURS[0]), ("val_", "validation", _COLOURS[1])):
-            if prefix + name in metrics[0]:
-                values = [line.get(prefix + name) for line in metrics]
+            if prefix + figure in metrics[0]:
+                values = [line.get(prefix + figure) for line in metrics]
                 lines.append(_line(epochs, values, label, colour))
         if lines:
-            plots.append(_html(f"curve-{name}", lines, title, x="epoch", mark=best))
+            plots.append(_html(f"curve-{figure}-{place}", lines, title, x="epoch", mark=best))
     return plots
 
 
-def best_epoch(target: Target, metrics: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the epoch of the lowest validation loss, whose weights are kept; None without validation."""
-    name = f"val_{target.loss_name}"
-    judged = [line for line in metrics if math.isfinite(line.get(name, math.nan))]
-    return min(judged, key=lambda line: line[name])["epoch"] if judged else None
+def best_epoch(target: Target, metrics: Sequence[Mapping[str, Any]], best_by: str) -> int | None:
+    """Return the epoch whose weights are kept, by ``train.best_by``; None without validation."""
+    judged = [(badness(line, target, best_by), int(line["epoch"])) for line in metrics]
+    judged = [(value, epoch) for value, epoch in judged if math.isfinite(value)]
+    return min(judged)[1] if judged else None
 
 
 def roc(labels: Numbers, probabilities: Reals, names: Sequence[str]) -> str:

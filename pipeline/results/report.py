@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,7 +31,7 @@ from pipeline.results.page import document, table, text
 from pipeline.results.plots import calibration, curves, precision_recall, roc, scatter, survival_by_risk
 from pipeline.results.predictions import answer_columns, read_about, read_predictions, table_digest
 from pipeline.results.slide_page import read_look, slide_page
-from pipeline.runs import MODEL, model_fingerprint, read_metrics, read_run
+from pipeline.runs import MODEL, fold_runs, model_fingerprint, read_metrics, read_run
 
 _SHOWN_SLIDES = 5000  # more make a page slow
 
@@ -41,7 +42,7 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     Parameters
     ----------
     run
-        The folder of the training run.
+        The folder of the training run, or that of the runs of all folds.
     predictions
         The folder of predictions that were evaluated.
     page
@@ -55,10 +56,11 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
         A folder is not what it should be, the predictions were not evaluated or another model made them, or `page`
         cannot be written.
     """
-    about = read_run(run)
+    runs = fold_runs(run) or [run]
+    abouts = [read_run(each) for each in runs]
     rows = read_predictions(predictions)
-    metrics = evaluated(run, predictions)
-    epochs, target = read_metrics(run), read_target(metrics["target"])
+    metrics = evaluated(runs, predictions)
+    target = read_target(metrics["target"])
     config = answered(read_about(predictions), rows)[1]
     make_folder(page.parent)
     links = _slide_pages(page, heatmaps, rows)
@@ -67,17 +69,16 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
         f"<h1>{text(title)}</h1>",
         _finding(metrics, target),
         "<h2>Cohort</h2>",
-        _cohort(about, config, metrics),
+        _cohort({each.name: about for each, about in zip(runs, abouts, strict=True)}, config, metrics),
         "<h2>Results</h2>",
         _results(metrics),
         _plots(target, config, rows, metrics),
         "<h2>Training</h2>",
-        _warning(epochs[-1].get("verdict", "") if epochs else ""),
-        _grid(curves(target, epochs)) if epochs else "<p>No epoch has finished.</p>",
+        *(_training(each, about, target) for each, about in zip(runs, abouts, strict=True)),
         "<h2>Slides</h2>",
         _slides(rows, target, config, links),
         "<h2>Run</h2>",
-        f"<pre>{text(json.dumps({k: about[k] for k in ('config', 'versions')}, indent=2))}</pre>",
+        f"<pre>{text(json.dumps({k: abouts[0][k] for k in ('config', 'versions')}, indent=2))}</pre>",
     ]
     write_atomic(page, document(title, parts, plots=True))
     return page
@@ -115,8 +116,8 @@ def _brier(metrics: Mapping[str, Any]) -> list[tuple[float, str]]:
     ]
 
 
-def evaluated(run: Path, predictions: Path) -> dict[str, Any]:
-    """Return the metrics of predictions that this run's model, as it is now, has made.
+def evaluated(runs: Sequence[Path], predictions: Path) -> dict[str, Any]:
+    """Return the metrics of predictions that the models of these runs, as they are now, have made together.
 
     Raises
     ------
@@ -131,12 +132,25 @@ def evaluated(run: Path, predictions: Path) -> dict[str, Any]:
         raise UsageError(
             f"{predictions}: the predictions were changed after they were evaluated; run nested-ats evaluate again"
         )
-    if metrics["model"] != model_fingerprint(run):
+    made_by = set(read_about(predictions).get("models", {}).values()) or {metrics["model"]}
+    models = {model_fingerprint(run): run for run in runs}
+    if made_by != models.keys():
+        other = next((run for model, run in models.items() if model not in made_by), runs[0])
         raise UsageError(
-            f"{predictions}: predictions of another model than {run / MODEL}: of another run, or from before it was "
-            "trained further; give those of this run, or run nested-ats predict and evaluate again"
+            f"{predictions}: predictions of another model than {other / MODEL}: of another run, or from before it "
+            "was trained further; give those of this run, or run nested-ats predict and evaluate again"
         )
     return metrics
+
+
+def _training(run: Path, about: Mapping[str, Any], target: Target) -> str:
+    """Write how a run was trained."""
+    name, epochs = run.absolute().name, read_metrics(run)
+    if not epochs:
+        return f"<h3>{text(name)}</h3><p>No epoch has finished.</p>"
+    best_by = about["config"]["train"]["best_by"]
+    plots = _grid(curves(name, target, epochs, best_by))
+    return f"<h3>{text(name)}</h3>{_warning(epochs[-1].get('verdict', ''))}{plots}"
 
 
 def _finding(metrics: Mapping[str, Any], target: Target) -> str:
@@ -156,12 +170,16 @@ def _finding(metrics: Mapping[str, Any], target: Target) -> str:
     return f"<p class=finding>The model is {found}; {text(measured)}.</p>"
 
 
-def _cohort(about: Mapping[str, Any], config: AnyTarget, metrics: Mapping[str, Any]) -> str:
-    """Write how many slides of each stratum each split has, and what does not count and why."""
-    entries = [read_entry(row) for row in about["entries"]]
+def _cohort(abouts: Mapping[str, Mapping[str, Any]], config: AnyTarget, metrics: Mapping[str, Any]) -> str:
+    """Write how many slides of each stratum each split or fold has, and what does not count and why."""
+    entries = [read_entry(row) for row in next(iter(abouts.values()))["entries"]]
+    if len(abouts) > 1:
+        fold_of = _folds(abouts)
+        entries = [replace(entry, split=fold_of.get(entry.slide_id, entry.split)) for entry in entries]
     names = strata(config, entries)
     counts = Counter(zip(names, (entry.split for entry in entries), strict=True))
-    splits = [split for split in SPLITS if any(entry.split == split for entry in entries)]
+    there = {entry.split for entry in entries}
+    splits = [*sorted(there - {*SPLITS}), *(split for split in SPLITS if split in there)]
     rows = [[name, *(counts[name, split] for split in splits)] for name in sorted(set(names))]
     rows.append(["all", *(sum(entry.split == split for entry in entries) for split in splits)])
     left_out = [
@@ -175,6 +193,18 @@ def _cohort(about: Mapping[str, Any], config: AnyTarget, metrics: Mapping[str, A
         + table(["", *splits], rows)
         + (f"<p>{text(said)}</p>" if said else "")
     )
+
+
+def _folds(abouts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the name of the run whose fold a slide is, by slide id; a test that all runs have is no fold."""
+    held: dict[str, dict[str, set[str]]] = {}
+    for name, about in abouts.items():
+        held[name] = {"test": set(), "val": set(), "train": set(), "": set()}
+        for row in about["entries"]:
+            held[name][row["split"]].add(row["slide_id"])
+    common = set.intersection(*(each["test"] for each in held.values()))
+    folds = {name: each["test"] - common or each["val"] for name, each in held.items()}
+    return {slide_id: name for name, ids in folds.items() for slide_id in ids}
 
 
 def _results(metrics: Mapping[str, Any]) -> str:

@@ -54,12 +54,6 @@ def describe(metrics: Mapping[str, float]) -> str:
     return f"{' '.join(words)} entropy {metrics['entropy']:.2f}{stored}"
 
 
-def badness(validation: Mapping[str, float], target: Target, figure: str) -> float:
-    """Return what `TrainConfig.best_by` wants small of a validation's figures, NaN where it has not this one."""
-    value = validation.get(f"val_{target.loss_name if figure == 'loss' else figure}", math.nan)
-    return value if figure in ("loss", "mae") else -value
-
-
 def validation_figures(
     target: Target, config: AnyTarget, entries: Sequence[Entry], answers: Tensor, figure: str
 ) -> dict[str, float]:

@@ -35,12 +35,12 @@ from pipeline.data.unreadable import SlideError, Unreadable, WatchedImage
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder, write_atomic
 from pipeline.net import Net
+from pipeline.results.measures import badness
 from pipeline.runs import LAST, METRICS, MODEL, STATE, Position, load_state, read_metrics, save_state
 from pipeline.training.course import KeptWeights
 from pipeline.training.epochs import (
     TOTALS,
     Curves,
-    badness,
     describe,
     epoch_verdict,
     judged_by_validation,

@@ -91,7 +91,7 @@ def test_it_is_whole_and_plots_fit_the_page(opened, screenshots, scheme):
     text = page.evaluate("getComputedStyle(document.querySelector('#roc .xtitle')).fill")
     assert text == ("rgb(28, 28, 34)" if scheme == "light" else "rgb(236, 236, 241)")
     # The epoch of the lowest validation loss is marked.
-    assert page.evaluate("document.getElementById('curve-cross_entropy').layout.shapes[0].x0") == 3
+    assert page.evaluate("document.getElementById('curve-cross_entropy-run').layout.shapes[0].x0") == 3
     page.screenshot(path=screenshots / f"report-{scheme}.png", full_page=True)
 
 

@@ -138,6 +138,15 @@ MISTAKES = [
     (2, "missing column label", "train --manifest {no_labels} --out {new}"),
     (2, "gone.csv: cannot be read", "train --manifest gone.csv --out {new}"),
     (2, "did you mean epochs", "train --manifest {pyramids} --out {new} --config {wrong_config}"),
+    (2, "nested-ats split --folds 5 writes one", "train --manifest {pyramids} --out {new} --fold all"),
+    (2, "there are no --labels to join", "train --manifest {pyramids} --out {new} --join case_id"),
+    (2, "--missing maybe: choose fail, drop", "train --manifest {pyramids} --out {new} --missing maybe"),
+    (2, "the manifest has no such column", "train --manifest {pyramids} --out {new} --target grade"),
+    (2, "gone.csv: cannot be read", "train --manifest {pyramids} --out {new} --labels gone.csv"),
+    (2, "gone.csv: cannot be read", "train --manifest {pyramids} --out {new} --splits gone.csv"),
+    (2, "empty: no splits_0.csv", "train --manifest {pyramids} --out {new} --splits {empty} --fold 0"),
+    (2, "no training run here", "calibrate {empty}"),
+    (2, "no training run here or below", "runs {empty}"),
     (2, "gone.yaml: cannot be read", "train --manifest {pyramids} --out {new} --config gone.yaml"),
     (2, "write it as key=value", "train --manifest {pyramids} --out {new} --set train.epochs"),
     (2, "unknown key train.epoch", "train --manifest {pyramids} --out {new} --set train.epoch=3"),
@@ -504,6 +513,7 @@ def test_a_whole_chain(cli, small, tmp_path, monkeypatch):
     words = ("heatmap", "run", "pyramids/manifest.csv", "--out", "maps", "--split", "test", "--limit", 2)
     assert len(ok(*words).splitlines()) == 2
     page = ok("report", "run", "predictions", "--heatmaps", "maps", "--out", "page.html").strip()
-    assert "Where the model looked" in (tmp_path / page).read_text()
+    assert "page_slides/" in (tmp_path / page).read_text()
+    assert len(list((tmp_path / "page_slides").glob("*.html"))) == 2
     shutil.move(tmp_path / "pyramids", tmp_path / "moved")  # a set may move: its paths are relative
     ok("train", "--manifest", "moved/manifest.csv", "--out", "run", "--config", small, "--set", "train.epochs=2")

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
+from nested_ats.targets import Regression
 from pipeline.cli.app import app
 from pipeline.config import parse_config, plain
 from pipeline.data.manifest import read_manifest
@@ -20,7 +22,7 @@ from pipeline.results.ensemble import predict_ensemble
 from pipeline.results.evaluate import evaluate
 from pipeline.results.listing import list_runs
 from pipeline.results.predict import predict
-from pipeline.results.predictions import write_table
+from pipeline.results.predictions import ABOUT, write_table
 from pipeline.training.train import train
 
 FIGURES = ("auc", "accuracy", "balanced_accuracy", "cross_entropy")
@@ -35,6 +37,19 @@ def write(folder, labels, scores, cases=None, seen=None, classes="ab"):
         row |= {"seen": seen[i] if seen else "", f"prob_{classes[0]}": 1 - score, f"prob_{classes[1]}": score}
         rows.append(row | {"status": "ok", "error": ""})
     write_table(folder, rows)
+    return folder
+
+
+def write_numbers(folder, true, answers):
+    """Predictions of a number."""
+    folder.mkdir()
+    rows = [
+        {"slide_id": f"s{i}", "case_id": "", "label": repr(float(t)), "split": "test", "seen": "", "value": float(a)}
+        for i, (t, a) in enumerate(zip(true, answers, strict=True))
+    ]
+    write_table(folder, [row | {"status": "ok", "error": ""} for row in rows])
+    about = {"target": Regression(0.0, 1.0).plain, "told_by": {"kind": "regression"}}
+    (folder / ABOUT).write_text(json.dumps(about))
     return folder
 
 
@@ -117,6 +132,23 @@ class TestCompare:
         a, b = (write(tmp_path / name, ["a"] * 9, np.linspace(0.1, 0.9, 9)) for name in "ab")
         assert compare(a, b)["auc"] is None
 
+    def test_numbers_are_compared_by_their_ranks(self, tmp_path):
+        """Of two models that are equally good few pairs differ; one that hardly follows the truth is found out."""
+        rng, outside = np.random.default_rng(6), 0
+        for trial in range(40):
+            true = rng.normal(0, 1, 60)
+            numbers = [true + rng.normal(0, spread, 60) for spread in (1.0, 1.0, 6.0)]
+            folders = [write_numbers(tmp_path / f"{trial} {i}", true, each) for i, each in enumerate(numbers)]
+            found = compare(folders[0], folders[1])
+            assert found["figures"] == ["spearman"]
+            low, high = found["spearman"]["interval_95"]
+            outside += not low <= 0 <= high
+            assert found["spearman"]["values"][0] == pytest.approx(spearmanr(true, numbers[0]).statistic)
+            worse = compare(folders[0], folders[2])["spearman"]
+            assert worse["interval_95"][1] < 0
+            assert worse["p"] < 0.05
+        assert outside <= 7  # P(> 7) is 0.1 % at the nominal 5 %
+
     def test_mistakes(self, tmp_path):
         labels, (one, other) = two_models(np.random.default_rng(5), 10)
         a = write(tmp_path / "a", labels, one)
@@ -125,10 +157,13 @@ class TestCompare:
         flipped = ["ab"[name == "a"] for name in labels]
         with pytest.raises(UsageError, match="10 slides have two labels: s0, s1"):
             compare(a, write(tmp_path / "c", flipped, other))
+        numbers = write_numbers(tmp_path / "n", np.arange(10.0), np.arange(10.0))
+        with pytest.raises(UsageError, match="another target cannot be compared"):
+            compare(a, numbers)
         with pytest.raises(UsageError, match="no slide is in both"):
             compare(a, write(tmp_path / "d", labels, other, seen=["train"] * 10))
         strange = [write(tmp_path / name, ["x"] * 10, one) for name in "ef"]
-        with pytest.raises(UsageError, match="labels the models do not know: x"):
+        with pytest.raises(UsageError, match="labels the model does not know: x"):
             compare(*strange)
 
 

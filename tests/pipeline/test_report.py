@@ -156,7 +156,9 @@ def test_says_in_words_when_nothing_was_learned(write):
 
 def test_the_curves_are_drawn(whole):
     training = whole.split("<h2>Training</h2>")[1].split("<h2>Slides</h2>")[0]
-    assert [name for name in ("cross_entropy", "accuracy", "auc", "entropy") if f'id="curve-{name}"' in training] == [
+    assert [
+        name for name in ("cross_entropy", "accuracy", "auc", "entropy") if f'id="curve-{name}-run"' in training
+    ] == [
         "cross_entropy",
         "accuracy",
         "entropy",

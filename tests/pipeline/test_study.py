@@ -335,3 +335,18 @@ def test_a_mean_of_one_is_that_one():
     assert {name: found[name] for name in row} == pytest.approx(row)
     assert found["prediction"] == "b"
     assert found["spread_a"] is None
+
+
+def test_the_report_of_a_study(study, entries, tmp_path):
+    """It has the training of every fold, and the models of all of them must have answered."""
+    write_manifest(tmp_path / "study.csv", entries)
+    cli("predict", study, tmp_path / "study.csv", "--out-of-fold", "--out", tmp_path / "oof")
+    cli("evaluate", tmp_path / "oof")
+    cli("report", study, tmp_path / "oof", "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert [f'id="curve-cross_entropy-fold-{fold}"' in text for fold in range(FOLDS)] == [True] * FOLDS
+    assert "<th scope=col>fold-0</th><th scope=col>fold-1</th><th scope=col>fold-2</th></tr>" in text
+    assert "14 slides" in text
+    refused = cli("report", study / "fold-0", tmp_path / "oof", "--out", tmp_path / "other.html", code=2)
+    assert "predictions of another model than" in refused.output
+    assert not (tmp_path / "other.html").exists()

@@ -6,8 +6,8 @@ export class Cases {
   constructor(cases) {
     this.cases = cases;
     this.links = cases.map((each, number) => this.link(each, number));
-    const list = document.getElementById("cases");
-    list.replaceChildren(...this.links.map((link) => element("li", {}, link)));
+    this.rows = this.links.map((link) => element("li", {}, link));
+    this.list = document.getElementById("cases");
     this.filter = document.getElementById("filter");
     this.filter.addEventListener("input", () => this.choose());
     this.choose();
@@ -26,15 +26,14 @@ export class Cases {
   /** Show those whose name, label or prediction has all words of the filter. */
   choose() {
     const sought = this.filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    this.cases.forEach((each, number) => {
+    const fits = (each) => {
       const text = [each.id, each.label, each.prediction, verdict(each)?.className].join(" ").toLowerCase();
-      const fits = sought.every((word) => text.includes(word));
-      this.links[number].parentElement.hidden = !fits;
-      shown += fits;
-    });
-    const all = this.cases.length;
-    document.getElementById("count").textContent = shown === all ? `${all}` : `${shown} of ${all}`;
+      return sought.every((word) => text.includes(word));
+    };
+    this.shown = [...this.cases.keys()].filter((number) => fits(this.cases[number]));
+    this.list.replaceChildren(...this.shown.map((number) => this.rows[number])); // to hide thousands takes seconds
+    const [some, all] = [this.shown.length, this.cases.length];
+    document.getElementById("count").textContent = some === all ? `${all}` : `${some} of ${all}`;
   }
 
   mark(number) {
@@ -44,9 +43,8 @@ export class Cases {
 
   /** The number of the next slide that is listed, in one direction or the other. */
   next(number, step) {
-    for (let i = number + step; i >= 0 && i < this.links.length; i += step)
-      if (!this.links[i].parentElement.hidden) return i;
-    return number;
+    const beyond = this.shown.filter((other) => (other - number) * step > 0);
+    return (step > 0 ? beyond[0] : beyond.at(-1)) ?? number;
   }
 }
 
