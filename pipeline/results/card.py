@@ -218,8 +218,8 @@ def _limits(
     yield from (f"- {line}" for line in _untested(figures))
     if temperature:
         yield (
-            f"- Figures are of calibrated probabilities, of logits divided by {temperature:.4g}; loading the model does "
-            "not do that."
+            f"- Figures are of calibrated probabilities, of logits divided by {temperature:.4g}; loading the model "
+            "does not do that."
         )
     if info.config.mpp is None:
         yield "- The model knows no scale: other scanners or magnifications than those of its data may mislead it."
