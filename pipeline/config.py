@@ -188,6 +188,8 @@ class TrainConfig(_Section):
     # the first: the loss, or a measure of the target (accuracy, balanced_accuracy, auc, quadratic_kappa; mae, r2,
     # pearson, spearman; concordance)
     patience: int = Field(default=0, ge=0)  # epochs without a better validation after which training stops; 0: never
+    # A function of yours that gets the metrics of each epoch as a dictionary, for a tracker of experiments.
+    tracker: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$")
     checkpoint_minutes: float = Field(
         default=5.0, gt=0
     )  # at most this much work is lost; every epoch ends with a checkpoint, too

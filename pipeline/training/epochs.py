@@ -5,8 +5,10 @@ Shape letters: S slides, A answers.
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +19,7 @@ from nested_ats.targets import KINDS_OF_TARGETS, Target
 from pipeline.config import AnyTarget
 from pipeline.data.manifest import Entry
 from pipeline.data.targets import row_of, truth
+from pipeline.errors import UsageError
 from pipeline.results.intervals import case_numbers
 from pipeline.results.measures import measure, ranking
 from pipeline.results.verdict import in_words, verdict
@@ -116,13 +119,28 @@ def epoch_verdict(metrics: Mapping[str, float], target: Target, guess: float) ->
 
 
 class Curves:
-    """TensorBoard curves, written by rank 0; epochs that will be repeated are dropped from them."""
+    """TensorBoard curves, written by rank 0, and the user's own tracker; epochs to be repeated are dropped from them.
 
-    def __init__(self, folder: Path, position: Position, context: Context) -> None:
-        self.writer = None
+    Parameters
+    ----------
+    folder, position, context
+        The run, how far it has come, and the worker's place in its group.
+    tracker
+        ``train.tracker``: is called with the metrics of each epoch by rank 0. One that raises is warned of, once, and
+        left alone from then on: what watches a training must not end it.
+
+    Raises
+    ------
+    UsageError
+        The tracker cannot be imported.
+    """
+
+    def __init__(self, folder: Path, position: Position, context: Context, tracker: str | None = None) -> None:
+        self.writer, self.track = None, None
         if context.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
+            self.track = import_callable(tracker, "train.tracker") if tracker else None
             there = (folder / CURVES).is_dir()
             self.writer = SummaryWriter(str(folder / CURVES), purge_step=position.epoch + 1)
             for metrics in [] if there else read_metrics(folder):  # of a run that goes on from its copy
@@ -133,6 +151,12 @@ class Curves:
         for name, value in metrics.items():
             if self.writer and name not in ("epoch", "verdict"):
                 self.writer.add_scalar(name, value, int(metrics["epoch"]))
+        if self.track:
+            try:
+                self.track(dict(metrics))
+            except Exception as error:  # noqa: BLE001 - it is the user's code
+                print(f"warning: train.tracker: {error!r}; it is not called again", file=sys.stderr, flush=True)
+                self.track = None
 
     def __enter__(self) -> Self:
         return self
@@ -140,3 +164,20 @@ class Curves:
     def __exit__(self, *exception: object) -> None:
         if self.writer:
             self.writer.close()
+
+
+def import_callable(name: str, key: str) -> Callable[[dict[str, Any]], Any]:
+    """Import ``package.module:callable`` of the user's; `key` names the setting in errors (UsageError)."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{key}: {name} cannot be imported ({error}); it must be on Python's path here, as in "
+            "PYTHONPATH=. nested-ats train"
+        ) from error
+    if not callable(found):
+        raise UsageError(f"{key}: {name} is no function")
+    return found  # type: ignore[no-any-return]

@@ -167,6 +167,7 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     if config.target == ClassesTarget():
         del decisive["target"]
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
+    decisive["train"].pop("tracker")  # it watches
     decisive["data"] |= {"cache": None}
     if config.data.unit == "slide":
         del decisive["data"]["unit"]

@@ -146,7 +146,8 @@ class Trainer(Learner):
         position = self._resume()
         self.features = use_features(self.model, self.config.data.features)
         metrics: dict[str, Any] = {}
-        with ThreadPoolExecutor(_READERS) as readers, Curves(self.folder, position, self.context) as curves:
+        curves_of = Curves(self.folder, position, self.context, self.config.train.tracker)
+        with ThreadPoolExecutor(_READERS) as readers, curves_of as curves:
             if position == Position():
                 self._look_first(readers)
             for epoch in range(position.epoch, self.config.train.epochs):

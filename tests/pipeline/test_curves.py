@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import time
 
 import pytest
@@ -11,6 +13,7 @@ from cluster import LocalContext
 from nested_ats import Classes
 from pipeline.config import plain
 from pipeline.data.manifest import plain_entries, read_manifest
+from pipeline.errors import UsageError
 from pipeline.runs import CURVES
 from pipeline.training.trainer import train_worker
 
@@ -72,3 +75,70 @@ def test_curves_of_a_run_that_goes_on_without_them(config, pyramids, tmp_path, e
     longer["train"]["epochs"] = epochs
     train_worker(LocalContext(), {**job, "config": longer})
     assert epochs_of(tmp_path) == [*range(1, epochs + 1)]
+
+
+TRACKER = """
+import json
+def keep(metrics):
+    with open({place!r}, "a") as file:
+        file.write(json.dumps(metrics) + "\\n")
+def fails(metrics):
+    keep(metrics)
+    raise RuntimeError("the server is gone")
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def tracker(tmp_path, monkeypatch):
+    """A module of the user's, and the file that it writes to."""
+    place = tmp_path / "tracked.jsonl"
+    (tmp_path / "my_tracker.py").write_text(TRACKER.format(place=str(place)))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield place
+    sys.modules.pop("my_tracker", None)
+
+
+def job(config, pyramids, folder, tracker):
+    folder.mkdir()
+    entries = [entry for entry in read_manifest(pyramids) if entry.split == "train"]
+    settings = {**plain(config), "train": {**plain(config)["train"], "tracker": tracker}}
+    return {
+        "config": settings,
+        "entries": plain_entries(entries),
+        "target": CLASSES,
+        "channels": 3,
+        "folder": str(folder),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
+def test_a_tracker_gets_every_epoch(config, pyramids, tmp_path, tracker):
+    metrics, _ = train_worker(LocalContext(), job(config, pyramids, tmp_path / "run", "my_tracker:keep"))
+    lines = [json.loads(line) for line in tracker.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[-1] == metrics
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_tracker_that_fails_does_not_end_a_training(config, pyramids, tmp_path, tracker, capsys):
+    metrics, _ = train_worker(LocalContext(), job(config, pyramids, tmp_path / "run", "my_tracker:fails"))
+    assert metrics["epoch"] == 3
+    assert len(tracker.read_text().splitlines()) == 1
+    assert (
+        "warning: train.tracker: RuntimeError('the server is gone'); it is not called again"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_such_module:keep", "cannot be imported"),
+        ("my_tracker:nothing", "cannot be"),
+        ("my_tracker:NUMBER", "is no fun"),
+    ],
+)
+def test_what_is_no_tracker(config, pyramids, tmp_path, tracker, name, reason):
+    with pytest.raises(UsageError, match=f"train.tracker: {name} {reason}"):
+        train_worker(LocalContext(), job(config, pyramids, tmp_path / "run", name))
