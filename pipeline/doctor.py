@@ -46,6 +46,7 @@ EXTRAS = {
     "slides": "MRXS, DICOM and others by OpenSlide",
     "geo": "scenes on the Earth",
     "survival": "Brier scores of survival",
+    "tables": "labels in workbooks of Excel",
     "view": "slides in a browser",
     "h5": "features in the files of TRIDENT and CLAM",
 }

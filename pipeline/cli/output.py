@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,20 @@ def exit_if_failed(failures: Sequence[tuple[str, str]], total: int) -> None:
     for name, error in failures:
         say(f"  {name:{width}}  {error}")
     raise typer.Exit(SOME_FAILED if len(failures) < total else NOTHING_USABLE)
+
+
+def print_outcome(failures: Sequence[tuple[str, str]], total: int, **more: Any) -> None:
+    """Print what became of a command as one JSON object; numbers that are not finite are null, as JSON has none."""
+    named = [{"name": name, "error": error} for name, error in failures]
+    print(json.dumps(_finite({"total": total, "failed": len(failures), "failures": named, **more}), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_all(values: Sequence[Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli import options
-from pipeline.cli.output import exit_if_failed, say
+from pipeline.cli.output import exit_if_failed, print_outcome, say
 
 
 def predict(
@@ -41,6 +41,7 @@ def predict(
         float, typer.Option(min=0.1, help="Seconds for a slide; a Ray worker that takes longer is replaced.")
     ] = 3600.0,
     overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Classify slides; run again, it classifies only what is missing. Of several runs the mean is taken."""
     from pipeline.data.discovery import name_slides
@@ -64,8 +65,12 @@ def predict(
         rows = predict_ensemble(name_slides(places), runs, out, split=split, out_of_fold=out_of_fold, **where, **how)
     else:
         rows = classify(options.chosen_slides(places, split, runs[0]), runs[0], out, **where, **how)
-    print(out / f"{TABLE}.csv")
+    failures = [(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"]
+    if as_json:
+        print_outcome(failures, len(rows), table=str(out / f"{TABLE}.csv"), seen=count_seen(rows))
+    else:
+        print(out / f"{TABLE}.csv")
     seen = seen_words(count_seen(rows), len(rows))
     if seen:
         say(f"{seen}; the column seen tells which, and evaluate leaves them out")
-    exit_if_failed([(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"], len(rows))
+    exit_if_failed(failures, len(rows))

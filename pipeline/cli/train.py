@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli import tables
-from pipeline.cli.options import Cluster, Device, FailFast, Out, Overwrite, check_cluster
-from pipeline.cli.output import exit_if_failed, print_all, say
+from pipeline.cli.options import AsJson, Cluster, Device, FailFast, Out, Overwrite, check_cluster
+from pipeline.cli.output import exit_if_failed, print_all, print_outcome, say
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -56,12 +56,16 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print configuration and costs, write nothing.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model from one label per slide; the same command goes on with an interrupted run."""
     from pipeline.config import load_config
     from pipeline.data.split_table import fold_entries
     from pipeline.data.targets import columns
+    from pipeline.errors import UsageError
 
+    if dry_run and as_json:
+        raise UsageError("--json: a dry run prints a configuration; leave out one of them")
     chosen = load_config(config, settings)
     group = _range(workers)
     check_cluster(cluster, group[1], device)
@@ -72,9 +76,10 @@ def train(
     if dry_run:
         _look(folds, chosen, out, options)
     elif len(folds) > 1:
-        _train_folds(folds, chosen, out, options | {"address": cluster, "workers": group[1]})
+        _train_folds(folds, chosen, out, options | {"address": cluster, "workers": group[1]}, as_json=as_json)
     else:
-        _train_one(next(iter(folds.values())), chosen, out, options | {"address": cluster, "workers": group})
+        options |= {"address": cluster, "workers": group}
+        _train_one(next(iter(folds.values())), chosen, out, options, as_json=as_json)
 
 
 def _look(folds: Mapping[str, list[Entry]], config: Config, out: Path, options: dict[str, Any]) -> None:
@@ -91,30 +96,40 @@ def _look(folds: Mapping[str, list[Entry]], config: Config, out: Path, options: 
     exit_if_failed([(failure.slide_id, failure.error) for failure in failures], len(entries))
 
 
-def _train_one(entries: list[Entry], config: Config, out: Path, options: dict[str, Any]) -> None:
+def _train_one(entries: list[Entry], config: Config, out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     from pipeline.training.train import train as run
 
-    metrics, failures = run(entries, config, out, **options)
-    print(_words(metrics))
-    if metrics.get("verdict"):
-        print(metrics["verdict"])
-    print(options["mirror"] or out)
-    exit_if_failed([(failure.slide_id, failure.error) for failure in failures], len(entries))
+    metrics, failed = run(entries, config, out, **options)
+    failures, place = [(failure.slide_id, failure.error) for failure in failed], str(options["mirror"] or out)
+    if as_json:
+        print_outcome(failures, len(entries), run=place, metrics=metrics)
+    else:
+        print(_words(metrics))
+        print_all([metrics["verdict"]] if metrics.get("verdict") else [])
+        print(place)
+    exit_if_failed(failures, len(entries))
 
 
-def _train_folds(folds: Mapping[str, list[Entry]], config: Config, out: Path, options: dict[str, Any]) -> None:
+def _train_folds(
+    folds: Mapping[str, list[Entry]], config: Config, out: Path, options: dict[str, Any], *, as_json: bool
+) -> None:
     from pipeline.training.folds import train_folds
 
     left_out: dict[str, str] = {}
     failed: list[tuple[str, str]] = []
+    told: list[dict[str, Any]] = []
     for done in train_folds(folds, config, out, **options):
         left_out |= {failure.slide_id: failure.error for failure in done.failures}
         if done.error:
             failed.append((f"fold {done.fold}", done.error))
             say(f"fold {done.fold}: failed; the others go on")
-        else:
+        elif not as_json:
             print(f"fold {done.fold}: {_words(done.metrics)}  {done.folder}", flush=True)
+        metrics = dict(done.metrics or {})
+        told.append({"fold": done.fold, "run": str(done.folder), "metrics": metrics, "error": done.error})
     slides = {entry.slide_id for entries in folds.values() for entry in entries}
+    if as_json:
+        print_outcome(list(left_out.items()), len(slides), folds=told)
     if failed and left_out:
         say(f"{len(left_out)} of {len(slides)} slides were left out: {'; '.join(map(': '.join, left_out.items()))}")
     exit_if_failed(failed, len(folds)) if failed else exit_if_failed(list(left_out.items()), len(slides))

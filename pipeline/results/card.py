@@ -91,7 +91,7 @@ def model_card(run: Path, predictions: Sequence[Path] = (), *, name: str = "", t
         *_data(about, info.target),
         *_training(about, epochs),
         *_figures(figures),
-        *_limits(about, info, choice, figures),
+        *_limits(about, info, choice, figures, settings.temperature),
         *_use(info),
     ]
     return "\n".join(parts)
@@ -207,9 +207,20 @@ def _figures(figures: Sequence[Metrics]) -> Iterator[str]:
             yield f"**Warning**: {metrics['verdict']}\n"
 
 
-def _limits(about: Mapping[str, Any], info: ModelInfo, choice: Choice, figures: Sequence[Metrics]) -> Iterator[str]:
+def _limits(
+    about: Mapping[str, Any],
+    info: ModelInfo,
+    choice: Choice,
+    figures: Sequence[Metrics],
+    temperature: float | None,
+) -> Iterator[str]:
     yield "## Limits: what was not tested\n"
     yield from (f"- {line}" for line in _untested(figures))
+    if temperature:
+        yield (
+            f"- Figures are of calibrated probabilities, of logits divided by {temperature:.4g}; loading the model "
+            "does not do that."
+        )
     if info.config.mpp is None:
         yield "- The model knows no scale: other scanners or magnifications than those of its data may mislead it."
     if about["config"]["model"].get("prior", "none") == "tissue":

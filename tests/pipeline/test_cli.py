@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,6 +389,32 @@ class TestJson:
         assert found == json.loads((predicted / "metrics.json").read_text())
         text = cli("evaluate", predicted).stdout
         assert f"{found['accuracy']['value']:.3f}" in text
+
+    def test_train_and_predict(self, cli, pyramids, small, tmp_path):
+        entries = read_manifest(pyramids)
+        entries[0] = replace(entries[0], path=str(tmp_path / "gone.tif"))
+        write_manifest(tmp_path / "some.csv", entries)
+        words = ["train", "--manifest", tmp_path / "some.csv", "--config", small, "--out", tmp_path / "run", "--json"]
+        result = cli(*words)
+        assert result.exit_code == 3
+        told = json.loads(result.stdout, parse_constant=pytest.fail)
+        assert (told["total"], told["failed"], told["run"]) == (14, 1, str(tmp_path / "run"))
+        assert [each["name"] for each in told["failures"]] == ["slide 0"]
+        assert told["metrics"]["cross_entropy"] > 0
+        assert cli(*words, "--dry-run").exit_code == 2
+        result = cli("predict", tmp_path / "run", tmp_path / "some.csv", "--out", tmp_path / "out", "--json")
+        told = json.loads(result.stdout, parse_constant=pytest.fail)
+        assert (told["total"], told["failed"], result.exit_code) == (14, 1, 3)
+        assert told["seen"]["train"] == 9
+        assert len(Path(told["table"]).read_text().splitlines()) == 15
+
+    def test_train_by_folds(self, cli, pyramids, small, tmp_path):
+        entries = [replace(entry, split="", fold=str(i // 2 % 2)) for i, entry in enumerate(read_manifest(pyramids))]
+        write_manifest(tmp_path / "folds.csv", entries)
+        words = ["--config", small, "--folds", "all", "--out", tmp_path / "runs", "--json"]
+        told = json.loads(cli("train", "--manifest", tmp_path / "folds.csv", *words).stdout)
+        assert [each["fold"] for each in told["folds"]] == ["0", "1"]
+        assert all((Path(each["run"]) / "model").is_dir() for each in told["folds"])
 
 
 class TestDryRun:
