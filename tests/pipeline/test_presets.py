@@ -123,7 +123,9 @@ def all_the_way(manifest, kind, *settings):
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
     assert not any(row["error"] for row in rows)
-    assert "<img" in Path("report.html").read_text()
+    [page] = Path("report_slides").iterdir()
+    assert f"report_slides/{page.name}" in Path("report.html").read_text()
+    assert "<img" in page.read_text()
     return rows
 
 
