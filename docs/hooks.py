@@ -19,6 +19,7 @@ import typer
 ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": "index.md",
+    "docs/concepts.md": "concepts.md",
     "docs/guide.md": "guide.md",
     "docs/folds.md": "folds.md",
     "docs/targets.md": "targets.md",

@@ -14,6 +14,7 @@ from pipeline.cli.app import app
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
+    "docs/concepts.md",
     "docs/guide.md",
     "docs/viewer.md",
     "docs/cluster.md",
