@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "docs/concepts.md",
+    "docs/limits.md",
     "docs/guide.md",
     "docs/viewer.md",
     "docs/cluster.md",
