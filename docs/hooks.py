@@ -21,6 +21,7 @@ PAGES = {
     "README.md": "index.md",
     "docs/concepts.md": "concepts.md",
     "docs/compare.md": "compare.md",
+    "docs/tutorial-slides.md": "tutorial-slides.md",
     "docs/limits.md": "limits.md",
     "docs/guide.md": "guide.md",
     "docs/folds.md": "folds.md",

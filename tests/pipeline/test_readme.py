@@ -14,6 +14,7 @@ from pipeline.cli.app import app
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
+    "docs/tutorial-slides.md",
     "docs/concepts.md",
     "docs/limits.md",
     "docs/guide.md",
