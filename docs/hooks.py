@@ -22,6 +22,7 @@ PAGES = {
     "docs/concepts.md": "concepts.md",
     "docs/compare.md": "compare.md",
     "docs/tutorial-slides.md": "tutorial-slides.md",
+    "docs/tutorial-scenes.md": "tutorial-scenes.md",
     "docs/limits.md": "limits.md",
     "docs/guide.md": "guide.md",
     "docs/folds.md": "folds.md",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "docs/tutorial-slides.md",
+    "docs/tutorial-scenes.md",
     "docs/concepts.md",
     "docs/limits.md",
     "docs/guide.md",
