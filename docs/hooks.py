@@ -19,6 +19,11 @@ import typer
 ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": "index.md",
+    "docs/concepts.md": "concepts.md",
+    "docs/compare.md": "compare.md",
+    "docs/tutorial-slides.md": "tutorial-slides.md",
+    "docs/tutorial-scenes.md": "tutorial-scenes.md",
+    "docs/limits.md": "limits.md",
     "docs/guide.md": "guide.md",
     "docs/folds.md": "folds.md",
     "docs/targets.md": "targets.md",

@@ -8,15 +8,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
+import torch
 import typer
 
-from nested_ats.config import AnyConfig, LevelConfig
+from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
+from nested_ats.config import AnyConfig
 from pipeline.cli.app import app
 from pipeline.config import Config
 
 sys.path.append(str(Path(__file__).parents[2] / "docs"))
 
+import drawings
 import hooks
 
 
@@ -63,3 +67,16 @@ def test_the_layers_of_every_room_are_drawn():
 )
 def test_links_lead_to_pages(link, there):
     assert hooks._relink(link, Path("cluster")) == there
+
+
+def test_the_pictures_of_the_concepts_can_be_drawn(monkeypatch):
+    monkeypatch.setattr(drawings, "INTERVALS", 2)
+    torch.manual_seed(0)
+    levels = (LevelConfig(downsample=8, samples=3, stride=2, group=4), LevelConfig(downsample=4, size=32, samples=4))
+    model = NestedATS(ModelConfig(levels=levels, patch_size=32), in_channels=3, classes=2)
+    pixels = torch.randint(256, (3, 128, 128), dtype=torch.uint8)
+    figures = drawings.drawings(model, ArrayImage(pixels, levels=5), ["a", "b"])
+    drawn = {name: drawings.rendered(figure) for name, figure in figures}
+    page = (Path(drawings.__file__).parent / "concepts.md").read_text()
+    assert list(drawn) == re.findall(r"\]\(concepts/(.*?)\.jpg\)", page)
+    assert all(len(np.unique(picture)) > 50 for picture in drawn.values())

@@ -14,6 +14,10 @@ from pipeline.cli.app import app
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
+    "docs/tutorial-slides.md",
+    "docs/tutorial-scenes.md",
+    "docs/concepts.md",
+    "docs/limits.md",
     "docs/guide.md",
     "docs/viewer.md",
     "docs/cluster.md",
