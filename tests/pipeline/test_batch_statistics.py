@@ -5,18 +5,28 @@ from __future__ import annotations
 import pytest
 
 from cluster import LocalContext
+from nested_ats import Classes
 from pipeline.config import load_config
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.training.trainer import Trainer
 
-ENTRIES = [Entry(slide_id=label, path=f"{label}.ome.zarr", label=label, split="train") for label in "ab"]
+ENTRIES = [
+    Entry(slide_id=label, path=f"{label}.ome.zarr", label=label, split="train") for label in Classes(("a", "b"))
+]
 
 
 def make(tmp_path, workers: int, *settings: str) -> Trainer:
     context = LocalContext()
     context.world_size = workers
-    return Trainer(context, load_config(None, ["model.encoder=mobilenet_v2", *settings]), ENTRIES, "ab", 3, tmp_path)
+    return Trainer(
+        context,
+        load_config(None, ["model.encoder=mobilenet_v2", *settings]),
+        ENTRIES,
+        Classes(("a", "b")),
+        3,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize(
