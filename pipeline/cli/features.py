@@ -31,9 +31,7 @@ def features(
     cluster: options.Cluster = "none",
     workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
     device: options.Device = "auto",
-    slide_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for a slide; a Ray worker that takes longer is replaced.")
-    ] = 3600.0,
+    slide_timeout: options.SlideTimeout = 3600.0,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:

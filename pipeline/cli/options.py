@@ -31,6 +31,9 @@ TrustEncoder = Annotated[
     bool,
     typer.Option("--trust-encoder", help="Import the model's encoder where it is code of yours (model.encoder)."),
 ]
+SlideTimeout = Annotated[
+    float, typer.Option(min=0.1, help="Seconds for a slide; a Ray worker that takes longer is replaced.")
+]
 Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 16,32; default: as trained.")]
 
 

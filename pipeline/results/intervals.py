@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,9 +58,17 @@ def accuracy_interval(right: Bools, cases: Numbers) -> Interval:
         size: float = len(np.unique(cases))
     else:
         size = min(share * (1 - share) * len(right) ** 2 / max(spread, 1e-12), len(right))
-    wide = _Z**2 / size
-    half = _Z * math.sqrt(share * (1 - share) / size + wide / (4 * size))
-    return max((share + wide / 2 - half) / (1 + wide), 0.0), min((share + wide / 2 + half) / (1 + wide), 1.0)
+    low, high = wilson(share, size)
+    return float(low), float(high)
+
+
+def wilson(share: float | Reals, size: float | NDArray[Any]) -> tuple[Reals, Reals]:
+    """Return the limits of the intervals of proportions of so many independent slides (Wilson, 1927)."""
+    wide = _Z**2 / np.asarray(size, dtype=np.float64)
+    half = _Z * np.sqrt(share * (1 - share) / size + wide / (4 * size))
+    return np.maximum((share + wide / 2 - half) / (1 + wide), 0.0), np.minimum(
+        (share + wide / 2 + half) / (1 + wide), 1.0
+    )
 
 
 def balanced_interval(right: Bools, labels: Numbers, cases: Numbers) -> Interval:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nested_ats.targets import Target
-from pipeline.results.intervals import Numbers, Reals, accuracy_interval
+from pipeline.results.intervals import Numbers, Reals, accuracy_interval, wilson
 from pipeline.results.measures import badness, kaplan_meier, ranking
 from pipeline.results.verdict import in_words
 
@@ -68,7 +68,7 @@ def roc(labels: Numbers, probabilities: Reals, names: Sequence[str]) -> str:
         positive = labels == number
         if positive.any() and not positive.all():
             hit, false = _rates(positive, probabilities[:, number])
-            low, high = _wilson(hit, int(positive.sum()))
+            low, high = wilson(hit, int(positive.sum()))
             lines += [_band(false, low, high, colour), _line(false, hit, name, colour, shape="hv")]
     return _html("roc", lines, "ROC", x="false positive rate", y="true positive rate", unit=True)
 
@@ -83,7 +83,7 @@ def precision_recall(labels: Numbers, probabilities: Reals, names: Sequence[str]
             hits, taken = positive[order].cumsum(), np.arange(1, len(order) + 1)
             last = np.append(np.diff(probabilities[order, number]) != 0, True)  # equal scores are taken together
             precision, recall = (hits / taken)[last], (hits / positive.sum())[last]
-            low, high = _wilson(precision, taken[last])
+            low, high = wilson(precision, taken[last])
             lines += [_band(recall, low, high, colour), _line(recall, precision, name, colour)]
     return _html("precision-recall", lines, "Precision and recall", x="recall", y="precision", unit=True)
 
@@ -152,14 +152,6 @@ def _rates(positive: NDArray[np.bool_], scores: Reals) -> tuple[Reals, Reals]:
     last = np.append(np.diff(scores[order]) != 0, True)
     hits, misses = positive[order].cumsum()[last], (~positive[order]).cumsum()[last]
     return np.append(0.0, hits / positive.sum()), np.append(0.0, misses / (~positive).sum())
-
-
-def _wilson(share: Reals, size: int | NDArray[Any]) -> tuple[Reals, Reals]:
-    """Limits of the 95 % interval of proportions (Wilson, 1927)."""
-    z = 1.959964
-    middle = (share + z**2 / (2 * size)) / (1 + z**2 / size)
-    half = z / (1 + z**2 / size) * np.sqrt(share * (1 - share) / size + z**2 / (4 * np.square(size, dtype=float)))
-    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
 
 def _line(x: Any, y: Any, name: str, colour: str, *, shape: str = "linear") -> dict[str, Any]:

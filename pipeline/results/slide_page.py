@@ -72,9 +72,9 @@ def _picture(folder: Path, look: Mapping[str, Any]) -> str:
     """Write the slide under its attention, which a slider fades, with regions, patches and a scale bar."""
     width, height = look["thumbnail_xy"]  # in level-0 pixels, a little more than the slide has
     across, down = (100 * part / whole for part, whole in zip(look["attention_xy"], (width, height), strict=True))
-    thumbnail = image(read_inside_bytes(folder, THUMBNAIL), "jpeg", f"slide {look['slide_id']}")
+    thumbnail = image(_read_picture(folder, THUMBNAIL), "jpeg", f"slide {look['slide_id']}")
     place = f'style="width:{across:.4f}%;height:{down:.4f}%" class=attention id=attention'
-    attention = image(read_inside_bytes(folder, ATTENTION), "png", "attention, brighter where it is higher", place)
+    attention = image(_read_picture(folder, ATTENTION), "png", "attention, brighter where it is higher", place)
     shapes = [_rectangle(region, "region") for region in look["regions"]]
     shapes += [_rectangle(patch, "patch") for patch in look["patches"]]
     outlines = (
@@ -106,7 +106,7 @@ def _patches(folder: Path, patches: Sequence[Mapping[str, Any]], draws: int) -> 
     for number, patch in enumerate(shown, 1):
         place = f"at y {patch['y']:.0f}, x {patch['x']:.0f}"
         about = f"share {patch['weight']:.1%}, in {patch['draws']} of {draws} draws, {place}"
-        picture = image(read_inside_bytes(folder, patch["file"]), "jpeg", f"patch {number}: {about}")
+        picture = image(_read_picture(folder, patch["file"]), "jpeg", f"patch {number}: {about}")
         figures.append(f"<figure>{picture}<figcaption>{text(about)}</figcaption></figure>")
     more = (
         f"<p class=soft>{len(patches) - len(shown)} lighter ones are not shown.</p>" if patches[len(shown) :] else ""
@@ -139,7 +139,7 @@ def _facts(look: Mapping[str, Any], row: Mapping[str, Any] | None) -> str:
     return table(["", ""], rows)
 
 
-def read_inside_bytes(folder: Path, name: str) -> bytes:
+def _read_picture(folder: Path, name: str) -> bytes:
     """Read a picture that `heatmap` wrote.
 
     Raises
