@@ -24,7 +24,7 @@ from pipeline.files import write_json
 from pipeline.results.intervals import Numbers, Reals
 from pipeline.results.measures import calibration_error
 from pipeline.results.predict import predict
-from pipeline.results.predictions import answer_columns
+from pipeline.results.predictions import answers_of
 from pipeline.results.settings import Options, prediction_settings
 from pipeline.runs import CALIBRATION, RUN, read_run
 
@@ -70,7 +70,7 @@ def calibrate(run: Path, *, address: str = "none", workers: int = 1, **options: 
         raise DataError(f"{run}: no validation slide can be read; the first: {rows[0]['error']}")
     config = parse_config({"target": about["config"]["target"]}, RUN).target
     labels = truth(target, config, [row_of(entry) for entry, _ in pairs]).numpy()
-    probabilities = np.array([[row[name] for name in answer_columns(target)] for _, row in pairs])
+    probabilities = answers_of(target, [row for _, row in pairs])
     logits = np.log(np.clip(probabilities, _LEAST, 1))
     temperature = fit_temperature(logits, labels)
     if temperature is None:

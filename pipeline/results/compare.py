@@ -32,7 +32,7 @@ from pipeline.results.intervals import (
     jackknife_interval,
 )
 from pipeline.results.measures import by_ranks, ranking
-from pipeline.results.predictions import answer_columns, read_about, read_predictions
+from pipeline.results.predictions import answers_of, read_about, read_predictions
 
 DELONG, BOOTSTRAP = "DeLong's variance over cases", "bootstrap over cases"
 _DRAWS, _AT_ONCE = 2000, 100
@@ -77,7 +77,7 @@ def compare(one: Path, other: Path, *, include_seen: bool = False, seed: int = 0
         raise UsageError(f"{one} and {other}: {len(torn)} slides have two labels: {', '.join(torn[:_NAMED])}")
     outcomes = known_outcomes(str(one), target, config, pairs[0])
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in pairs[0])
-    answers = [np.array([[row[name] for name in answer_columns(target)] for row in rows]) for rows in pairs]
+    answers = [answers_of(target, rows) for rows in pairs]
     if isinstance(target, Classes):
         labels = outcomes.astype(np.int64)
         figures = {"auc": _areas(labels, answers, cases)} | _bootstrapped(labels, answers, cases, seed)

@@ -26,7 +26,7 @@ from pipeline.results.measures import brier, calibration_error, measure, ranking
 from pipeline.results.predictions import (
     ABOUT,
     SIGNS,
-    answer_columns,
+    answers_of,
     read_about,
     read_predictions,
     table_digest,
@@ -85,7 +85,7 @@ def evaluate(
     if by_case:
         usable = answer_cases(usable, target, config, by_case, positive)
     outcomes = known_outcomes(where, target, config, usable)
-    answers = np.array([[row[name] for name in answer_columns(target)] for row in usable], dtype=np.float64)
+    answers = answers_of(target, usable)
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in usable)
     measures = measure(target, outcomes, answers, cases)
     metrics: dict[str, Any] = {

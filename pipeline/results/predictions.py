@@ -14,11 +14,14 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nested_ats import Classes, DiscreteSurvival, MultiLabel, Prediction, Target
 from nested_ats.files import open_regular
@@ -151,6 +154,11 @@ def answer_columns(target: Target) -> list[str]:
 def error_columns(target: Target) -> list[list[str]]:
     """Return the columns of the answers' standard errors, and of the lower and upper limits of their intervals."""
     return [[prefix + name for name in target.names] for prefix in _ERRORS]
+
+
+def answers_of(target: Target, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+    """Return the answers in rows of the table, (S, A)."""
+    return np.array([[row[name] for name in answer_columns(target)] for row in rows], dtype=np.float64)
 
 
 def answer_cells(target: Target, prediction: Prediction) -> dict[str, float | None]:

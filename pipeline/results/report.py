@@ -30,7 +30,7 @@ from pipeline.results.look import LOOK
 from pipeline.results.measures import ranking, risks, words_of
 from pipeline.results.page import document, table, text
 from pipeline.results.plots import calibration, curves, precision_recall, roc, scatter, survival_by_risk
-from pipeline.results.predictions import answer_columns, read_about, read_predictions, table_digest
+from pipeline.results.predictions import answer_columns, answers_of, read_about, read_predictions, table_digest
 from pipeline.results.slide_page import read_look, slide_page
 from pipeline.runs import MODEL, fold_runs, model_fingerprint, read_metrics, read_run
 
@@ -252,7 +252,7 @@ def _plots(target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]],
     if by_case := metrics.get("by_case"):
         counted = answer_cases(counted, target, config, by_case["how"], by_case["positive"])
     outcomes = truth(target, config, counted, raw=True).double().numpy()
-    answers = np.array([[row[name] for name in answer_columns(target)] for row in counted], dtype=np.float64)
+    answers = answers_of(target, counted)
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in counted)
     if isinstance(target, Classes):
         labels = outcomes.astype(np.int64)
