@@ -269,6 +269,14 @@ def test_keys_lead_through_the_slides(opened):
     assert page.locator("#list-button").get_attribute("aria-expanded") == "false"
 
 
+def test_the_way_to_another_slide_is_not_lost_when_the_address_is_written_meanwhile(opened):
+    page = opened().open()
+    page.evaluate(
+        "() => { location.hash = 'slide=second'; history.replaceState(null, '', '#slide=first&x=1&y=1&zoom=1'); }"
+    )
+    page.wait_for_function("() => document.querySelector('#name').innerText == 'second'", timeout=10_000)
+
+
 def test_channels_are_chosen_and_stretched(opened, cohort, screenshots):
     each = opened()
     page = each.open("#slide=fluorescence&x=450&y=450&zoom=1")

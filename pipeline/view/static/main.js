@@ -162,9 +162,9 @@ function pick({ quick, position }) {
   say(found ? [found.name || "without a name", ...numbers].join(" · ") : "");
 }
 
-/** What the address asks for. */
-function address() {
-  const query = new URLSearchParams(location.hash.slice(1));
+/** What an address asks for. */
+function asked(address) {
+  const query = new URLSearchParams(new URL(address).hash.slice(1));
   const number = cases.cases.findIndex(({ id }) => id === query.get("slide"));
   const [x, y, zoomed] = ["x", "y", "zoom"].map((name) => parseFloat(query.get(name)));
   return { number, view: { x, y, zoom: zoomed } };
@@ -177,8 +177,9 @@ const remember = settled(() => {
   history.replaceState(null, "", `#${new URLSearchParams({ slide: current.about.id, ...place })}`);
 }, 200);
 
-function follow() {
-  const { number, view } = address();
+/** Go where an address leads: the event's own, since that of the page may be written anew before the event comes. */
+function follow({ newURL }) {
+  const { number, view } = asked(newURL);
   if (number === current.number && current.about) look(view);
   else open(Math.max(number, 0), view);
 }
@@ -242,7 +243,7 @@ window.viewer = viewer; // for those who look from the console
 
 try {
   cases = new Cases(await ask("slides"));
-  follow();
+  follow({ newURL: location.href });
 } catch (error) {
   fail(error.message);
 }
