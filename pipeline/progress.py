@@ -1,4 +1,4 @@
-"""Show progress and the time left on standard error: a bar, or a line now and then where that is no terminal."""
+"""Show progress on standard error: a live view on a terminal, and elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ _RATE_SECONDS = 30.0  # a throughput is averaged over so long
 
 
 @contextmanager
-def progress(title: str) -> Iterator[OnProgress]:
-    """Show how far some work has come, and how long it will take.
+def progress(title: str, unit: str = "slides") -> Iterator[OnProgress]:
+    """Show how far some work has come, how fast it goes, how long it will take, and how much memory it holds.
+
+    Parameters
+    ----------
+    title
+        The name of the work.
+    unit
+        What is counted, in the plural.
 
     Yields
     ------
     A function to call with what is done, what there is in all, and a few words.
     """
-    with _bar(title) if sys.stderr.isatty() else _lines(title) as update:
+    with _live(title, unit) if sys.stderr.isatty() else _lines(title) as update:
         yield update
 
 
@@ -131,7 +138,7 @@ class SlideProgress:
         return (after - before) / (end - start) if end > start else 0.0
 
 
-def progress_line(title: str, done: float, total: float, words: str, seconds: float) -> str:
+def progress_line(title: str, done: float, total: float, words: str, seconds: float, before: float = 0.0) -> str:
     """Put progress into one line: "convert: 25% slide-7 (2/8), 310 MB/s, 12 min left".
 
     Parameters
@@ -143,10 +150,12 @@ def progress_line(title: str, done: float, total: float, words: str, seconds: fl
     words
         What is being done now.
     seconds
-        How long it took to come from nothing to `done`.
+        How long it took to come from `before` to `done`.
+    before
+        What was done already when the seconds began.
     """
     share = done / max(total, 1e-9)
-    left = seconds / share - seconds if share > 0 and seconds >= _EARLY_SECONDS else 0.0
+    left = seconds * (total - done) / (done - before) if done > before and seconds >= _EARLY_SECONDS else 0.0
     return f"{title}: {share:.0%} {words}".rstrip() + (f", {duration(left)} left" if left > 0 else "")
 
 
@@ -158,33 +167,26 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[OnProgress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def _live(title: str, unit: str) -> Iterator[OnProgress]:
+    from pipeline.live import live_view
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[words]}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, words="")
-        yield lambda done, total, words: bar.update(task, completed=done, total=total, words=words)
+    with live_view(title, unit) as update:
+        yield update
 
 
 @contextmanager
 def _lines(title: str) -> Iterator[OnProgress]:
-    start = last = time.monotonic()
+    last = time.monotonic()
+    first: tuple[float, float] | None = None  # when, and what was done then: an earlier run may have done much
     shown = ""
 
     def update(done: float, total: float, words: str) -> None:
-        nonlocal last, shown
+        nonlocal first, last, shown
         now = time.monotonic()
+        start, before = first = first or (now, done)
         if now - last < _LINE_SECONDS and done < total:
             return
-        line = progress_line(title, done, total, words, now - start)
+        line = progress_line(title, done, total, words, now - start, before)
         if line != shown:
             last, shown = now, line
             print(line, file=sys.stderr, flush=True)

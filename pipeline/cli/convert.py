@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli.options import AsJson, Cluster, FailFast, Overwrite
-from pipeline.cli.output import exit_if_failed, print_all
+from pipeline.cli.output import exit_if_failed, print_all, say_next
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Entry
@@ -105,6 +105,8 @@ def convert(
     failures = [(one.entry.slide_id, one.error) for one in conversions if one.error]
     listed = [manifest or manifest_path(out)] if len(failures) < len(conversions) else []
     print_all([asdict(one) for one in conversions] if as_json else [summary(conversions), *listed])
+    if listed and not as_json:
+        say_next("init", "PRESET", "--manifest", *listed)
     exit_if_failed(failures, len(conversions))
 
 

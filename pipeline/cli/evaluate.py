@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import AsJson, Split
+from pipeline.cli.output import say_next
 
 
 def evaluate(
@@ -38,3 +39,4 @@ def evaluate(
         print(f"{name:18} {value}")
     if metrics["verdict"]:
         print(metrics["verdict"])
+    say_next("report", "RUN", predictions, "--out", "report.html")

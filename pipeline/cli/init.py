@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import Overwrite
-from pipeline.cli.output import exit_if_failed, say
+from pipeline.cli.output import exit_if_failed, say, say_next
 
 
 def init(
@@ -36,6 +36,6 @@ def init(
     text, slides = write_preset(preset, entries, encoder, str(manifest))
     write_atomic(out, text)
     load_config(out)  # what we write is a configuration
-    table = manifest or "labels.csv"
-    say(f"{out} is written; next: nested-ats train --manifest {table} --out runs/first --config {out}")
+    say(f"{out} is written")
+    say_next("train", "--manifest", manifest or "labels.csv", "--out", "runs/first", "--config", out)
     exit_if_failed(slides.failures if slides else [], len(entries))

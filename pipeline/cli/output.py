@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,11 @@ def print_all(values: Sequence[Any]) -> None:
     else:
         for line in values:
             print(line)
+
+
+def say_next(*command: object) -> None:
+    """Say which command comes next, to be typed as it stands."""
+    say("next: nested-ats " + shlex.join(map(str, command)))
 
 
 def say(text: str) -> None:

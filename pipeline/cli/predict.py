@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli import options
-from pipeline.cli.output import exit_if_failed, print_outcome, say
+from pipeline.cli.output import exit_if_failed, print_outcome, say, say_next
 
 
 def predict(
@@ -71,4 +71,6 @@ def predict(
     seen = seen_words(count_seen(rows), len(rows))
     if seen:
         say(f"{seen}; the column seen tells which, and evaluate leaves them out")
+    if any(row["status"] == "ok" and row["label"] for row in rows):
+        say_next("evaluate", out)
     exit_if_failed(failures, len(rows))

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli import tables
 from pipeline.cli.options import Overwrite, Seed
-from pipeline.cli.output import say
+from pipeline.cli.output import say, say_next
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -91,6 +91,7 @@ def split(
     if spatial_block is not None:
         print(f"{len(set(groups.values()))} groups of blocks of {spatial_block:g} km")
     print(out)
+    say_next("train", "--manifest", out, "--out", "runs/first", *(["--folds", "all"] if folds else []))
 
 
 def _groups(

@@ -29,7 +29,7 @@ def synth_signs(
     from pipeline.data.signs import LABELS
     from pipeline.progress import progress
 
-    with progress("synth") as update:
+    with progress("synth", "images") as update:
         manifest = write_signs(
             out,
             count=count,

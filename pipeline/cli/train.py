@@ -11,7 +11,7 @@ import typer
 
 from pipeline.cli import tables
 from pipeline.cli.options import AsJson, Cluster, Device, FailFast, Out, Overwrite, check_cluster
-from pipeline.cli.output import exit_if_failed, print_all, print_outcome, say
+from pipeline.cli.output import exit_if_failed, print_all, print_outcome, say, say_next
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -77,9 +77,13 @@ def train(
         _look(folds, chosen, out, options)
     elif len(folds) > 1:
         _train_folds(folds, chosen, out, options | {"address": cluster, "workers": group[1]}, as_json=as_json)
+        say_next("predict", out, manifest, "--out-of-fold", "--out", f"{out}-answers")
     else:
         options |= {"address": cluster, "workers": group}
         _train_one(next(iter(folds.values())), chosen, out, options, as_json=as_json)
+        tested = any(entry.split == "test" for entry in entries)
+        which = [manifest, "--split", "test", "--out", out / "test"] if tested else ["SLIDES", "--out", "answers"]
+        say_next("predict", out, *which)
 
 
 def _look(folds: Mapping[str, list[Entry]], config: Config, out: Path, options: dict[str, Any]) -> None:

@@ -84,7 +84,8 @@ def train(
     arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
     fingerprint = arguments["fingerprint"]
     make_folder(folder)
-    with alone(folder / LOCK, "another training is running there"), progress("train") as update:
+    unit = "steps" if address == "none" else "epochs"
+    with alone(folder / LOCK, "another training is running there"), progress("train", unit) as update:
         check_folder(folder, fingerprint, overwrite=overwrite)
         if copy:
             copy.check(fingerprint, overwrite=overwrite)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
+
 import pytest
+from rich.console import Console
 
 from pipeline import progress as module
+from pipeline.live import live_view, per_time
 from pipeline.progress import SlideProgress, progress, progress_line
 
 
@@ -40,6 +45,17 @@ def test_line(done, total, seconds, text):
 
 def test_line_without_words():
     assert progress_line("train", 1, 2, "", 10) == "train: 50%, 10 s left"
+
+
+def test_time_left_does_not_count_what_an_earlier_run_has_done():
+    assert progress_line("train", 75, 100, "", 10, before=50) == "train: 75%, 10 s left"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(12.34, "12.3 slides/s"), (0.05, "3 slides/min"), (0.001, "3.6 slides/h"), (0, "0 slides/h")]
+)
+def test_per_time(number, text):
+    assert per_time(number, "slides") == text
 
 
 class TestSlideProgress:
@@ -129,3 +145,22 @@ class TestLines:
             "convert: 75% slide-30, 10 s left",
             "convert: 100% slide-40",
         ]
+
+    def test_a_run_that_goes_on_counts_from_where_it_began(self, clock, monkeypatch, capsys):
+        monkeypatch.setattr(module, "time", clock)
+        with progress("train") as update:
+            update(50, 100, "")
+            clock.now = 10.0
+            update(60, 100, "")
+        assert capsys.readouterr().err == "train: 60%, 40 s left\n"
+
+
+def test_live_view_tells_stage_counts_throughput_time_and_memory():
+    screen = io.StringIO()
+    with live_view("train", "steps", Console(file=screen, force_terminal=True, width=120)) as update:
+        for step in range(1, 4):
+            update(step, 4, f"epoch 1 [loss] {step}")  # brackets are no markup
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    *_, bar, words = text.strip().splitlines()
+    assert re.match(r"train .* 75% 3/4 steps, \S+ steps/(s|min) \S+ \d+\.\d GB", bar)
+    assert words.strip() == "epoch 1 [loss] 3"
