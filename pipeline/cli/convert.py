@@ -105,9 +105,8 @@ def convert(
     failures = [(one.entry.slide_id, one.error) for one in conversions if one.error]
     listed = [manifest or manifest_path(out)] if len(failures) < len(conversions) else []
     print_all([asdict(one) for one in conversions] if as_json else [summary(conversions), *listed])
-    if listed and not as_json:
-        say_next("init", "PRESET", "--manifest", *listed)
     exit_if_failed(failures, len(conversions))
+    say_next("init", "PRESET", "--manifest", *listed)
 
 
 def _pages(text: str) -> int | Literal["channels"] | None:

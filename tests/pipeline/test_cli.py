@@ -52,8 +52,15 @@ def cli():
 
 
 def complaints(result):
-    """Lines on standard error that are no progress."""
-    return [line for line in result.stderr.splitlines() if not re.match(r"\w+: +\d+%", line)]
+    """Lines on standard error that are neither progress nor the next command."""
+    return [line for line in result.stderr.splitlines() if not re.match(r"\w+: +\d+%|next: ", line)]
+
+
+def following(result):
+    """The command that is said to come next."""
+    return [
+        line.removeprefix("next: nested-ats ") for line in result.stderr.splitlines() if line.startswith("next: ")
+    ]
 
 
 @pytest.fixture
@@ -496,8 +503,10 @@ def test_a_whole_chain(cli, small, tmp_path, monkeypatch):
         result = cli(*words)
         assert result.exit_code == 0, result.output
         assert not complaints(result)
+        said.extend(following(result))
         return result.stdout
 
+    said: list[str] = []
     manifest = ok("synth", "signs", "--out", "set", "--count", 8, "--size", 192, "--test", 0.5).strip()
     assert manifest == "set/manifest.csv"
     assert "8 converted" in ok("convert", manifest, "--out", "pyramids")
@@ -510,6 +519,12 @@ def test_a_whole_chain(cli, small, tmp_path, monkeypatch):
     table = ok("predict", "run", "pyramids/manifest.csv", "--out", "predictions", "--split", "test").strip()
     assert len((tmp_path / table).read_text().splitlines()) == 5
     assert "accuracy" in ok("evaluate", "predictions", "--split", "test")
+    assert said == [
+        "init PRESET --manifest pyramids/manifest.csv",
+        *["predict run pyramids/manifest.csv --split test --out run/test"] * 2,
+        "evaluate predictions",
+        "report RUN predictions --out report.html",
+    ]
     words = ("heatmap", "run", "pyramids/manifest.csv", "--out", "maps", "--split", "test", "--limit", 2)
     assert len(ok(*words).splitlines()) == 2
     page = ok("report", "run", "predictions", "--heatmaps", "maps", "--out", "page.html").strip()
