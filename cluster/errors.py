@@ -6,7 +6,11 @@ class ClusterError(Exception):
 
 
 class WorkerLostError(ClusterError):
-    """Workers died or stopped answering, and the finite number of restarts is used up."""
+    """Workers died or stopped answering, and the finite number of restarts is used up.
+
+    Mostly there was too little memory: start fewer workers on a machine, or set a smaller ``train.batch_size``. The
+    same command goes on from the last checkpoint.
+    """
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
-"""What pages of the site take from elsewhere: READMEs, commands, the keys of a configuration, and layers of modules.
+"""What pages of the site take from elsewhere: READMEs, commands, configuration, errors, and layers of modules.
 
-A page says what it wants by a line ``<!-- readme: PATH -->``, or by commands, keys or layers in place of the readme.
+A page says what it wants by a line ``<!-- readme: PATH -->``, or by commands, keys, errors or layers in its place.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import sys
 import tokenize
 import tomllib
 from collections.abc import Iterator
@@ -16,20 +17,13 @@ from typing import Any, NamedTuple
 
 import typer
 
+sys.path.append(str(Path(__file__).parent))
+import errors_page
+
 ROOT = Path(__file__).parents[1]
 PAGES = {
+    **{f"docs/{page.name}": page.name for page in sorted((ROOT / "docs").glob("*.md"))},
     "README.md": "index.md",
-    "docs/concepts.md": "concepts.md",
-    "docs/compare.md": "compare.md",
-    "docs/tutorial-slides.md": "tutorial-slides.md",
-    "docs/tutorial-scenes.md": "tutorial-scenes.md",
-    "docs/limits.md": "limits.md",
-    "docs/guide.md": "guide.md",
-    "docs/folds.md": "folds.md",
-    "docs/targets.md": "targets.md",
-    "docs/measurements.md": "measurements.md",
-    "docs/viewer.md": "viewer.md",
-    "docs/cluster.md": "cluster.md",
     "nested_ats/README.md": "models.md",
     "storage/README.md": "pyramids.md",
     "cluster/README.md": "workers.md",
@@ -64,6 +58,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(r"<!-- readme: (\S+) -->", lambda match: _readme(match[1]), markdown)
     markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
     markdown = markdown.replace("<!-- keys -->", "\n".join(_keys()))
+    markdown = markdown.replace("<!-- errors -->", "\n".join(errors_page.lines()))
     markdown = markdown.replace("<!-- layers -->", "\n".join(_layers()))
     return _relink(markdown, Path("docs"))
 

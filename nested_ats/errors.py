@@ -10,15 +10,23 @@ class NestedATSError(Exception):
 
 
 class ImpossibleWeightsError(NestedATSError, ValueError):
-    """Nothing can be drawn by these weights, such as the attention of a model that has diverged."""
+    """Nothing can be drawn by these weights, such as the attention of a model that has diverged.
+
+    Train again with a lower ``train.learning_rate``, and look for NaN among the pixels of floating-point images.
+    """
 
 
 class ModelFileError(NestedATSError):
-    """A saved model is missing, damaged or not one of ours."""
+    """A saved model is missing, damaged or not one of ours.
+
+    Give the folder ``model`` of a run, with all of its files; where one was damaged, copy the folder again.
+    """
 
 
 class UntrustedEncoderError(ModelFileError):
     """A saved model names code to import as its encoder, and nobody has said that it may be.
+
+    Read that code. If you trust it, give ``--trust-encoder``, or ``trust_encoder=True`` in Python.
 
     Attributes
     ----------
@@ -41,4 +49,7 @@ class UntrustedEncoderError(ModelFileError):
 
 
 class EncoderError(NestedATSError):
-    """An encoder cannot be built: a library or a file is missing, an option is wrong, or the patches do not fit."""
+    """An encoder cannot be built: a library or a file is missing, an option is wrong, or the patches do not fit.
+
+    `nested-ats info ENCODER` shows what a published one wants, and how to get its weights.
+    """

@@ -16,10 +16,17 @@ class PipelineError(Exception):
 
 
 class UsageError(PipelineError):
-    """The arguments, the configuration or the manifest are wrong."""
+    """The arguments, the configuration or the manifest are wrong.
+
+    Nothing was computed and nothing was changed. Mend what the message names, and run the same command again.
+    """
 
 
 class DataError(PipelineError):
-    """Data cannot be used: a file is malformed, or does not hold what it should."""
+    """Data cannot be used: a file is malformed, or does not hold what it should.
+
+    Of several slides the others went on. `nested-ats doctor SLIDE` looks at a slide that is named; mend it, or take
+    its row out of the manifest, and run the same command again.
+    """
 
     exit_code = 4

@@ -12,24 +12,46 @@ class StorageError(Exception):
 
 
 class MissingImageError(StorageError):
-    """The file, folder or URL does not exist."""
+    """The file, folder or URL does not exist.
+
+    Paths in a manifest are relative to the manifest; a path in a URL has capital and small letters.
+    """
 
 
 class UnsupportedImageError(StorageError):
-    """The file is not a TIFF, or a TIFF of a kind that is refused (see ``storage.images.tiff_structure``)."""
+    """The file is no image that is read, or a TIFF of a kind that is refused.
+
+    Where a command can make one of it that is read, the message has this command. The extra ``slides`` brings
+    OpenSlide, which reads further formats.
+    """
 
 
 class CorruptImageError(StorageError):
-    """A TIFF or pyramid is damaged: a checksum, a length or a header is wrong."""
+    """A TIFF or pyramid is damaged: a checksum, a length or a header is wrong.
+
+    Most such files were cut short by a copy or a full disk. Copy the file again from where it came from, or convert
+    the pyramid again; `nested-ats validate` says what else is damaged.
+    """
 
 
 class NotAPyramidError(StorageError):
-    """The folder or URL is not an OME-Zarr 0.5 pyramid of the layout that ``Slide`` reads."""
+    """The folder or URL is not an OME-Zarr image that ``Slide`` reads, versions 0.4 and 0.5.
+
+    Name the image's own folder, which has ``zarr.json`` or ``.zattrs``; else make a pyramid of the image that it came
+    from by `nested-ats convert`.
+    """
 
 
 class ConversionError(StorageError):
-    """The output cannot be written, because it is busy, forbidden, occupied or out of space."""
+    """The output cannot be written, because it is busy, forbidden, occupied or out of space.
+
+    What was there before is as it was. Make room or choose another output; the same command goes on from there.
+    """
 
 
 class TransferError(StorageError):
-    """An object store or web server failed to answer a request, after its retries."""
+    """An object store or web server failed to answer a request, after its retries.
+
+    Check the URL, the network, and the credentials and the endpoint in the environment, such as ``AWS_ACCESS_KEY_ID``
+    and ``AWS_ENDPOINT_URL``; then run the same command again. `nested-ats doctor URL` tries one read.
+    """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import re
 import sys
 from dataclasses import fields
@@ -17,11 +19,15 @@ from nested_ats import ArrayImage, LevelConfig, ModelConfig, NestedATS
 from nested_ats.config import AnyConfig
 from pipeline.cli.app import app
 from pipeline.config import Config
+from pipeline.results import predictions
 
 sys.path.append(str(Path(__file__).parents[2] / "docs"))
 
 import drawings
+import errors_page
 import hooks
+
+ROOT = Path(__file__).parents[2]
 
 
 def keys(section):
@@ -47,6 +53,46 @@ def test_every_command_has_its_place():
     for name, command in root.commands.items():  # type: ignore[attr-defined]
         assert f"## `nested-ats {name}`" in text
         assert all(f"`{option}`" in text for each in command.params for option in each.opts if option[:2] == "--")
+
+
+def test_every_error_has_its_meaning_and_its_messages():
+    page = "\n".join(errors_page.lines())
+    for name, room, meaning in errors_page.error_types():
+        kind = getattr(importlib.import_module(f"{room}.errors"), name)
+        assert issubclass(kind, Exception)
+        assert f"## {name}\n\n`{room}.errors.{name}`. {meaning}" in page
+        roots = {"PipelineError", "StorageError", "ClusterError", "NestedATSError"}
+        assert name in roots or len(meaning.split("\n\n")) > 1, f"{name}: say what to do, in a second paragraph"
+    assert "| --set *setting*: *value* is not a YAML value |" in page
+    assert "| *out*: is there already | give another --out, or --overwrite to replace it |" in page
+    assert "copy or download it again |" in page  # what several messages share, from a constant
+    assert sum(map(len, errors_page.messages().values())) > 400
+
+
+def test_every_column_of_predictions_is_explained():
+    page = (Path(hooks.__file__).parent / "predictions.md").read_text()
+    columns = {*predictions._COLUMNS, *(f"{each}CLASS" for each in ("prob_", *predictions._ERRORS))}
+    assert [each for each in columns if f"`{each}`" not in page] == []
+
+
+def test_what_is_vendored_is_listed_as_it_is():
+    table = (ROOT / "THIRD_PARTY.md").read_text()
+    [vendored] = (ROOT / "pipeline").rglob("*.min.js")
+    assert hashlib.sha256(vendored.read_bytes()).hexdigest() in table
+    assert [each for each in (ROOT / "pipeline").rglob("*.LICENSE*") if each.name not in table] == []
+
+
+def test_every_page_has_its_place_in_the_navigation():
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert [page for page in pages if page not in (ROOT / "mkdocs.yml").read_text()] == []
+
+
+def test_what_somebody_who_knows_clam_looks_for_is_named_with_its_page():
+    rows = re.findall(
+        r"^\| \d+ \|.*\]\((\S+?)(?:#(\S+))?\) \|$", (ROOT / "docs/from-clam.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == 10
+    assert all((ROOT / "docs" / page).exists() for page, _ in rows)  # mkdocs checks the sections
 
 
 def test_the_layers_of_every_room_are_drawn():
