@@ -25,6 +25,7 @@ import tifffile
 from scipy import ndimage
 
 from pipeline.interrupt import run_main
+from pipeline.progress import progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -196,7 +197,11 @@ def main() -> None:
         Recipe(number, number % 2 == 1, chosen.seed, chosen.size, chosen.pieces) for number in range(chosen.count)
     ]
     with ProcessPoolExecutor(chosen.workers) as pool:
-        made = list(pool.map(partial(write_slide, svs=chosen.svs, out=chosen.out), recipes))
+        made = []
+        with progress("slides") as update:
+            for one in pool.map(partial(write_slide, svs=chosen.svs, out=chosen.out), recipes):
+                made.append(one)
+                update(len(made), len(recipes), one[0])
     order = np.random.default_rng(chosen.seed).permutation(chosen.count // 2)
     with (chosen.out / "labels.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")

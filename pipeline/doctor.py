@@ -143,7 +143,14 @@ def _shadows() -> Iterator[Finding]:
     for folder in dict.fromkeys(os.path.abspath(each) for each in (os.getcwd(), *sys.path)):
         places = [os.path.join(folder, name + end) for name in OWN for end in (".py", os.sep + "__init__.py")]
         found = [place for place in places if folder != HOME and os.path.exists(place)]
-        if found:
+        if found and os.path.exists(os.path.join(folder, "nested_ats_start.py")):
+            yield Finding(
+                "packages",
+                "note",
+                f"{folder}: holds our source too, which scripts there import in place of what is installed",
+                "after a change of the source install it again, or once by pip install -e",
+            )
+        elif found:
             yield Finding(
                 "packages",
                 "problem",

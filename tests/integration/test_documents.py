@@ -25,6 +25,8 @@ from pipeline.config import parse_config
 from pipeline.results.predictions import read_predictions
 from storage import Slide
 
+from ..storage.s3 import moto_port, s3  # noqa: F401  fixtures
+
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "mobilenet_v2-b0353104.pth"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,7 +36,7 @@ NOT_RUN = {
     "view": "it serves until it is stopped: tests/browser runs it",
     "job": "it wants a cluster: tests/cluster and tests/pipeline/test_cli_job.py run it",
     "--cluster": "Ray takes its time: tests/pipeline/test_cli.py and others run these options",
-    "s3://": "it wants an object store: tests/pipeline/test_net.py and test_mirror.py run these",
+    "s3://": "it wants an object store: below, the slides' tutorial has one",
 }
 # What makes a command take seconds; the rest of it runs as it stands on the page.
 QUICKLY = {
@@ -61,18 +63,24 @@ def commands(page: str) -> list[list[str]]:
     return found
 
 
+def runs_here(words: list[str]) -> bool:
+    return not any(words[0] == name or any(word.startswith(name) for word in words) for name in NOT_RUN)
+
+
 def follow(page: str) -> None:
     """Type the commands of a page in the working directory."""
-    for words in commands(page):
-        if any(words[0] == name or any(word.startswith(name) for word in words) for name in NOT_RUN):
-            continue
-        words = [*words, *QUICKLY.get(words[0], [])]  # of an option that is given twice the last one counts
-        if words[0].endswith(".py"):
-            subprocess.run([sys.executable, ROOT / words[0], *words[1:]], check=True)
-            continue
-        typed = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
-        result = CliRunner().invoke(app, typed, catch_exceptions=False)
-        assert result.exit_code == 0, f"{page}: nested-ats {shlex.join(typed)}\n{result.output}"
+    for words in filter(runs_here, commands(page)):
+        typed(words, page)
+
+
+def typed(words: list[str], page: str) -> None:
+    words = [*words, *QUICKLY.get(words[0], [])]  # of an option that is given twice the last one counts
+    if words[0].endswith(".py"):
+        subprocess.run([sys.executable, ROOT / words[0], *words[1:]], check=True)
+        return
+    names = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    result = CliRunner().invoke(app, names, catch_exceptions=False)
+    assert result.exit_code == 0, f"{page}: nested-ats {shlex.join(names)}\n{result.output}"
 
 
 def folder_with_weights(folder: Path) -> Path:
@@ -155,6 +163,21 @@ def test_a_tutorial_can_be_followed(page, last, tmp_path, monkeypatch):
     )
     follow(f"docs/{page}.md")
     assert list(tmp_path.glob(last))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_bucket_of_the_slides_tutorial(bench, s3, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(bench)
+    for slide in Path("slides").glob("*.svs"):
+        s3.put(f"slides/{slide.name}", slide.read_bytes())
+    table = Path("labels.csv").read_text()
+    Path("cloud.csv").write_text(table.replace(",slides/", f",{s3.url}/slides/"))
+    told = [words for words in commands("docs/tutorial-slides.md") if "s3://" in " ".join(words)]
+    assert [words[0] for words in told] == ["doctor", "convert", "train"]
+    for words in told:
+        typed([word.replace("s3://bucket", s3.url) for word in words], "the bucket")
+    assert any(key.startswith("model/") for key in s3.objects("runs/cloud"))
 
 
 def test_what_the_conversion_of_scenes_keeps(tmp_path, monkeypatch):

@@ -60,6 +60,16 @@ def test_a_module_that_shadows_ours(tmp_path, monkeypatch, name):
     assert "python -P" in found["advice"]
 
 
+def test_a_clone_of_ours_beside_what_is_installed(tmp_path, monkeypatch):
+    for name in ("pipeline/__init__.py", "nested_ats_start.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    [found] = findings("packages")
+    assert found["status"] == "note"
+    assert found["found"].startswith(f"{tmp_path}: ")
+
+
 @pytest.mark.parametrize("name", ["storage", "pipeline"])
 def test_the_command_takes_its_own_packages(tmp_path, name):
     (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
