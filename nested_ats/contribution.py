@@ -131,7 +131,7 @@ def evidence(
     of: Score,
     *,
     readers: Executor | None = None,
-    on_part: Callable[[float], None] = lambda share: None,
+    on_part: Callable[[float], object] = float,
 ) -> Tensor:
     """Score of each patch alone, but for the offset: with its weight z a in F_hat, it is the contribution.
 
@@ -171,7 +171,7 @@ def whole_map(
     *,
     pitch_l0: float | None = None,
     readers: Executor | None = None,
-    on_progress: Callable[[float], None] = lambda share: None,
+    on_progress: Callable[[float], object] = float,
 ) -> WholeMap:
     """Map attention and contributions of leaves, each of which is encoded: all patches of the image.
 
