@@ -46,13 +46,18 @@ def attention_map(
     if not outputs[0].phases:
         raise ValueError("the model has no attention to map")
     pitch = pitch_l0 or min(phase.population.extent_l0 for phase in outputs[0].phases)
-    height, width = (math.ceil(side / pitch) for side in shape_l0)
-    total = torch.zeros(height, width, dtype=torch.float64)
+    total = empty_map(shape_l0, pitch)
     for output in outputs:
         for phase, mass in zip(output.phases, _unopened(output.phases), strict=True):
             population = phase.population
-            _spread(total, mass, population.centers_l0[0].flatten(0, 1), population.extent_l0, pitch)
+            spread_cells(total, mass, population.centers_l0[0].flatten(0, 1), population.extent_l0, pitch)
     return total / total.sum(), pitch
+
+
+def empty_map(shape_l0: tuple[int, int], pitch_l0: float) -> Tensor:
+    """Make a map of zeros over an image; see `attention_map`."""
+    height, width = (math.ceil(side / pitch_l0) for side in shape_l0)
+    return torch.zeros(height, width, dtype=torch.float64)
 
 
 def _unopened(phases: Sequence[Phase]) -> list[Tensor]:
@@ -73,9 +78,21 @@ def _unopened(phases: Sequence[Phase]) -> list[Tensor]:
     return masses
 
 
-def _spread(total: Tensor, mass: Tensor, centers_l0: Tensor, extent: float, pitch: float) -> None:
-    """Add the mass of square cells to a map by the area that they share with its pixels, off-image area left out."""
-    held = mass > 0
+def spread_cells(total: Tensor, mass: Tensor, centers_l0: Tensor, extent: float, pitch: float) -> None:
+    """Add the mass of square cells to a map by the area that they share with its pixels, off-image area left out.
+
+    Parameters
+    ----------
+    total
+        (H, W) float64, the map; it is changed.
+    mass
+        (n,) of any sign.
+    centers_l0
+        (n, 2) float64: centres of the cells in level-0 pixels.
+    extent, pitch
+        Sides of a cell and of a pixel of the map in level-0 pixels.
+    """
+    held = mass != 0
     size = torch.tensor(total.shape)[:, None]
     steps = torch.arange(math.ceil(extent / pitch) + 1)  # pixels that a cell may touch along an axis
     for weight, center in zip(torch.split(mass[held], _CELLS), torch.split(centers_l0[held], _CELLS), strict=True):

@@ -87,6 +87,24 @@ class Output(NamedTuple):
     phases: tuple[Phase, ...]
 
 
+class Leaves(NamedTuple):
+    """Some of the leaves of one image: units of the last level, on which patches are centred.
+
+    Attributes
+    ----------
+    centers_l0
+        (n, 2) float64: centres in level-0 pixels, y and x.
+    attention
+        (n,): product of the attention along the path to each; over all leaves of an image it sums to 1.
+    done
+        Share of the work on the image that is done with these.
+    """
+
+    centers_l0: Tensor
+    attention: Tensor
+    done: float
+
+
 def draw_phase(
     population: Population, attention: Tensor, z: Tensor, sampler: Sampler, samples: int, keys: Tensor
 ) -> Phase:
@@ -107,6 +125,12 @@ def take_all(weights: Tensor, n: int, keys: Tensor) -> Draw:
     del n, keys
     indices = torch.arange(weights.shape[-1], device=weights.device).expand_as(weights)
     return Draw(indices, (weights > 0).to(weights.dtype))
+
+
+def leaves_of(phase: Phase) -> Leaves:
+    """The units that a last phase has drawn of the first image, where that is all of them."""
+    held = phase.z[0] > 0
+    return Leaves(phase.centers_l0[0, held.cpu()], (phase.z * phase.attention)[0, held], 1.0)
 
 
 def take_rows(value: Rows, rows: Tensor) -> Rows:

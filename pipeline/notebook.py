@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data.crs import needed
 from pipeline.data.manifest import Entry, slide_name
 from pipeline.errors import DataError, UsageError
-from pipeline.results.heatmap import MAP
+from pipeline.results.map_files import MAP
 from storage import Slide, write_pyramid
 from storage.place.urls import is_remote
 

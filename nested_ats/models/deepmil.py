@@ -89,7 +89,7 @@ class DeepMIL(PatchModel):
                 pixels, location = yield from self._read(image, chunk)
                 features.append(checkpoint(self._embed, pixels, location, use_reentrant=False))
             else:
-                features.append((yield from self._encoding_of_many(image, chunk)))
+                features.append((yield from self.encoding_of_many(image, chunk)))
         return torch.cat(features)
 
 

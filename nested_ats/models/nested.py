@@ -11,7 +11,8 @@ Q classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,12 @@ from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.residual import group_logits, inherited
 from nested_ats.networks.attention import AttentionNetwork
-from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase, take_all
-from nested_ats.reading import Reading
+from nested_ats.phases import Leaves, Output, Phase, Population, Sampler, draw_phase, leaves_of, take_all
+from nested_ats.reading import Reading, run
 from nested_ats.sampling import Draw, draw, fold_in
 from nested_ats.targets import Target
+
+_OPEN_REGIONS = 32  # of one level at a time, where every region is opened
 
 
 class NestedATS(SamplingModel):
@@ -172,6 +175,30 @@ class NestedATS(SamplingModel):
             draws = take_all if exact and depth == len(self.config.levels) - 1 else sampler
             phases.append(draw_phase(population, attention, z, draws, level.samples * more, fold_in(keys, depth)))
         return phases
+
+    def leaves(self, image: Image, *, readers: Executor | None = None) -> Iterator[Leaves]:
+        """All leaves of an image; see `SamplingModel.leaves`."""
+        population = self.attend([image], [self.coarse_view(image)])
+        root = torch.ones_like(population.log_attention[:, :, 0])
+        yield from self._below(image, 0, draw_phase(population, root, root, take_all, 0, root), readers)
+
+    def _below(self, image: Image, depth: int, phase: Phase, readers: Executor | None) -> Iterator[Leaves]:
+        """All leaves below the units of a phase that has taken all of them."""
+        if depth + 1 == len(self.config.levels):
+            yield leaves_of(phase)
+            return
+        parts = torch.split((phase.z[0] > 0).nonzero().flatten(), _OPEN_REGIONS)
+        for number, units in enumerate(parts):
+            opened = phase._replace(
+                drawn=Draw(phase.drawn.indices[:, units], phase.drawn.z[:, units]),
+                attention=phase.attention[:, units],
+                z=phase.z[:, units],
+                centers_l0=phase.centers_l0[:, units.cpu()],
+            )
+            population = run(self._open(depth + 1, [image], opened), readers)
+            below = draw_phase(population, opened.attention, opened.z, take_all, 0, opened.z)
+            for leaves in self._below(image, depth + 1, below, readers):
+                yield leaves._replace(done=(number + leaves.done) / len(parts))
 
     def _pool(self, phases: Sequence[Phase], features: Tensor) -> Tensor:
         return expectation(phases[-1].attention, features, phases[-1].z)

@@ -22,7 +22,7 @@ from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.mask import worth_seeing
 from nested_ats.models.base import ImageModel
 from nested_ats.networks.encoders import read_choice
-from nested_ats.phases import Output, Phase, Population, Sampler
+from nested_ats.phases import Leaves, Output, Phase, Population, Sampler
 from nested_ats.reading import Reading, run
 from nested_ats.targets import Target
 
@@ -98,8 +98,8 @@ class PatchModel(ImageModel):
         patches = torch.stack((yield batch_reads(images, self.config.patch_downsample, boxes)))
         return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*boxes.shape[:2], -1)
 
-    def _encoding_of_many(self, image: Image, centers_l0: Tensor) -> Reading[Tensor]:
-        """Features of many patches of one image, read in parts: (P, 2) level-0 pixels -> (P, D)."""
+    def encoding_of_many(self, image: Image, centers_l0: Tensor) -> Reading[Tensor]:
+        """Features of many patches of one image, read in parts: (P, 2) level-0 pixels -> (P, D) of unit length."""
         if self._keeps:
             [features] = yield from self._recall([image], self.patch_boxes(centers_l0)[None])
             return self._finish_features(features, centers_l0 / image_sizes([image]) * 2 - 1)
@@ -336,6 +336,10 @@ class SamplingModel(PatchModel):
         """Attention over the whole images, the population of the first phase: (B, 1, K) with K of the largest."""
         raise NotImplementedError
 
+    def leaves(self, image: Image, *, readers: Executor | None = None) -> Iterator[Leaves]:
+        """All leaves of an image with their attention, a few regions at a time: those of every level are opened."""
+        raise NotImplementedError
+
     def sample(
         self,
         images: Sequence[Image],
@@ -373,7 +377,7 @@ class SamplingModel(PatchModel):
             total = weights.new_zeros(self.features)
             for units in torch.split(held, chunk):
                 places = phase.centers_l0[row, units.to(phase.centers_l0.device)]
-                features = yield from self._encoding_of_many(image, places)
+                features = yield from self.encoding_of_many(image, places)
                 # Not a matrix product: autocast would make it one of bf16.
                 total = total + (weights[units, None] * features).sum(0)
             pooled.append(total)

@@ -5,7 +5,8 @@ Shape letters: B batch, n drawn patches, K cells, D features, Q classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from nested_ats.config import UniformConfig
 from nested_ats.expectation import entropy, expectation
 from nested_ats.images import Image
 from nested_ats.models.patches import SamplingModel
-from nested_ats.phases import Output, Population, Sampler, draw_phase, take_all
+from nested_ats.phases import Leaves, Output, Population, Sampler, draw_phase, leaves_of, take_all
 from nested_ats.reading import Reading
 from nested_ats.sampling import Draw, draw, fold_in
 
@@ -38,6 +39,13 @@ class UniformSampling(SamplingModel):
         logits = torch.zeros(possible.shape, device=weight.device, dtype=weight.dtype)
         logits = logits.masked_fill(~possible.to(weight.device), -torch.inf)
         return Population(logits.log_softmax(-1)[:, None], centers[:, None], self.config.cell)
+
+    def leaves(self, image: Image, *, readers: Executor | None = None) -> Iterator[Leaves]:
+        """All patches of an image; see `SamplingModel.leaves`."""
+        del readers
+        population = self.attend([image], ())
+        ones = torch.ones_like(population.log_attention[:, :, 0])
+        yield leaves_of(draw_phase(population, ones, ones, take_all, 0, ones))
 
     def sample(
         self,

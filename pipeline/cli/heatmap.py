@@ -19,23 +19,35 @@ def heatmap(
     samples: options.Samples = "",
     trust_encoder: options.TrustEncoder = False,
     device: options.Device = "auto",
-    geotiff: Annotated[
-        bool, typer.Option("--geotiff", help="Write attention as a GeoTIFF in the CRS of the scene too (extra geo).")
+    formats: Annotated[
+        str,
+        typer.Option("--format", help="What to write: png, geojson, omezarr, and geotiff (scenes; extra geo)."),
+    ] = "png,geojson,omezarr",
+    dense: Annotated[
+        bool,
+        typer.Option("--dense", help="Open every region and encode every patch: whole maps, as dear as all patches."),
     ] = False,
+    answer: Annotated[
+        str,
+        typer.Option(help="Class, label or time that contributions are told of; default: each slide's likeliest."),
+    ] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Draw only so many slides, the first ones.")] = None,
 ) -> None:
-    """Show where the model looks: OME-Zarr attention map, picture, and patches as GeoJSON."""
-    from pipeline.results.heatmap import PICTURE, heatmaps
+    """Show where the model looks, and what each patch adds to the answer: maps, picture, and patches as GeoJSON."""
+    from pipeline.results.heatmap import heatmaps
+    from pipeline.results.map_files import PICTURE, read_formats
     from pipeline.results.settings import prediction_settings
 
     options.check_cluster("none", 1, device)
     settings = prediction_settings(
         run, draws=draws, samples=options.sample_counts(samples), trust_encoder=trust_encoder, device=device
     )
-    done = heatmaps(options.chosen_slides(slides, split, run)[:limit], settings, out, geotiff=geotiff)
+    entries, wanted = options.chosen_slides(slides, split, run)[:limit], read_formats(formats)
+    done = heatmaps(entries, settings, out, formats=wanted, dense=dense, answer=answer)
     for one in done:
         if not one.error:
-            print(f"{one.folder / PICTURE}  {one.prediction}, attention up to {one.peak:.4g} times uniform")
+            place = one.folder / PICTURE if "png" in wanted else one.folder
+            print(f"{place}  {one.prediction}, attention up to {one.peak:.4g} times uniform")
     for remark in dict.fromkeys(one.remark for one in done if one.remark):
         say(f"note: {remark}")
     exit_if_failed([(one.slide_id, one.error) for one in done if one.error], len(done))

@@ -15,8 +15,11 @@ def report(
     predictions: Annotated[Path, typer.Argument(help="Folder of predictions that were evaluated.")],
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
     heatmaps: Annotated[Path | None, typer.Option(help="Folder that heatmap wrote.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Folder with SLIDE.geojson, as QuPath exports it: does attention find it?")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page: training, results, slides and heatmaps."""
     from pipeline.results.report import report as write
 
-    print(write(run, predictions, out, heatmaps=heatmaps))
+    print(write(run, predictions, out, heatmaps=heatmaps, annotations=annotations))

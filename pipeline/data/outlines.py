@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ _SUFFIXES = (".geojson", ".json")
 _MASK_SIDE = 4096  # pixels, the longer side of the mask that outlines become
 _BEYOND = 1.02  # times the slide's side may outlines reach
 _GEOJSON_BYTES = 2**28
-_IGNORED = "Ignore*"  # QuPath's class of what is to be left out
+IGNORED = "Ignore*"  # QuPath's class of what is to be left out
 
 Outline = tuple[NDArray[np.float64], list[NDArray[np.float64]]]  # a ring (N, 2) of x, y, and the rings of its holes
 
@@ -90,7 +90,7 @@ def read_outlines(place: str) -> list[Outline]:
     storage.StorageError
         It cannot be read.
     """
-    outlines = [one for each in read_objects(place) if each.kind != _IGNORED for one in each.outlines]
+    outlines = [one for each in read_objects(place) if each.kind != IGNORED for one in each.outlines]
     if not outlines:
         raise DataError(f"{place}: has no polygon; outline what is to be seen, and export it again")
     return outlines
@@ -163,9 +163,6 @@ def _polygons(geometry: dict[str, Any]) -> Iterator[Outline]:
 def _from_outlines(
     outlines: list[Outline], place: str, shape_yx: tuple[int, int]
 ) -> tuple[NDArray[np.bool_], tuple[float, float]]:
-    """Fill outlines: a pixel is of the mask where its centre lies in one."""
-    from skimage.draw import polygon2mask
-
     height, width = shape_yx
     far = np.max([outer.max(0) for outer, _ in outlines], 0)
     if far[0] > width * _BEYOND or far[1] > height * _BEYOND:
@@ -174,7 +171,24 @@ def _from_outlines(
             f"is {width} wide and {height} high; give the outlines of this slide, in pixels of its finest level"
         )
     pitch = max(1.0, max(shape_yx) / _MASK_SIDE)
-    mask = np.zeros((math.ceil(height / pitch), math.ceil(width / pitch)), np.bool_)
+    return fill(outlines, (math.ceil(height / pitch), math.ceil(width / pitch)), pitch), (pitch, pitch)
+
+
+def fill(outlines: Sequence[Outline], shape: tuple[int, int], pitch: float) -> NDArray[np.bool_]:
+    """Fill outlines: a pixel of the mask is in it where its centre lies in one.
+
+    Parameters
+    ----------
+    outlines
+        In pixels of the slide's finest level.
+    shape
+        (H, W) of the mask.
+    pitch
+        Side of one of its pixels in pixels of the slide.
+    """
+    from skimage.draw import polygon2mask
+
+    mask = np.zeros(shape, np.bool_)
     for outer, holes in outlines:
         low = np.clip((outer.min(0) / pitch).astype(int) - 1, 0, mask.shape[::-1])
         high = np.clip((outer.max(0) / pitch).astype(int) + 2, 0, mask.shape[::-1])
@@ -190,7 +204,13 @@ def _from_outlines(
         for hole in holes:
             own &= ~filled(hole)
         mask[low[1] : high[1], low[0] : high[0]] |= own
-    return mask, (pitch, pitch)
+    return mask
+
+
+def flat_rings(outlines: Iterable[Outline]) -> list[list[float]]:
+    """Rings of outlines, holes too, as flat lists x, y, x, y ... in tenths of a pixel."""
+    rings = (ring for outer, holes in outlines for ring in (outer, *holes) if len(ring))
+    return [np.round(ring, 1).ravel().tolist() for ring in rings]
 
 
 def to_outlines(mask: NDArray[np.bool_], pitch_yx: tuple[float, float], name: str) -> dict[str, Any]:

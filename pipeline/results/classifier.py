@@ -73,6 +73,16 @@ class Classifier:
             check_sample(image, config, self.model.in_channels)
             yield image
 
+    @contextmanager
+    def computing(self) -> Iterator[ThreadPoolExecutor]:
+        """Compute in the precision of the settings; yields the threads that read."""
+        settings = self.settings
+        with (
+            autocast(choose_device(settings.device), settings.precision),
+            ThreadPoolExecutor(_READERS) as readers,
+        ):
+            yield readers
+
     def estimate(self, entry: Entry, image: Image) -> Prediction:
         """Classify an image; equal slides and settings draw equal patches.
 
@@ -83,11 +93,7 @@ class Classifier:
         """
         settings = self.settings
         keys = [draw_key(settings.seed, "predict", entry.slide_id, i) for i in range(settings.draws)]
-        with (
-            suppress(ImpossibleWeightsError),
-            autocast(choose_device(settings.device), settings.precision),
-            ThreadPoolExecutor(_READERS) as readers,
-        ):
+        with suppress(ImpossibleWeightsError), self.computing() as readers:
             prediction = estimate(
                 self.model,
                 [image],

@@ -16,45 +16,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nested_ats import Classes, Prediction, Target
+from pipeline.data.outlines import Outline, flat_rings
 from pipeline.files import write_atomic
+from pipeline.results.drawn import Patch, measurements
 from pipeline.results.pictures import thumbnail, to_file, to_rgb
 from storage import Slide
 
-LOOK, THUMBNAIL, ATTENTION = "look.json", "thumbnail.jpg", "attention.png"
+LOOK, THUMBNAIL = "look.json", "thumbnail.jpg"
+ATTENTION, CONTRIBUTION = "attention.png", "contribution.png"
 SHOWN_PATCHES = 12
 _PICTURE_PIXELS = 1600  # the longer side of the slide has no more
 _PATCH_PIXELS = 256  # a shown patch has so many pixels a side, and less than twice as many, if the slide has them
 
 
-@dataclass(frozen=True)
-class Patch:
-    """A place where patches were drawn, once or in several draws."""
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Where a model looked in one slide; places are in pixels of the slide's finest level."""
 
-    y_l0: float  # the upper edge
-    x_l0: float  # the left edge
-    side_l0: float
-    weight: float  # the patch's share of the slide's feature: z times attention, averaged over the draws
-    attention: float  # the attention of its leaf, or of the strongest where several leaves lie there
-    draws: int  # how many draws drew it
+    about: Mapping[str, Any]  # what was answered, and why (`answered`)
+    maps: Mapping[str, NDArray[np.float32]]  # (H, W) each, by name (`pipeline.results.map_files`)
+    pitch: float  # pixels to a cell of the maps
+    patches: Sequence[Patch]  # that were drawn, the heaviest first
+    regions: Sequence[Patch]
+    tissue: Sequence[Outline] = ()  # of the mask that the model drew within, if it has one
 
-    def scaled(self, scale: float) -> Patch:
-        """The same place in pixels that are `scale` times smaller."""
-        place = {name: getattr(self, name) * scale for name in ("y_l0", "x_l0", "side_l0")}
-        return replace(self, **place)
+    def scaled(self, scale: float) -> Look:
+        """The same in pixels that are `scale` times smaller."""
+        return replace(
+            self,
+            pitch=self.pitch * scale,
+            patches=[patch.scaled(scale) for patch in self.patches],
+            regions=[region.scaled(scale) for region in self.regions],
+            tissue=[(outer * scale, [hole * scale for hole in holes]) for outer, holes in self.tissue],
+        )
 
 
-def write_look(
-    folder: Path,
-    slide: Slide,
-    heat: NDArray[np.float32],
-    pitch: float,
-    patches: Sequence[Patch],
-    regions: Sequence[Patch],
-    about: Mapping[str, Any],
-    *,
-    fill: float,
-    channels: Sequence[int],
-) -> None:
+def write_look(folder: Path, slide: Slide, look: Look, *, fill: float, channels: Sequence[int]) -> None:
     """Write the pictures and `LOOK`.
 
     Parameters
@@ -63,48 +60,45 @@ def write_look(
         The slide's folder of heatmaps.
     slide
         An open slide.
-    heat, pitch
-        The attention as multiples of the uniform one, (H, W), and the level-0 pixels of one of its pixels.
-    patches, regions
-        What was drawn, in level-0 pixels, the heaviest first.
-    about
-        What else is to be told of the slide (`answered`).
+    look
+        What there is to show.
     fill
         The value of pixels off the slide.
     channels
         Numbers of the channels to show.
     """
     shown = list(channels)
+    heat, pitch = look.maps["attention"], look.pitch
     view, reach = thumbnail(slide, _PICTURE_PIXELS, shown)
     write_atomic(folder / THUMBNAIL, to_file(view, "JPEG"))
     write_atomic(folder / ATTENTION, to_file(_coloured(heat), "PNG"))
-    for old in folder.glob("patch-*.jpg"):
-        old.unlink()
+    for old in [*folder.glob("patch-*.jpg"), folder / CONTRIBUTION]:
+        old.unlink(missing_ok=True)
+    if "contribution" in look.maps:
+        write_atomic(folder / CONTRIBUTION, to_file(diverging(look.maps["contribution"]), "PNG"))
     rows = []
-    for number, patch in enumerate(patches):
-        row: dict[str, Any] = {
-            **_box(patch),
-            "weight": patch.weight,
-            "attention": patch.attention,
-            "draws": patch.draws,
-        }
+    for number, patch in enumerate(look.patches):
+        row: dict[str, Any] = {**_box(patch), **measurements(patch)}
         if number < SHOWN_PATCHES:
             row["file"] = f"patch-{number}.jpg"
             pixels = read_patch(slide, patch, fill)[shown]
             write_atomic(folder / row["file"], to_file(to_rgb(pixels, slide.nodata), "JPEG"))
         rows.append(row)
-    look = {
-        **about,
+    plain = {
+        **look.about,
         "shape": slide.shape_yx,
         "mpp": slide.mpp,
         "thumbnail_xy": reach[::-1],
         "attention_xy": (heat.shape[1] * pitch, heat.shape[0] * pitch),
         "bar": bar_of(slide),
-        "peak": float(heat.max()),
+        "peak": float(np.nanmax(heat)),
         "patches": rows,
-        "regions": [_box(region) for region in regions],
+        "regions": [_box(region) for region in look.regions],
+        "tissue": flat_rings(look.tissue),
     }
-    write_atomic(folder / LOOK, json.dumps(look) + "\n")
+    if "contribution" in look.maps:
+        plain["strongest"] = float(np.nanmax(np.abs(look.maps["contribution"])))
+    write_atomic(folder / LOOK, json.dumps(plain) + "\n")
 
 
 def answered(target: Target, prediction: Prediction, answer: str) -> dict[str, Any]:
@@ -139,13 +133,29 @@ def bar_of(slide: Slide) -> tuple[float, str]:
 
 
 def _coloured(heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Colour attention by its logarithm, (H, W, 4); what is less than chance is transparent."""
+    """Colour attention by its logarithm, (H, W, 4); what is less than chance, or no number, is transparent."""
     import matplotlib as mpl
 
+    heat = np.nan_to_num(heat)
     share = np.log(np.maximum(heat, 1)) / math.log(max(float(heat.max()), 1.1))
     coloured = mpl.colormaps["inferno"](np.clip(share, 0, 1))
     coloured[..., 3] = np.where(heat > 1, 0.35 + 0.65 * share, 0)
-    pixels: NDArray[np.uint8] = np.round(coloured * 255).astype(np.uint8)
+    return _bytes(coloured)
+
+
+def diverging(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Colour contributions, (H, W, 4): red adds and blue takes, the more the less transparent."""
+    import matplotlib as mpl
+
+    values = np.nan_to_num(values)
+    share = values / max(float(np.abs(values).max()), 1e-12)
+    coloured = mpl.colormaps["coolwarm"](0.5 + share / 2)
+    coloured[..., 3] = np.sqrt(np.abs(share))  # or most of the slide would look as if it said nothing
+    return _bytes(coloured)
+
+
+def _bytes(colours: NDArray[Any]) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = np.round(colours * 255).astype(np.uint8)
     return pixels
 
 

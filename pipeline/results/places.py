@@ -1,6 +1,6 @@
-"""What heatmaps say of scenes on the Earth: the attention as a GeoTIFF, and patches in WGS 84.
+"""What heatmaps say of scenes on the Earth: maps as GeoTIFFs, and patches in WGS 84.
 
-Shape letters: H W cells of an attention map, N patches.
+Shape letters: H W cells of a map, N patches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pipeline.errors import DataError
 from storage import Slide
 from storage.format.georeference import Georeference
 
-_BAND = "attention, times uniform"
 _TILE = 512  # pixels, as GDAL's own default for such files
 _ROWS = 1024  # of a level whose data is looked for at once
 
@@ -31,27 +30,29 @@ def georeference_of(slide: Slide) -> Georeference:
     """
     if slide.georeference is None:
         raise DataError(
-            f"{slide.location}: has no georeference, which --geotiff needs; leave it out, or convert a pyramid that "
-            "was made before georeferences were kept again"
+            f"{slide.location}: has no georeference, which --format geotiff needs; leave that out, or convert a "
+            "pyramid that was made before georeferences were kept again"
         )
     return slide.georeference
 
 
-def attention_geotiff(slide: Slide, heat: NDArray[np.float32], pitch: float) -> bytes:
-    """Make a cloud-optimised GeoTIFF of attention that lies on its scene, in the scene's CRS.
+def map_geotiff(slide: Slide, values: NDArray[np.float32], pitch: float, band: str) -> bytes:
+    """Make a cloud-optimised GeoTIFF of a map that lies on its scene, in the scene's CRS.
 
     Parameters
     ----------
     slide
         The open scene.
-    heat
-        The attention as multiples of the uniform one, (H, W).
+    values
+        The map, (H, W); it is NaN where there is nothing to see.
     pitch
-        How many level-0 pixels a cell of `heat` has on a side.
+        How many level-0 pixels a cell of `values` has on a side.
+    band
+        What the map shows.
 
     Returns
     -------
-    A file of one float32 band; it is NaN, which is its "no data", where the scene has no data.
+    A file of one float32 band; it is NaN, which is its "no data", where the scene has no data either.
 
     Raises
     ------
@@ -60,14 +61,14 @@ def attention_geotiff(slide: Slide, heat: NDArray[np.float32], pitch: float) -> 
     DataError
         The scene has no georeference, or a CRS that is not known.
     """
-    rasterio = needed("rasterio", "--geotiff")
+    rasterio = needed("rasterio", "--format geotiff")
     place = georeference_of(slide)
     profile = {
         "driver": "COG",
         "dtype": "float32",
         "count": 1,
-        "height": heat.shape[0],
-        "width": heat.shape[1],
+        "height": values.shape[0],
+        "width": values.shape[1],
         "nodata": np.nan,
         "crs": None if place.crs is None else gdal_crs(place, slide.location),
         "transform": rasterio.Affine(*place.scaled(pitch).transform),
@@ -78,8 +79,8 @@ def attention_geotiff(slide: Slide, heat: NDArray[np.float32], pitch: float) -> 
     }
     with rasterio.MemoryFile() as file:
         with file.open(**profile) as image:
-            image.write(np.where(has_data(slide, heat.shape, pitch), heat, np.float32(np.nan)), 1)
-            image.set_band_description(1, _BAND)
+            image.write(np.where(has_data(slide, values.shape, pitch), values, np.float32(np.nan)), 1)
+            image.set_band_description(1, band)
         return bytes(file.read())
 
 

@@ -117,6 +117,12 @@ def scatter(truth: Reals, answers: Reals, names: Sequence[str]) -> str:
     return _html("scatter", [equal, points], "Each slide", x="true", y="answered")
 
 
+def free_response(rates: Reals, sensitivities: Reals) -> str:
+    """Plot the share of lesions found, (N,), over the false positives a slide, (N,)."""
+    line = _line(rates, sensitivities, "attention", _COLOURS[0], shape="hv")
+    return _html("froc", [line], "FROC", x="false positives a slide", y="share of lesions found")
+
+
 def survival_by_risk(outcomes: Reals, risk: Reals) -> str:
     """Plot the survival of the half with the lower predicted risk and of the other half.
 

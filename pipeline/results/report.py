@@ -26,6 +26,7 @@ from pipeline.files import make_folder, read_inside, write_atomic
 from pipeline.results.by_case import answer_cases
 from pipeline.results.evaluate import METRICS, answered
 from pipeline.results.intervals import case_numbers
+from pipeline.results.localisation import Compared, compare, localisation
 from pipeline.results.look import LOOK
 from pipeline.results.measures import ranking, risks, words_of
 from pipeline.results.page import document, table, text
@@ -37,7 +38,9 @@ from pipeline.runs import MODEL, fold_runs, model_fingerprint, read_metrics, rea
 _SHOWN_SLIDES = 5000  # more make a page slow
 
 
-def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = None) -> Path:
+def report(
+    run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = None, annotations: Path | None = None
+) -> Path:
     """Write the page, and one page a slide where there are heatmaps, into a folder beside it.
 
     Parameters
@@ -50,13 +53,19 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
         The HTML file to write; pages of slides go to a folder of its name with ``_slides``.
     heatmaps
         The folder of heatmaps.
+    annotations
+        A folder with ``SLIDE.geojson`` for slides, in pixels, which attention is compared with.
 
     Raises
     ------
     UsageError
         A folder is not what it should be, the predictions were not evaluated or another model made them, or `page`
         cannot be written.
+    DataError
+        Outlines are not those of their slide.
     """
+    if annotations and not heatmaps:
+        raise UsageError("--annotations are compared with heatmaps: give --heatmaps too")
     runs = fold_runs(run) or [run]
     abouts = [read_run(each) for each in runs]
     rows = read_predictions(predictions)
@@ -64,7 +73,7 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
     target = read_target(metrics["target"])
     config = answered(read_about(predictions), rows)[1]
     make_folder(page.parent)
-    links = _slide_pages(page, heatmaps, rows)
+    links, compared = _slide_pages(page, heatmaps, rows, annotations)
     title = run.absolute().name
     parts = [
         f"<h1>{text(title)}</h1>",
@@ -74,6 +83,7 @@ def report(run: Path, predictions: Path, page: Path, *, heatmaps: Path | None = 
         "<h2>Results</h2>",
         _results(metrics),
         _plots(target, config, rows, metrics),
+        localisation(compared, {str(row["slide_id"]): str(row["case_id"]) for row in rows}) if annotations else "",
         "<h2>Training</h2>",
         *(_training(each, about, target) for each, about in zip(runs, abouts, strict=True)),
         "<h2>Slides</h2>",
@@ -267,23 +277,39 @@ def _plots(target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]],
     return ""
 
 
-def _slide_pages(page: Path, heatmaps: Path | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Write the page of every slide with a heatmap; return their places, from the report's folder, by sample."""
+def _slide_pages(
+    page: Path, heatmaps: Path | None, rows: Sequence[Mapping[str, Any]], annotations: Path | None
+) -> tuple[dict[str, list[str]], list[Compared]]:
+    """Write the page of every slide with a heatmap.
+
+    Returns
+    -------
+    links, compared
+        Places of the pages, from the report's folder, by sample; and how well attention finds what was outlined.
+    """
     if heatmaps is None:
-        return {}
+        return {}, []
     folders = sorted(path.parent for path in heatmaps.glob(f"*/{LOOK}"))
     if not folders:
         raise UsageError(f"{heatmaps}: no heatmaps here; give the --out of nested-ats heatmap")
     by_id = {row["slide_id"]: row for row in rows}
     place = make_folder(page.with_name(f"{page.stem}_slides"))
     links: dict[str, list[str]] = {}
+    compared = []
     for folder in folders:
         look = read_look(folder)
         if look is not None:
-            name = f"{folder.name}.html"
-            write_atomic(place / name, slide_page(folder, look, by_id.get(look["sample"]), page.name))
+            name, annotated = f"{folder.name}.html", compare(folder, look, annotations)
+            row = by_id.get(look["sample"])
+            write_atomic(place / name, slide_page(folder, look, row, page.name, annotated))
             links.setdefault(look["sample"], []).append(f"{place.name}/{name}")
-    return links
+            if annotated:
+                compared.append(Compared(look["slide_id"], look["sample"], annotated[1], f"{place.name}/{name}"))
+    if annotations and not compared:
+        raise UsageError(
+            f"{annotations}: no outlines of a slide with a heatmap; name them as in {folders[0].name}.geojson"
+        )
+    return links, compared
 
 
 def _slides(

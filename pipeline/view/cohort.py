@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.files import file_name
-from pipeline.results.heatmap import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS
+from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS
 from pipeline.results.predictions import TABLE, read_about, read_predictions
 
 LAYERS = ("patches", "regions", "annotations", "tissue")  # that are outlines

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.outlines import Outlined, read_objects
+from pipeline.data.outlines import Outlined, flat_rings, read_objects
 from pipeline.errors import DataError
 
 _MOST_BYTES = 2**26  # of a file
@@ -60,7 +60,7 @@ def plain_objects(found: list[Outlined], place: str, shape_yx: tuple[int, int]) 
             {
                 "name": _name(each),
                 "colour": _colour(each.properties),
-                "rings": [np.round(ring, 1).ravel().tolist() for ring in rings],
+                "rings": flat_rings(each.outlines),
                 "measurements": _measurements(each.properties),
             }
         )

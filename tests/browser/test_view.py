@@ -18,8 +18,8 @@ from playwright.sync_api import Error
 from pipeline.data.discovery import find_slides
 from pipeline.data.manifest import Entry, write_manifest
 from pipeline.notebook import view
-from pipeline.results.heatmap import MAP, OBJECTS, REGIONS, to_geojson
-from pipeline.results.look import Patch
+from pipeline.results.drawn import Patch, to_geojson
+from pipeline.results.map_files import MAP, OBJECTS, REGIONS
 from pipeline.results.predictions import write_table
 from pipeline.view.cohort import cases_of
 from pipeline.view.serving import Serving

@@ -13,7 +13,8 @@ from pipeline.data.samples import SampleCache, open_sample
 from pipeline.data.splits import RunSplits
 from pipeline.errors import DataError, UsageError
 from pipeline.results.evaluate import evaluate
-from pipeline.results.heatmap import OBJECTS, heatmaps
+from pipeline.results.heatmap import heatmaps
+from pipeline.results.map_files import OBJECTS
 from pipeline.results.predict import predict
 from pipeline.results.settings import prediction_settings
 from pipeline.training.dry_run import dry_run

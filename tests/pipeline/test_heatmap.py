@@ -23,17 +23,11 @@ from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
 from pipeline.results.classifier import Classifier
-from pipeline.results.heatmap import (
-    MAP,
-    OBJECTS,
-    PICTURE,
-    REGIONS,
-    draw_picture,
-    drawn_regions,
-    heatmaps,
-    to_geojson,
-)
-from pipeline.results.look import ATTENTION, LOOK, THUMBNAIL, Patch
+from pipeline.results.drawn import Patch, drawn_regions, to_geojson
+from pipeline.results.heatmap import heatmaps
+from pipeline.results.look import ATTENTION, LOOK, THUMBNAIL
+from pipeline.results.map_files import MAP, OBJECTS, PICTURE, REGIONS, pyramid
+from pipeline.results.overlay import draw_picture
 from pipeline.results.settings import Settings
 from pipeline.results.slide_page import read_look
 from storage import ConvertOptions, Slide, write_pyramid
@@ -168,7 +162,13 @@ class TestMap:
         assert not np.array_equal(map_in_level_0(again.folder)[0], before)
         patches = {f"patch-{number}.jpg" for number in range(min(len(read_look(again.folder)["patches"]), 12))}
         looks = {LOOK, THUMBNAIL, ATTENTION, *patches}
-        assert {p.name for p in again.folder.iterdir()} == {MAP, PICTURE, OBJECTS, REGIONS} | looks
+        assert {p.name for p in again.folder.iterdir()} == {
+            MAP,
+            pyramid("percentile"),
+            PICTURE,
+            OBJECTS,
+            REGIONS,
+        } | looks
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -194,7 +194,8 @@ class TestObjects:
             found.add((min(ys), min(xs), max(ys) - min(ys), max(xs) - min(xs)))
         assert found <= set(boxes)
         assert {box[2:] for box in found} == {(25, 25)}
-        assert len(collection["features"]) <= len(boxes) == 6  # two draws of three patches
+        assert len(collection["features"]) == len(set(boxes)) <= 6  # two draws of three patches
+        assert len(boxes) == 6 + len(set(boxes))  # each once more, for what it adds to the answer
         heaviest = collection["features"][0]["geometry"]["coordinates"][0]
         x, y = np.mean(heaviest[:4], axis=0)
         assert abs(x - 85) <= 16  # the square's centre: x is first, y second
@@ -293,7 +294,7 @@ class TestPicture:
             return original(self, image, **settings)
 
         monkeypatch.setattr(Axes, "imshow", spy)
-        monkeypatch.setattr("pipeline.results.heatmap._PICTURE_PIXELS", 50)
+        monkeypatch.setattr("pipeline.results.overlay._PICTURE_PIXELS", 50)
         with Slide(entry.path) as slide:
             png = draw_picture(slide, np.ones((17, 22), np.float32), CELL, [], "title")
         assert png[:8] == b"\x89PNG\r\n\x1a\n"

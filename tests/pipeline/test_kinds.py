@@ -5,7 +5,8 @@ import pytest
 from pipeline.config import load_config, parse_config, plain
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import UsageError
-from pipeline.results.heatmap import OBJECTS, heatmaps
+from pipeline.results.heatmap import heatmaps
+from pipeline.results.map_files import OBJECTS
 from pipeline.results.predict import predict
 from pipeline.results.settings import prediction_settings
 from pipeline.training.train import train

@@ -15,8 +15,9 @@ from pipeline.data.crs import gdal_crs, metres_per_pixel, to_wgs84
 from pipeline.data.manifest import Entry
 from pipeline.errors import DataError, UsageError
 from pipeline.info import describe
-from pipeline.results.heatmap import GEOTIFF, MAP, OBJECTS, PIXEL_OBJECTS, heatmaps, to_geojson
-from pipeline.results.look import Patch
+from pipeline.results.drawn import Patch, to_geojson
+from pipeline.results.heatmap import heatmaps
+from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, geotiff
 from pipeline.results.places import has_data, in_wgs84
 from storage import ConvertOptions, Slide, convert, write_pyramid
 from storage.format.georeference import GeoKeys, Georeference
@@ -30,6 +31,7 @@ pytest.importorskip("pyproj", reason="pyproj is not installed: pip install '.[ge
 import pyproj
 import rasterio
 
+PLACED = ("omezarr", "geojson", "geotiff")
 SPOT = (64, 96)  # row and column of the corner of a bright square of 16 pixels, and cells of the map begin there
 SMALL = ConvertOptions(chunk=16, shard=64, min_level_size=8)
 
@@ -85,10 +87,14 @@ class TestWholeWay:
     def test_the_square_is_where_it_was(self, bright_model, scene, tmp_path, kind, made):  # noqa: F811
         path = scene(TRANSFORMS[kind])
         slide = path if made == "in place" else in_pyramid(path, tmp_path)
-        done = draw(slide, bright_model[3], tmp_path / "out", geotiff=True)
-        with rasterio.open(done.folder / GEOTIFF) as found, rasterio.open(path) as expected:
+        done = draw(slide, bright_model[3], tmp_path / "out", formats=PLACED)
+        with rasterio.open(done.folder / geotiff("attention")) as found, rasterio.open(path) as expected:
             assert found.crs == expected.crs
-            assert (found.count, found.dtypes, found.descriptions) == (1, ("float32",), ("attention, times uniform",))
+            assert (found.count, found.dtypes, found.descriptions) == (
+                1,
+                ("float32",),
+                ("attention of scene, times uniform",),
+            )
             assert np.isnan(found.nodata)
             assert found.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
             corner = ~expected.transform @ (found.transform @ (0, 0))
@@ -110,7 +116,7 @@ class TestWholeWay:
         path = scene(TRANSFORMS[kind])
         done = draw(path, bright_model[3], tmp_path / "out")
         assert not done.remark
-        assert not (done.folder / GEOTIFF).exists()
+        assert not (done.folder / geotiff("attention")).exists()
         placed, pixels = (json.loads((done.folder / name).read_text()) for name in (OBJECTS, PIXEL_OBJECTS))
         assert placed.keys() == {"type", "features"}  # RFC 7946 has no member crs
         for one, other in zip(placed["features"], pixels["features"], strict=True):
@@ -136,21 +142,21 @@ class TestWholeWay:
             assert to_wgs84(opened.georeference, [(300.5, 400.5)], "")[0] == pytest.approx((longitude, latitude))
             assert metres_per_pixel(opened.georeference, "") == pytest.approx((300.04, 300.04), abs=0.01)
             assert opened.mpp is None
-        done = draw(slide, bright_model[3], tmp_path / "out", geotiff=True)
-        row, column = from_wgs84(done.folder / GEOTIFF, longitude, latitude)
+        done = draw(slide, bright_model[3], tmp_path / "out", formats=PLACED)
+        row, column = from_wgs84(done.folder / geotiff("attention"), longitude, latitude)
         assert (row * CELL, column * CELL) == pytest.approx((400.5, 300.5), abs=0.01)
         placed, pixels = (json.loads((done.folder / name).read_text()) for name in (OBJECTS, PIXEL_OBJECTS))
         row, column = from_wgs84(path, *placed["features"][0]["geometry"]["coordinates"][0][0])
         corners = pixels["features"][0]["geometry"]["coordinates"][0]
         assert min(np.hypot(row - y, column - x) for x, y in corners) < 0.5
-        with rasterio.open(done.folder / GEOTIFF) as found:
+        with rasterio.open(done.folder / geotiff("attention")) as found:
             heat = found.read(1)
             assert np.isnan(heat).mean() == pytest.approx(0.3, abs=0.1)  # the scene has as much without data
 
     def test_a_crs_of_no_authority(self, bright_model, scene, tmp_path):  # noqa: F811
         path = scene(crs=USER_DEFINED)
-        done = draw(in_pyramid(path, tmp_path), bright_model[3], tmp_path / "out", geotiff=True)
-        with rasterio.open(done.folder / GEOTIFF) as found, rasterio.open(path) as expected:
+        done = draw(in_pyramid(path, tmp_path), bright_model[3], tmp_path / "out", formats=PLACED)
+        with rasterio.open(done.folder / geotiff("attention")) as found, rasterio.open(path) as expected:
             assert found.crs == expected.crs
         ring = json.loads((done.folder / OBJECTS).read_text())["features"][0]["geometry"]["coordinates"][0]
         corners = json.loads((done.folder / PIXEL_OBJECTS).read_text())["features"][0]["geometry"]["coordinates"][0]
@@ -159,15 +165,15 @@ class TestWholeWay:
 
     def test_drawn_again_nothing_is_left_of_before(self, bright_model, scene, tmp_path, monkeypatch):  # noqa: F811
         path = scene()
-        done = draw(path, bright_model[3], tmp_path / "out", geotiff=True)
+        done = draw(path, bright_model[3], tmp_path / "out", formats=PLACED)
         monkeypatch.setitem(sys.modules, "pyproj", None)
         draw(path, bright_model[3], tmp_path / "out")
-        assert {PIXEL_OBJECTS, GEOTIFF}.isdisjoint(path.name for path in done.folder.iterdir())
+        assert {PIXEL_OBJECTS, geotiff("attention")}.isdisjoint(path.name for path in done.folder.iterdir())
         assert (done.folder / OBJECTS).exists()
 
     def test_a_place_without_a_crs(self, bright_model, scene, tmp_path):  # noqa: F811
-        done = draw(scene(crs=None), bright_model[3], tmp_path / "out", geotiff=True)
-        with rasterio.open(done.folder / GEOTIFF) as found:
+        done = draw(scene(crs=None), bright_model[3], tmp_path / "out", formats=PLACED)
+        with rasterio.open(done.folder / geotiff("attention")) as found:
             assert found.crs is None
             assert tuple(found.transform)[:6] == (80, 0, 500000, 0, -80, 5000000)
         assert not (done.folder / PIXEL_OBJECTS).exists()
@@ -178,8 +184,8 @@ class TestWholeWay:
             Entry(slide_id="slide", path=str(tmp_path / "slide.ome.zarr")),
             Entry(slide_id="x", path=str(scene())),
         ]
-        slide, other = heatmaps(entries, bright_model[3], tmp_path / "out", geotiff=True)
-        assert "slide.ome.zarr: has no georeference, which --geotiff needs" in slide.error
+        slide, other = heatmaps(entries, bright_model[3], tmp_path / "out", formats=PLACED)
+        assert "slide.ome.zarr: has no georeference, which --format geotiff needs" in slide.error
         assert not other.error
         assert not slide.folder.exists()
 
@@ -191,15 +197,20 @@ class TestWithoutTheExtra:
         done = draw(scene(), bright_model[3], tmp_path / "out")
         assert "patches.geojson is in pixels: " in done.remark
         assert "pip install 'nested-ats[geo]'" in done.remark
-        assert {PIXEL_OBJECTS, GEOTIFF}.isdisjoint(path.name for path in done.folder.iterdir())
+        assert {PIXEL_OBJECTS, geotiff("attention")}.isdisjoint(path.name for path in done.folder.iterdir())
         assert (done.folder / OBJECTS).exists()
         ring = json.loads((done.folder / OBJECTS).read_text())["features"][0]["geometry"]["coordinates"][0]
         assert {max(ring)[0] - min(ring)[0]} == {25}
 
     def test_geotiff_names_the_extra(self, bright_model, scene, tmp_path, monkeypatch):  # noqa: F811
         monkeypatch.setitem(sys.modules, "rasterio", None)
-        with pytest.raises(UsageError, match=r"--geotiff needs rasterio, .* 'nested-ats\[geo\]'"):
-            heatmaps([Entry(slide_id="x", path=str(scene()))], bright_model[3], tmp_path / "out", geotiff=True)
+        with pytest.raises(UsageError, match=r"--format geotiff needs rasterio, .* 'nested-ats\[geo\]'"):
+            heatmaps(
+                [Entry(slide_id="x", path=str(scene()))],
+                bright_model[3],
+                tmp_path / "out",
+                formats=PLACED,
+            )
         assert not (tmp_path / "out").exists()
 
 

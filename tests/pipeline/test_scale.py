@@ -15,7 +15,8 @@ from pipeline.data.manifest import Entry, read_manifest
 from pipeline.data.selection import select
 from pipeline.data.slides import SlideImage, check_slide
 from pipeline.errors import DataError
-from pipeline.results.heatmap import OBJECTS, heatmaps
+from pipeline.results.heatmap import heatmaps
+from pipeline.results.map_files import OBJECTS
 from pipeline.results.predict import predict
 from pipeline.results.settings import prediction_settings
 from pipeline.training.train import train

@@ -29,8 +29,8 @@ from pipeline.data.manifest import Entry, write_manifest
 from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name
 from pipeline.notebook import view
-from pipeline.results.heatmap import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS, to_geojson
-from pipeline.results.look import Patch
+from pipeline.results.drawn import Patch, to_geojson
+from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS
 from pipeline.results.predictions import write_table
 from pipeline.view.cohort import cases_of, of_run
 from pipeline.view.guard import guarded
