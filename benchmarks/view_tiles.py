@@ -115,7 +115,7 @@ def makers(svs: Path, pyramid: Path) -> dict[str, Callable[[Place], object]]:
     ways: dict[str, Callable[[Place], object]] = {}
     for name, path in (("pyramid", pyramid), ("in place", svs)):
         slide = Slide(path)
-        how = paint.painter(slide, paint.default_look(paint.find_ranges(slide)))
+        how = paint.painter(slide, paint.default_look(slide, paint.find_ranges(slide)))
 
         def own(place: Place, slide: Slide = slide, how: tiles.Paint = how) -> object:
             return paint.encode(tiles.draw_tile(slide, tiles.Tile(*place), how, lambda: None))

@@ -28,7 +28,7 @@ from nested_ats.phases import Phase, take_all
 from pipeline.data.slides import SlideImage
 from pipeline.files import make_folder, write_atomic
 from pipeline.interrupt import run_main
-from pipeline.results.pictures import to_file, to_rgb
+from pipeline.results.pictures import to_file
 from storage import Slide
 
 DRAWS = 4  # of a prediction, as `predict` has it unless it is told otherwise
@@ -70,7 +70,7 @@ def look(image: Image, level: int) -> NDArray[Any]:
     """Read a whole level to show, (H, W, 3)."""
     height, width = image.shapes[level]
     pixels = image.read(level, torch.tensor([[0, 0, height, width]]))[0]
-    return to_rgb(pixels.numpy(), None)
+    return np.moveaxis(pixels.numpy(), 0, -1)
 
 
 def draw_coarse(scene: Scene) -> Figure:

@@ -48,6 +48,7 @@ def describe(location: str) -> dict[str, Any]:
             "dtype": str(slide.dtype),
             **({} if slide.bits is None else {"bits": slide.bits}),
             **({} if slide.nodata is None else {"nodata": to_json(slide.nodata)}),
+            **({} if slide.alpha is None else {"alpha": slide.channels[slide.alpha]}),
             "mpp": slide.mpp,
             **_describe_place(slide),
             "levels": levels,

@@ -46,7 +46,7 @@ class Slides:
     shape_yx: tuple[int, int]  # of the largest, in its own pixels
     mpp: float | None  # micrometres per pixel of the coarsest, where all tell it
     channels: int  # of most
-    nodata: float | None  # that of the first slide that tells one
+    gaps: bool  # whether some tell where they have no data
     failures: tuple[tuple[str, str], ...]
 
 
@@ -56,7 +56,7 @@ class _About(NamedTuple):
     shape_yx: tuple[int, int]
     mpp: float | None
     channels: int
-    nodata: float | None
+    gaps: bool
 
 
 def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where: str) -> tuple[str, Slides | None]:
@@ -100,7 +100,16 @@ def look_at(entries: Sequence[Entry]) -> Slides:
 
     def look(entry: Entry) -> tuple[Entry, _About | None, str]:
         with Net() as net, open_slide(entry.path) as slide:
-            return entry, _About(slide.shape_yx, entry.mpp or slide.mpp, len(slide.channels), slide.nodata), ""
+            return (
+                entry,
+                _About(
+                    slide.shape_yx,
+                    entry.mpp or slide.mpp,
+                    len(slide.data_channels),
+                    slide.nodata is not None or slide.alpha is not None,
+                ),
+                "",
+            )
         return entry, None, net.error
 
     found = list(each_slide("open", entries, look, threads=processors()))
@@ -115,7 +124,7 @@ def look_at(entries: Sequence[Entry]) -> Slides:
         shape_yx=max((about.shape_yx for _, about in opened), key=math.prod),
         mpp=max(mpps) if len(mpps) == len(opened) else None,
         channels=Counter(about.channels for _, about in opened).most_common(1)[0][0],
-        nodata=next((about.nodata for _, about in opened if about.nodata is not None), None),
+        gaps=any(about.gaps for _, about in opened),
         failures=failures,
     )
 
@@ -150,7 +159,7 @@ def _pretrained(kind: str, slides: Slides | None, encoder: str | None) -> dict[s
     if kind == "histology":
         prior = "tissue" if colours else "none"
     else:
-        prior = "valid" if slides is None or slides.nodata is not None else "none"
+        prior = "valid" if slides is None or slides.gaps else "none"
     return {
         "levels": _levels(side, longer, 16 if kind == "histology" else 8),
         "side": str(side),

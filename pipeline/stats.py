@@ -24,7 +24,6 @@ from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.progress import each_slide
 from storage import Slide, processors
-from storage.format.nodata import holds_data
 
 PERCENTILES = (1, 5, 50, 95, 99)
 MAX_SAMPLES = 3 * 4_000_000  # of all channels, that are read of a slide
@@ -159,13 +158,14 @@ def _level(slide: Slide) -> int:
 
 def _tallies(slide: Slide, level: int, numbers: Sequence[int]) -> tuple[_Tally, ...]:
     """Tally channels of a level."""
-    pixels = slide.read(level, (0, 0, *slide.levels[level].shape_yx))[numbers]
+    pixels = slide.read(level, (0, 0, *slide.levels[level].shape_yx))
+    there, pixels = slide.holds_data(pixels)[numbers], pixels[numbers]
     if pixels.dtype.kind == "f" and np.isinf(pixels).any():
         raise DataError(
             f"{slide.location}: holds infinite numbers, with which nothing computes; mend it or leave it out"
         )
     largest = slide.largest_value
-    return tuple(_tally(channel[holds_data(channel, slide.nodata)], largest) for channel in pixels)
+    return tuple(_tally(channel[own], largest) for channel, own in zip(pixels, there, strict=True))
 
 
 def _tally(values: NDArray[Any], largest: int) -> _Tally:

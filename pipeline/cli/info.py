@@ -51,6 +51,7 @@ def _print_info(about: dict[str, Any]) -> None:
     size += f" with {about['bits']} bits" if "bits" in about else ""
     mpp = _place(about["georeference"]) if "georeference" in about else mpp
     mpp += f", {float(about['nodata']):g} is no data" if "nodata" in about else ""
+    mpp += f", {about['alpha']} tells where there is data" if "alpha" in about else ""
     print(f"{about['path']}: {about['kind']}, {size}, {mpp}")
     for number, level in enumerate(about.get("levels", [])):
         height, width = level["size"]

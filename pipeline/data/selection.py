@@ -62,6 +62,7 @@ class _Found:
     mpp: float | None = None  # micrometres per pixel of its finest level
     assumed: bool = False  # whether these are `DataConfig.assume_mpp`
     identity: str | None = None  # of its pixels
+    opacity: bool = False  # whether it has a channel of opacity, which is not shown to the model
     error: str = ""
 
 
@@ -107,6 +108,11 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         _say(
             f"warning: the slides were scanned at {scales} micrometres per pixel, and the model sees them as if "
             "at one; set model.mpp"
+        )
+    if opacity := sum(one.opacity for one in opened):
+        _say(
+            f"warning: {opacity} of {len(opened)} slides have a channel of opacity, which tells where there is data, "
+            "and which the model does not see; if it is a band, name it in data.channels, as in [R, G, B, A]"
         )
     channels, count = Counter(one.channels for one in opened).most_common(1)[0]
     why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
@@ -183,7 +189,8 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
             downsamples = tuple(level.downsample for level in levels)
             mpp = entry.mpp or slide.mpp or config.data.assume_mpp
             assumed = mpp is not None and not (entry.mpp or slide.mpp)
-            return _Found(entry, len(image.numbers), downsamples, slow, mpp, assumed, identity)
+            opacity = slide.alpha is not None and slide.channels[slide.alpha] != "mask" and not image.shows_alpha
+            return _Found(entry, len(image.numbers), downsamples, slow, mpp, assumed, identity, opacity)
         return _Found(entry, error=net.error)
 
     return list(each_slide("open", entries, look, threads=_OPENED_AT_ONCE))

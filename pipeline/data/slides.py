@@ -52,7 +52,8 @@ class SlideImage:
     own_mpp
         Micrometres per pixel of the slide's finest level, over what its file says.
     channels
-        Names or numbers of the slide's channels that the image has, in this order; None takes all.
+        Names or numbers of the slide's channels that the image has, in this order; None takes all but that of opacity
+        (`Slide.alpha`). One that is named is pixels like the others, and hides none.
 
     Attributes
     ----------
@@ -82,7 +83,8 @@ class SlideImage:
         self.numbers = channel_numbers(slide, channels)
         self._all = self.numbers == list(range(len(slide.channels)))
         dtype = np.dtype(slide.dtype)
-        self._has_gaps = slide.nodata is not None or dtype.kind == "f"
+        self._alpha = None if slide.alpha in self.numbers else slide.alpha
+        self._has_gaps = slide.nodata is not None or self._alpha is not None or dtype.kind == "f"
         largest = slide.largest_value
         # PyTorch computes little in the other types, and knows no pixels of 12 bits.
         self._divisor = largest if slide.bits or dtype.name in ("int8", "uint32", "int32") else None
@@ -102,6 +104,11 @@ class SlideImage:
     def downsamples(self) -> Sequence[float]:
         """Level-0 pixels per pixel of every level."""
         return [level.downsample for level in self._levels]
+
+    @property
+    def shows_alpha(self) -> bool:
+        """Whether the slide's channel of opacity is one of the image's, by its name."""
+        return self.slide.alpha is not None and self._alpha is None
 
     @property
     def memory_bytes(self) -> int:
@@ -131,6 +138,7 @@ class SlideImage:
         """Names the slide's pixels, those that are filled in, and the scale; None where the slide's own is none."""
         scale = "" if self.scale == 1 else f"/{self.scale!r}"
         gaps = f"/{self.slide.nodata!r}" if self._has_gaps else ""
+        gaps += "" if self._alpha is None else "/alpha"
         bits = f"/{self.slide.bits} bits" if self.slide.bits else ""
         chosen = "" if self._all else f"/channels {self.numbers}"
         return self.slide.identity and f"{self.slide.identity}/{self.fill}{scale}{gaps}{bits}{chosen}"
@@ -177,15 +185,14 @@ class SlideImage:
     def _read(self, level: int, boxes: Tensor) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Pixels (N, C, h, w) of boxes, and which of them hold data; None where all do."""
         pixels = self.slide.read_many(level, boxes.numpy(), fill=self.fill)
-        pixels = pixels if self._all else pixels[:, self.numbers]
-        if not self._has_gaps:
-            return pixels, None
-        valid = holds_data(pixels, self.slide.nodata)
-        return pixels, None if valid.all() else valid
+        valid = holds_data(pixels, self.slide.nodata, self._alpha) if self._has_gaps else None
+        if not self._all:
+            pixels, valid = pixels[:, self.numbers], None if valid is None else valid[:, self.numbers]
+        return pixels, None if valid is None or valid.all() else valid
 
 
 def channel_numbers(slide: Slide, channels: Channels) -> list[int]:
-    """Numbers, from 0, of the channels of a slide that are named or numbered; of all where none are.
+    """Numbers, from 0, of the channels of a slide that are named or numbered; of all but opacity where none are.
 
     Raises
     ------
@@ -193,7 +200,7 @@ def channel_numbers(slide: Slide, channels: Channels) -> list[int]:
         The slide lacks one of them.
     """
     if channels is None:
-        return list(range(len(slide.channels)))
+        return list(slide.data_channels)
     numbers = []
     for wanted in channels:
         if wanted in slide.channels:  # the names of a file come first, which may be numbers
@@ -344,7 +351,9 @@ def check_slide(image: SlideImage, config: EncoderConfig, channels: int | None =
     """
     path, count = image.slide.location, len(image.numbers)
     if channels is not None and count != channels:
-        raise DataError(f"{path}: {count} channels where the model has {channels}; convert slides of one kind")
+        hidden = "" if image.slide.alpha is None else image.slide.channels[image.slide.alpha]
+        more = f"name {hidden!r}, which is read as opacity, in data.channels if it is a band, or " if hidden else ""
+        raise DataError(f"{path}: {count} channels where the model has {channels}; {more}convert slides of one kind")
     try:
         found = [find_level(image, downsample) for downsample in config.downsamples]
     except ValueError as error:

@@ -35,7 +35,6 @@ from pipeline.data.outlines import read_mask
 from pipeline.errors import DataError, UsageError
 from pipeline.files import cache_folder, write_atomic
 from storage import Slide
-from storage.format.nodata import holds_data
 
 _RGB = 3
 _VERSION = 1  # of the way in which masks are found: those that an earlier one kept are not looked at
@@ -133,22 +132,23 @@ def find_mask(
             )
         return Found(*read_mask(entry.mask, slide.shape_yx))
     finding, mpp = finding or Finding(), entry.mpp or slide.mpp
-    chosen = list(range(len(slide.channels)) if channels is None else channels)
-    path = _kept_at(slide, (prior, mpp, nodata, slide.nodata, finding, chosen))
+    chosen = list(slide.data_channels if channels is None else channels)
+    gaps = (slide.nodata,) if slide.alpha is None else (slide.nodata, slide.alpha)
+    path = _kept_at(slide, (prior, mpp, nodata, *gaps, finding, chosen))
     kept = path and _recall(path)
     if kept:
         return kept
     level = view_level(slide, finding.mpp, mpp)
-    view = slide.read(level, (0, 0, *slide.levels[level].shape_yx))[chosen]
+    view = slide.read(level, (0, 0, *slide.levels[level].shape_yx))
+    there, view = slide.holds_data(view)[chosen], view[chosen]
     pixel_um = mpp and mpp * slide.levels[level].downsample
     scaled = view.astype(np.float32) / np.float32(slide.largest_value)
     if prior == "tissue":
-        pixels = tissue(scaled, finding, pixel_um, slide.location)
+        pixels = tissue(scaled, finding, pixel_um, slide.location) & np.any(there, axis=0)
     else:
-        pixels = holds_data(view, slide.nodata)
         if slide.nodata is None and nodata is not None:
-            pixels &= np.abs(scaled - nodata) > 0.5 / 255  # half of the step between two values of 8 bits
-        pixels = np.any(pixels, axis=0)  # what any channel has recorded
+            there &= np.abs(scaled - nodata) > 0.5 / 255  # half of the step between two values of 8 bits
+        pixels = np.any(there, axis=0)  # what any channel has recorded
     pitch = slide.levels[level].downsample
     found = Found(pixels, (pitch, pitch))
     if path:

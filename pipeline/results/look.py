@@ -67,9 +67,8 @@ def write_look(folder: Path, slide: Slide, look: Look, *, fill: float, channels:
     channels
         Numbers of the channels to show.
     """
-    shown = list(channels)
     heat, pitch = look.maps["attention"], look.pitch
-    view, reach = thumbnail(slide, _PICTURE_PIXELS, shown)
+    view, reach = thumbnail(slide, _PICTURE_PIXELS, channels)
     write_atomic(folder / THUMBNAIL, to_file(view, "JPEG"))
     write_atomic(folder / ATTENTION, to_file(_coloured(heat), "PNG"))
     for old in [*folder.glob("patch-*.jpg"), folder / CONTRIBUTION]:
@@ -81,8 +80,8 @@ def write_look(folder: Path, slide: Slide, look: Look, *, fill: float, channels:
         row: dict[str, Any] = {**_box(patch), **measurements(patch)}
         if number < SHOWN_PATCHES:
             row["file"] = f"patch-{number}.jpg"
-            pixels = read_patch(slide, patch, fill)[shown]
-            write_atomic(folder / row["file"], to_file(to_rgb(pixels, slide.nodata), "JPEG"))
+            pixels = read_patch(slide, patch, fill)
+            write_atomic(folder / row["file"], to_file(to_rgb(slide, pixels, channels), "JPEG"))
         rows.append(row)
     plain = {
         **look.about,

@@ -53,8 +53,7 @@ def draw_picture(
     figure = Figure(figsize=(9, 9 * min(max(height / width, 0.4), 2) + 1.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[6, 1])[:, 0]
     axes = top.subplots()
-    shown = slice(None) if channels is None else list(channels)
-    view, reach = thumbnail(slide, _PICTURE_PIXELS, shown)
+    view, reach = thumbnail(slide, _PICTURE_PIXELS, channels)
     axes.imshow(view, extent=(0, reach[1], reach[0], 0), interpolation="nearest")
     # Colour begins at the uniform attention, so that the slide itself shows where attention is less than chance.
     heat = np.nan_to_num(heat)
@@ -79,7 +78,7 @@ def draw_picture(
     for place, patch in zip(bottom.subplots(1, _SHOWN_PATCHES), [*patches, *[None] * _SHOWN_PATCHES], strict=False):
         place.axis("off")
         if patch is not None:
-            place.imshow(to_rgb(read_patch(slide, patch, fill)[shown], slide.nodata))
+            place.imshow(to_rgb(slide, read_patch(slide, patch, fill), channels))
             place.set_title(f"{patch.weight:.3f}", fontsize=8)
     bottom.suptitle("heaviest patches, with their share of the slide's feature", fontsize=9)
     return to_png(figure)

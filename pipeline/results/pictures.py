@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage import Slide
-from storage.format.nodata import holds_data
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 
@@ -40,7 +41,7 @@ def to_file(pixels: NDArray[Any], kind: Literal["JPEG", "PNG"]) -> bytes:
 
 
 def thumbnail(
-    slide: Slide, pixels: int, channels: slice | list[int] = slice(None)
+    slide: Slide, pixels: int, channels: Sequence[int] | None = None
 ) -> tuple[NDArray[Any], tuple[float, float]]:
     """Return the finest level with no more pixels a side, or the coarsest, and where it ends in level-0 pixels.
 
@@ -51,19 +52,22 @@ def thumbnail(
     level = slide.levels[number]
     height, width = level.shape_yx
     view = slide.read(number, (0, 0, height, width))
-    return to_rgb(view[channels], slide.nodata), (height * level.downsample, width * level.downsample)
+    return to_rgb(slide, view, channels), (height * level.downsample, width * level.downsample)
 
 
-def to_rgb(pixels: NDArray[Any], nodata: float | None) -> NDArray[Any]:
-    """Turn (C, H, W) into (H, W, 3) to show: the first three channels as RGB, or the first one as grey.
+def to_rgb(slide: Slide, pixels: NDArray[Any], channels: Sequence[int] | None = None) -> NDArray[Any]:
+    """Turn pixels (C, H, W) of a slide into (H, W, 3) to show: three channels as RGB, or the first one as grey.
 
-    Pixels without data are black.
+    They are the first of those that are named, or of all that hold values. Of other types than bytes, pixels without
+    data are black.
     """
-    image = np.moveaxis(pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, 0), 0, -1)
+    chosen = list(slide.data_channels if channels is None else channels)
+    chosen = chosen[:3] if len(chosen) >= 3 else chosen[:1] * 3
+    image = np.moveaxis(pixels[chosen], 0, -1)
     if image.dtype == np.uint8:
         return image
     # Other types have no agreed range to show, so the values that are there are stretched.
-    there = holds_data(image, nodata)
+    there = np.moveaxis(slide.holds_data(pixels)[chosen], 0, -1)
     image = image.astype(np.float32)
     low, high = (float(image[there].min()), float(image[there].max())) if there.any() else (0.0, 1.0)
     return np.where(there, (image - low) / max(high - low, 1e-12), np.float32(0))

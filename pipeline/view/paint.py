@@ -20,7 +20,6 @@ from PIL import Image
 from pipeline.errors import UsageError
 from pipeline.view.tiles import Paint, sample
 from storage import Slide
-from storage.format.nodata import holds_data
 
 MOST_SHOWN = 12  # channels at once
 COLOUR_MAPS = ("inferno", "viridis", "turbo", "cividis")
@@ -52,27 +51,30 @@ class Look:
 
 def is_photograph(slide: Slide) -> bool:
     """Tell whether the channels of a slide are the colours that were seen."""
-    return bool(slide.dtype == np.uint8) and len(slide.channels) == len(_PRIMARY)
+    return bool(slide.dtype == np.uint8) and len(slide.data_channels) == len(_PRIMARY)
 
 
 def find_ranges(slide: Slide) -> list[tuple[float, float]]:
     """The values of each channel that are black and bright at first: colours as they are, others as they occur."""
     count = len(slide.channels)
-    if slide.dtype == np.uint8 and count in (1, len(_PRIMARY)):
+    if slide.dtype == np.uint8 and len(slide.data_channels) in (1, len(_PRIMARY)):
         return [(0.0, 255.0)] * count
-    return [_stretch(values, slide.nodata) for values in sample(slide)]
+    pixels = sample(slide)[:, None]  # as (C, H, W)
+    there = slide.holds_data(pixels)
+    return [_stretch(values[own]) for values, own in zip(pixels, there, strict=True)]
 
 
-def default_look(ranges: Sequence[tuple[float, float]]) -> Look:
-    """How a slide whose channels have these ranges is shown at first."""
-    colours = _WHITE if len(ranges) == 1 else _TWO if len(ranges) == 2 else _PRIMARY
-    chosen = zip(colours, ranges, strict=False)  # of many channels the first three
-    return Look(tuple(Shown(number, colour, *ends) for number, (colour, ends) in enumerate(chosen)))
+def default_look(slide: Slide, ranges: Sequence[tuple[float, float]]) -> Look:
+    """How a slide whose channels have these ranges is shown at first; of many channels, the first three."""
+    numbers = slide.data_channels
+    colours = _WHITE if len(numbers) == 1 else _TWO if len(numbers) == 2 else _PRIMARY
+    return Look(
+        tuple(Shown(number, colour, *ranges[number]) for number, colour in zip(numbers, colours, strict=False))
+    )
 
 
-def _stretch(values: NDArray[Any], nodata: float | None) -> tuple[float, float]:
-    there = values[holds_data(values, nodata)]
-    there = there[np.isfinite(there)]
+def _stretch(values: NDArray[Any]) -> tuple[float, float]:
+    there = values[np.isfinite(values)]
     if not there.size:
         return 0.0, 1.0
     low, high = (float(value) for value in np.percentile(there, (_LOW, _HIGH)))
@@ -108,7 +110,6 @@ def read_look(query: Mapping[str, str], slide: Slide, usual: Look) -> Look:
 
 def painter(slide: Slide, look: Look) -> Paint:
     """Make the function that shows pixels (C, H, W) of a slide; pixels that hold no data are transparent."""
-    has_gaps = slide.nodata is not None or slide.dtype.kind == "f"
     numbers = [shown.number for shown in look.channels]
     plain = look.gamma == 1 and slide.dtype == np.uint8
     as_it_is = plain and [each[1:] for each in look.channels] == [(colour, 0.0, 255.0) for colour in _PRIMARY]
@@ -116,7 +117,7 @@ def painter(slide: Slide, look: Look) -> Paint:
     def paint(pixels: NDArray[Any]) -> NDArray[np.uint8]:
         chosen = pixels[numbers]
         picture = np.moveaxis(chosen, 0, -1) if as_it_is else _add_light(chosen, look)
-        there = np.any(holds_data(chosen, slide.nodata), axis=0) if has_gaps else None
+        there = np.any(slide.holds_data(pixels)[numbers], axis=0) if slide.has_gaps else None
         if there is None or there.all():
             return np.ascontiguousarray(picture)
         return np.dstack([picture, there * np.uint8(255)])

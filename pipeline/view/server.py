@@ -128,7 +128,7 @@ class Viewer:
                 "look": paint.plain_look(look),
                 "ranges": self._ranges[number],
                 "colours": paint.is_photograph(slide),
-                "gaps": slide.nodata is not None or slide.dtype.kind == "f",
+                "gaps": slide.has_gaps,
                 "attention": bool(case.attention),
                 "colour_maps": list(paint.COLOUR_MAPS),
                 "outlines": [layer for layer in LAYERS if _has(case, layer, slide)],
@@ -211,7 +211,7 @@ class Viewer:
         """How a slide is shown at first."""
         if number not in self._ranges:
             self._ranges[number] = paint.find_ranges(slide)
-        return paint.default_look(self._ranges[number])
+        return paint.default_look(slide, self._ranges[number])
 
     def _heat(self, number: int, heat: Slide) -> Heat:
         """How a map is shown at first: from the uniform attention to its peak."""

@@ -200,7 +200,7 @@ class Average:
     def __init__(self, job: Job, key: ShardKey) -> None:
         self.key = key
         self.pixels: NDArray[Any] | None = None
-        self._info, self._nodata = job.levels[key[0]], job.nodata
+        self._info, self._nodata, self._alpha = job.levels[key[0]], job.nodata, job.alpha
 
     def add(self, child: ShardKey, pixels: NDArray[Any] | None) -> None:
         """Average the (C, h, w) pixels of one of the four; None stands for zeros."""
@@ -212,7 +212,7 @@ class Average:
         half = self._info.layout.shard // 2
         top, left = (child[1] - 2 * y) * half, (child[2] - 2 * x) * half
         part = self.pixels[:, top : top + half, left : left + half]
-        downsample(pixels, out=part, nodata=self._nodata)
+        downsample(pixels, out=part, nodata=self._nodata, alpha=self._alpha)
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,7 @@ class Job:
     bands: Bands | None = None
     target: str = ""  # as messages name it
     nodata: float | None = None  # value of pixels that hold no data
+    alpha: int | None = None  # channel whose zeros say that no channel holds data there
 
     def attempt(self, task: Task) -> list[Receipt] | Exception:
         """Run a task; errors of files and disks are returned, so that they cross processes as they are."""

@@ -106,6 +106,8 @@ def convert(
     with open_image(source, allow_sparse=options.allow_sparse, pages=options.pages) as image:
         if image.nodata is not None:  # it decides pixels, and those made before it was heeded are others
             provenance["nodata"] = to_json(image.nodata)
+        if image.alpha is not None:  # so does that
+            provenance["alpha"] = image.alpha
         if image.georeference is not None:  # pyramids made before it was kept lack it
             provenance["georeference"] = geo.to_json(image.georeference)
         mpp_yx = (options.mpp, options.mpp) if options.mpp else image.mpp_yx
@@ -116,6 +118,7 @@ def convert(
             channels=image.channels,
             nodata=image.nodata,
             bits=image.bits,
+            alpha=image.alpha,
             georeference=image.georeference,
             window=(0.0, 2.0**image.bits - 1) if image.bits else planned.window,
             provenance=provenance,
@@ -240,7 +243,7 @@ def _write(
             )
         shard = info.levels[0].layout.shard
         bands = Bands(source, output.scratch, shard, strip_rows) if strip_rows else None
-        job = Job(source, info.levels, output.output, bands, target, info.nodata)
+        job = Job(source, info.levels, output.output, bands, target, info.nodata, info.alpha)
         try:
             with open_executor(executor, workers, job) as run:
                 receipts = build(job, done, run, on_made)

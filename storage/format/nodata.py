@@ -1,7 +1,8 @@
 """Pixels that hold no data: which they are, and how files tell their value.
 
 A value stands for "nothing was recorded here" in each channel on its own, as GDAL has it. Of floating-point images,
-NaN does so too, whatever the file says.
+NaN does so too, whatever the file says. An alpha channel that is 0 says it of all channels at once; the mask that a
+GeoTIFF has besides its pixels is read as one.
 
 Shape letters: C channels, H height, W width.
 """
@@ -19,13 +20,25 @@ if TYPE_CHECKING:
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # as zarr writes fill values
 
 
-def holds_data(pixels: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
-    """Whether each of some pixels, of any shape, holds data."""
-    if pixels.dtype.kind != "f":
-        return np.ones(pixels.shape, bool) if nodata is None else pixels != pixels.dtype.type(nodata)
-    there: NDArray[np.bool_] = ~np.isnan(pixels)
+def holds_data(pixels: NDArray[Any], nodata: float | None, alpha: int | None = None) -> NDArray[np.bool_]:
+    """Whether each of some pixels holds data.
+
+    Parameters
+    ----------
+    pixels
+        Of any shape; (..., C, H, W) where there is an alpha channel.
+    nodata
+        The value of those that hold none, if there is one.
+    alpha
+        The number of the channel whose zeros say that no channel holds data, if there is one.
+    """
+    there: NDArray[np.bool_] = ~np.isnan(pixels) if pixels.dtype.kind == "f" else np.ones(pixels.shape, bool)
     if nodata is not None and not math.isnan(nodata):
         there &= pixels != pixels.dtype.type(nodata)
+    if alpha is not None:
+        shown = pixels[..., alpha, :, :] > 0
+        there &= shown[..., None, :, :]
+        there[..., alpha, :, :] = shown
     return there
 
 

@@ -117,6 +117,7 @@ class PyramidInfo:
     levels: tuple[LevelInfo, ...]
     nodata: float | None = None  # value of pixels that hold no data, each channel for itself
     bits: int | None = None  # of a sample, where it has fewer than its type
+    alpha: int | None = None  # number of the channel whose zeros say that no channel holds data there
     georeference: Georeference | None = None  # of level 0
     provenance: dict[str, Any] = field(default_factory=dict)  # source fingerprint and options, JSON values
 
@@ -280,6 +281,7 @@ def _own_json(info: PyramidInfo) -> dict[str, Any]:
     known = {
         "nodata": None if info.nodata is None else to_json(info.nodata),
         "bits": info.bits,
+        "alpha": info.alpha,
         "georeference": info.georeference and geo.to_json(info.georeference),
     }
     own = {"format": FORMAT, "provenance": info.provenance, "shards": shards}
@@ -305,6 +307,7 @@ def _parse(
         levels=tuple(levels),
         nodata=from_json(own.get("nodata"), levels[0].layout.dtype),
         bits=_bits(own.get("bits"), levels[0].layout.dtype),
+        alpha=_alpha(own.get("alpha"), levels[0].shape[0]),
         georeference=geo.from_json(own.get("georeference")),
         provenance=typed.mapping(own.get("provenance"), "provenance"),
     )
@@ -313,6 +316,10 @@ def _parse(
 def _bits(value: Any, dtype: np.dtype[Any]) -> int | None:
     most = 8 * dtype.itemsize - 1 if dtype.kind == "u" else 0
     return None if value is None else typed.integer(value, "bits", 1, most)
+
+
+def _alpha(value: Any, channels: int) -> int | None:
+    return None if value is None else typed.integer(value, "alpha", 0, channels - 1)
 
 
 def _window(ome: dict[str, Any]) -> tuple[float, float]:

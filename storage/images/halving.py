@@ -29,7 +29,13 @@ SUM_TYPES = {
 }
 
 
-def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None, *, nodata: float | None = None) -> NDArray[Any]:
+def downsample(
+    pixels: NDArray[Any],
+    out: NDArray[Any] | None = None,
+    *,
+    nodata: float | None = None,
+    alpha: int | None = None,
+) -> NDArray[Any]:
     """Average 2x2 pixels.
 
     Parameters
@@ -40,6 +46,8 @@ def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None, *, nodata:
         An array (C, ceil(H / 2), ceil(W / 2)) of the same type to fill; it is made if None.
     nodata
         The value of pixels that hold no data, each channel for itself; NaN holds none in any case.
+    alpha
+        The number of the channel whose zeros say that no channel holds data there.
 
     Returns
     -------
@@ -47,7 +55,8 @@ def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None, *, nodata:
         The mean of those of the four pixels that hold data, `nodata` (or NaN) where none does. Integers are rounded
         half up, ``(a + b + c + d + 2) >> 2``. A mean that comes out as `nodata` itself is raised to the next value,
         as GDAL does, because there is data. At an odd edge the mean is over the one or two pixels there are, which
-        is what repeating the edge gives.
+        is what repeating the edge gives. Where alpha is 0 in all four, all channels are 0; elsewhere it is the
+        mean of the alphas that are not.
     """
     _, height, width = pixels.shape
     if height % 2 or width % 2:
@@ -57,7 +66,9 @@ def downsample(pixels: NDArray[Any], out: NDArray[Any] | None = None, *, nodata:
         out = np.empty((channels, height // 2, width // 2), pixels.dtype)
     for c in range(channels):
         for y in range(0, height, BLOCK_ROWS):  # these parts stay in the processor's cache
-            _mean_of_data(pixels[c, y : y + BLOCK_ROWS], out[c, y // 2 : (y + BLOCK_ROWS) // 2], nodata)
+            rows, halved = slice(y, y + BLOCK_ROWS), slice(y // 2, (y + BLOCK_ROWS) // 2)
+            shown = None if alpha is None else pixels[alpha, rows] > 0
+            _mean_of_data(pixels[c, rows], out[c, halved], None if c == alpha else nodata, shown)
     return out
 
 
@@ -75,17 +86,26 @@ def whole_ratio(finest_yx: tuple[int, int], coarser_yx: tuple[int, int]) -> int 
     return None
 
 
-def _mean_of_data(pixels: NDArray[Any], out: NDArray[Any], nodata: float | None) -> None:
-    """As `_mean_2x2`, leaving out the pixels that hold no data."""
-    if nodata is None or math.isnan(nodata):
+def _mean_of_data(
+    pixels: NDArray[Any], out: NDArray[Any], nodata: float | None, shown: NDArray[np.bool_] | None
+) -> None:
+    """As `_mean_2x2`, leaving out the pixels that hold no data, or are not `shown` by an alpha channel."""
+    if shown is not None and shown.all():
+        shown = None
+    if shown is None and (nodata is None or math.isnan(nodata)):
         _mean_2x2(pixels, out)
         if out.dtype.kind != "f" or not np.isnan(out).any():  # a NaN would show in the mean
             return
     there = holds_data(pixels, nodata)
-    nothing = out.dtype.type(math.nan if nodata is None else nodata)
+    # Integers without such a value have nothing to keep clear of, but what alpha hides, which becomes 0 below.
+    nothing = (
+        None if nodata is None and out.dtype.kind != "f" else out.dtype.type(math.nan if nodata is None else nodata)
+    )
+    if shown is not None:
+        there &= shown
     if there.all():
         _mean_2x2(pixels, out)
-        out[out == nothing] = _following(nothing)
+        _keep_clear(out, nothing)
         return
     rows = there[0::2].astype(np.uint8) + there[1::2]
     count = rows[:, 0::2] + rows[:, 1::2]
@@ -99,8 +119,16 @@ def _mean_of_data(pixels: NDArray[Any], out: NDArray[Any], nodata: float | None)
         sums = np.add(pixels[0::2], pixels[1::2], dtype=wide)
         total, number = sums[:, 0::2] + sums[:, 1::2], count.astype(wide)
         np.floor_divide(2 * total + number, 2 * np.maximum(number, 1), out=out, casting="unsafe")
-    out[out == nothing] = _following(nothing)
-    out[count == 0] = nothing
+    _keep_clear(out, nothing)
+    out[count == 0] = 0 if nothing is None else nothing
+    if shown is not None:
+        out[~shown.reshape(len(out), 2, -1, 2).any((1, 3))] = 0
+
+
+def _keep_clear(out: NDArray[Any], nothing: Any) -> None:
+    """Raise means that come out as the value of pixels without data."""
+    if nothing is not None:
+        out[out == nothing] = _following(nothing)
 
 
 def _following(value: Any) -> Any:

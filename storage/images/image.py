@@ -39,6 +39,7 @@ class Image:
     channels : channel names
     bits : bits of a sample, where it has fewer than its type: the largest value is ``2**bits - 1``; None elsewhere
     nodata : value of pixels that hold no data, each channel for itself; None where the file names none
+    alpha : number of the channel whose zeros say that no channel holds data there; None where there is none
     georeference : where on the Earth it lies; None where the file does not tell
     segment_yx : height and width of what is decoded at once, in pixels
     direct : whether a box is read without decoding whole segments
@@ -51,6 +52,7 @@ class Image:
     channels: tuple[str, ...]
     bits: int | None = None
     nodata: float | None = None
+    alpha: int | None = None
     georeference: Georeference | None = None
     segment_yx: tuple[int, int]
     direct = True

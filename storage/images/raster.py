@@ -75,6 +75,7 @@ class RasterImage(Image):
         self._pixels: NDArray[Any] | None = pixels
         self.segment_yx = (height, width)
         self.channels = CHANNELS[channels]
+        self.alpha = channels - 1 if self.channels[-1] == "A" else None
 
     def _read(self, file: RandomFile) -> bytes:
         """Return the file's bytes, which must be no more than the pixels may have."""

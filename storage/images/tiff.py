@@ -24,7 +24,8 @@ from storage.images.codestreams import (
     whole_jpeg_header,
 )
 from storage.images.orientation import UPRIGHT, stored_box, upright
-from storage.images.tiff_structure import TiffStructure, named
+from storage.images.tiff_log import named
+from storage.images.tiff_structure import TiffStructure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,9 +71,17 @@ class TiffImage(TiffStructure):
         pixels = self._read_stored(*stored_box((y, x, h, w), self.shape[1:], self.orientation))
         return upright(pixels.transpose(1, 2, 0), self.orientation).transpose(2, 0, 1)
 
+    def as_alpha(self, mask: NDArray[Any]) -> NDArray[Any]:
+        """Turn the pixels of a mask into an alpha channel of this image: 0, or the largest value that there is."""
+        largest = 1 if self.dtype.kind == "f" else 2**self.bits - 1 if self.bits else np.iinfo(self.dtype).max
+        alpha: NDArray[Any] = (mask > 0) * self.dtype.type(largest)
+        return alpha
+
     def _read_stored(self, y: int, x: int, h: int, w: int) -> NDArray[Any]:
         """Decode one box of the image as it is stored."""
         out = np.empty((self.shape[0], h, w), self.dtype)
+        if self.mask is not None:
+            out[-1:] = self.as_alpha(self.mask._read_stored(y, x, h, w))
         if h == 0 or w == 0:
             return out
         parts = list(product(self.planes, self._cut.parts(y, x, h, w)))

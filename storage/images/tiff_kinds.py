@@ -52,8 +52,16 @@ REWRITTEN_BY_TIFFFILE = {34892: "JPEG of DNG", 34934: "JPEG XR"}
 REWRITTEN_BY_LIBTIFF = {6: "JPEG of an old style", 32809: "ThunderScan", 32909: "PixarLog", 34661: "JBIG"}
 HELD_AS = {"bool": "uint8", "float16": "float32"}
 PREDICTORS = (1, 2, 3)
-PALETTE, YCBCR, CIELAB = 3, 6, 8
-PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", PALETTE: "palette", 5: "CMYK", YCBCR: "YCbCr"}
+PALETTE, MASK, YCBCR, CIELAB = 3, 4, 6, 8
+PHOTOMETRICS = {
+    0: "white is zero",
+    1: "black is zero",
+    2: "RGB",
+    PALETTE: "palette",
+    MASK: "mask",
+    5: "CMYK",
+    YCBCR: "YCbCr",
+}
 OUT = "'OUT.tif[tile,bigtiff,compression=deflate]'"
 GDAL = "gdal_translate -co TILED=YES -co COMPRESS=DEFLATE -co BIGTIFF=IF_SAFER"
 REWRITE = "rewrite it as a tiled TIFF: vips tiffsave IN OUT.tif --tile --bigtiff --compression deflate"

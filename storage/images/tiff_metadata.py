@@ -82,6 +82,13 @@ def nodata_of(key: tifffile.TiffPage, dtype: np.dtype[Any]) -> float | None:
     return None if value is None else fitting(value, dtype)
 
 
+def alpha_of(key: tifffile.TiffPage) -> int | None:
+    """Tell which sample of a pixel is opacity, associated or not (ExtraSamples 1 and 2); None where none is."""
+    extra = key.extrasamples
+    found = next((number for number, kind in enumerate(extra) if kind in (1, 2)), None)
+    return None if found is None else int(key.samplesperpixel) - len(extra) + found
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

@@ -32,6 +32,25 @@ def series_of(pages: Sequence[tifffile.TiffPage | tifffile.TiffFrame]) -> tifffi
     return tifffile.TiffPageSeries(whole, (len(whole), *first.shape), first.dtype, f"C{first.axes}")
 
 
+def masks_of(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> list[tifffile.TiffPage]:
+    """List the masks of an image of one page, and of its coarser copies.
+
+    They are pages that say so (bit 2 of NewSubfileType), between the image and the next one that is neither a mask
+    nor a copy of lower resolution.
+    """
+    index = series.keyframe.index
+    if len(series.pages) != 1 or not isinstance(index, int):
+        return []
+    masks = []
+    for number in range(index + 1, len(tif.pages)):
+        page = tif.pages[number].aspage()
+        if page.is_mask:
+            masks.append(page)
+        elif not page.is_reduced:
+            break
+    return masks
+
+
 def why_unclear(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> str:
     """Tell why the baseline image of a file may not be the one that is meant; the answer is empty where it is clear.
 

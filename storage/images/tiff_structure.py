@@ -3,25 +3,22 @@
 Accepted: tiled or striped, planar or not, classic or BigTIFF, OME-TIFF, SVS, SCN, Philips and other whole-slide
 TIFFs; axes YX, YXS, SYX or CYX; grey, RGB, YCbCr (as JPEG), CMYK (kept as four channels) and palettes (as the RGB
 that they stand for); the types of ``DTYPES`` and those that one of them holds exactly. Everything else is refused by
-name: see ``storage.images.tiff_kinds``. What tifffile logs names no file: it goes to the log ``storage.images.tiff``,
-at debug.
+name: see ``storage.images.tiff_kinds``.
 
 Shape letters: C channels, H height, W width, S samples of a pixel stored together.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Self, cast
 
 import numpy as np
 import tifffile
 
-from storage.errors import StorageError, UnsupportedImageError
+from storage.errors import CorruptImageError, StorageError, UnsupportedImageError
 from storage.images.geotiff import georeference_of
 from storage.images.halving import whole_ratio
 from storage.images.image import Image
@@ -43,8 +40,9 @@ from storage.images.tiff_kinds import (
     why_a_stack,
     why_refused,
 )
-from storage.images.tiff_metadata import channel_names, check_claims, mpp_yx, nodata_of
-from storage.images.tiff_pages import Pages, series_of, why_unclear
+from storage.images.tiff_log import named
+from storage.images.tiff_metadata import alpha_of, channel_names, check_claims, mpp_yx, nodata_of
+from storage.images.tiff_pages import Pages, masks_of, series_of, why_unclear
 from storage.images.tiff_segments import Cut, Plane, why_misplaced
 from storage.limits import LIMITS, Limits
 from storage.place.files import BlockReader, RandomFile
@@ -73,28 +71,6 @@ STORED_AS = (
     "tilewidth",
     "rowsperstrip",
 )
-_reading: ContextVar[str] = ContextVar("reading", default="")
-_logger = logging.getLogger("storage.images.tiff")
-
-
-def _ours(record: logging.LogRecord) -> bool:
-    """Let pass what tifffile logs about files that others read, and send what it logs about ours to our own log."""
-    if location := _reading.get():
-        _logger.debug("%s: %s", location, record.getMessage())
-    return not location
-
-
-tifffile.logger().addFilter(_ours)
-
-
-@contextmanager
-def named(location: str) -> Iterator[None]:
-    """Have tifffile's log lines name this file."""
-    token = _reading.set(location)
-    try:
-        yield
-    finally:
-        _reading.reset(token)
 
 
 class TiffStructure(Image):
@@ -118,6 +94,7 @@ class TiffStructure(Image):
     Attributes
     ----------
     coarser : the coarser levels, which share the file and are closed with it
+    mask : the mask that the file has of this image, read as the last channel; None where it has none
     planes : what the image is made of, as it is stored
     orientation : how that is turned or mirrored; see ``storage.images.orientation``
 
@@ -140,6 +117,8 @@ class TiffStructure(Image):
         self._allow_sparse = allow_sparse
         self._pages = pages
         self.coarser: list[Self] = []
+        self.mask: Self | None = None
+        self._about = ""
         try:
             self._open(coarser=coarser)
         except BaseException:
@@ -158,8 +137,10 @@ class TiffStructure(Image):
                     self._check_format(tif)
                     series = self._chosen_series(tif)
                     self._describe(tif, series, tables)
+                    if masks := masks_of(tif, series):
+                        self._take_mask(tif, masks, tables)
                     if coarser:
-                        self._describe_coarser(tif, series, tables)
+                        self._describe_coarser(tif, series, tables, masks)
             except StorageError:
                 raise
             except Exception as error:  # tifffile raises whatever a damaged header makes it run into
@@ -183,18 +164,62 @@ class TiffStructure(Image):
             raise self._unsupported(f"no page {self._pages}: it has {len(tif.pages)}, numbered from 0")
         return series_of([tif.pages[self._pages]])
 
-    def _describe_coarser(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
-        """Describe the levels below the baseline; one of other pixels, or of a kind that is not read, is left out."""
-        reduced = [one for one in tif.series if one.keyframe.is_reduced]  # tifffile wants one and the same step
+    def _describe_coarser(
+        self,
+        tif: tifffile.TiffFile,
+        series: tifffile.TiffPageSeries,
+        tables: Tables,
+        masks: Sequence[tifffile.TiffPage],
+    ) -> None:
+        """Describe the levels below the baseline; one of other pixels, or of a kind that is not read, is left out.
+
+        So is one that lacks a mask where the baseline has one.
+        """
+        # tifffile wants one and the same step from level to level
+        reduced = [one for one in tif.series if one.keyframe.is_reduced and not one.keyframe.is_mask]
         whole = [one for one in reduced if whole_ratio(self._cut.image_yx, _shape_yx(one)) not in (None, 1)]
         for level in [*series.levels[1:], *whole]:
-            other = cast("Self", object.__new__(type(self)))
-            other.__dict__ |= self.__dict__ | {"coarser": []}
+            other = cast("Self", self._another())
             with suppress(UnsupportedImageError):
                 other._describe(tif, level, tables)
+                if masks:
+                    other._take_mask(tif, masks, tables)
                 alike = ("dtype", "bits", "orientation")
                 if other.shape[0] == self.shape[0] and all(getattr(other, a) == getattr(self, a) for a in alike):
                     self.coarser.append(other)
+
+    def _another(self) -> Self:
+        """Make an image that is still to be described, of the same file."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__ | {"coarser": [], "mask": None}
+        return other
+
+    def _take_mask(self, tif: tifffile.TiffFile, masks: Sequence[tifffile.TiffPage], tables: Tables) -> None:
+        """Take the mask of this image's size for a last channel of it."""
+        size_yx = (self._key.imagelength, self._key.imagewidth)
+        found = next((mask for mask in masks if (mask.imagelength, mask.imagewidth) == size_yx), None)
+        if found is None:
+            other = f"{masks[0].imagelength} x {masks[0].imagewidth}"
+            raise self._unsupported(
+                f"its mask has {other} pixels, and the image {size_yx[0]} x {size_yx[1]}; take the mask away: "
+                "gdal_translate -mask none IN.tif OUT.tif"
+            )
+        mask = cast("Self", self._another())
+        mask._about, mask._allow_sparse = "its mask: ", True  # what is not stored is not shown, as GDAL has it
+        mask._describe(tif, series_of([found]), tables)
+        if mask.shape[0] != 1:
+            raise mask._unsupported(
+                "one for each channel; make one of them: gdal_translate -mask mask,1 IN.tif OUT.tif"
+            )
+        self.mask = mask
+        self.alpha, self.shape = self.shape[0], (self.shape[0] + 1, *self.shape[1:])
+        self.channels = (*self.channels, "mask")
+
+    def _corrupt(self, reason: str) -> CorruptImageError:
+        return super()._corrupt(self._about + reason)
+
+    def _unsupported(self, reason: str) -> UnsupportedImageError:
+        return super()._unsupported(self._about + reason)
 
     def _describe(self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables) -> None:
         axes = self._checked_axes(series)
@@ -223,6 +248,7 @@ class TiffStructure(Image):
         self._decode = key.decode
         self.mpp_yx = mpp_yx(tif, key)
         self.channels = channel_names(tif, key, self.shape[0])
+        self.alpha = alpha_of(key) if axes != "CYX" else None
         self._turn(orientation_of(key))
         self.georeference = georeference_of(key, self.orientation, self.shape[1:])
 
@@ -357,7 +383,8 @@ def _shape_yx(series: tifffile.TiffPageSeries) -> tuple[int, int]:
 def _baseline(tif: tifffile.TiffFile) -> tifffile.TiffPageSeries:
     """Return the first series that is no reduced copy; in an SCN, where the first is an overview, the largest."""
     if not tif.is_scn:
-        return next((series for series in tif.series if not series.keyframe.is_reduced), tif.series[0])
+        whole = (one for one in tif.series if not (one.keyframe.is_reduced or one.keyframe.is_mask))
+        return next(whole, tif.series[0])
     return max(tif.series, key=lambda series: series.keyframe.imagelength * series.keyframe.imagewidth)
 
 

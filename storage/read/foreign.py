@@ -53,6 +53,7 @@ class ForeignSource:
 
     memory_bytes = 0
     bits: int | None = None
+    alpha: int | None = None
     georeference: Georeference | None = None
     identity = None  # nothing lists the chunks, so any of them may change unnoticed
 

@@ -52,6 +52,7 @@ class HalvedSource:
 
     def __init__(self, image: Image, shapes_yx: Sequence[tuple[int, int]], pieces: Sequence[int]) -> None:
         self.channels, self.dtype, self.nodata, self.bits = image.channels, image.dtype, image.nodata, image.bits
+        self.alpha = image.alpha
         self.georeference = image.georeference
         self._steps = _steps(shapes_yx)
         self.levels = tuple(_level(step, pieces[step.number or 0], image.mpp_yx) for step in self._steps)
@@ -78,7 +79,9 @@ class HalvedSource:
             finer_yx = (min(2 * bottom, height) - 2 * top, min(2 * right, width) - 2 * left)
             finer = np.empty((1, len(out), *finer_yx), self.dtype)
             self.fill(level - 1, np.array([[2 * top, 2 * left, *finer_yx]]), finer)
-            out[:, top - y : bottom - y, left - x : right - x] = downsample(finer[0], nodata=self.nodata)
+            out[:, top - y : bottom - y, left - x : right - x] = downsample(
+                finer[0], nodata=self.nodata, alpha=self.alpha
+            )
 
 
 def fill_apart(

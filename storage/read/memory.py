@@ -31,7 +31,7 @@ class MemorySource:
     """
 
     bits: int | None = None
-    nodata: float | None = None  # what is transparent has an alpha channel
+    nodata: float | None = None
     georeference: Georeference | None = None
 
     def __init__(self, location: str, counters: Counters) -> None:
@@ -40,13 +40,13 @@ class MemorySource:
         with RasterImage(location) as image:
             _, height, width = image.shape
             pixels = np.ascontiguousarray(image.read(0, 0, height, width))
-            self.channels = image.channels
+            self.channels, self.alpha = image.channels, image.alpha
         counters.add(requests=1, read=size)
         self.dtype = pixels.dtype
         self._pixels = [pixels]
         sizes = level_sizes(height, width, MIN_LEVEL_SIZE)
         for _ in sizes[1:]:
-            self._pixels.append(downsample(self._pixels[-1]))
+            self._pixels.append(downsample(self._pixels[-1], alpha=self.alpha))
         self.levels = tuple(_level(number, size_yx) for number, size_yx in enumerate(sizes))
         self.memory_bytes = sum(level.nbytes for level in self._pixels)
 

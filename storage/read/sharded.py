@@ -83,6 +83,7 @@ class ShardedSource:
         self._cached_prefix = f"{location}\n{hashlib.blake2b(root, digest_size=16).hexdigest()}"
         self.name, self.dtype, self._info = info.name, info.levels[0].layout.dtype, info
         self.nodata, self.bits, self.georeference = info.nodata, info.bits, info.georeference
+        self.alpha = info.alpha
         self.channels = name_channels(info.channels, info.levels[0].shape[0])
         known = info.unit == "micrometer"
         self.levels = tuple(_level(level, info.levels[0], known=known) for level in info.levels)

@@ -59,6 +59,9 @@ class Slide:
     channels : channel names
     nodata : value of pixels that hold no data, each channel for itself, None where none is known; coarser levels are
         means of the other pixels. NaN holds no data in any case
+    alpha : number of the channel, from 0, that is the opacity of the others or the mask of the file: where it is 0,
+        none holds data, and coarser levels are means of the other pixels. None where there is no such channel
+    data_channels : numbers of all other channels
     dtype : uint8, int8, uint16, int16, uint32, int32, float32 or float64
     bits : bits of a sample where it has fewer than its type, as of cameras with 12; None elsewhere
     mpp : micrometres per pixel of level 0, None where unknown, as of scenes, whose pixels measure metres or degrees
@@ -76,7 +79,8 @@ class Slide:
         self._counters = Counters()
         self._source = _open_source(self.location, self._counters, cache)
         self.name, self.channels, self.dtype = self._source.name, self._source.channels, self._source.dtype
-        self.nodata, self.bits = self._source.nodata, self._source.bits
+        self.nodata, self.bits, self.alpha = self._source.nodata, self._source.bits, self._source.alpha
+        self.data_channels = [c for c in range(len(self.channels)) if c != self.alpha]
         self.georeference = self._source.georeference
         self.levels, self.memory_bytes = self._source.levels, self._source.memory_bytes
         self.mpp, self.shape_yx = self.levels[0].mpp, self.levels[0].shape_yx
@@ -161,20 +165,28 @@ class Slide:
 
         Returns
         -------
-        (N, h, w) bool, or None where every pixel of the image holds data: it names no value for those that do not
-        (``nodata``), and its pixels are integers, so that none is NaN
+        (N, h, w) bool, or None where every pixel of the image holds data (``has_gaps``)
 
         Raises
         ------
         CorruptImageError, TransferError
             As ``read``.
         """
-        if self.nodata is None and self.dtype.kind != "f":
+        if not self.has_gaps:
             return None
-        nothing = np.nan if self.nodata is None else self.nodata
-        there = holds_data(self.read_many(level, boxes, fill=nothing), self.nodata)
-        valid: NDArray[np.bool_] = np.logical_or.reduce(there, axis=1)
+        usual = np.nan if self.dtype.kind == "f" else 0
+        pixels = self.read_many(level, boxes, fill=usual if self.nodata is None else self.nodata)
+        valid: NDArray[np.bool_] = np.logical_or.reduce(self.holds_data(pixels)[:, self.data_channels], axis=1)
         return valid
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether there may be pixels that hold no data: it has `nodata` or `alpha`, or numbers that may be NaN."""
+        return self.nodata is not None or self.alpha is not None or self.dtype.kind == "f"
+
+    def holds_data(self, pixels: NDArray[Any]) -> NDArray[np.bool_]:
+        """Whether each of some pixels (..., C, h, w) of this slide, of all its channels, holds data."""
+        return holds_data(pixels, self.nodata, self.alpha)
 
     @property
     def identity(self) -> str | None:

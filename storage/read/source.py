@@ -70,6 +70,7 @@ class Source(Protocol):
     levels: tuple[Level, ...]
     bits: int | None  # bits of a sample, where it has fewer than its type
     nodata: float | None  # value of pixels that hold no data, each channel for itself
+    alpha: int | None  # channel whose zeros say that no channel holds data there
     georeference: Georeference | None  # where on the Earth it lies
     memory_bytes: int  # bytes of pixels held while it is open
 

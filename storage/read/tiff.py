@@ -56,10 +56,11 @@ class TiffSource(HalvedSource):
         """Digest of the file's length, of the table of tiles and of some tiles; see ``Source``."""
         image = self._image
         described = (image.file_bytes, self.channels, self.dtype.str, image.orientation)
-        digest = hashlib.sha256(repr((FORMAT, *described)).encode())
+        alpha = () if image.alpha is None else (image.alpha,)  # it decides coarser levels
+        digest = hashlib.sha256(repr((FORMAT, *described, *alpha)).encode())
         for image in self._images:
             digest.update(repr(image.shape).encode())
-            for plane in image.planes:
+            for plane in (*image.planes, *(image.mask.planes if image.mask else ())):
                 digest.update(plane.offsets.tobytes() + plane.counts.tobytes())
         for data in self._image.sample(SAMPLED_TILES):
             digest.update(data)
@@ -70,8 +71,12 @@ class TiffSource(HalvedSource):
         image = self._images[number]
         if image.direct or image.orientation != UPRIGHT:
             fill_apart(boxes, out, (image.shape[1], image.shape[2]), image.read)
-        else:
-            self._decode(image, boxes, out)
+            return
+        self._decode(image, boxes, out)
+        if image.mask is not None:
+            shown = np.zeros((len(out), 1, *out.shape[2:]), image.mask.dtype)
+            self._decode(image.mask, boxes, shown)
+            out[:, -1:] = image.as_alpha(shown)
 
     def close(self) -> None:
         """Close the file."""

@@ -51,7 +51,8 @@ def check_sharded(check: Check, store: Store, root: dict[str, Any], source: str 
     pages = pages if pages == "channels" or (type(pages) is int and pages >= 0) else None
     with open_source(check, source, first.shape, first.layout.dtype, allow_sparse=sparse, pages=pages) as image:
         check.run(
-            _Shards(check, store, info.levels, image, info.nodata).tasks(), sum(level.nbytes for level in info.levels)
+            _Shards(check, store, info.levels, image, info.nodata, info.alpha).tasks(),
+            sum(level.nbytes for level in info.levels),
         )
 
 
@@ -107,6 +108,7 @@ class _Shards:
     levels: tuple[LevelInfo, ...]
     source: PixelSource | None
     nodata: float | None
+    alpha: int | None
 
     def tasks(self) -> list[Callable[[], object]]:
         """All that is to be done, each task in the memory of a few shards."""
@@ -136,7 +138,7 @@ class _Shards:
             pixels = self._examine(number, (y, x))
             if pixels is None or means is None:
                 continue  # what is damaged is named where it is examined
-            expected = downsample(pixels, nodata=self.nodata)
+            expected = downsample(pixels, nodata=self.nodata, alpha=self.alpha)
             top, left = half * (y - 2 * parent[0]), half * (x - 2 * parent[1])
             found = means[:, top : top + expected.shape[1], left : left + expected.shape[2]]
             if wrong := differences(found, expected, (y * half, x * half), coarser.layout.chunk):

@@ -153,7 +153,7 @@ class TestPixels:
 class TestLook:
     def test_colours_are_as_they_are(self, pyramid):
         slide, pixels = pyramid
-        look = paint.default_look(paint.find_ranges(slide))
+        look = paint.default_look(slide, paint.find_ranges(slide))
         assert np.array_equal(whole(slide, 0, paint.painter(slide, look)), colours(pixels))
 
     def test_each_channel_adds_its_light(self, pyramid):
@@ -172,7 +172,7 @@ class TestLook:
         )
         write_pyramid(tmp_path / "a.ome.zarr", values.astype(np.uint16))
         with Slide(tmp_path / "a.ome.zarr") as slide:
-            look = paint.default_look(paint.find_ranges(slide))
+            look = paint.default_look(slide, paint.find_ranges(slide))
             drawn = whole(slide, 0, paint.painter(slide, look))
         assert len(look.channels) == kinds
         for number, shown in enumerate(look.channels):
@@ -186,7 +186,7 @@ class TestLook:
         values[:, :100] = np.nan
         write_pyramid(tmp_path / "a.ome.zarr", values)
         with Slide(tmp_path / "a.ome.zarr") as slide:
-            look = paint.default_look(paint.find_ranges(slide))
+            look = paint.default_look(slide, paint.find_ranges(slide))
             assert 4.9 < look.channels[0].low < look.channels[0].high < 9.1
             drawn = tiles.draw_tile(slide, Tile(0, 0, 0), paint.painter(slide, look), nothing)
             lower = tiles.draw_tile(slide, Tile(0, 1, 0), paint.painter(slide, look), nothing)
@@ -198,11 +198,11 @@ class TestLook:
     def test_nothing_but_gaps_is_shown_too(self, tmp_path):
         write_pyramid(tmp_path / "a.ome.zarr", np.full((1, 300, 300), np.nan, np.float32))
         with Slide(tmp_path / "a.ome.zarr") as slide:
-            drawn = whole(slide, 0, paint.painter(slide, paint.default_look(paint.find_ranges(slide))))
+            drawn = whole(slide, 0, paint.painter(slide, paint.default_look(slide, paint.find_ranges(slide))))
         assert not drawn[..., 3].any()
 
     def test_is_read_from_an_address(self, pyramid):
-        slide, usual = pyramid[0], paint.default_look(paint.find_ranges(pyramid[0]))
+        slide, usual = pyramid[0], paint.default_look(pyramid[0], paint.find_ranges(pyramid[0]))
         assert paint.read_look({}, slide, usual) == usual
         query = {"channels": "2~00ff80~1.5~200,0~ffffff~-3~1e2", "gamma": "0.5"}
         assert paint.read_look(query, slide, usual) == Look(
@@ -226,7 +226,7 @@ class TestLook:
     )
     def test_what_is_no_look_is_refused(self, pyramid, query):
         with pytest.raises(UsageError, match="not how this slide can be shown"):
-            paint.read_look(query, pyramid[0], paint.default_look(paint.find_ranges(pyramid[0])))
+            paint.read_look(query, pyramid[0], paint.default_look(pyramid[0], paint.find_ranges(pyramid[0])))
 
 
 class TestHeat:
