@@ -9,6 +9,7 @@ n on. Every answer is one line of JSON.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import math
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ADDRESS_SPACE = 1536 * 2**20  # above what the imports took
+MOST_GROWTH = 2**30  # bytes that one mutated file may make this process take
 GROWTH = 128 * 2**20  # bytes that mutated metadata of a small pyramid may make this process take
 SAFE_BYTES = 128 * 2**20  # larger images are only read in part
 IN_PLACE = 128  # pixels, side of what is read of a slide where it lies
@@ -126,13 +128,25 @@ def look_in_place(path: Path) -> dict[str, Any]:
     return answer
 
 
-def mutate(data: bytes, number: int) -> bytes:
-    """Change a few bytes: half of the times near the start, where headers are, else anywhere."""
+def structure(data: bytes) -> list[range]:
+    """Where a file says what is in it: the entries of a TIFF's directories and their values, else the first bytes."""
+    places = [range(4, min(600, len(data)))]
+    if data.startswith((b"II", b"MM")):
+        with tifffile.TiffFile(io.BytesIO(data)) as tif:
+            pages = [page for each in tif.pages for page in (each, *(each.pages or []))]
+            for tag in (tag for page in pages for tag in page.tags):
+                places.append(range(tag.offset, tag.offset + (20 if tif.is_bigtiff else 12)))
+                places.append(range(tag.valueoffset, tag.valueoffset + tag.valuebytecount))
+    return [place for place in places if len(place)]
+
+
+def mutate(data: bytes, number: int, structure: list[range]) -> bytes:
+    """Change a few bytes: half of the times of the structure, else anywhere."""
     chance = random.Random(number)
     out = bytearray(data)
-    end = min(600, len(out)) if chance.random() < 0.5 else len(out)
+    places = structure if chance.random() < 0.5 else [range(4, len(out))]
     for _ in range(chance.randint(1, 4)):
-        out[chance.randrange(4, end)] = chance.choice([0, 1, 127, 128, 255, chance.randrange(256)])
+        out[chance.choice(chance.choice(places))] = chance.choice([0, 1, 127, 128, 255, chance.randrange(256)])
     if chance.random() < 0.1:
         del out[chance.randrange(8, len(out)) :]
     return bytes(out)
@@ -141,14 +155,16 @@ def mutate(data: bytes, number: int) -> bytes:
 def fuzz(seed: Path, first: int, count: int, *, in_place: bool = False) -> dict[str, Any]:
     """Look at mutations of a seed; the last one stays in a file, should this process die of it."""
     data, path = seed.read_bytes(), seed.with_name(f"mutated-{seed.name}")
+    places = structure(data)
     outcomes: Counter[str] = Counter()
     wrong = []
     for number in range(first, first + count):
-        path.write_bytes(mutate(data, number))
+        path.write_bytes(mutate(data, number, places))
+        meter = Meter()
         answer = look_in_place(path) if in_place else look(path)
         outcomes[answer["outcome"]] += 1
         named = answer["outcome"] == "read" or path.name in answer["message"]
-        if not named or answer.get("equal") is False:
+        if not named or answer.get("equal") is False or meter.read()["growth"] > MOST_GROWTH:
             wrong.append((number, answer))
     return {"outcomes": outcomes, "wrong": wrong}
 
