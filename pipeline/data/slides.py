@@ -17,6 +17,7 @@ from nested_ats.config import EncoderConfig, PatchConfig
 from nested_ats.images import find_level
 from nested_ats.mask import Mask
 from pipeline.config import CacheConfig
+from pipeline.data.given import FeatureImage
 from pipeline.data.manifest import Entry
 from pipeline.data.tissue import model_mask
 from pipeline.errors import DataError
@@ -325,7 +326,7 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
 
 
-def check_slide(image: SlideImage, config: EncoderConfig, channels: int | None = None) -> list[int]:
+def check_slide(image: SlideImage | FeatureImage, config: EncoderConfig, channels: int | None = None) -> list[int]:
     """See that a slide has what a model reads, and return the numbers of the slide's levels that are read.
 
     Parameters
@@ -344,7 +345,8 @@ def check_slide(image: SlideImage, config: EncoderConfig, channels: int | None =
     """
     path, count = image.slide.location, len(image.numbers)
     if channels is not None and count != channels:
-        raise DataError(f"{path}: {count} channels where the model has {channels}; convert slides of one kind")
+        cure = "convert slides of one kind" if isinstance(image, SlideImage) else "take features of one encoder"
+        raise DataError(f"{path}: {count} channels where the model has {channels}; {cure}")
     try:
         found = [find_level(image, downsample) for downsample in config.downsamples]
     except ValueError as error:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nested_ats import Classes, Prediction
+from nested_ats import Classes, Image, Prediction
 from nested_ats.cells import box_starts
 from nested_ats.config import ModelConfig, PatchConfig
 from nested_ats.maps import attention_map
 from nested_ats.models.patches import PatchModel
+from nested_ats.networks.builtin import GIVEN
 from pipeline.data.cases import group_cases
 from pipeline.data.crs import needed
 from pipeline.data.manifest import Entry
@@ -88,6 +89,8 @@ def heatmaps(entries: Sequence[Entry], settings: Settings, folder: Path, *, geot
         raise UsageError(
             f"{settings.model}: a model without patches looks everywhere alike, so there is nothing to draw"
         )
+    if classifier.model.config.encoder_name == GIVEN:
+        raise UsageError(f"{settings.model}: a model of features that were given; a heatmap is drawn on slides")
     make_folder(folder)
     if settings.unit == "case":
         entries = group_cases(entries, ())
@@ -117,10 +120,11 @@ class _Look(NamedTuple):
 def _heatmap(classifier: Classifier, entry: Entry, folder: Path, *, geotiff: bool) -> list[Heatmap]:
     """Write the heatmaps of a sample: of a slide, or of each slide of a case."""
     with classifier.opened(entry) as image:
-        for each in image.slides if geotiff else []:
+        opened = [each for each in image.slides if isinstance(each, SlideImage)]  # all: features were refused
+        for each in opened if geotiff else []:
             georeference_of(each.slide)  # what cannot be written is said before anything is computed
         looks = _look(classifier, entry, image)
-        slides = zip(entry.slides or [entry], image.slides, looks, strict=True)
+        slides = zip(entry.slides or [entry], opened, looks, strict=True)
         return [_write(one, slide, look, folder, geotiff=geotiff) for one, slide, look in slides]
 
 
@@ -147,7 +151,7 @@ def _look(classifier: Classifier, entry: Entry, image: Sample) -> list[_Look]:
     return looks
 
 
-def _cells(slide: SlideImage, pitch: float) -> tuple[int, int]:
+def _cells(slide: Image, pitch: float) -> tuple[int, int]:
     """Rows and columns of a map over a slide."""
     height, width = slide.shapes[0]
     return math.ceil(height / pitch), math.ceil(width / pitch)
