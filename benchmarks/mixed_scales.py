@@ -1,17 +1,18 @@
 """What slides of two scanners teach: test accuracy on *signs*, trained at one scale and at two.
 
-The scenes are those of `make demo`, 512 x 512 pixels, each scanned twice: at 0.5 micrometres per pixel as it is drawn,
-and at 0.25, enlarged twice by a cubic spline. Each scan has noise of its own, so that a mean of the fine one is not the
-coarse one again. Models train on the same scenes from the same weights, in the order that the seed says:
+The scenes are those of `make demo`, 512 x 512 pixels, each scanned twice: at 0.5 micrometres per pixel as it is
+drawn, and at 0.25, enlarged twice by a cubic spline. Each scan has noise of its own, so that a mean of the fine one is not
+the coarse one again. Models train on the same scenes from the same weights, in the order that the seed says:
 
 - *one scale*: all at 0.5;
 - *two scales*: every other scene of a label at 0.25, with `model.mpp: 0.5`, by which the model sees both at 0.5;
 - *two scales, not told*: the same slides without `model.mpp`, so that a level is so many pixels of whatever size.
 
-Each model answers all test scenes twice, from their scans at 0.5 and from those at 0.25. An arm of a seed is written to
-the result file when it is done, and a rerun does only what is missing.
+Each model answers all test scenes twice, from their scans at 0.5 and from those at 0.25. An arm of a seed is written
+to the result file when it is done, and a rerun does only what is missing.
 
-    python benchmarks/mixed_scales.py --work FOLDER [--seeds 0 1 2] [--scenes 700 160] [--results FILE] [--show] [--quick]
+    python benchmarks/mixed_scales.py --work FOLDER [--seeds 0 1 2] [--scenes 700 160] [--results FILE]
+        [--show] [--quick]
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def one_run(arm: Arm, seed: int, numbers: tuple[int, int], work: Path, settings:
     count, tests = numbers
     config = configuration(arm, seed, settings)
     slides = [
-        scan(work / "scans", index, "train", arm.scans[index // len(LABELS) % len(arm.scans)]) for index in range(count)
+        scan(work / "scans", index, "train", arm.scans[index // len(LABELS) % len(arm.scans)])
+        for index in range(count)
     ]
     run = work / "runs" / f"{'-'.join(map(str, arm.scans))}-{arm.mpp}-{seed}"
     began = time.monotonic()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from nested_ats.mask import PRIORS, Prior
-from nested_ats.networks.builtin import ENCODERS
+from nested_ats.networks.builtin import ENCODERS, GIVEN
 from nested_ats.networks.encoders import check_encoder, read_choice
 from nested_ats.networks.trainable import Trainable, check_trainable
 from nested_ats.sampling import METHODS, Method
@@ -98,6 +98,12 @@ class PatchConfig(EncoderConfig):
         super()._check_encoder(self.patch_size)
         if self.patch_downsample < 1:
             raise ValueError("patch_downsample: must be at least 1")
+        of_tiles = (self.patch_size, self.patch_downsample, self.prior, self.mpp) == (1, 1, "valid", None)
+        if self.encoder_name == GIVEN and not of_tiles:
+            raise ValueError(
+                "encoder: given takes features, of which each tile has one pixel: set patch_size and "
+                "patch_downsample to 1, prior to valid, and leave mpp out"
+            )
         if not self.scale > 0:
             raise ValueError("scale: must be positive")
         if self.prior not in PRIORS:

@@ -31,6 +31,7 @@ from pydantic import (
 from nested_ats import CNNConfig, DeepMILConfig, ModelConfig, UniformConfig, levels_for
 from nested_ats.config import PatchConfig
 from nested_ats.models.kinds import KINDS, bring_up_to_date, plain_encoder
+from nested_ats.networks.builtin import GIVEN
 from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from pipeline.errors import UsageError
@@ -279,6 +280,15 @@ class Config(_Section):
                 )
             if self.model.location:
                 raise ValueError("data.unit: a place in a case means nothing; set model.location to false")
+        return self
+
+    @model_validator(mode="after")
+    def _move_features_alone(self) -> Self:
+        change = self.train.augment
+        if self.model.encoder_name == GIVEN and (change.brightness or change.contrast):
+            raise ValueError(
+                "train.augment: features have no brightness or contrast; flip and translation move tiles"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.crs import metres_per_pixel
-from pipeline.data.manifest import is_image_file
+from pipeline.data.given import FeatureImage, is_features
+from pipeline.data.manifest import Entry, is_image_file, slide_name
 from pipeline.errors import PipelineError
 from storage import Slide
 from storage.format.nodata import to_json
@@ -33,6 +34,8 @@ def describe(location: str) -> dict[str, Any]:
 
         if location in PRESETS:
             return _describe_encoder(location, PRESETS[location])
+    if is_features(location):
+        return _describe_features(location)
     kind = "DICOM series" if dicom_file(location) else "image" if is_image_file(location) else "pyramid"
     with Slide(location) as slide:
         levels = [
@@ -65,6 +68,19 @@ def _describe_place(slide: Slide) -> dict[str, Any]:
         metres = metres_per_pixel(place, slide.location)
     about = {"crs": place.words, "transform": list(place.transform)}
     return {"georeference": about | ({"metres_per_pixel": list(metres)} if metres else {})}
+
+
+def _describe_features(location: str) -> dict[str, Any]:
+    image = FeatureImage(Entry(slide_id=slide_name(location), path=location))
+    tiles, features = image.slide.features.shape
+    return {
+        "path": location,
+        "kind": "features",
+        "tiles": tiles,
+        "features": features,
+        "grid": list(image.shapes[0]),
+        "made_by": image.slide.made_by,
+    }
 
 
 def _describe_encoder(name: str, preset: Preset) -> dict[str, Any]:

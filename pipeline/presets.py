@@ -23,6 +23,7 @@ from typing import NamedTuple
 from nested_ats.config import LevelConfig, levels_for
 from nested_ats.networks.hub import cached
 from nested_ats.networks.presets import PRESETS
+from pipeline.data.given import FeatureImage, is_features
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import open_slide
 from pipeline.errors import DataError, UsageError
@@ -30,7 +31,7 @@ from pipeline.net import Net
 from pipeline.progress import each_slide
 from storage import processors
 
-KINDS = ("histology", "scenes", "megapixel")
+KINDS = ("histology", "scenes", "megapixel", "features")
 _MOBILENET = "mobilenet_v2-b0353104.pth"
 _STEPS, _BATCH = 400, 4  # of a training on top of a network that stays as it is
 _FEWEST, _MOST = 10, 100  # epochs
@@ -88,9 +89,16 @@ def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where
         raise UsageError(f"{kind}: no such preset; choose one of {', '.join(KINDS)}")
     if encoder and encoder not in PRESETS:
         raise UsageError(f"--encoder {encoder}: no such preset; choose one of {', '.join(PRESETS)}")
+    if kind == "features" and (images := [entry.path for entry in entries if not is_features(entry.path)]):
+        raise UsageError(
+            f"{images[0]}: an image; init features is for .h5 files of features, which the manifest names"
+        )
     slides = look_at(entries) if entries else None
-    values = {"made_for": _made_for(slides, where)}
-    values |= _megapixel(slides) if kind == "megapixel" else _pretrained(kind, slides, encoder)
+    values = {"made_for": _made_for(slides, where, "tiles" if kind == "features" else "pixels")}
+    if kind == "features":
+        values |= _course(slides)
+    else:
+        values |= _megapixel(slides) if kind == "megapixel" else _pretrained(kind, slides, encoder)
     template = files("pipeline").joinpath("templates", f"{kind}.yaml").read_text()
     return Template(template).substitute(values), slides
 
@@ -99,6 +107,11 @@ def look_at(entries: Sequence[Entry]) -> Slides:
     """Open slides and see what they have in common; those that cannot be opened are named (DataError: none can)."""
 
     def look(entry: Entry) -> tuple[Entry, _About | None, str]:
+        if is_features(entry.path):
+            with Net() as net:
+                image = FeatureImage(entry)
+                return entry, _About(image.shapes[0], None, len(image.numbers), gaps=False), ""
+            return entry, None, net.error
         with Net() as net, open_slide(entry.path) as slide:
             return (
                 entry,
@@ -129,12 +142,12 @@ def look_at(entries: Sequence[Entry]) -> Slides:
     )
 
 
-def _made_for(slides: Slides | None, where: str) -> str:
+def _made_for(slides: Slides | None, where: str, unit: str) -> str:
     if slides is None:
         return "# Made for no slides in particular; give init a manifest for levels and a scale that fit yours."
     height, width = slides.shape_yx
     mpp = f", {slides.mpp:g} micrometres a pixel or less" if slides.mpp else ""
-    largest = f"up to {height} x {width} pixels, {slides.channels} channels{mpp}"
+    largest = f"up to {height} x {width} {unit}, {slides.channels} channels{mpp}"
     return f"# Made for {slides.count} slides of {where}: {largest}."
 
 
@@ -154,8 +167,6 @@ def _pretrained(kind: str, slides: Slides | None, encoder: str | None) -> dict[s
         scale = slides.mpp / mpp
     told = slides is not None and slides.mpp is not None
     longer = max(slides.shape_yx) * scale if slides else 4096.0
-    training = max(1, round((slides.training if slides else 50) * 0.8))
-    epochs = min(_MOST, max(_FEWEST, round(_STEPS * _BATCH / training)))
     if kind == "histology":
         prior = "tissue" if colours else "none"
     else:
@@ -168,9 +179,15 @@ def _pretrained(kind: str, slides: Slides | None, encoder: str | None) -> dict[s
         "trainable": trained,
         "standardise": str(colours).lower(),
         "prior": prior,
-        "epochs": str(epochs),
-        "steps": str(epochs * math.ceil(training / _BATCH)),
+        **_course(slides),
     }
+
+
+def _course(slides: Slides | None) -> dict[str, str]:
+    """How long a training takes, of a few parameters."""
+    training = max(1, round((slides.training if slides else 50) * 0.8))
+    epochs = min(_MOST, max(_FEWEST, round(_STEPS * _BATCH / training)))
+    return {"epochs": str(epochs), "steps": str(epochs * math.ceil(training / _BATCH))}
 
 
 def _levels(side: int, longer: float, downsample: int) -> str:

@@ -86,8 +86,8 @@ class ImageModel(nn.Module):
         self.config = config = replace(
             config,
             encoder=built.encoder,
-            mean=(built.mean or 0.5) if config.mean is None else config.mean,
-            std=(built.std or 0.25) if config.std is None else config.std,
+            mean=next(each for each in (config.mean, built.mean, 0.5) if each is not None),
+            std=next(each for each in (config.std, built.std, 0.25) if each is not None),
         )
         self._frozen = freeze(self.encoder, config.trainable)
         self.locate = nn.Linear(self.features + 2, self.features) if location else None

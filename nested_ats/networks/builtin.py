@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from nested_ats.networks.mobilenet import MobileNetV2Encoder
 
+GIVEN = "given"  # the encoder of features that others have extracted
+
 
 class _Encoder(nn.Module):
     """Runs `layers` one after the other."""
@@ -154,6 +156,27 @@ class ResNetEncoder(_Encoder):
         )
 
 
+class GivenFeatures(_Encoder):
+    """Takes features that others have extracted, (P, D, 1, 1), for what they are; or through one trained layer.
+
+    Parameters
+    ----------
+    in_channels
+        D of what is given.
+    width
+        None, or the width of a linear layer with ReLU, as CLAM's first one is (Lu et al. 2021; theirs has 512).
+    of
+        Which encoder has made them. It changes nothing here; whoever reads the features compares it with the files'.
+    """
+
+    def __init__(self, *, in_channels: int, width: int | None = None, of: str = "") -> None:
+        super().__init__()
+        del of
+        self.features = width or in_channels
+        layer = [] if width is None else [nn.Linear(in_channels, width), nn.ReLU()]
+        self.layers = nn.Sequential(nn.Flatten(), *layer)
+
+
 class Builtin(NamedTuple):
     """One of our own encoders.
 
@@ -169,6 +192,8 @@ class Builtin(NamedTuple):
         Whether one network takes images of any size.
     imagenet
         Whether its published weights are for pixels normalised as ImageNet's.
+    raw
+        Whether what it takes is no pixels, and stays as it is.
     """
 
     build: Callable[[int, int, int, Mapping[str, Any]], nn.Module]
@@ -176,6 +201,7 @@ class Builtin(NamedTuple):
     channel_multiple: int = 1
     any_size: bool = True
     imagenet: bool = False
+    raw: bool = False
 
 
 def _resnet(**shape: Any) -> Builtin:
@@ -196,5 +222,6 @@ ENCODERS: dict[str, Builtin] = {
     # The CNN baseline of H.1 and H.3: starts with 32 channels, doubled after every two residual blocks. The strides
     # are not in the paper: here the image is halved by the stem and wherever the width doubles.
     "resnet16": _resnet(stem=3, stem_stride=2, widths=(1, 1, 2, 2, 4, 4, 8), strides=(1, 1, 2, 1, 2, 1, 2)),
+    GIVEN: Builtin(lambda c, _n, _, o: GivenFeatures(in_channels=c, **o), 1, any_size=False, raw=True),
     "mobilenet_v2": Builtin(lambda c, _n, _, o: MobileNetV2Encoder(in_channels=c, **o), 32, imagenet=True),
 }

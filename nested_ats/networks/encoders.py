@@ -131,14 +131,14 @@ class Built(NamedTuple):
     encoder
         Its entry in the configuration, enough to build it again without its weights.
     mean, std
-        Mean and spread of each channel of its training pixels, in [0, 1]; None where they are unknown.
+        Mean and spread of each channel of its training pixels, in [0, 1], or one of all; None where they are unknown.
     """
 
     module: nn.Module
     features: int
     encoder: str | dict[str, Any]
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | float | None = None
+    std: tuple[float, ...] | float | None = None
 
 
 def build_encoder(
@@ -188,6 +188,8 @@ def build_encoder(
     if isinstance(said, int) and said != found:
         raise EncoderError(f"encoder: {name} says that it has {said} features, and gives {found}")
     kept = choice._replace(options=backbone.options).plain
+    if name in ENCODERS and ENCODERS[name].raw:
+        return Built(module, found, kept, 0.0, 1.0)
     return Built(
         module, found, kept, _per_channel(backbone.mean, in_channels), _per_channel(backbone.std, in_channels)
     )

@@ -45,6 +45,11 @@ def _print_info(about: dict[str, Any]) -> None:
         print(f"  patches of {about['patch_size']} pixels at {mpp} micrometres per pixel")
         print(f"  mean {about['mean']}, std {about['std']}; licence and weights: {about['page']}")
         return
+    if about["kind"] == "features":
+        rows, columns = about["grid"]
+        by = f", by {about['made_by']}" if about["made_by"] else ""
+        print(f"{about['path']}: {about['features']} features of {about['tiles']} tiles on {rows} x {columns}{by}")
+        return
     height, width = about["size"]
     size = f"{height} x {width} pixels, {len(about['channels'])} channels of {about['dtype']}"
     mpp = f"{about['mpp']:g} micrometres per pixel" if about["mpp"] else "pixel size unknown"

@@ -12,7 +12,7 @@ from pipeline.cli.output import exit_if_failed, say, say_next
 
 
 def init(
-    preset: Annotated[str, typer.Argument(help="histology, scenes or megapixel.")],
+    preset: Annotated[str, typer.Argument(help="histology, scenes, megapixel or features.")],
     out: Annotated[Path, typer.Option("--out", help="YAML file to write.")] = Path("config.yaml"),
     manifest: Annotated[
         Path | None, typer.Option(help="Table of the slides, to which scale, levels and channels are fitted.")

@@ -12,19 +12,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nested_ats.files import open_regular
 from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name, make_folder, write_atomic
 
 Layout = Literal["trident", "clam"]
 
 SOURCE = "nested_ats_source"  # attribute of `features`: what decides them, as a digest
+ENCODER = "nested_ats_encoder"  # attribute of `features`: which encoder made them, and of which patches
+_MOST = 2**34  # bytes of features that a file may say it holds; a large slide has 10^5 tiles of some kilobytes
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Bag:
     features: NDArray[np.float32]
     coords_xy: NDArray[np.int64]
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def made_by(self) -> str:
+        """What tells the encoder: the name of TRIDENT's folder, or what is written here; empty where nothing does."""
+        return str(self.about.get(ENCODER) or PurePath(str(self.about.get("savetodir", ""))).name)
 
 
 def require_h5py() -> Any:
@@ -126,13 +134,33 @@ def read_bag(folder: Path, names: Sequence[str]) -> Bag:
     path = next(filter(os.path.lexists, places), None)
     if path is None:
         raise DataError(f"{places[0]}: does not exist, nor {places[-1]}; name the files as the slides")
+    return read_bag_file(path)
+
+
+def read_bag_file(path: Path) -> Bag:
+    """Read a file of features, in either layout.
+
+    Raises
+    ------
+    DataError
+        It is missing, cannot be read, or does not hold as many features as places.
+    """
     h5py = require_h5py()
     try:
-        with h5py.File(path, "r") as file:
+        with open_regular(path) as data, h5py.File(data, "r") as file:
+            declared = int(file["features"].size) * 4
+            if declared > _MOST:
+                raise DataError(f"{path}: says that it holds {declared / 1e9:.0f} GB of features; extract it again")
             features, coords = (np.asarray(file[name]) for name in ("features", "coords"))
-            about = dict(file["coords"].attrs)
-    except (OSError, KeyError) as error:
+            about = {
+                name: _plain(value) for part in ("coords", "features") for name, value in file[part].attrs.items()
+            }
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; extract it, or mend the manifest") from None
+    except (OSError, KeyError, AttributeError) as error:  # AttributeError: a group of that name
         raise DataError(f"{path}: not a whole file of features and coords ({error}); extract it again") from error
+    if features.ndim == 3 and len(features) == 1:
+        features = features[0]  # as some versions write them
     sound = features.ndim == coords.ndim == 2 and len(features) == len(coords) > 0 and coords.shape[1] == 2
     if not sound or features.dtype.kind != "f" or coords.dtype.kind not in "iu":
         raise DataError(
@@ -143,3 +171,7 @@ def read_bag(folder: Path, names: Sequence[str]) -> Bag:
     if not np.isfinite(features).all():
         raise DataError(f"{path}: features that are not finite; extract it again")
     return Bag(features, coords.astype(np.int64), {**about, "path": str(path)})
+
+
+def _plain(value: Any) -> Any:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

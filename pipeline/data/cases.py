@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nested_ats.config import EncoderConfig, PatchConfig
 from nested_ats.mosaic import Mosaic
+from pipeline.data.given import FeatureImage
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.errors import UsageError
@@ -66,7 +67,9 @@ class CaseImage(Mosaic):
         The slides, each as the model looks at it.
     """
 
-    def __init__(self, slides: Sequence[SlideImage], config: EncoderConfig, *, background: float = 0.0) -> None:
+    def __init__(
+        self, slides: Sequence[SlideImage | FeatureImage], config: EncoderConfig, *, background: float = 0.0
+    ) -> None:
         assert isinstance(config, PatchConfig)  # noqa: S101  a configuration of cases is checked for it
         super().__init__(slides, config, background=background)
         self.slides = list(slides)
@@ -92,7 +95,7 @@ class CaseImage(Mosaic):
         for slide in self.slides:
             slide.close()
 
-    def places(self) -> list[tuple[SlideImage, Tensor]]:
+    def places(self) -> list[tuple[SlideImage | FeatureImage, Tensor]]:
         """Return each slide with its first pixel in the image, (2,) y and x of its finest level."""
         return list(zip(self.slides, self.corners_l0, strict=True))
 

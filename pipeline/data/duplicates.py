@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.data.given import FeatureFile, is_features
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import open_slide
 from pipeline.net import Net
@@ -21,7 +22,7 @@ def find_identities(entries: Sequence[Entry]) -> dict[str, str]:
     """Open slides and return the identity of the pixels of each by its id; those that have none are missing."""
 
     def look(entry: Entry) -> str | None:
-        with Net(), open_slide(entry.path) as slide:
+        with Net(), FeatureFile(entry) if is_features(entry.path) else open_slide(entry.path) as slide:
             return identity_of(slide)
         return None
 
@@ -29,7 +30,7 @@ def find_identities(entries: Sequence[Entry]) -> dict[str, str]:
     return {entry.slide_id: identity for entry, identity in zip(entries, found, strict=True) if identity}
 
 
-def identity_of(slide: Slide) -> str | None:
+def identity_of(slide: Slide | FeatureFile) -> str | None:
     """Return the identity of a slide's pixels, or None where it has none or what it is made of cannot be read."""
     with Net():
         return slide.identity

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 ALIASES = {"wsi": "path", "slide": "slide_id", "PATIENT": "case_id", "FILENAME": "path"}
 IMAGE_SUFFIXES = (*TIFF_SUFFIXES, *RASTER_SUFFIXES, ".mrxs", ".vms", ".svslide")
+FEATURES_SUFFIX = ".h5"  # of a file of features that stands for its slide
 _SUFFIXES = (
+    FEATURES_SUFFIX,
     ".ome.zarr",
     ".zarr",
     *(f".ome{suffix}" for suffix in TIFF_SUFFIXES),

@@ -9,14 +9,18 @@ from functools import partial
 from typing import Unpack
 
 from nested_ats.config import EncoderConfig
+from nested_ats.networks.builtin import GIVEN
+from nested_ats.networks.encoders import read_choice
 from pipeline.data.cases import CaseImage
+from pipeline.data.given import FeatureImage, is_features
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import Opening, SlideImage, check_slide, open_image
+from pipeline.errors import DataError
 
 _OPEN_SLIDES = 128  # each holds a few file descriptors
 _HELD_BYTES = 2 * 2**30  # PNG, JPEG and BMP images are held decoded, and take no more than this
 
-Sample = SlideImage | CaseImage
+Sample = SlideImage | FeatureImage | CaseImage
 
 
 def open_sample(entry: Entry, config: EncoderConfig, **options: Unpack[Opening]) -> Sample:
@@ -28,15 +32,30 @@ def open_sample(entry: Entry, config: EncoderConfig, **options: Unpack[Opening])
         A slide of a case lacks a level that the model reads, or has other channels than the first.
     """
     if not entry.slides:
-        return open_image(entry, config, **options)
+        return _open_one(entry, config, **options)
     with ExitStack() as stack:
         slides = []
         for slide in entry.slides:
-            slides.append(open_image(slide, config, **options))
+            slides.append(_open_one(slide, config, **options))
             stack.callback(slides[-1].close)
             check_slide(slides[-1], config, len(slides[0].numbers))
         image = CaseImage(slides, config, background=options.get("background", 0.0))
         stack.pop_all()
+    return image
+
+
+def _open_one(entry: Entry, config: EncoderConfig, **options: Unpack[Opening]) -> SlideImage | FeatureImage:
+    """Open a slide, or the features that stand for it, as the model's encoder asks for."""
+    given = config.encoder_name == GIVEN
+    if not is_features(entry.path):
+        if given:
+            raise DataError(f"{entry.path}: an image, where model.encoder given takes .h5 files of features")
+        return open_image(entry, config, **options)
+    if not given:
+        raise DataError(f"{entry.path}: a file of features, where the model looks at pixels; see model.encoder given")
+    image, wanted = FeatureImage(entry), read_choice(config.encoder).options.get("of")
+    if wanted and image.slide.made_by not in ("", wanted):
+        raise DataError(f"{entry.path}: features of {image.slide.made_by}, where the model's are of {wanted}")
     return image
 
 

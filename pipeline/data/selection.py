@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from nested_ats.networks.builtin import ENCODERS
+from nested_ats.networks.builtin import ENCODERS, GIVEN
 from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from nested_ats.targets import Classes, Target
 from pipeline.config import AnyTarget, ClassesTarget, Config
 from pipeline.data.cases import group_cases
 from pipeline.data.duplicates import copy_remarks, identity_of
+from pipeline.data.given import FeatureFile
 from pipeline.data.manifest import Entry, remarks
-from pipeline.data.slides import check_slide, open_image
+from pipeline.data.samples import open_sample
+from pipeline.data.slides import SlideImage, check_slide
 from pipeline.data.splits import assign_splits
 from pipeline.data.targets import by_stratum, check_table, columns, learn_target, row_of
 from pipeline.errors import DataError, UsageError
@@ -43,6 +45,7 @@ class Failure:
 class Selection:
     """What can be trained on."""
 
+    config: Config  # with the encoder of features that are given, if they tell it
     entries: list[Entry]  # slides that can be used, each with a split
     target: Target  # what the training slides have the model answer
     channels: int  # how many channels all of them have
@@ -63,6 +66,7 @@ class _Found:
     assumed: bool = False  # whether these are `DataConfig.assume_mpp`
     identity: str | None = None  # of its pixels
     opacity: bool = False  # whether it has a channel of opacity, which is not shown to the model
+    made_by: str = ""  # the encoder of its features, where these were given and tell it
     error: str = ""
 
 
@@ -123,6 +127,13 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         for one in opened
         if one.channels != channels
     }
+    makers = Counter(one.made_by for one in opened if one.made_by and one.entry.slide_id not in odd)
+    made_by = makers.most_common(1)[0][0] if makers else ""
+    odd |= {
+        one.entry.slide_id: f"{one.entry.path}: features of {one.made_by}, where most are of {made_by}"
+        for one in opened
+        if one.made_by not in ("", made_by) and one.entry.slide_id not in odd
+    }
     if odd and fail_fast:
         raise DataError(next(f"slide {slide_id}: {reason}" for slide_id, reason in odd.items()))
     reasons = {one.entry.slide_id: one.error for one in found if one.error} | odd
@@ -142,7 +153,17 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         _say(f"warning: {remark}")
     if config.data.unit == "case":
         kept = group_cases(kept, columns(config.target))
-    return Selection(kept, target, channels, [one.downsamples for one in usable], failures, identities)
+    config = _name_maker(config, made_by)
+    return Selection(config, kept, target, channels, [one.downsamples for one in usable], failures, identities)
+
+
+def _name_maker(config: Config, made_by: str) -> Config:
+    """Write down which encoder has made the features that are given, so that no model takes those of another."""
+    choice = read_choice(config.model.encoder)
+    if not made_by or choice.options.get("of"):
+        return config
+    named = choice._replace(options={**choice.options, "of": made_by})
+    return config.model_copy(update={"model": replace(config.model, encoder=named.plain)})
 
 
 def _several_scales(mpps: Sequence[float]) -> str:
@@ -169,7 +190,11 @@ def why_slow(level: Level) -> str:
 def _encoder_remarks(config: Config) -> list[str]:
     """Warn of an encoder that is not trained and never was, which nobody can mean."""
     choice, trainable = read_choice(config.model.encoder), config.model.trainable
-    if trainable == "all" or not (choice.weights == RANDOM or (choice.weights is None and choice.name in ENCODERS)):
+    if (
+        trainable == "all"
+        or choice.name == GIVEN
+        or not (choice.weights == RANDOM or (choice.weights is None and choice.name in ENCODERS))
+    ):
         return []
     remark = (
         f"model.trainable: {trainable} leaves random weights in the encoder as they are; name trained ones, as in "
@@ -181,7 +206,7 @@ def _encoder_remarks(config: Config) -> list[str]:
 def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> list[_Found]:
     def look(entry: Entry) -> _Found:
         with Net(entry.slide_id, fail_fast=fail_fast) as net:
-            image = open_image(entry, config.model, **config.data.opening)
+            [image] = open_sample(entry, config.model, **config.data.opening).slides
             with image.slide as slide:
                 levels = [slide.levels[number] for number in check_slide(image, config.model)]
                 identity = identity_of(slide)
@@ -189,8 +214,17 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
             downsamples = tuple(level.downsample for level in levels)
             mpp = entry.mpp or slide.mpp or config.data.assume_mpp
             assumed = mpp is not None and not (entry.mpp or slide.mpp)
-            opacity = slide.alpha is not None and slide.channels[slide.alpha] != "mask" and not image.shows_alpha
-            return _Found(entry, len(image.numbers), downsamples, slow, mpp, assumed, identity, opacity)
+            return _Found(
+                entry,
+                len(image.numbers),
+                downsamples,
+                slow,
+                mpp,
+                assumed,
+                identity,
+                opacity=isinstance(image, SlideImage) and image.hides_opacity,
+                made_by=slide.made_by if isinstance(slide, FeatureFile) else "",
+            )
         return _Found(entry, error=net.error)
 
     return list(each_slide("open", entries, look, threads=_OPENED_AT_ONCE))

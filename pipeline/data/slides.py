@@ -17,6 +17,7 @@ from nested_ats.config import EncoderConfig, PatchConfig
 from nested_ats.images import find_level
 from nested_ats.mask import Mask
 from pipeline.config import CacheConfig
+from pipeline.data.given import FeatureImage
 from pipeline.data.manifest import Entry
 from pipeline.data.tissue import model_mask
 from pipeline.errors import DataError
@@ -106,9 +107,9 @@ class SlideImage:
         return [level.downsample for level in self._levels]
 
     @property
-    def shows_alpha(self) -> bool:
-        """Whether the slide's channel of opacity is one of the image's, by its name."""
-        return self.slide.alpha is not None and self._alpha is None
+    def hides_opacity(self) -> bool:
+        """Whether the slide has a channel of opacity that is not one of the image's; a mask is never meant to be."""
+        return self._alpha is not None and self.slide.channels[self._alpha] != "mask"
 
     @property
     def memory_bytes(self) -> int:
@@ -332,7 +333,7 @@ def open_slide(path: str, cache: CacheConfig | None = None) -> Slide:
     return Slide(path, cache=ChunkCache(cache.folder, int(cache.gigabytes * 1e9)))
 
 
-def check_slide(image: SlideImage, config: EncoderConfig, channels: int | None = None) -> list[int]:
+def check_slide(image: SlideImage | FeatureImage, config: EncoderConfig, channels: int | None = None) -> list[int]:
     """See that a slide has what a model reads, and return the numbers of the slide's levels that are read.
 
     Parameters
@@ -351,9 +352,7 @@ def check_slide(image: SlideImage, config: EncoderConfig, channels: int | None =
     """
     path, count = image.slide.location, len(image.numbers)
     if channels is not None and count != channels:
-        hidden = "" if image.slide.alpha is None else image.slide.channels[image.slide.alpha]
-        more = f"name {hidden!r}, which is read as opacity, in data.channels if it is a band, or " if hidden else ""
-        raise DataError(f"{path}: {count} channels where the model has {channels}; {more}convert slides of one kind")
+        raise DataError(f"{path}: {count} channels where the model has {channels}; {_cure(image)}")
     try:
         found = [find_level(image, downsample) for downsample in config.downsamples]
     except ValueError as error:
@@ -368,6 +367,19 @@ def check_slide(image: SlideImage, config: EncoderConfig, channels: int | None =
             f"{config.smallest_view} on a side; leave it out, or choose a finer downsample"
         )
     return [image.sources[level] for level in found]
+
+
+def _cure(image: SlideImage | FeatureImage) -> str:
+    """What to do about a slide that has another number of channels than the model."""
+    if not isinstance(image, SlideImage):
+        return "take features of one encoder"
+    alpha = image.slide.alpha
+    if alpha is None:
+        return "convert slides of one kind"
+    return (
+        f"name {image.slide.channels[alpha]!r}, which is read as opacity, in data.channels if it is a band, or "
+        "convert slides of one kind"
+    )
 
 
 def draw_key(*parts: object) -> int:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nested_ats import Classes, Prediction, SamplingModel
+from nested_ats import Classes, Image, Prediction, SamplingModel
 from nested_ats.contribution import Score, evidence, explained, score, whole_map
 from nested_ats.maps import attention_map, empty_map, spread_cells
 from nested_ats.models.patches import PatchModel
@@ -75,7 +75,11 @@ def explain(
         "score": {"name": of.name, "value": total, "offset": of.offset, "dense": maps.score},
     }
     regions = drawn_regions(prediction, model.config)
-    return [_of_slide(slide, corner, maps, patches, regions, about) for slide, corner in image.places()]
+    return [
+        _of_slide(slide, corner, maps, patches, regions, about)
+        for slide, corner in image.places()
+        if isinstance(slide, SlideImage)  # each is: a model of features has no pixels to explain
+    ]
 
 
 def _about(classifier: Classifier, entry: Entry, prediction: Prediction) -> dict[str, Any]:
@@ -190,7 +194,7 @@ def _of_slide(
     ).scaled(slide.scale)
 
 
-def cells(slide: SlideImage, pitch: float) -> tuple[int, int]:
+def cells(slide: Image, pitch: float) -> tuple[int, int]:
     """Rows and columns of a map over a slide."""
     height, width = slide.shapes[0]
     return math.ceil(height / pitch), math.ceil(width / pitch)

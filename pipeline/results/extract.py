@@ -19,9 +19,10 @@ from torch import Tensor
 import cluster
 from nested_ats.models.kinds import build_model
 from nested_ats.models.patches import PatchModel
+from nested_ats.networks.builtin import GIVEN
 from nested_ats.reading import interleave
 from pipeline.config import Config
-from pipeline.data.bags import Bag, Layout, holds, read_bag, require_h5py, write_bag
+from pipeline.data.bags import ENCODER, Bag, Layout, holds, read_bag, require_h5py, write_bag
 from pipeline.data.cases import group_cases
 from pipeline.data.features import DiskFeatures, use_features
 from pipeline.data.manifest import Entry
@@ -140,6 +141,8 @@ def _check(plan: Plan) -> None:
             "model.trainable: features last where the encoder of patches stays as it is; set it to none, and name "
             "trained weights"
         )
+    if model.encoder_name == GIVEN:
+        raise UsageError("model.encoder: given takes features that are there already; train with them at once")
     if plan.given is not None:
         require_h5py()
         if plan.out is not None or data.unit == "case":
@@ -331,7 +334,7 @@ def _bag(image: SlideImage, boxes: Tensor, features: Tensor, model: PatchModel) 
     to_l0 = config.patch_downsample * image.scale
     side = round(config.patch_size * to_l0)
     height, width = image.slide.shape_yx
-    about = {
+    about: dict[str, Any] = {
         "patch_size": config.patch_size,
         "patch_size_level0": side,
         "level0_width": width,
@@ -341,5 +344,7 @@ def _bag(image: SlideImage, boxes: Tensor, features: Tensor, model: PatchModel) 
     if image.own_mpp:
         about["level0_magnification"] = round(10 / image.own_mpp)
         about["target_magnification"] = round(10 / (image.own_mpp * to_l0))
+    digest = (model.encoder_digest or "").partition("/")[0]
+    about[ENCODER] = f"{config.encoder_name} {digest[:12]}, {config.patch_size} pixels at {config.mpp or to_l0:g}"
     coords = (boxes[:, :2].flip(-1) * to_l0).round().long()
     return Bag(features.numpy().astype(np.float32), coords.numpy(), about)

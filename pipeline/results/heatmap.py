@@ -14,6 +14,7 @@ import numpy as np
 
 from nested_ats import Target
 from nested_ats.models.patches import PatchModel
+from nested_ats.networks.builtin import GIVEN
 from pipeline.data.cases import group_cases
 from pipeline.data.crs import needed
 from pipeline.data.manifest import Entry
@@ -85,6 +86,8 @@ def heatmaps(
         raise UsageError(
             f"{settings.model}: a model without patches looks everywhere alike, so there is nothing to draw"
         )
+    if classifier.model.config.encoder_name == GIVEN:
+        raise UsageError(f"{settings.model}: a model of features that were given; a heatmap is drawn on slides")
     number = _number_of(classifier.model.target, answer)
     make_folder(folder)
     if settings.unit == "case":
@@ -123,10 +126,11 @@ def _heatmap(
 ) -> list[Heatmap]:
     """Write the heatmaps of a sample: of a slide, or of each slide of a case."""
     with classifier.opened(entry) as image:
-        for each in image.slides if "geotiff" in formats else []:
+        opened = [each for each in image.slides if isinstance(each, SlideImage)]  # all: features were refused
+        for each in opened if "geotiff" in formats else []:
             georeference_of(each.slide)  # what cannot be written is said before anything is computed
         looks = explain(classifier, entry, image, dense=dense, answer=answer, tell=tell)
-        slides = zip(entry.slides or [entry], image.slides, looks, strict=True)
+        slides = zip(entry.slides or [entry], opened, looks, strict=True)
         return [_write(one, slide, look, folder, formats) for one, slide, look in slides]
 
 

@@ -12,7 +12,8 @@ FROC
     detection in a cell of a lesion finds that lesion; any other is a false positive. The curve is the share of
     lesions found over the mean number of false positives a slide, over all thresholds, slides without lesions
     included; its score is the mean share at 1/4, 1/2, 1, 2, 4 and 8 false positives a slide. So does CAMELYON16
-    (Ehteshami Bejnordi et al., JAMA 2017), which also leaves out lesions of isolated cells: here size decides nothing.
+    (Ehteshami Bejnordi et al., JAMA 2017), which also leaves out lesions of isolated cells; here size decides
+    nothing.
 
 Shape letters: H W cells of a map, L lesions, S slides.
 """

@@ -19,6 +19,7 @@ from nested_ats import ImageModel, Output
 from nested_ats.expectation import uniform_entropy
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.uniform import UniformSampling
+from nested_ats.networks.builtin import GIVEN
 from nested_ats.targets import Classes, Target, read_target
 from pipeline.results.measures import ranking
 
@@ -136,7 +137,7 @@ class Observer:
     def __init__(self, model: ImageModel) -> None:
         self._counts = torch.zeros(2, device=model.head.weight.device)
         self._attends = not isinstance(model, UniformSampling)
-        if isinstance(model, SamplingModel):
+        if isinstance(model, SamplingModel) and model.config.encoder_name != GIVEN:  # features have no glass
             model.observe = self._count
 
     def _count(self, spreads: Tensor) -> None:

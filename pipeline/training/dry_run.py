@@ -65,6 +65,7 @@ def dry_run(
         The findings in words, and the slides that would be left out.
     """
     chosen = select(entries, config, fail_fast=fail_fast)
+    config = chosen.config
     arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
     _check_out(folder, arguments["fingerprint"], overwrite=overwrite)
     if mirror:

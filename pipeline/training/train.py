@@ -81,6 +81,7 @@ def train(
     """
     copy = Mirror(mirror, folder) if mirror else None
     chosen = select(entries, config, fail_fast=fail_fast)
+    config = chosen.config
     arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
     fingerprint = arguments["fingerprint"]
     make_folder(folder)

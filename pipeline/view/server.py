@@ -26,7 +26,7 @@ from pipeline.data.crs import metres_per_pixel
 from pipeline.data.manifest import Entry
 from pipeline.data.outlines import objects_of, to_outlines
 from pipeline.data.samples import SampleCache
-from pipeline.data.slides import Opening
+from pipeline.data.slides import Opening, SlideImage
 from pipeline.data.tissue import find_mask
 from pipeline.errors import DataError, PipelineError
 from pipeline.view import paint, tiles
@@ -197,7 +197,9 @@ class Viewer:
         return _json(plain_objects(outlines, case.entry.path, slide.shape_yx))
 
     def _open(self, entry: Entry) -> Slide:
-        return self._open_slides.open(entry).slides[0].slide
+        image = self._open_slides.open(entry).slides[0]
+        assert isinstance(image, SlideImage)  # noqa: S101  files of features were refused
+        return image.slide
 
     def _attention(self, case: Case) -> Slide:
         if not case.attention:

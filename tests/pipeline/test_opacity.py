@@ -64,7 +64,7 @@ def test_the_valid_area_is_what_is_shown(scenes):
 def test_one_that_is_named_is_a_band(scenes):
     (entry, _), shown = scenes
     image = open_image(entry, CONFIG, channels=["R", "A"])
-    assert image.shows_alpha
+    assert not image.hides_opacity
     pixels = image.read(0, torch.tensor([[0, 0, 160, 240]]))[0].numpy()
     np.testing.assert_array_equal(pixels[1] > 0, shown)
     assert pixels[0].max() == 255
