@@ -1,8 +1,8 @@
 """What slides of two scanners teach: test accuracy on *signs*, trained at one scale and at two.
 
 The scenes are those of `make demo`, 512 x 512 pixels, each scanned twice: at 0.5 micrometres per pixel as it is
-drawn, and at 0.25, enlarged twice by a cubic spline. Each scan has noise of its own, so that a mean of the fine one is not
-the coarse one again. Models train on the same scenes from the same weights, in the order that the seed says:
+drawn, and at 0.25, enlarged twice by a cubic spline. Each scan has noise of its own, so that a mean of the fine one
+is not the coarse one again. Models train on the same scenes from the same weights, in the order that the seed says:
 
 - *one scale*: all at 0.5;
 - *two scales*: every other scene of a label at 0.25, with `model.mpp: 0.5`, by which the model sees both at 0.5;

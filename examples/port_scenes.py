@@ -49,7 +49,7 @@ def make_scene(seed: int, number: int, size: int, *, harbour: bool) -> NDArray[n
     values = np.where(land[..., None], LAND, SEA) * rng.uniform(0.8, 1.2)
     values[bright] = BRIGHT
     values = values * (1 + 0.1 * rough[..., None]) + rng.normal(0, 40, (size, size, len(BANDS)))
-    pixels = np.moveaxis(values.clip(1, 10_000), -1, 0).astype(np.uint16)
+    pixels: NDArray[np.uint16] = np.moveaxis(values.clip(1, 10_000), -1, 0).astype(np.uint16)
     pixels[:, y + x < size * rng.uniform(0.1, 0.4)] = 0
     return pixels
 
