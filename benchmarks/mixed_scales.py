@@ -1,7 +1,7 @@
 """What slides of two scanners teach: test accuracy on *signs*, trained at one scale and at two.
 
 The scenes are those of `make demo`, 512 x 512 pixels, each scanned twice: at 0.5 micrometres per pixel as it is
-drawn, and at 0.25, enlarged twice by a cubic spline. Each scan has noise of its own, so that a mean of the fine one
+drawn, and at 0.25, enlarged twice by cubic convolution. Each has noise of its own, so that a mean of the fine one
 is not the coarse one again. Models train on the same scenes from the same weights, in the order that the seed says:
 
 - *one scale*: all at 0.5;
@@ -11,18 +11,22 @@ is not the coarse one again. Models train on the same scenes from the same weigh
 Each model answers all test scenes twice, from their scans at 0.5 and from those at 0.25. An arm of a seed is written
 to the result file when it is done, and a rerun does only what is missing.
 
-    python benchmarks/mixed_scales.py --work FOLDER [--seeds 0 1 2] [--scenes 700 160] [--results FILE]
-        [--show] [--quick]
+    python benchmarks/mixed_scales.py --work FOLDER [--seeds 0 1 2] [--scenes 700 160] [--results FILE] [--show]
+                                      [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,11 +66,11 @@ ARMS = {
 }
 
 
-def scan(folder: Path, index: int, split: str, mpp: float) -> Entry:
+def scan(folder: Path, index: int, mpp: float) -> Path:
     """One scan of a scene, made where it is not there."""
-    label = LABELS[index % len(LABELS)]
     path = folder / f"{index:04d}-{mpp}.ome.zarr"
     if not path.exists():
+        label = LABELS[index % len(LABELS)]
         pixels = sign_scene(index, seed=0, size_yx=(SIDE, SIDE), label=label).render(0, 0, SIDE, SIDE)
         image = torch.from_numpy(pixels).permute(2, 0, 1).float()[None]
         if mpp == FINE:
@@ -75,23 +79,35 @@ def scan(folder: Path, index: int, split: str, mpp: float) -> Entry:
         scanned = (image + noise).round().clamp(0, 255).to(torch.uint8)[0].numpy()
         # The coarse view is a level of small scenes too.
         write_pyramid(path, scanned, mpp=mpp, options=ConvertOptions(min_level_size=SIDE // 16))
-    return Entry(slide_id=f"{index:04d}", path=str(path), label=label, split=split)
+    return path
+
+
+def scans(folder: Path, indices: range, split: str, turns: Sequence[float]) -> list[Entry]:
+    """Scans of scenes, those of a label in turn at these micrometres per pixel.
+
+    Processes of their own make them, because glibc does not give the memory of so many arrays back.
+    """
+    mpps = [turns[index // len(LABELS) % len(turns)] for index in indices]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=100) as pool:
+        paths = list(pool.map(scan, repeat(folder), indices, mpps))
+    return [
+        Entry(slide_id=f"{index:04d}", path=str(path), label=LABELS[index % len(LABELS)], split=split)
+        for index, path in zip(indices, paths, strict=True)
+    ]
 
 
 def one_run(arm: Arm, seed: int, numbers: tuple[int, int], work: Path, settings: list[str]) -> dict[str, Any]:
     """Train a model, and return the accuracy on the test scenes by the micrometres per pixel of their scans."""
     count, tests = numbers
     config = configuration(arm, seed, settings)
-    slides = [
-        scan(work / "scans", index, "train", arm.scans[index // len(LABELS) % len(arm.scans)])
-        for index in range(count)
-    ]
+    slides = scans(work / "scans", range(count), "train", arm.scans)
     run = work / "runs" / f"{'-'.join(map(str, arm.scans))}-{arm.mpp}-{seed}"
     began = time.monotonic()
     metrics, _ = train(slides, config, run)
     found: dict[str, Any] = {"seconds": round(time.monotonic() - began), "training accuracy": metrics["accuracy"]}
     for mpp in SCANS:
-        entries = [scan(work / "scans", index, "test", mpp) for index in range(count, count + tests)]
+        entries = scans(work / "scans", range(count, count + tests), "test", (mpp,))
         rows = predict(entries, run, run / f"of {mpp}")
         found[f"right of {mpp}"] = sum(row["prediction"] == row["label"] for row in rows)
     return found

@@ -20,7 +20,7 @@ from nested_ats.mask import Prior
 from pipeline.data.manifest import Entry, write_manifest
 from pipeline.data.outlines import to_outlines
 from pipeline.data.slides import open_slide
-from pipeline.data.tissue import Finding, find_mask
+from pipeline.data.tissue import Finding, find_mask, put_into_pyramid
 from pipeline.errors import DataError
 from pipeline.files import file_name, make_folder, write_atomic
 from pipeline.net import Net
@@ -41,6 +41,7 @@ class Tissue:
     area_mm2: float | None = None  # none where the slide does not tell what its pixels measure
     share: float = 0.0  # of the slide's area
     error: str = ""
+    not_put: str = ""  # why the mask is not in the slide's pyramid, where that was asked for
     shown: tuple[NDArray[Any], NDArray[np.bool_]] | None = None  # a small view (h, w, 3) and the mask (H, W)
 
 
@@ -51,6 +52,7 @@ def find_tissue(
     prior: Prior = "tissue",
     nodata: float | None = None,
     finding: Finding | None = None,
+    into_pyramids: bool = False,
 ) -> list[Tissue]:
     """Write the mask of every slide, as outlines and as an image, a table, a manifest and contact sheets.
 
@@ -67,6 +69,8 @@ def find_tissue(
         Value from 0 to 1 of pixels that were not recorded, in files that do not tell it.
     finding
         How tissue is found.
+    into_pyramids
+        Put each mask into its slide's pyramid as well (`pipeline.data.tissue.put_into_pyramid`).
 
     Returns
     -------
@@ -81,7 +85,7 @@ def find_tissue(
 
     def find(entry: Entry) -> Tissue:
         with Net() as net:
-            return _find(entry, folder, prior, nodata, finding)
+            return _find(entry, folder, prior, nodata, finding, into_pyramids)
         return Tissue(entry, error=net.error)
 
     done: list[Tissue] = []
@@ -94,7 +98,9 @@ def find_tissue(
     return done
 
 
-def _find(entry: Entry, folder: Path, prior: Prior, nodata: float | None, finding: Finding | None) -> Tissue:
+def _find(
+    entry: Entry, folder: Path, prior: Prior, nodata: float | None, finding: Finding | None, into_pyramids: bool
+) -> Tissue:
     with open_slide(entry.path) as slide:
         found = find_mask(slide, entry, prior, nodata=nodata, finding=finding)
         if not found.pixels.any():
@@ -104,13 +110,23 @@ def _find(entry: Entry, folder: Path, prior: Prior, nodata: float | None, findin
         mpp = entry.mpp or slide.mpp
         small, _ = thumbnail(slide, _SHOWN_PIXELS)
         share = found.area_l0 / math.prod(slide.shape_yx)
+        put = Net()
+        if into_pyramids:
+            with put:
+                put_into_pyramid(slide, prior, found)
     place = folder / f"{file_name(entry.slide_id)}.geojson"
     write_atomic(place, json.dumps(to_outlines(found.pixels, found.pitch_yx, prior)) + "\n")
     picture = io.BytesIO()
     imsave(picture, found.pixels, cmap="gray", format="png")
     write_atomic(place.with_suffix(".png"), picture.getvalue())
     area = found.area_l0 * (mpp / 1000) ** 2 if mpp else None
-    return Tissue(replace(entry, mask=str(place.absolute())), area, min(share, 1.0), shown=(small, found.pixels))
+    return Tissue(
+        replace(entry, mask=str(place.absolute())),
+        area,
+        min(share, 1.0),
+        not_put=put.error,
+        shown=(small, found.pixels),
+    )
 
 
 def _table(done: Sequence[Tissue]) -> str:

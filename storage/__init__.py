@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from storage.conversion.converter import ConvertReport, convert, write_pyramid
     from storage.conversion.existing import made_from
+    from storage.conversion.labels import write_label
     from storage.conversion.plan import ConvertOptions
     from storage.errors import (
         ConversionError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from storage.images.tiff_write import write_tiff
     from storage.place.stores import list_below
     from storage.read.cache import ChunkCache
+    from storage.read.labels import read_label
     from storage.read.slide import Slide
     from storage.read.source import ReadStatistics
     from storage.threads import processors
@@ -55,7 +57,9 @@ __all__ = [
     "made_from",
     "open_image",
     "processors",
+    "read_label",
     "validate",
+    "write_label",
     "write_pyramid",
     "write_tiff",
 ]
@@ -65,9 +69,11 @@ _MODULES = {
     "read.cache": ("ChunkCache",),
     "conversion.converter": ("ConvertReport", "convert", "write_pyramid"),
     "conversion.existing": ("made_from",),
+    "conversion.labels": ("write_label",),
     "conversion.plan": ("ConvertOptions",),
     "format.georeference": ("Georeference",),
     "format.levels": ("Level",),
+    "read.labels": ("read_label",),
     "read.slide": ("Slide",),
     "read.source": ("ReadStatistics",),
     "place.stores": ("list_below",),

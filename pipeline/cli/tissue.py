@@ -28,14 +28,22 @@ def tissue(
         float, typer.Option(min=0, help="Square millimetres under which what is found is left out.")
     ] = 0.02,
     hole: Annotated[float, typer.Option(min=0, help="Square millimetres under which a hole is filled.")] = 0.02,
+    into_pyramids: Annotated[
+        bool,
+        typer.Option("--into-pyramids", help="Put each mask into its slide's pyramid as well, as an OME-Zarr label."),
+    ] = False,
 ) -> None:
     """Find the tissue of slides: outlines for QuPath, areas, a contact sheet, and a manifest to train with."""
+    from nested_ats.mask import Prior
     from pipeline.data.discovery import name_slides
     from pipeline.data.tissue import Finding
     from pipeline.tissue import MANIFEST, find_tissue
 
     finding = Finding(mpp=mpp, threshold=threshold, speck_um2=speck * 1e6, hole_um2=hole * 1e6)
-    done = find_tissue(name_slides(slides), out, prior="valid" if valid else "tissue", nodata=nodata, finding=finding)
+    prior: Prior = "valid" if valid else "tissue"
+    done = find_tissue(
+        name_slides(slides), out, prior=prior, nodata=nodata, finding=finding, into_pyramids=into_pyramids
+    )
     for one in done:
         if not one.error:
             area = "" if one.area_mm2 is None else f", {one.area_mm2:.4g} mm2"
@@ -46,4 +54,5 @@ def tissue(
             f"look at {out}/contact-1.png; outlines that you change in QuPath count when you train with "
             f"{out / MANIFEST} and model.prior column"
         )
-    exit_if_failed([(one.entry.slide_id, one.error) for one in done if one.error], len(done))
+    failed = [(one.entry.slide_id, one.error or one.not_put) for one in done if one.error or one.not_put]
+    exit_if_failed(failed, len(done))

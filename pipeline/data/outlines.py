@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from storage import Slide
+from storage import Slide, StorageError
+from storage.place.files import fingerprint
 from storage.place.stores import open_above
 
 _SUFFIXES = (".geojson", ".json")
@@ -78,6 +79,14 @@ def read_mask(place: str, shape_yx: tuple[int, int]) -> tuple[NDArray[np.bool_],
             )
         inside: NDArray[np.bool_] = (image.read(level, (0, 0, height, width)) != 0).max(0)
         return inside, pitch
+
+
+def mask_identity(place: str) -> object:
+    """Return what tells the state of a mask's file from others; None where it is no single file, or is not there."""
+    try:
+        return place, fingerprint(place)
+    except StorageError:
+        return None
 
 
 def read_outlines(place: str) -> list[Outline]:

@@ -5,7 +5,8 @@ kept between what glass and what stain have, because it splits a slide without g
 within the one thing that is there. Ink of a pen and the black border of a scan are left out. What is found is closed,
 and specks and holes are taken away by their area.
 
-What was found is kept in the user's cache folder, by the slide's identity.
+What was found is kept in the user's cache folder, by the slide's identity; a pyramid may hold it as a label, which
+goes where the pyramid goes. Masks in files are kept there too, by the identity of the file, as pixels.
 
 Shape letters: H W pixels of the view.
 """
@@ -31,10 +32,10 @@ from nested_ats.config import PatchConfig
 from nested_ats.files import open_regular
 from nested_ats.mask import Mask, Prior
 from pipeline.data.manifest import Entry
-from pipeline.data.outlines import read_mask
+from pipeline.data.outlines import mask_identity, read_mask
 from pipeline.errors import DataError, UsageError
 from pipeline.files import cache_folder, write_atomic
-from storage import Slide
+from storage import Slide, StorageError, read_label, write_label
 
 _RGB = 3
 _VERSION = 1  # of the way in which masks are found: those that an earlier one kept are not looked at
@@ -64,6 +65,7 @@ class Found:
 
     pixels: NDArray[np.bool_]  # (H, W)
     pitch_yx: tuple[float, float]  # height and width of a pixel, in pixels of the slide's finest level
+    name: str = ""  # digest of all that decides it; empty where the slide has no identity
 
     @property
     def area_l0(self) -> float:
@@ -130,15 +132,22 @@ def find_mask(
                 f"{slide.location}: has no mask, and model.prior is column; give it one in the manifest's column "
                 "mask, a GeoJSON of QuPath's or an image, or leave it out"
             )
-        return Found(*read_mask(entry.mask, slide.shape_yx))
+        name = _digest(mask_identity(entry.mask), slide.shape_yx)
+        return _recall(name) or _keep(Found(*read_mask(entry.mask, slide.shape_yx), name))
     finding, mpp = finding or Finding(), entry.mpp or slide.mpp
     chosen = list(slide.data_channels if channels is None else channels)
     gaps = (slide.nodata,) if slide.alpha is None else (slide.nodata, slide.alpha)
-    path = _kept_at(slide, (prior, mpp, nodata, *gaps, finding, chosen))
-    kept = path and _recall(path)
+    name = _digest(slide.identity, slide.shape_yx, (prior, mpp, nodata, *gaps, finding, chosen))
+    kept = _recall(name)
     if kept:
         return kept
     level = view_level(slide, finding.mpp, mpp)
+    pitch = slide.levels[level].downsample
+    if name and slide.is_own:
+        with suppress(StorageError):  # it holds none
+            pixels = read_label(slide.location, prior, {"mask": name}, slide.levels[level].shape_yx)
+            if pixels is not None:
+                return _keep(Found(pixels, (pitch, pitch), name))
     view = slide.read(level, (0, 0, *slide.levels[level].shape_yx))
     there, view = slide.holds_data(view)[chosen], view[chosen]
     pixel_um = mpp and mpp * slide.levels[level].downsample
@@ -149,11 +158,22 @@ def find_mask(
         if slide.nodata is None and nodata is not None:
             there &= np.abs(scaled - nodata) > 0.5 / 255  # half of the step between two values of 8 bits
         pixels = np.any(there, axis=0)  # what any channel has recorded
-    pitch = slide.levels[level].downsample
-    found = Found(pixels, (pitch, pitch))
-    if path:
-        _keep(path, found)
-    return found
+    return _keep(Found(pixels, (pitch, pitch), name))
+
+
+def put_into_pyramid(slide: Slide, prior: Prior, found: Found) -> None:
+    """Put what `find_mask` has found into the slide's own pyramid, as a label, where it looks for it.
+
+    Raises
+    ------
+    DataError
+        The slide is no pyramid of ours.
+    storage.StorageError
+        The pyramid cannot be written to.
+    """
+    if not slide.is_own:
+        raise DataError(f"{slide.location}: is no pyramid that convert made, and can hold no mask")
+    write_label(slide.location, prior, found.pixels, downsample=found.pitch_yx[0], made_of={"mask": found.name})
 
 
 def view_level(slide: Slide, wanted_mpp: float, mpp: float | None) -> int:
@@ -227,29 +247,38 @@ def _ink(colours: NDArray[Any], saturation: NDArray[Any]) -> NDArray[np.bool_]:
     return widened
 
 
-def _kept_at(slide: Slide, decides: tuple[Any, ...]) -> Path | None:
-    """Where the mask of a slide is kept; None where the slide has no identity, or there is no home folder."""
+def _digest(identity: object, *decides: object) -> str:
+    """Name a mask by all that decides it; empty where what it is made of has no identity."""
+    return hashlib.sha256(repr((_VERSION, identity, *decides)).encode()).hexdigest()[:40] if identity else ""
+
+
+def _kept_at(name: str) -> Path | None:
+    """Where a mask is kept; None where it has no name, or there is no home folder."""
     with suppress(RuntimeError):
-        if slide.identity:
-            name = hashlib.sha256(repr((_VERSION, slide.identity, slide.shape_yx, decides)).encode()).hexdigest()
-            return cache_folder() / "masks" / f"{name[:40]}.npz"
+        return cache_folder() / "masks" / f"{name}.npz" if name else None
     return None
 
 
-def _recall(path: Path) -> Found | None:
+def _recall(name: str) -> Found | None:
     """A mask that was kept, if it is there and whole; ZIP has a checksum of what is in it."""
+    path = _kept_at(name)
+    if path is None:
+        return None
     try:
         with open_regular(path) as file, np.load(file, allow_pickle=False) as kept:
             height, width = kept["shape"].tolist()
             pixels = np.unpackbits(kept["bits"], count=height * width).reshape(height, width).astype(np.bool_)
             pitch_y, pitch_x = kept["pitch_yx"].tolist()
-            return Found(pixels, (pitch_y, pitch_x))
+            return Found(pixels, (pitch_y, pitch_x), name)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
-def _keep(path: Path, found: Found) -> None:
-    """Keep a mask; where the disk fails it is found again the next time."""
+def _keep(found: Found) -> Found:
+    """Keep a mask, and return it; where the disk fails it is found again the next time."""
+    path = _kept_at(found.name)
+    if path is None:
+        return found
     data = io.BytesIO()
     np.savez_compressed(
         data, bits=np.packbits(found.pixels), shape=np.array(found.pixels.shape), pitch_yx=np.array(found.pitch_yx)
@@ -257,3 +286,4 @@ def _keep(path: Path, found: Found) -> None:
     with suppress(OSError, UsageError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data.getvalue())
+    return found

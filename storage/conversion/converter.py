@@ -123,7 +123,7 @@ def convert(
             window=(0.0, 2.0**image.bits - 1) if image.bits else planned.window,
             provenance=provenance,
         )
-        return _write(
+        return write(
             image,
             info,
             place,
@@ -200,10 +200,10 @@ def write_pyramid(
         georeference=georeference,
         window=_value_range(array) if array.dtype.kind == "f" else info.window,
     )
-    return _write(source, info, place, overwrite=overwrite)
+    return write(source, info, place, overwrite=overwrite)
 
 
-def _write(
+def write(
     source: PixelSource,
     info: PyramidInfo,
     target: str,

@@ -30,7 +30,8 @@ ROOT = "zarr.json"  # metadata of the whole pyramid; readers refuse a pyramid wi
 JOURNAL = "journal.jsonl"  # its name in a folder, where it lies among the shards
 JOURNAL_BYTES = 512 * 2**20  # four times what the shards of the largest pyramid take
 BATCH_S = 5.0  # after this time even a few receipts are journalled
-OWN_KEYS = re.compile(r"zarr\.json|\d+/zarr\.json|\d+/c/0/\d+/\d+")  # the files of our own pyramids
+# The files of our own pyramids, and of the labels that we put into them.
+OWN_KEYS = re.compile(r"(labels/((tissue|valid)/)?)?zarr\.json|(labels/(tissue|valid)/)?\d+/(zarr\.json|c/0/\d+/\d+)")
 
 
 class Partial(ABC):

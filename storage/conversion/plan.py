@@ -65,13 +65,14 @@ def plan(
     scale_yx: tuple[float, float],
     unit: str | None,
     first_yx: tuple[float, float] = (0.0, 0.0),
+    count: int | None = None,
 ) -> PyramidInfo:
-    """Describe the pyramid of a source: its levels, halved until small, at least two."""
+    """Describe the pyramid of a source: its levels, halved until small, at least two, or ``count`` of them."""
     channels, height, width = source.shape
     layout = _layout(source, options, target)
     levels = [
         LevelInfo(str(number), (channels, *size_yx), layout, *coarsened(2**number, scale_yx, first_yx))
-        for number, size_yx in enumerate(level_sizes(height, width, options.min_level_size))
+        for number, size_yx in enumerate(level_sizes(height, width, options.min_level_size, count))
     ]
     if (shards := sum(math.prod(level.shard_grid) for level in levels)) > LIMITS.shards:
         raise ConversionError(f"{target}: would have {shards} shards, more than readers take; choose a larger shard")

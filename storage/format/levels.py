@@ -35,10 +35,13 @@ def name_channels(labels: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(labels) if len(labels) == count else tuple(str(i) for i in range(count))
 
 
-def level_sizes(height: int, width: int, smallest: int) -> list[tuple[int, int]]:
-    """Heights and widths of our levels, at least two, halved until the longer side is no more than ``smallest``."""
+def level_sizes(height: int, width: int, smallest: int, count: int | None = None) -> list[tuple[int, int]]:
+    """Heights and widths of our levels, at least two, halved until the longer side is no more than ``smallest``.
+
+    With ``count`` there are so many.
+    """
     sizes = [(height, width)]
-    while len(sizes) < 2 or max(sizes[-1]) > smallest:
+    while len(sizes) < count if count else len(sizes) < 2 or max(sizes[-1]) > smallest:
         sizes.append(half_size(*sizes[-1]))
     return sizes
 

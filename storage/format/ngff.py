@@ -32,10 +32,11 @@ MICROMETERS = {  # per unit; a length in any other unit is taken as unknown
     "meter": 1e6,
     "kilometer": 1e9,
 }
+IMAGE_LABEL = "image-label"
 OTHERS = {  # kinds of groups that are no image, by their key, and what to open instead
     "plate": "a plate; open one of its images, as in {where}/A/1/0",
     "well": "a well of a plate; open one of its images, as in {where}/0",
-    "image-label": "a label image; open the image it belongs to",
+    IMAGE_LABEL: "a label image; open the image it belongs to",
     "labels": "a group of labels; open the image they belong to",
 }
 

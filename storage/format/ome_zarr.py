@@ -26,7 +26,7 @@ from storage import typed
 from storage.errors import CorruptImageError, NotAPyramidError
 from storage.format import georeference as geo
 from storage.format.levels import check_levels
-from storage.format.ngff import load_json, parse_image
+from storage.format.ngff import IMAGE_LABEL, load_json, parse_image
 from storage.format.nodata import from_json, to_json
 from storage.format.shard import BloscCodec, ShardLayout
 from storage.limits import LIMITS
@@ -44,6 +44,7 @@ CHECKSUM = "crc32"  # name, in the nested_ats block, of the root document's chec
 SHARD_COLUMNS = ("length", "crc32", "index_crc32c")
 AXES = ("c", "y", "x")
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
+LABEL_RGBA = (60, 160, 60, 128)
 RGB_COLORS = ("FF0000", "00FF00", "0000FF")
 DOWNSAMPLING = {
     "method": "storage.convert",
@@ -119,6 +120,7 @@ class PyramidInfo:
     bits: int | None = None  # of a sample, where it has fewer than its type
     alpha: int | None = None  # number of the channel whose zeros say that no channel holds data there
     georeference: Georeference | None = None  # of level 0
+    is_label: bool = False  # whether its values are labels of the image two groups above
     provenance: dict[str, Any] = field(default_factory=dict)  # source fingerprint and options, JSON values
 
     @cached_property
@@ -170,7 +172,8 @@ def pyramid_info(root: dict[str, Any], read: Callable[[str], bytes], where: str)
     """Do as `parse_pyramid` with a root document that was already read."""
     try:
         attributes = typed.mapping(root.get("attributes"), "attributes")
-        image = parse_image(typed.mapping(attributes.get("ome"), "ome"), where)
+        ome = typed.mapping(attributes.get("ome"), "ome")
+        image = parse_image({key: ome[key] for key in ome if key != IMAGE_LABEL}, where)
         own = typed.mapping(attributes.get("nested_ats"), "nested_ats")
         if own.get("format") != FORMAT:
             raise NotAPyramidError(f"{where}: written by another version of this package; convert the image again")
@@ -254,7 +257,18 @@ def _ome_json(info: PyramidInfo) -> dict[str, Any]:
         "type": "mean",
         "metadata": DOWNSAMPLING,
     }
-    return {"version": "0.5", "multiscales": [multiscale], "omero": _omero_json(info)}
+    kind = {IMAGE_LABEL: _label_json(info)} if info.is_label else {"omero": _omero_json(info)}
+    return {"version": "0.5", "multiscales": [multiscale]} | kind
+
+
+def _label_json(info: PyramidInfo) -> dict[str, Any]:
+    """What the label 1 is called, and how it is shown; 0 is where it is not."""
+    return {
+        "version": "0.5",
+        "colors": [{"label-value": 1, "rgba": list(LABEL_RGBA)}],
+        "properties": [{"label-value": 1, "class": info.name}],
+        "source": {"image": "../../"},
+    }
 
 
 def _omero_json(info: PyramidInfo) -> dict[str, Any]:
@@ -309,6 +323,7 @@ def _parse(
         bits=_bits(own.get("bits"), levels[0].layout.dtype),
         alpha=_alpha(own.get("alpha"), levels[0].shape[0]),
         georeference=geo.from_json(own.get("georeference")),
+        is_label=IMAGE_LABEL in root["attributes"]["ome"],
         provenance=typed.mapping(own.get("provenance"), "provenance"),
     )
 

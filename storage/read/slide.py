@@ -198,6 +198,11 @@ class Slide:
         return self._source.identity
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is a pyramid of this package, which may hold labels (``read_label``)."""
+        return isinstance(self._source, ShardedSource)
+
+    @property
     def statistics(self) -> ReadStatistics:
         """Counts of what was read since opening, metadata included."""
         return self._counters.snapshot()

@@ -6,6 +6,7 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import zlib
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -14,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from storage import typed
 from storage.conversion.build import children
-from storage.errors import CorruptImageError, NotAPyramidError, StorageError, TransferError
+from storage.conversion.labels import GROUP, NAMES
+from storage.errors import CorruptImageError, MissingImageError, NotAPyramidError, StorageError, TransferError
 from storage.format.levels import coarsened, half_size
 from storage.format.ngff import load_json
-from storage.format.ome_zarr import LevelInfo, PyramidInfo, pyramid_info
+from storage.format.ome_zarr import LevelInfo, PyramidInfo, is_own, pyramid_info
 from storage.format.shard import CHECKSUM_BYTES, decode_chunk, decode_index, decode_shard
 from storage.images.halving import downsample
+from storage.place.stores import open_store
 from storage.place.urls import is_remote
 from storage.validation.pixels import compare_source, differences, open_source
-from storage.validation.problems import Problem
+from storage.validation.problems import Check, Problem
 
 if TYPE_CHECKING:
     import os
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 
     from storage.conversion.build import PixelSource
     from storage.place.stores import Store
-    from storage.validation.problems import Check, Place
+    from storage.validation.problems import Place
 
 ROUNDING = 1e-9  # relative, of a level's pixel size and position
 
@@ -43,7 +47,10 @@ def check_sharded(check: Check, store: Store, root: dict[str, Any], source: str 
     info = pyramid_info(root, store.get, store.name)
     _check_copies(check, store, info, (root.get("consolidated_metadata") or {}).get("metadata") or {})
     _check_places(check, info.levels)
-    _check_strays(check, store, info)
+    labels = _labels(store)
+    _check_strays(check, store, info, labels)
+    for name in filter(labels.__contains__, NAMES):
+        _check_label(check, store, name)
     first = info.levels[0]
     options = info.provenance.get("options")
     options = options if isinstance(options, dict) else {}
@@ -83,12 +90,38 @@ def _check_places(check: Check, levels: tuple[LevelInfo, ...]) -> None:
             check.add(number, None, "metadata", message)
 
 
-def _check_strays(check: Check, store: Store, info: PyramidInfo) -> None:
+def _labels(store: Store) -> list[str]:
+    """Names of the label images that a pyramid lists, which others may have put into it."""
+    try:
+        attributes = typed.mapping(load_json(store.get, GROUP, store.name).get("attributes"), "attributes")
+        listed = typed.items(typed.mapping(attributes.get("ome"), "ome").get("labels"), "labels")
+    except (ValueError, StorageError):
+        return []
+    return [name for name in listed if isinstance(name, str)]
+
+
+def _check_label(check: Check, store: Store, name: str) -> None:
+    """A label of this package is a pyramid."""
+    where = f"labels/{name}"
+    own = Check(None, check.workers, full=check.full)
+    try:
+        with closing(open_store(f"{store.name}/{where}")) as inner:
+            root = load_json(inner.get, "zarr.json", where)
+            if is_own(root):
+                check_sharded(own, inner, root, None)
+    except (CorruptImageError, NotAPyramidError, MissingImageError) as error:
+        own.add(None, None, "metadata", str(error))
+    for problem in own.problems:
+        check.add(None, None, problem.what, f"{where}: {problem.message}; remove it, and make it again")
+
+
+def _check_strays(check: Check, store: Store, info: PyramidInfo, labels: list[str]) -> None:
     """Name the files that no reader of this pyramid would look at."""
-    known = {"zarr.json", *(f"{level.path}/zarr.json" for level in info.levels)}
+    folders = tuple(f"labels/{name}/" for name in labels)
+    known = {"zarr.json", GROUP, *(f"{level.path}/zarr.json" for level in info.levels)}
     known |= {level.shard_key(*place) for level in info.levels for place in np.ndindex(level.shard_grid)}
     try:
-        strays = sorted(key for key in store.entries() if key not in known)
+        strays = sorted(key for key in store.entries() if key not in known and not key.startswith(folders))
     except TransferError as error:
         check.add(None, None, "unchecked", f"its files cannot be listed, so that strays are not noticed ({error})")
         return

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ADDRESS_SPACE = 1536 * 2**20  # above what the imports took
-MOST_GROWTH = 2**30  # bytes that one mutated file may make this process take
+MOST_GROWTH, MOST_SECONDS = (
+    2**30,
+    30.0,
+)  # bytes and processor seconds that one mutated file may make this process take
 GROWTH = 128 * 2**20  # bytes that mutated metadata of a small pyramid may make this process take
 SAFE_BYTES = 128 * 2**20  # larger images are only read in part
 IN_PLACE = 128  # pixels, side of what is read of a slide where it lies
@@ -164,8 +167,14 @@ def fuzz(seed: Path, first: int, count: int, *, in_place: bool = False) -> dict[
         answer = look_in_place(path) if in_place else look(path)
         outcomes[answer["outcome"]] += 1
         named = answer["outcome"] == "read" or path.name in answer["message"]
-        if not named or answer.get("equal") is False or meter.read()["growth"] > MOST_GROWTH:
-            wrong.append((number, answer))
+        used = meter.read()
+        if (
+            not named
+            or answer.get("equal") is False
+            or used["growth"] > MOST_GROWTH
+            or used["seconds"] > MOST_SECONDS
+        ):
+            wrong.append((number, answer, used))
     return {"outcomes": outcomes, "wrong": wrong}
 
 

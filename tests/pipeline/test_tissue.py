@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from pipeline.data.outlines import read_mask, to_outlines
 from pipeline.data.samples import SampleCache
 from pipeline.data.selection import select
 from pipeline.data.slides import open_image
-from pipeline.data.tissue import Finding, find_mask
+from pipeline.data.tissue import Finding, find_mask, put_into_pyramid
 from pipeline.errors import DataError
 from pipeline.results.predictions import read_result, write_result
-from storage import Slide, write_pyramid
+from storage import Slide, validate, write_pyramid
 
 EOSIN, HAEMATOXYLIN, DAB = (225, 150, 185), (110, 80, 150), (130, 85, 50)
 LEVELS = (LevelConfig(downsample=2, stride=4, samples=8, channels=(4,)),)
@@ -134,6 +135,61 @@ class TestTissue:
         assert kept.stat().st_size > 100
 
 
+class TestMasksInPyramids:
+    """They go where the pyramid goes, and are taken where the view that they are of is looked for."""
+
+    def entry(self, folder, monkeypatch):
+        """A slide that holds its mask, on a machine that has seen neither; and the mask."""
+        entry = slide_of(folder, paint(tissue=([(200, 200, 800, 800)], EOSIN)))
+        with Slide(entry.path) as slide:
+            found = find_mask(slide, entry, "tissue")
+            put_into_pyramid(slide, "tissue", found)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "another machine"))
+        return entry, found
+
+    def test_they_are_found_again(self, tmp_path, monkeypatch):
+        entry, first = self.entry(tmp_path, monkeypatch)
+        monkeypatch.setattr("pipeline.data.tissue.tissue", None)  # it would fail
+        again = found_on(entry)
+        assert (again.pixels == first.pixels).all()
+        assert again.pitch_yx == first.pitch_yx
+        with pytest.raises(TypeError):
+            found_on(replace(entry, mpp=4.0))  # which is found on another view
+        model = ModelConfig(levels=LEVELS, patch_size=24, prior="tissue")
+        assert open_image(entry, model).mask.nbytes > 0
+
+    def test_a_damaged_one_is_found_anew(self, tmp_path, monkeypatch):
+        entry, first = self.entry(tmp_path, monkeypatch)
+        shard = Path(entry.path, "labels", "tissue", "0", "c", "0", "0", "0")
+        shard.write_bytes(shard.read_bytes()[:-9])
+        assert (found_on(entry).pixels == first.pixels).all()
+
+    def test_that_of_another_slide_is_not_taken(self, tmp_path, monkeypatch):
+        entry, first = self.entry(tmp_path, monkeypatch)
+        other = slide_of(tmp_path, paint(tissue=([(100, 100, 900, 300)], EOSIN)), "b")
+        shutil.copytree(Path(entry.path, "labels"), Path(other.path, "labels"))
+        assert (found_on(other).pixels != first.pixels).any()
+
+    def test_the_command_puts_them_there(self, cohort, tmp_path, monkeypatch):
+        done = CliRunner().invoke(app, ["tissue", str(cohort), "--out", str(tmp_path / "masks"), "--into-pyramids"])
+        assert done.exit_code == 3, done.output  # slide-6 has no tissue
+        entries = read_manifest(cohort)
+        assert [Path(entry.path, "labels", "tissue").exists() for entry in entries] == [True] * 6 + [False]
+        assert all(validate(entry.path, full=True) == [] for entry in entries)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+        monkeypatch.setattr("pipeline.data.tissue.tissue", None)
+        assert found_on(entries[0]).pixels.any()
+
+    def test_slides_that_hold_none_are_named_and_keep_their_outlines(self, tmp_path):
+        pixels = paint(tissue=([(200, 200, 800, 800)], EOSIN)).transpose(1, 2, 0)
+        tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(128, 128), photometric="rgb")
+        out = tmp_path / "masks"
+        done = CliRunner().invoke(app, ["tissue", str(tmp_path / "a.tif"), "--out", str(out), "--into-pyramids"])
+        assert done.exit_code == 4
+        assert "a.tif: is no pyramid that convert made, and can hold no mask" in done.stderr
+        assert [entry.slide_id for entry in read_manifest(out / "manifest.csv")] == ["a"]
+
+
 def test_valid_pixels_are_all_but_nodata(tmp_path):
     pixels = np.random.default_rng(0).integers(1, 255, (4, 512, 512), dtype=np.uint8)
     pixels[:, :, :200] = 0
@@ -224,6 +280,44 @@ class TestColumn:
         entry = slide_of(tmp_path, paint())
         with pytest.raises(DataError, match="has no mask, and model.prior is column"):
             found_on(entry, "column")
+
+
+class TestKept:
+    """Masks in files are filled once for each state of the file."""
+
+    def outlined(self, folder, right):
+        content = {"type": "Polygon", "coordinates": [[[100, 100], [right, 100], [right, 900], [100, 900]]]}
+        (folder / "a.geojson").write_text(json.dumps(content))
+        return replace(slide_of(folder, paint()), mask=str(folder / "a.geojson"))
+
+    def test_more_slides_than_are_held_open_fill_no_mask_twice(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("pipeline.data.samples._OPEN_SLIDES", 1)
+        entries = [self.outlined(tmp_path, 900)]
+        entries.append(replace(slide_of(tmp_path, paint(), "b"), mask=entries[0].mask))
+        calls = []
+        monkeypatch.setattr("pipeline.data.tissue.read_mask", lambda *args: calls.append(args) or read_mask(*args))
+        cache = SampleCache(ModelConfig(levels=LEVELS, patch_size=24, prior="column"))
+        for _ in range(3):
+            for entry in entries:
+                assert cache.open(entry).mask is not None
+        assert len(calls) == 1  # they are of one size and have one mask
+
+    def test_a_corrected_one_is_filled_anew(self, tmp_path):
+        entry = self.outlined(tmp_path, 900)
+        first = found_on(entry, "column")
+        assert (found_on(entry, "column").pixels == first.pixels).all()
+        corrected = Path(entry.mask).read_text().replace("900", "800")  # of as many bytes
+        Path(entry.mask).write_text(corrected)
+        assert found_on(entry, "column").pixels.sum() < first.pixels.sum()
+
+    def test_one_that_is_a_pyramid_is_read_each_time(self, tmp_path):
+        entry = slide_of(tmp_path, paint())
+        inside = np.zeros((1, 512, 512), np.uint8)
+        write_pyramid(tmp_path / "mask.ome.zarr", inside + 1)
+        entry = replace(entry, mask=str(tmp_path / "mask.ome.zarr"))
+        assert found_on(entry, "column").pixels.all()
+        write_pyramid(tmp_path / "mask.ome.zarr", inside, overwrite=True)
+        assert not found_on(entry, "column").pixels.any()
 
 
 @pytest.mark.parametrize("key", range(12))
