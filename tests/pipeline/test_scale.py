@@ -110,7 +110,7 @@ class TestPixels:
                 SlideImage(slide, mpp=0.25)
             assert SlideImage(slide, mpp=0.25, own_mpp=0.25).scale == 1.0  # the manifest knows better
         with slide_at(tmp_path / "b.ome.zarr", pixels, None) as slide:
-            with pytest.raises(DataError, match="does not tell how many micrometres .* give it a column mpp"):
+            with pytest.raises(DataError, match="does not tell what a pixel measures, .* give it a column mpp"):
                 SlideImage(slide, mpp=0.25)
             assert SlideImage(slide, mpp=0.25, own_mpp=0.125).scale == 2.0
 

@@ -90,7 +90,7 @@ def test_what_is_overridden_counts_before_lengths_are_read(tmp_path):
             r"levels\[0\]\.downsample: its scale is given in microm",
         ),
         ({"levels": [{"mpp": 8, "magnification": 1}]}, r"levels\[0\]\.magnification: mpp is given too"),
-        ({"mpp": 0.5, "levels": [{"mpp": 0.25}]}, r"levels\[0\]\.mpp: 0\.25 is finer than model\.mpp"),
+        ({"mpp": 0.5, "levels": [{"mpp": 0.25}]}, r"levels\[0\]\.mpp: 0\.25 microm.* finer than model\.mpp"),
         (
             {"mpp": 0.5, "levels": [{"mpp": 2, "size": 4, "size_um": 8}]},
             r"levels\[0\]\.size: it is given in microm",
@@ -102,7 +102,7 @@ def test_what_is_overridden_counts_before_lengths_are_read(tmp_path):
         ({"m": 10, "levels": [{"m": 5}]}, r"levels\[0\]\.mpp: 5 m is finer than model\.mpp, 10 m"),
         (
             {"m": 10, "levels": [{"m": 40, "size_m": 100}]},
-            r"levels\[0\]\.size_m: 100 are 2\.50 pixels; give (80|120)",
+            r"levels\[0\]\.size_m: 100 are 2\.50 pixels; give",
         ),
         ({"m": 10, "levels": [{"m": 40, "size": 4, "size_m": 160}]}, r"levels\[0\]\.size: it is given in metres too"),
         ({"patch_size_m": 640}, "patch_size_m: give m, the metres per pixel, too"),
@@ -133,9 +133,8 @@ class TestScenes:
 
         return make
 
-    CONFIG = parse_config(
-        {"model": {"m": 20, "levels": [{"m": 40, "stride": 4, "samples": 4}], "patch_size": 32}}, ""
-    )
+    LEVEL = {"m": 40, "stride": 4, "samples": 4}  # noqa: RUF012
+    CONFIG = parse_config({"model": {"m": 20, "levels": [LEVEL], "patch_size": 32}}, "")
 
     def test_sensors_of_two_resolutions_are_seen_alike(self, write):
         images = [open_image(write(f"{metres}.tif", metres), self.CONFIG.model) for metres in (10, 20)]
