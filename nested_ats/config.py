@@ -40,6 +40,7 @@ class EncoderConfig:
     std: float | tuple[float, ...] | None = None  # likewise
     # Micrometres per pixel at downsample 1, so that slides of all scanners are seen at one scale: at downsample d a
     # pixel measures mpp * d. None: downsample 1 is the finest level of each slide, whatever its pixels measure.
+    # A scene of 10 m is one of 1e7.
     mpp: float | None = None
 
     def __post_init__(self) -> None:

@@ -222,6 +222,9 @@ class DataConfig(_Section):
     assume_mpp: float | None = Field(
         default=None, gt=0, lt=1000
     )  # micrometres per pixel of slides of which neither their file nor the manifest tells it
+    # auto: mean and std of the model are those of each channel over the valid pixels of the training slides (as
+    # nested-ats stats has them), measured once before the training and kept by the model. None: as the model says.
+    normalize: Literal["auto"] | None = None
     # What is one sample: a slide, or a case with all slides of one case_id, whose cells are then one population.
     unit: Literal["slide", "case"] = "slide"
     cache: CacheConfig | None = None  # keeps chunks that are fetched from URLs; there is none by default
@@ -289,6 +292,12 @@ class Config(_Section):
             raise ValueError(
                 "train.augment: features have no brightness or contrast; flip and translation move tiles"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _normalize_once(self) -> Self:
+        if self.data.normalize and (self.model.mean is not None or self.model.std is not None):
+            raise ValueError("data.normalize: auto measures model.mean and model.std; leave these out")
         return self
 
     @model_validator(mode="after")

@@ -51,10 +51,19 @@ class Stats:
     failures: list[tuple[str, str]]  # slide id and why it does not count
 
     @property
+    def means(self) -> tuple[float, ...]:
+        """The mean of each channel, for `model.mean`."""
+        return tuple(channel.mean for channel in self.channels)
+
+    @property
+    def spreads(self) -> tuple[float, ...]:
+        """The standard deviation of each channel, for `model.std`; that of a constant one is 1."""
+        return tuple(channel.std if channel.std > _CONSTANT else 1.0 for channel in self.channels)
+
+    @property
     def lines(self) -> list[str]:
-        """The lines of a configuration that have the model take these means and spreads; a constant's spread is 1."""
-        means = ", ".join(f"{channel.mean:.4g}" for channel in self.channels)
-        stds = ", ".join(f"{channel.std if channel.std > _CONSTANT else 1.0:.4g}" for channel in self.channels)
+        """The lines of a configuration that have the model take these means and spreads."""
+        means, stds = (", ".join(f"{each:.4g}" for each in values) for values in (self.means, self.spreads))
         return ["model:", f"  mean: [{means}]", f"  std: [{stds}]"]
 
 

@@ -38,7 +38,11 @@ MinLevelSize = Annotated[int, typer.Option(min=1, help="Levels go on down to thi
 AllowSparse = Annotated[bool, typer.Option("--allow-sparse", help="Read TIFF tiles that are not stored as zeros.")]
 Page = Annotated[
     str,
-    typer.Option(help="Page of TIFFs that have several, from 0; or channels: each is a channel of one image."),
+    typer.Option(
+        "--page",
+        "--pages",
+        help="Page of TIFFs that have several, from 0; channels: each is a channel of one; slides: each is a slide.",
+    ),
 ]
 Executor = Annotated[str, typer.Option(help="threads, processes, or the tcp://HOST:PORT of a Dask scheduler.")]
 Workers = Annotated[
@@ -71,6 +75,7 @@ def convert(
     """Turn images into OME-Zarr pyramids and write a manifest of them; run again, it goes on where it was."""
     from pipeline.convert import convert_all, known_slides, manifest_path, summary
     from pipeline.data.discovery import find_images
+    from pipeline.data.pages import page_slides
     from pipeline.errors import UsageError
     from storage import ConvertOptions
 
@@ -82,12 +87,13 @@ def convert(
             shard=shard,
             min_level_size=min_level_size,
             mpp=mpp,
-            pages=_pages(page),
+            pages=None if page == "slides" else _pages(page),
             allow_sparse=allow_sparse,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
     entries = find_images(sources, name_by=name_by, known=known_slides(out, manifest))
+    entries = list(page_slides(entries)) if page == "slides" else entries
     if dry_run:
         _plan(entries, out, options, as_json=as_json)
         return
@@ -115,7 +121,7 @@ def _pages(text: str) -> int | Literal["channels"] | None:
     if text == "channels":
         return "channels"
     if text and not text.isdecimal():
-        raise UsageError(f"--page {text}: give the number of a page, from 0, or channels")
+        raise UsageError(f"--page {text}: give the number of a page, from 0, channels, or slides")
     return int(text) if text else None
 
 

@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import DataError, UsageError
+from pipeline.units import MICROMETRES
 from storage.format.georeference import Georeference
 from storage.images.geotiff import crs_file
 
 WGS84 = 4326
 _ROUNDING = 1e-9  # degrees
+_SQUARE = 1.02  # times that a pixel's sides may differ
 _MEND = "give the scene its own: gdal_edit -a_srs EPSG:... FILE"
 
 
@@ -137,6 +139,32 @@ def metres_per_pixel(georeference: Georeference, where: str) -> tuple[float, flo
     metres = crs.axis_info[0].unit_conversion_factor
     a, b, _, d, e, _ = georeference.transform
     return math.hypot(b, e) * metres, math.hypot(a, d) * metres
+
+
+def scene_mpp(georeference: Georeference, where: str) -> float:
+    """Micrometres that a pixel of a scene measures.
+
+    Raises
+    ------
+    UsageError
+        The extra ``geo`` is not installed.
+    DataError
+        The scene has no CRS, or one that is unknown or in degrees, or its pixels are not square.
+    """
+    if georeference.crs is None:
+        raise DataError(f"{where}: a scene without a coordinate reference system (CRS); {_MEND}")
+    sides = metres_per_pixel(georeference, where)
+    if sides is None:
+        raise DataError(
+            f"{where}: its CRS ({georeference.words}) is in degrees, which are of no one length, and the model looks "
+            "at metres; warp it to a projected one, such as UTM: gdalwarp -t_srs EPSG:326.. IN.tif OUT.tif"
+        )
+    if max(sides) > min(sides) * _SQUARE:
+        raise DataError(
+            f"{where}: its pixels are {sides[0]:g} m high and {sides[1]:g} m wide, and the model means square ones; "
+            "resample it: gdalwarp -tr SIDE SIDE IN.tif OUT.tif"
+        )
+    return sides[1] * MICROMETRES
 
 
 def _unknown(georeference: Georeference) -> str:

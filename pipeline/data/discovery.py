@@ -17,6 +17,7 @@ from pipeline.data.manifest import (
     printable,
     read_manifest,
     slide_name,
+    whole_path,
 )
 from pipeline.data.naming import NAME_BY, keep_names, path_name
 from pipeline.errors import UsageError
@@ -61,7 +62,7 @@ def find_images(
         if not found:
             raise UsageError(f"{source}: no image here ({', '.join(IMAGE_SUFFIXES)})")
         for place in found:
-            path = place if is_remote(place) else os.path.abspath(place)
+            path = whole_path(place)
             name = slide_name(path) if name_by == "name" else path_name(place, source)
             entries.setdefault(path, Entry(slide_id=name, path=path))
     return keep_names(list(entries.values()), known or {})
@@ -149,7 +150,7 @@ def name_slides(places: Sequence[str]) -> list[Entry]:
         return read_manifest(Path(places[0]))
     slides: dict[str, Entry] = {}
     for place in places:
-        path = place if is_remote(place) else os.path.abspath(place)
+        path = whole_path(place)
         entry = Entry(slide_id=slide_name(path), path=path)
         other = slides.setdefault(entry.slide_id, entry).path
         if other != path:
@@ -178,7 +179,7 @@ def find_slides(places: Sequence[str]) -> list[Entry]:
         found = expand(source, _is_slide, lambda name: has_image_suffix(name) or is_pyramid_name(name))
         if not found:
             raise UsageError(f"{source}: no slide here; name one, a folder of them, or a manifest")
-        sources |= {place if is_remote(place) else os.path.abspath(place): source for place in found}
+        sources |= {whole_path(place): source for place in found}
     names = {path: (slide_name(path), path_name(path, source), printable(path)) for path, source in sources.items()}
     counts = [Counter(each) for each in zip(*names.values(), strict=True)]
     return [

@@ -3,7 +3,8 @@
 Columns are slide_id, path and label, and optionally case_id, split, fold, mpp and mask; the column names of TRIDENT
 (wsi), Slideflow (slide) and STAMP (PATIENT, FILENAME) are understood. Other columns are kept as they are, for the
 manifests and tables that are made of this one. Identifiers are texts, so leading zeros survive. Paths are relative
-to the manifest's folder.
+to the manifest's folder. A path may be several, ``B04.tif;B03.tif``, the bands of one scene; a column ``page`` (a
+number from 0, or ``channels``) names one of a file's pages, and becomes part of the path, ``scan.tif#page=2``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import repeat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from pipeline.data.tables import WORKBOOK, read_table, table_name
 from pipeline.errors import UsageError
 from pipeline.files import write_atomic
 from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
+from storage.place.location import BETWEEN, PAGE, files_of, is_page, scene_name, split_page
 from storage.place.urls import is_remote
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ class Entry:
     """One slide of a manifest."""
 
     slide_id: str  # unique
-    path: str  # the absolute path or the URL of an image or a pyramid
+    path: str  # the absolute path or the URL of an image or a pyramid; with a page, or several with ; between
     label: str = ""  # the name of the class; empty where unknown
     case_id: str = ""  # a patient or site, whose slides never part between splits; empty: a case of its own
     split: str = ""  # train, val or test; empty where the manifest has none
@@ -97,7 +100,8 @@ def read_manifest(source: Path | DataFrame, *, labelled: bool = False) -> list[E
     if not columns[0]:
         raise _problem(path, ["no slides"])
     table = dict(zip(names, columns, strict=True))
-    problems = [f"row {row + 2}: {text}" for row, text in sorted(_check_cells(table, labelled=labelled))]
+    problems = _take_pages(table)
+    problems += [f"row {row + 2}: {text}" for row, text in sorted(_check_cells(table, labelled=labelled))]
     table["slide_id"] = [slide_id or slide_name(place) for slide_id, place in _rows(table, ("slide_id", "path"))]
     problems += _check_whole(table)
     if problems:
@@ -127,7 +131,7 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
     for row in rows:
         for name in ("path", "mask"):
             if row[name] and not is_remote(row[name]):
-                row[name] = _relative(Path(row[name]), path.parent)
+                row[name] = relative_path(row[name], path.parent)
         row |= row.pop("extra")
     columns = [name for name in COLUMNS if name in ("slide_id", "path") or any(row[name] for row in rows)]
     text = io.StringIO()
@@ -153,12 +157,15 @@ def remarks(entries: Sequence[Entry], *, classes: bool = True) -> list[str]:
 
 def slide_name(path: str) -> str:
     """Name a slide after its file, without the image suffix, as a manifest can hold it."""
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+    if len(files := files_of(path)) > 1:
+        return printable(scene_name(files))
+    file, page = split_page(path)
+    name = file.rstrip("/").rsplit("/", 1)[-1]
     for suffix in _SUFFIXES:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             name = name[: -len(suffix)]
             break
-    return printable(name)
+    return printable(name if page is None else f"{name}_p{page}")
 
 
 def printable(name: str) -> str:
@@ -171,13 +178,31 @@ def printable(name: str) -> str:
 
 def has_image_suffix(place: str) -> bool:
     """Tell whether a path or URL has the name of an image file, of which the query of a URL (``?...``) is no part."""
+    place = files_of(place)[0]
     name = place.partition("?")[0] if is_remote(place) else place
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def is_image_file(place: str) -> bool:
     """Whether a path or URL is an image file rather than a pyramid; a URL is told by its name."""
-    return has_image_suffix(place) if is_remote(place) else os.path.isfile(place)
+    return has_image_suffix(place) if is_remote(place) else os.path.isfile(files_of(place)[0])
+
+
+def whole_path(path: str, folder: str | None = None) -> str:
+    """Make the paths of a location absolute, which are relative to a folder, by default the current one."""
+    here = os.path.abspath(folder or os.curdir)
+    own = path if not path or is_remote(path) else os.path.normpath(path if path[0] == "/" else f"{here}/{path}")
+    if BETWEEN not in path or os.path.lexists(own):
+        return own
+    return BETWEEN.join(whole_path(part, here) for part in files_of(path))
+
+
+def relative_path(path: str, folder: Path) -> str:
+    """Make those paths of a location relative that lie below a folder."""
+    return BETWEEN.join(
+        part if is_remote(part) else _relative(Path(part), folder)
+        for part in (files_of(path) if BETWEEN in path else [path])
+    )
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -231,6 +256,16 @@ def _check_cells(table: _Table, *, labelled: bool) -> list[tuple[int, str]]:
     ]
 
 
+def _take_pages(table: _Table) -> list[str]:
+    """Make the column of pages, if there is one, part of the paths; return what is wrong with it."""
+    pages = table.pop("page", None)
+    if pages is None:
+        return []
+    wrong = sorted({page for page in pages if page and not is_page(page)})
+    table["path"] = [f"{path}{PAGE}{page}" if page else path for path, page in zip(table["path"], pages, strict=True)]
+    return [f"page is {page!r}, not the number of one, from 0, or channels" for page in wrong]
+
+
 def _wrong_mpp(text: str) -> str:
     try:
         mpp = number(text)
@@ -261,11 +296,7 @@ def _check_whole(table: _Table) -> list[str]:
 
 
 def _entries(table: _Table, folder: Path) -> list[Entry]:
-    here = os.path.abspath(folder)
-
-    def whole(path: str) -> str:
-        return path if not path or is_remote(path) else os.path.normpath(path if path[0] == "/" else f"{here}/{path}")
-
+    whole = partial(whole_path, folder=os.path.abspath(folder))
     mpps = {text: number(text) for text in set(table.get("mpp", ("",)))}
     extra = [name for name in table if name not in COLUMNS]
     extras = (dict(zip(extra, more, strict=True)) for more in _rows(table, extra)) if extra else repeat({})

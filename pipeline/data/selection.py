@@ -212,8 +212,8 @@ def _open_all(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> l
                 identity = identity_of(slide)
             slow = next(filter(None, map(why_slow, levels)), "")
             downsamples = tuple(level.downsample for level in levels)
-            mpp = entry.mpp or slide.mpp or config.data.assume_mpp
-            assumed = mpp is not None and not (entry.mpp or slide.mpp)
+            mpp = image.own_mpp
+            assumed = mpp is not None and mpp == config.data.assume_mpp and not (entry.mpp or slide.mpp)
             return _Found(
                 entry,
                 len(image.numbers),

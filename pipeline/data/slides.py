@@ -17,10 +17,12 @@ from nested_ats.config import EncoderConfig, PatchConfig
 from nested_ats.images import find_level
 from nested_ats.mask import Mask
 from pipeline.config import CacheConfig
+from pipeline.data.crs import scene_mpp
 from pipeline.data.given import FeatureImage
 from pipeline.data.manifest import Entry
 from pipeline.data.tissue import model_mask
 from pipeline.errors import DataError
+from pipeline.units import LONG, shown
 from storage import ReadStatistics, Slide
 from storage.format.nodata import holds_data
 from storage.place.urls import is_remote
@@ -228,9 +230,11 @@ class _Level(NamedTuple):
 def _scale(slide: Slide, mpp: float, own_mpp: float | None) -> float:
     """Pixels of the slide's finest level to a pixel of `mpp` micrometres: of a level of the slide, if one is near."""
     if own_mpp is None:
+        mend = "give it a column mpp in the manifest, or set data.assume_mpp"
+        if mpp > LONG:
+            mend = "give it a place on the Earth, in a projected CRS: gdal_edit -a_srs EPSG:... -a_ullr ... FILE"
         raise DataError(
-            f"{slide.location}: does not tell how many micrometres a pixel measures, and the model looks at {mpp:g}; "
-            "give it a column mpp in the manifest, or set data.assume_mpp"
+            f"{slide.location}: does not tell what a pixel measures, and the model looks at {shown(mpp)}; {mend}"
         )
     y, x = slide.levels[0].scale_yx
     if max(y / x, x / y) > 1 + _SQUARE:
@@ -244,8 +248,8 @@ def _scale(slide: Slide, mpp: float, own_mpp: float | None) -> float:
         return nearest
     if wanted < 1:
         raise DataError(
-            f"{slide.location}: scanned at {own_mpp:g} micrometres per pixel, coarser than the model's {mpp:g}; "
-            "leave it out, or set model.mpp to that of the coarsest scan"
+            f"{slide.location}: recorded at {shown(own_mpp)} per pixel, coarser than the model's {shown(mpp)}; "
+            "leave it out, or set model.mpp to that of the coarsest"
         )
     return wanted
 
@@ -307,6 +311,8 @@ def open_image(entry: Entry, config: EncoderConfig, **options: Unpack[Opening]) 
     with ExitStack() as stack:
         stack.enter_context(slide)
         own_mpp = entry.mpp or slide.mpp or options.get("assume_mpp")
+        if config.mpp is not None and own_mpp is None and slide.georeference is not None:
+            own_mpp = scene_mpp(slide.georeference, slide.location)
         image = SlideImage(
             slide,
             background=options.get("background", 0.0),

@@ -27,6 +27,7 @@ from pipeline.files import make_folder, write_atomic
 from pipeline.results.report import describe_metrics, evaluated
 from pipeline.results.settings import Settings, prediction_settings
 from pipeline.runs import read_metrics, read_run
+from pipeline.units import shown
 
 README = "README.md"
 _FEW = 100  # cases, below which an interval is so wide that this is said
@@ -148,7 +149,7 @@ def _network(info: ModelInfo, choice: Choice, settings: Settings) -> Iterator[st
     yield "## What it looks at\n"
     yield f"- kind `{config.kind}`, {info.in_channels} channels; levels at downsample {_levels(config)}"
     scale = "the finest level of each image, whatever its pixels measure"
-    yield f"- downsample 1 is {f'{config.mpp:g} micrometres per pixel' if config.mpp else scale}"
+    yield f"- downsample 1 is {f'{shown(config.mpp)} per pixel' if config.mpp else scale}"
     if isinstance(config, PatchConfig):
         patches = f"patches of {config.patch_size} pixels at downsample {config.patch_downsample:g}"
         yield f"- {patches}; prior: {config.prior}"

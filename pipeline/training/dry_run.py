@@ -66,7 +66,7 @@ def dry_run(
     """
     chosen = select(entries, config, fail_fast=fail_fast)
     config = chosen.config
-    arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
+    arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast, overwrite=overwrite)
     _check_out(folder, arguments["fingerprint"], overwrite=overwrite)
     if mirror:
         Mirror(mirror, folder).check(arguments["fingerprint"], overwrite=overwrite)

@@ -15,7 +15,7 @@ from typing import Any
 
 import cluster
 from nested_ats.targets import Classes
-from pipeline.config import ClassesTarget, Config, digest, dump_config, plain
+from pipeline.config import ClassesTarget, Config, digest, dump_config, parse_config, plain
 from pipeline.data.manifest import Entry, plain_entries
 from pipeline.data.selection import Failure, Selection, select
 from pipeline.data.targets import columns, row_of
@@ -26,6 +26,7 @@ from pipeline.results.measures import measure_names
 from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, clear_run, read_metrics, read_run
 from pipeline.training.epochs import describe
 from pipeline.training.mirror import Mirror
+from pipeline.training.normalize import normalized
 from pipeline.training.trainer import train_worker
 
 _COPY_TIMEOUT_S = 1200  # workers wait so long for rank 0, which may copy a state over a slow line
@@ -82,7 +83,7 @@ def train(
     copy = Mirror(mirror, folder) if mirror else None
     chosen = select(entries, config, fail_fast=fail_fast)
     config = chosen.config
-    arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast)
+    arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast, overwrite=overwrite)
     fingerprint = arguments["fingerprint"]
     make_folder(folder)
     unit = "steps" if address == "none" else "epochs"
@@ -90,7 +91,7 @@ def train(
         check_folder(folder, fingerprint, overwrite=overwrite)
         if copy:
             copy.check(fingerprint, overwrite=overwrite)
-        _prepare(folder, config, arguments, chosen, overwrite=overwrite)
+        _prepare(folder, arguments, chosen, overwrite=overwrite)
         if copy:
             copy.claim(overwrite=overwrite)
         # Workers elsewhere cannot call back; their epochs are followed in the run's folder.
@@ -109,7 +110,13 @@ def train(
 
 
 def worker_arguments(
-    chosen: Selection, config: Config, folder: Path, *, mirror: str | None, fail_fast: bool
+    chosen: Selection,
+    config: Config,
+    folder: Path,
+    *,
+    mirror: str | None,
+    fail_fast: bool,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `pipeline.training.trainer.train_worker`, from the parameters of `train`.
 
@@ -117,6 +124,8 @@ def worker_arguments(
     ------
     UsageError
         The validation slides do not have the figure that the best epoch is to be chosen by.
+    DataError
+        No training slide can be read, where `data.normalize` wants their statistics.
     """
     _check_best_by(chosen, config)
     arguments = {
@@ -127,7 +136,10 @@ def worker_arguments(
         "folder": str(folder.absolute()),
         "mirror": mirror,
     }
-    return arguments | {"fingerprint": _fingerprint(config, arguments), "fail_fast": fail_fast}
+    fingerprint = _fingerprint(config, arguments)
+    if config.data.normalize:
+        arguments["config"] = plain(normalized(config, chosen.entries, folder, "" if overwrite else fingerprint))
+    return arguments | {"fingerprint": fingerprint, "fail_fast": fail_fast}
 
 
 def _check_best_by(chosen: Selection, config: Config) -> None:
@@ -171,6 +183,8 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["train"].pop("tracker")  # it watches
     decisive["data"] |= {"cache": None}
+    if config.data.normalize is None:
+        del decisive["data"]["normalize"]
     if config.data.unit == "slide":
         del decisive["data"]["unit"]
     if config.data.chosen is None:
@@ -204,7 +218,7 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
         raise UsageError(f"{folder}: not empty and not a training run; give another --out")
 
 
-def _prepare(folder: Path, config: Config, arguments: dict[str, Any], chosen: Selection, *, overwrite: bool) -> None:
+def _prepare(folder: Path, arguments: dict[str, Any], chosen: Selection, *, overwrite: bool) -> None:
     """Write the description of a run into its folder."""
     if overwrite:
         clear_run(folder)
@@ -212,13 +226,13 @@ def _prepare(folder: Path, config: Config, arguments: dict[str, Any], chosen: Se
         "fingerprint": arguments["fingerprint"],
         "target": arguments["target"],
         "channels": arguments["channels"],
-        "config": plain(config),
+        "config": arguments["config"],
         "versions": versions(),
         "entries": plain_entries(chosen.entries),
         "identities": chosen.identities,
     }
     write_json(folder / RUN, run)
-    write_atomic(folder / CONFIG, dump_config(config))
+    write_atomic(folder / CONFIG, dump_config(parse_config(arguments["config"], "configuration")))
 
 
 def _replaced(path: Path) -> int | None:

@@ -27,6 +27,7 @@ from storage.format import georeference as geo
 from storage.format.nodata import to_json
 from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, with_shards
 from storage.place.files import fingerprint
+from storage.place.location import split_page
 from storage.place.urls import is_remote
 from storage.threads import processors
 
@@ -100,6 +101,8 @@ def convert(
     from storage.images.opening import open_image
 
     options = options or ConvertOptions()
+    if (page := split_page(source)[1]) is not None:  # it is what an option would be
+        options = replace(options, pages=page)
     check_executor(executor)
     place = os.fspath(target)
     provenance: dict[str, Any] = {"source": fingerprint(source), "options": options.plain, "format": FORMAT}

@@ -7,10 +7,12 @@ import os
 
 import numpy as np
 
+from storage import typed
 from storage.conversion.target import partial_of
 from storage.errors import ConversionError, StorageError, TransferError
 from storage.format.ome_zarr import PyramidInfo, parse_pyramid
 from storage.place.files import fingerprint
+from storage.place.location import split_page
 from storage.place.stores import open_store
 from storage.place.urls import is_remote
 
@@ -18,8 +20,10 @@ from storage.place.urls import is_remote
 def made_from(target: str | os.PathLike[str], source: str | os.PathLike[str]) -> bool:
     """Whether a pyramid was made from this very file, as far as its fingerprint tells."""
     try:
-        return _read(os.fspath(target)).provenance.get("source") == fingerprint(source)
-    except (StorageError, OSError):
+        made, page = _read(os.fspath(target)).provenance, split_page(source)[1]
+        own = typed.mapping(made.get("options"), "options").get("pages")
+        return made.get("source") == fingerprint(source) and page in (None, own)
+    except (StorageError, OSError, ValueError):
         return False
 
 

@@ -20,7 +20,7 @@ from storage.limits import LIMITS
 
 if TYPE_CHECKING:
     from storage.conversion.build import PixelSource
-    from storage.images.tiff_pages import Pages
+    from storage.place.location import Pages
 
 CLEVELS = {"lz4": 1, "zstd": 1}  # lz4 at 5 takes twice as long to save 1 %
 MAX_SHARD_BYTES = 64 * 2**20  # decoded; the shard side is halved until it holds

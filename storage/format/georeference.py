@@ -91,6 +91,14 @@ def compose(outer: Transform, inner: Transform) -> Transform:
     return (a * k + b * p, a * m + b * q, a * n + b * r + c, d * k + e * p, d * m + e * q, d * n + e * r + f)
 
 
+def inverted(transform: Transform) -> Transform:
+    """Return the transform that leads back; `is_sound` tells whether there is one."""
+    a, b, c, d, e, f = transform
+    whole = a * e - b * d
+    k, m, p, q = e / whole, -b / whole, -d / whole, a / whole
+    return (k, m, -(k * c + m * f), p, q, -(p * c + q * f))
+
+
 def is_sound(transform: Transform) -> bool:
     """Whether a transform has finite numbers within reason and flattens no pixel."""
     a, b, _, d, e, _ = transform

@@ -6,12 +6,15 @@ import os
 from contextlib import closing
 
 from storage.errors import UnsupportedImageError
+from storage.images.bands import BandsImage
 from storage.images.image import ACCEPTED
 from storage.images.openslide_image import OpenSlideImage, instead_of
 from storage.images.raster import MAGIC_BYTES, RasterImage, raster_kind
 from storage.images.tiff import TiffImage
-from storage.images.tiff_pages import Pages
+from storage.images.tiff_pages import images_in
+from storage.images.tiff_structure import TiffStructure
 from storage.place.files import RandomFile
+from storage.place.location import Pages, files_of, split_page
 
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MIRAX = ".mrxs"  # a slide's first file, which is a JPEG
@@ -19,13 +22,13 @@ MIRAX = ".mrxs"  # a slide's first file, which is a JPEG
 
 def open_image(
     location: str | os.PathLike[str], *, allow_sparse: bool = False, pages: Pages = None
-) -> TiffImage | RasterImage | OpenSlideImage:
+) -> TiffImage | RasterImage | OpenSlideImage | BandsImage:
     """Open a TIFF, PNG, JPEG or BMP, or with the extra "slides" what OpenSlide reads.
 
     Parameters
     ----------
     location
-        A path or a URL (http, https, s3, gs, az).
+        A path or a URL (http, https, s3, gs, az), with a page or with further bands (``storage.place.location``).
     allow_sparse
         Read tiles of a TIFF that are not stored as zeros rather than refuse the file.
     pages
@@ -35,7 +38,12 @@ def open_image(
     ------
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
     """
-    place = os.fspath(location)
+    if len(files_of(location)) > 1:
+        if pages is not None:
+            raise UnsupportedImageError(f"{os.fspath(location)}: several files, of which no page is taken")
+        return BandsImage(location, allow_sparse=allow_sparse)
+    place, page = split_page(location)
+    pages = page if pages is None else pages
     try:
         match image_kind(place):
             case "TIFF":
@@ -50,6 +58,25 @@ def open_image(
         if pages is not None:  # OpenSlide has none to choose
             raise
         return instead_of(error, place)
+
+
+def image_pages(location: str | os.PathLike[str]) -> list[int]:
+    """Numbers of the pages of a file that are images of their own; of what is no TIFF of several pages, 0.
+
+    Raises
+    ------
+    MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
+    """
+    return _Pages(location).numbers if image_kind(os.fspath(location)) == "TIFF" else [0]
+
+
+class _Pages(TiffStructure):
+    """The pages of a TIFF, none of which is described."""
+
+    def _open(self, *, coarser: bool) -> None:  # noqa: ARG002
+        with self._parsed() as (tif, _):
+            self.numbers = images_in(tif)
+        self.close()
 
 
 def image_kind(place: str) -> str:

@@ -199,7 +199,8 @@ def _colours(key: tifffile.TiffPage) -> str:
 
 def choose_page(pages: int) -> str:
     """Tell how a pyramid of one of several pages is made."""
-    return f"or have nested-ats make a pyramid of one of its pages by --page 0 to --page {pages - 1}"
+    one = f"or have nested-ats make a pyramid of one of its pages by --page 0 to --page {pages - 1}, or of each by"
+    return f"{one} --page slides, or name it in the manifest's column page"
 
 
 def _palette_is_short(key: tifffile.TiffPage) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tifffile
 
@@ -10,9 +10,6 @@ from storage.images.tiff_kinds import choose_page
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-Pages = int | Literal["channels"] | None
-"""The number of a page, from 0; all pages, each a channel; or None: the baseline image of the file."""
 
 
 def series_of(pages: Sequence[tifffile.TiffPage | tifffile.TiffFrame]) -> tifffile.TiffPageSeries:
@@ -30,6 +27,20 @@ def series_of(pages: Sequence[tifffile.TiffPage | tifffile.TiffFrame]) -> tifffi
     if any(page.shape != first.shape for page in whole):
         raise RuntimeError("pages that do not have one keyframe")  # as tifffile puts it
     return tifffile.TiffPageSeries(whole, (len(whole), *first.shape), first.dtype, f"C{first.axes}")
+
+
+STACKS = ("generic", "uniform", "shaped", "imagej", "ome")  # tifffile's kinds of files whose pages may be images
+
+
+def images_in(tif: tifffile.TiffFile) -> list[int]:
+    """Numbers of the pages that are images of their own: no masks, no copies of lower resolution.
+
+    Of slides of scanners there is one image, whatever labels and overviews they hold.
+    """
+    if tif.series[0].kind not in STACKS or tif.is_svs:
+        return [0]
+    pages = ((number, page.aspage()) for number, page in enumerate(tif.pages))
+    return [number for number, page in pages if not (page.is_mask or page.is_reduced)]
 
 
 def masks_of(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> list[tifffile.TiffPage]:

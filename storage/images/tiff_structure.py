@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Self, cast
 
 import numpy as np
@@ -42,10 +42,11 @@ from storage.images.tiff_kinds import (
 )
 from storage.images.tiff_log import named
 from storage.images.tiff_metadata import alpha_of, channel_names, check_claims, mpp_yx, nodata_of
-from storage.images.tiff_pages import Pages, masks_of, series_of, why_unclear
+from storage.images.tiff_pages import masks_of, series_of, why_unclear
 from storage.images.tiff_segments import Cut, Plane, why_misplaced
 from storage.limits import LIMITS, Limits
 from storage.place.files import BlockReader, RandomFile
+from storage.place.location import Pages
 
 if TYPE_CHECKING:
     import os
@@ -126,6 +127,17 @@ class TiffStructure(Image):
             raise
 
     def _open(self, *, coarser: bool) -> None:
+        with self._parsed() as (tif, tables):
+            series = self._chosen_series(tif)
+            self._describe(tif, series, tables)
+            if masks := masks_of(tif, series):
+                self._take_mask(tif, masks, tables)
+            if coarser:
+                self._describe_coarser(tif, series, tables, masks)
+
+    @contextmanager
+    def _parsed(self) -> Iterator[tuple[tifffile.TiffFile, Tables]]:
+        """Have tifffile read the headers, and turn what it runs into to errors of ours."""
         with BlockReader(self._file) as reader:
             tables = check_directories(reader, self._limits)
             ndpi = is_ndpi(reader, reader.read_at(0, 16))
@@ -135,12 +147,7 @@ class TiffStructure(Image):
                     tifffile.TiffFile(cast("IO[bytes]", reader), name=self._file.name, is_ndpi=ndpi) as tif,
                 ):
                     self._check_format(tif)
-                    series = self._chosen_series(tif)
-                    self._describe(tif, series, tables)
-                    if masks := masks_of(tif, series):
-                        self._take_mask(tif, masks, tables)
-                    if coarser:
-                        self._describe_coarser(tif, series, tables, masks)
+                    yield tif, tables
             except StorageError:
                 raise
             except Exception as error:  # tifffile raises whatever a damaged header makes it run into
@@ -165,18 +172,15 @@ class TiffStructure(Image):
         return series_of([tif.pages[self._pages]])
 
     def _describe_coarser(
-        self,
-        tif: tifffile.TiffFile,
-        series: tifffile.TiffPageSeries,
-        tables: Tables,
-        masks: Sequence[tifffile.TiffPage],
+        self, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries, tables: Tables, masks: list[tifffile.TiffPage]
     ) -> None:
         """Describe the levels below the baseline; one of other pixels, or of a kind that is not read, is left out.
 
         So is one that lacks a mask where the baseline has one.
         """
-        # tifffile wants one and the same step from level to level
-        reduced = [one for one in tif.series if one.keyframe.is_reduced and not one.keyframe.is_mask]
+        # tifffile wants one and the same step from level to level. Those of a chosen page may be of another.
+        series_here = tif.series if self._pages is None else []
+        reduced = [one for one in series_here if one.keyframe.is_reduced and not one.keyframe.is_mask]
         whole = [one for one in reduced if whole_ratio(self._cut.image_yx, _shape_yx(one)) not in (None, 1)]
         for level in [*series.levels[1:], *whole]:
             other = cast("Self", self._another())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import CorruptImageError, MissingImageError, StorageError, UnsupportedImageError
 from storage.place.local_store import NotAFile
+from storage.place.location import files_of
 from storage.place.stores import open_above
 from storage.place.urls import is_remote
 from storage.threads import spread
@@ -117,9 +118,12 @@ def fingerprint(location: str | os.PathLike[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``name``, ``bytes``, ``mtime_ns`` (of a URL ``e_tag`` instead, or ``last_modified``) and ``ends_sha256``.
+        ``name``, ``bytes``, ``mtime_ns`` (of a URL ``e_tag`` instead, or ``last_modified``) and ``ends_sha256``; of
+        several files, the bands of a scene, ``bands``, the list of theirs.
     """
-    with closing(RandomFile(location)) as file:
+    if len(files := files_of(location)) > 1:
+        return {"bands": [fingerprint(file) for file in files]}
+    with closing(RandomFile(files[0])) as file:
         digest = hashlib.sha256(file.read_at(0, SAMPLED_BYTES))
         digest.update(file.read_at(max(0, file.size - SAMPLED_BYTES), SAMPLED_BYTES))
         return file.identity() | {"ends_sha256": digest.hexdigest()}

@@ -22,6 +22,7 @@ from storage.format.ngff import load_json
 from storage.format.nodata import holds_data
 from storage.format.ome_zarr import is_own, pyramid_info
 from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
+from storage.place.location import files_of, split_page
 from storage.place.stores import open_store
 from storage.place.urls import is_remote
 from storage.read.boxes import check_boxes
@@ -47,7 +48,8 @@ class Slide:
     Parameters
     ----------
     location
-        Folder, file or URL (http, https, s3, gs, az).
+        Folder, file or URL (http, https, s3, gs, az); ``FILE#page=2`` is a page of a TIFF, numbered from 0, and
+        ``B04.tif;B03.tif`` are the bands of one scene (``storage.images.bands``).
     cache
         Keeps chunks of our own pyramids and tiles of TIFFs, also for other processes; meant for URLs.
 
@@ -230,7 +232,11 @@ def _reopen(location: str, cache: ChunkCache | None) -> Slide:
 
 def _open_source(location: str, counters: Counters, cache: ChunkCache | None) -> Source:
     """Choose the kind of source."""
-    location = dicom_file(location) or location
+    if len(files_of(location)) > 1:
+        from storage.read.bands import BandsSource
+
+        return BandsSource(location, counters, cache)
+    location, pages = split_page(dicom_file(location) or location)
     kind = _kind_of_file(location)
     if kind is None:
         return _open_pyramid(location, counters, cache)
@@ -242,12 +248,16 @@ def _open_source(location: str, counters: Counters, cache: ChunkCache | None) ->
     try:
         match kind:
             case "TIFF":
-                return TiffSource(location, counters, cache)
+                return TiffSource(location, counters, cache, pages)
+            case "raster" if pages not in (None, 0):
+                raise UnsupportedImageError(f"{location}: one image, which has no other pages")
             case "raster":
                 return MemorySource(location, counters)
             case other:
                 raise NotAPyramidError(f"{location}: {other}; give a TIFF, PNG, JPEG or BMP, or a pyramid")
     except (UnsupportedImageError, NotAPyramidError) as error:
+        if pages is not None:  # OpenSlide has none to choose
+            raise
         return OpenSlideSource(instead_of(error, location), counters)
 
 

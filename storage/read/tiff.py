@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from storage.place.files import Range
+    from storage.place.location import Pages
     from storage.read.cache import ChunkCache
     from storage.read.source import Counters
 
@@ -43,10 +44,12 @@ class TiffSource(HalvedSource):
     MissingImageError, UnsupportedImageError, CorruptImageError, TransferError
     """
 
-    def __init__(self, location: str, counters: Counters, cache: ChunkCache | None = None) -> None:
-        self._image = first = TiffImage(_File(location, counters, cache), coarser=True)
+    def __init__(
+        self, location: str, counters: Counters, cache: ChunkCache | None = None, pages: Pages = None
+    ) -> None:
+        self._image = first = TiffImage(_File(location, counters, cache), coarser=True, pages=pages)
         self._counters = counters
-        self.name = PurePosixPath(location.rstrip("/")).stem
+        self.name = PurePosixPath(location.rstrip("/")).stem + ("" if pages is None else f"_p{pages}")
         self._images = [first, *sorted(first.coarser, key=lambda each: -max(each.shape[1:]))]
         shapes_yx = [(each.shape[1], each.shape[2]) for each in self._images]
         super().__init__(first, shapes_yx, [max(each.segment_yx) for each in self._images])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from storage.conversion.build import PixelSource
-    from storage.images.tiff_pages import Pages
+    from storage.place.location import Pages
     from storage.validation.problems import Check, Place
 
 

@@ -107,11 +107,11 @@ class TestPixels:
 
     def test_a_slide_that_is_too_coarse_or_does_not_tell(self, tmp_path, pixels):
         with slide_at(tmp_path / "a.ome.zarr", pixels, 0.5) as slide:
-            with pytest.raises(DataError, match=r"a\.ome\.zarr: scanned at 0\.5 .* coarser than the model's 0\.25"):
+            with pytest.raises(DataError, match=r"a\.ome\.zarr: recorded at 0\.5 .* coarser than the model's 0\.25"):
                 SlideImage(slide, mpp=0.25)
             assert SlideImage(slide, mpp=0.25, own_mpp=0.25).scale == 1.0  # the manifest knows better
         with slide_at(tmp_path / "b.ome.zarr", pixels, None) as slide:
-            with pytest.raises(DataError, match="does not tell how many micrometres .* give it a column mpp"):
+            with pytest.raises(DataError, match="does not tell what a pixel measures, .* give it a column mpp"):
                 SlideImage(slide, mpp=0.25)
             assert SlideImage(slide, mpp=0.25, own_mpp=0.125).scale == 2.0
 

@@ -54,7 +54,7 @@ def tiffs(draw):
     if axes in ("YXS", "SYX"):
         options["photometric"] = "rgb"
         options["planarconfig"] = "contig" if axes == "YXS" else "separate"
-        options["extrasamples"] = ["unassalpha"] if channels == 4 else None
+        options["extrasamples"] = ["unspecified"] if channels == 4 else None  # of alpha: test_masks
     else:
         options["photometric"] = "minisblack"
     if axes == "CYX":
