@@ -98,7 +98,7 @@ def view(
     entry = Entry(slide_id=slide_name(path), path=path, mask=_text(mask))
     outlines = {name: _text(where) for name, where in (("annotations", annotations), ("tissue", mask)) if where}
     made: tempfile.TemporaryDirectory[str] | None = None
-    found = ""
+    found = added = ""
     if isinstance(attention, np.ndarray):
         weights = _checked(attention)
         made = tempfile.TemporaryDirectory(prefix="nested-ats-")
@@ -106,11 +106,12 @@ def view(
         _write_map(found, weights, path)
     elif attention is not None:
         drawn = drawn_in(Path(attention))
-        found = drawn.pop("attention", os.fspath(attention))
+        found, added = drawn.pop("attention", os.fspath(attention)), drawn.pop("contribution", "")
         outlines |= drawn
         if not Path(found).exists():
             raise UsageError(f"{found}: does not exist; give a folder SLIDE below the --out of nested-ats heatmap")
-    return View(Case(entry=entry, attention=found, outlines=outlines, find_tissue=tissue), height, made)
+    case = Case(entry=entry, attention=found, contribution=added, outlines=outlines, find_tissue=tissue)
+    return View(case, height, made)
 
 
 def _text(place: Place | None) -> str:

@@ -44,7 +44,7 @@ def _own_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data() -> Path:
     """Folder of the real data, or skip."""
     folder = os.environ.get("NESTED_ATS_DATA")

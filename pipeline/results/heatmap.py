@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -155,5 +155,6 @@ def _write(entry: Entry, image: SlideImage, look: Look, folder: Path, formats: S
         },
         picture=partial(draw_picture, slide, heat, look.pitch, look.patches, title, fill=fill, channels=channels),
     )
-    write_look(place, slide, look, fill=fill, channels=channels)
+    named = replace(look, about={"slide_id": name, **look.about})
+    write_look(place, slide, named, fill=fill, channels=channels)
     return Heatmap(name, place, look.about["answer"], float(np.nanmax(heat)), remark=remark)

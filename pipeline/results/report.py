@@ -89,7 +89,7 @@ def report(
         "<h2>Slides</h2>",
         _slides(rows, target, config, links),
         "<h2>Run</h2>",
-        f"<pre>{text(json.dumps({k: abouts[0][k] for k in ('config', 'versions')}, indent=2))}</pre>",
+        _run(abouts[0]),
     ]
     write_atomic(page, document(title, parts, plots=True))
     return page
@@ -152,6 +152,12 @@ def evaluated(runs: Sequence[Path], predictions: Path) -> dict[str, Any]:
             "was trained further; give those of this run, or run nested-ats predict and evaluate again"
         )
     return metrics
+
+
+def _run(about: Mapping[str, Any]) -> str:
+    """Write how a run was configured, to be opened."""
+    plain = json.dumps({name: about[name] for name in ("config", "versions")}, indent=2)
+    return f"<details><summary>Configuration and versions</summary><pre>{text(plain)}</pre></details>"
 
 
 def _training(run: Path, about: Mapping[str, Any], target: Target) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,10 @@ def _patches(folder: Path, look: Mapping[str, Any]) -> str:
 
 def _added(contribution: float, most: float) -> str:
     """Write a contribution with a bar from the middle: to the right where it adds, to the left where it takes."""
+    digits = max(0, 2 - math.floor(math.log10(most)))
     side, share = ("for" if contribution >= 0 else "against"), 50 * abs(contribution) / most
     return (
-        f"<b class=added>{contribution:+.3g}</b>"
+        f"<b class=added>{contribution:+.{digits}f}</b>"
         f'<span class=scale aria-hidden=true><i class={side} style="width:{share:.1f}%"></i></span>'
     )
 
@@ -190,14 +192,14 @@ def _decision(look: Mapping[str, Any]) -> str:
     score, on_slide = look["score"], sum(patch["contribution"] for patch in look["patches"])
     of_others = score["value"] - score["offset"] - on_slide
     of_case = look["sample"] != look["slide_id"]
-    others = f", {of_others:+.3g} from those on other slides of the case" if of_case else ""
+    others = f", {of_others:+.3g} with those on other slides of the case" if of_case else ""
     exact = score["dense"]
     whole = "" if exact is None else f" Of all patches, none left out, it is {exact:.3g}."
     return (
         "<p>The heaviest patches at full size. The share is that of the feature from which the answer is made; the "
         f"number above it is what the patch adds to the {text(score['name'])}: what that would lose without it.</p>"
-        f"<p>{text(score['name'])}: {score['offset']:.3g} without any patch, {on_slide:+.3g} from the "
-        f"{len(look['patches'])} patches drawn here{others}, {score['value']:.3g} in all.{whole}</p>"
+        f"<p>The {text(score['name'])} is {score['offset']:.3g} without any patch, {on_slide:+.3g} with the "
+        f"{len(look['patches'])} patches drawn here{others}: {score['value']:.3g} in all.{whole}</p>"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.files import file_name
-from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS
+from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS, pyramid
 from pipeline.results.predictions import TABLE, read_about, read_predictions
 
 LAYERS = ("patches", "regions", "annotations", "tissue")  # that are outlines
@@ -24,6 +24,7 @@ class Case:
     entry: Entry
     row: Mapping[str, Any] = field(default_factory=dict)  # of a table of predictions
     attention: str = ""  # path of a pyramid
+    contribution: str = ""  # likewise
     outlines: Mapping[str, str] = field(default_factory=dict)  # path of a GeoJSON file, for each of `LAYERS`
     find_tissue: bool = False
 
@@ -78,12 +79,12 @@ def cases_of(
         name = file_name(entry.slide_id)
         row = next((row for find in tables if (row := find(entry))), {})
         outlines = next((found for folder in heatmaps if (found := drawn_in(folder / name))), {})
-        attention = outlines.pop("attention", "")
+        maps = {name: outlines.pop(name, "") for name in ("attention", "contribution")}
         if annotations and (annotations / f"{name}.geojson").exists():
             outlines["annotations"] = str(annotations / f"{name}.geojson")
         if entry.mask:
             outlines["tissue"] = entry.mask
-        cases.append(Case(entry=entry, row=row, attention=attention, outlines=outlines, find_tissue=tissue))
+        cases.append(Case(entry=entry, row=row, outlines=outlines, find_tissue=tissue, **maps))
     _check(predictions, any(case.row for case in cases), f"no prediction of {_some(entries)}", "predict")
     _check(heatmaps, any(case.attention for case in cases), f"no heatmap of {_some(entries)}", "heatmap")
     if annotations and not any("annotations" in case.outlines for case in cases):
@@ -119,8 +120,13 @@ def of_run(run: Path) -> tuple[list[Path], list[Path]]:
 
 
 def drawn_in(folder: Path) -> dict[str, str]:
-    """What `heatmap` has written into the folder of a slide: paths of ``attention``, ``patches`` and ``regions``."""
-    names = {"attention": [MAP], "patches": [PIXEL_OBJECTS, OBJECTS], "regions": [REGIONS]}
+    """Paths of what `heatmap` has written of a slide: of maps, ``patches`` and ``regions`` by name."""
+    names = {
+        "attention": [MAP],
+        "contribution": [pyramid("contribution")],
+        "patches": [PIXEL_OBJECTS, OBJECTS],
+        "regions": [REGIONS],
+    }
     if not (folder / MAP).exists():
         return {}
     there = {

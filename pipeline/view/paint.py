@@ -23,6 +23,7 @@ from storage import Slide
 
 MOST_SHOWN = 12  # channels at once
 COLOUR_MAPS = ("inferno", "viridis", "turbo", "cividis")
+DIVERGING = "coolwarm"  # of contributions: blue takes, red adds
 _QUALITY = 90  # of JPEG, without halved colours: differences to the slide are then not to be seen
 _PRIMARY = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 _TWO = ((0, 255, 0), (255, 0, 255))  # green and magenta, which the colour-blind tell apart
@@ -135,9 +136,9 @@ def _add_light(pixels: NDArray[Any], look: Look) -> NDArray[np.uint8]:
 
 
 class Heat(NamedTuple):
-    """How attention is shown."""
+    """How attention, or contribution by its size, is shown."""
 
-    colours: str  # name of a colour map
+    colours: str  # name of a colour map; `DIVERGING` for contributions, which have a sign
     low: float  # where colour begins; below, the slide alone is seen
     high: float  # where it ends
 
@@ -155,29 +156,32 @@ def read_heat(query: Mapping[str, str], usual: Heat) -> Heat:
         heat = Heat(query.get("colours", usual.colours), *ends)
     except ValueError:
         heat = Heat("", 0, 0)
-    if heat.colours not in COLOUR_MAPS or not 0 < heat.low < heat.high < math.inf:
+    known = (DIVERGING,) if usual.colours == DIVERGING else COLOUR_MAPS
+    if heat.colours not in known or not 0 < heat.low < heat.high < math.inf:
         raise UsageError(f"{dict(query)}: not how attention can be shown; reload the page")
     return heat
 
 
 def heat_painter(heat: Heat) -> Paint:
-    """Make the function that shows attention (1, H, W), on a scale of logarithms, with opacity."""
-    table = colour_table(heat.colours)
+    """Make the function that shows a map (1, H, W), on a scale of logarithms, with opacity."""
+    table, diverging = colour_table(heat.colours), heat.colours == DIVERGING
     span = math.log(heat.high / heat.low)
 
     def paint(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-        values = np.nan_to_num(pixels[0].astype(np.float32))
+        signed = np.nan_to_num(pixels[0].astype(np.float32))
+        values = np.abs(signed) if diverging else signed
         share = (np.log(np.maximum(values, heat.low) / heat.low) / span).clip(0, 1)
-        colour = table[(share * (len(table) - 1) + 0.5).astype(np.intp)]
+        place = 0.5 + np.sign(signed) * share / 2 if diverging else share
+        colour = table[(place * (len(table) - 1) + 0.5).astype(np.intp)]
         opacity = np.where(values > heat.low, _FAINTEST + (1 - _FAINTEST) * share, 0)
         return np.dstack([colour, (opacity * 255 + 0.5).astype(np.uint8)])
 
     return paint
 
 
-@lru_cache(maxsize=len(COLOUR_MAPS))
+@lru_cache(maxsize=len(COLOUR_MAPS) + 1)
 def colour_table(name: str) -> NDArray[np.uint8]:
-    """(256, 3) colours of one of `COLOUR_MAPS`."""
+    """(256, 3) colours of one of `COLOUR_MAPS`, or `DIVERGING`."""
     from matplotlib import colormaps
 
     return colormaps[name](np.arange(256), bytes=True)[:, :3].copy()

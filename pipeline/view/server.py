@@ -39,6 +39,8 @@ from storage import Slide
 STATIC = Path(__file__).parent / "static"
 _PEAK_PIXELS = 2**24  # of an attention map that are looked at for its largest value
 _LEAST_PEAK = 1.1  # where attention is even, the scale of colours still needs two ends
+_LEAST_CONTRIBUTION, _FAINT = 1e-9, 0.02  # likewise; and the part of the peak that is not shown at first
+_MAPS = ("attention", "contribution")
 _RIGHT = 2.0  # cells by which an attention map may be larger than its slide
 _UNFOUND = 404
 _FAILED = 422
@@ -61,7 +63,7 @@ class Viewer:
         self.cases, self._work = list(cases), work
         self._open_slides = SampleCache(EncoderConfig(), **opening)
         self._ranges: dict[int, list[tuple[float, float]]] = {}
-        self._heats: dict[int, Heat] = {}
+        self._heats: dict[tuple[int, str], Heat] = {}
 
     def routes(self) -> list[Route | Mount]:
         """All that is answered."""
@@ -72,8 +74,8 @@ class Viewer:
             Route(case, self._answer(self._about)),
             Route(f"{case}/thumbnail", self._answer(self._thumbnail)),
             Route(f"{case}/tiles/{tile}", self._answer(self._tile)),
-            Route(f"{case}/attention", self._answer(self._about_attention)),
-            Route(f"{case}/attention/{tile}", self._answer(self._attention_tile)),
+            Route(f"{case}/maps/{{name}}", self._answer(self._about_map)),
+            Route(f"{case}/maps/{{name}}/{tile}", self._answer(self._map_tile)),
             Route(f"{case}/outlines/{{layer}}", self._answer(self._outlines)),
             Route("/colours/{name}", self._legend),
             Mount("/static", StaticFiles(directory=STATIC)),
@@ -87,7 +89,7 @@ class Viewer:
 
     async def _legend(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in paint.COLOUR_MAPS:
+        if name not in (*paint.COLOUR_MAPS, paint.DIVERGING):
             raise HTTPException(_UNFOUND)
         return Response(paint.legend(name), media_type="image/png")
 
@@ -129,8 +131,7 @@ class Viewer:
                 "ranges": self._ranges[number],
                 "colours": paint.is_photograph(slide),
                 "gaps": slide.has_gaps,
-                "attention": bool(case.attention),
-                "colour_maps": list(paint.COLOUR_MAPS),
+                "maps": [name for name in _MAPS if getattr(case, name)],
                 "outlines": [layer for layer in LAYERS if _has(case, layer, slide)],
                 "remark": _remark(slide),
             }
@@ -148,9 +149,9 @@ class Viewer:
         look = paint.read_look(request.query_params, slide, self._look(number, slide))
         return self._draw(task, slide, _asked(request), paint.painter(slide, look))
 
-    def _attention_tile(self, task: Task, case: Case, number: int, request: Request) -> Answer:
-        heat = self._attention(case)
-        how = paint.read_heat(request.query_params, self._heat(number, heat))
+    def _map_tile(self, task: Task, case: Case, number: int, request: Request) -> Answer:
+        heat = self._map(case, name := request.path_params["name"])
+        how = paint.read_heat(request.query_params, self._heat(number, name, heat))
         return self._draw(task, heat, _asked(request), paint.heat_painter(how))
 
     def _draw(self, task: Task, slide: Slide, tile: tiles.Tile, how: tiles.Paint) -> Answer:
@@ -160,18 +161,18 @@ class Viewer:
         media_type, content = paint.encode(tiles.draw_tile(slide, tile, how, task.check))
         return Answer(content, media_type)
 
-    def _about_attention(self, _task: Task, case: Case, number: int, request: Request) -> Answer:
-        del request
-        heat, slide = self._attention(case), self._open(case.entry)
+    def _about_map(self, _task: Task, case: Case, number: int, request: Request) -> Answer:
+        name = request.path_params["name"]
+        heat, slide = self._map(case, name), self._open(case.entry)
         pitch = [own / of for own, of in zip(heat.levels[0].scale_yx, slide.levels[0].scale_yx, strict=True)]
         spans = [cells * side for cells, side in zip(heat.shape_yx, pitch, strict=True)]
         pairs = zip(spans, slide.shape_yx, pitch, strict=True)
         if any(abs(span - side) > _RIGHT * cell for span, side, cell in pairs):
             raise DataError(
-                f"{case.attention}: lies over {spans[0]:.0f} x {spans[1]:.0f} pixels, and the slide has "
+                f"{getattr(case, name)}: lies over {spans[0]:.0f} x {spans[1]:.0f} pixels, and the slide has "
                 f"{slide.shape_yx[0]} x {slide.shape_yx[1]}; draw the heatmap of this slide"
             )
-        how = self._heat(number, heat)
+        how = self._heat(number, name, heat)
         return _json(
             {
                 "height": heat.shape_yx[0],
@@ -181,6 +182,7 @@ class Viewer:
                 "low": how.low,
                 "high": how.high,
                 "colours": how.colours,
+                "colour_maps": [how.colours] if name == "contribution" else list(paint.COLOUR_MAPS),
             }
         )
 
@@ -201,12 +203,13 @@ class Viewer:
         assert isinstance(image, SlideImage)  # noqa: S101  files of features were refused
         return image.slide
 
-    def _attention(self, case: Case) -> Slide:
-        if not case.attention:
-            raise DataError(f"{case.entry.slide_id}: has no attention map; draw one by nested-ats heatmap")
-        heat = self._open(Entry(slide_id=case.entry.slide_id, path=case.attention))
+    def _map(self, case: Case, name: str) -> Slide:
+        path = getattr(case, name) if name in _MAPS else ""
+        if not path:
+            raise DataError(f"{case.entry.slide_id}: has no {name} map; draw one by nested-ats heatmap")
+        heat = self._open(Entry(slide_id=case.entry.slide_id, path=path))
         if len(heat.channels) != 1:
-            raise DataError(f"{case.attention}: has {len(heat.channels)} channels, and attention is one; give a map")
+            raise DataError(f"{path}: has {len(heat.channels)} channels, and {name} is one; give a map")
         return heat
 
     def _look(self, number: int, slide: Slide) -> Look:
@@ -215,14 +218,19 @@ class Viewer:
             self._ranges[number] = paint.find_ranges(slide)
         return paint.default_look(slide, self._ranges[number])
 
-    def _heat(self, number: int, heat: Slide) -> Heat:
-        """How a map is shown at first: from the uniform attention to its peak."""
-        if number not in self._heats:
+    def _heat(self, number: int, name: str, heat: Slide) -> Heat:
+        """How a map is shown at first: from the uniform attention, or a little contribution, to its peak."""
+        if (number, name) not in self._heats:
             sizes = [math.prod(level.shape_yx) for level in heat.levels]
             level = next((i for i, size in enumerate(sizes) if size <= _PEAK_PIXELS), len(sizes) - 1)
-            peak = float(np.nan_to_num(heat.read(level, (0, 0, *heat.levels[level].shape_yx)), posinf=0).max())
-            self._heats[number] = Heat(paint.COLOUR_MAPS[0], 1.0, max(peak, _LEAST_PEAK))
-        return self._heats[number]
+            values = np.nan_to_num(heat.read(level, (0, 0, *heat.levels[level].shape_yx)), posinf=0, neginf=0)
+            peak = float(np.abs(values).max())
+            if name == "contribution":
+                how = Heat(paint.DIVERGING, max(peak, _LEAST_CONTRIBUTION) * _FAINT, max(peak, _LEAST_CONTRIBUTION))
+            else:
+                how = Heat(paint.COLOUR_MAPS[0], 1.0, max(peak, _LEAST_PEAK))
+            self._heats[number, name] = how
+        return self._heats[number, name]
 
 
 def application(viewer: Viewer) -> Starlette:

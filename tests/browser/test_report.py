@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -27,17 +29,19 @@ def page_of_report(tmp_path_factory):
     """A report of eight slides with two classes, one with a name that must stay a text, and of two heatmaps."""
     folder, rng, entries = tmp_path_factory.mktemp("report"), np.random.default_rng(0), []
     for number in range(8):
-        pixels = rng.integers(150, 250, (3, 300, 420), dtype=np.uint8)
-        pixels[1, 100:180, 150:260] //= 3
+        grey = rng.integers(200, 250, (1, 300, 420), dtype=np.uint8)
+        pixels = np.repeat(grey, 3, 0)
+        pixels[1, 80:220, 120:300] //= 3  # stained
         place = folder / f"slide {number}.ome.zarr"
-        write_pyramid(place, pixels, mpp=0.5)
+        write_pyramid(place, pixels, mpp=2.0)
         split = "train" if number < 2 else "test"
         entries.append(Entry(slide_id=f"slide {number}", path=str(place), label=CLASSES[number % 2], split=split))
     levels = (
         LevelConfig(downsample=4, samples=4, stride=4, channels=(4,)),
         LevelConfig(downsample=2, samples=6, size=16, stride=4, channels=(4,)),
     )
-    model = build_model(ModelConfig(levels=levels, patch_size=24, features=8), in_channels=3, classes=2)
+    chosen = ModelConfig(levels=levels, patch_size=24, features=8, prior="tissue", min_tissue=0.1)
+    model = build_model(chosen, in_channels=3, classes=2)
     save_model(folder / "run" / MODEL, model, classes=CLASSES)
     config = parse_config({"model": {"levels": [{"downsample": 4, "samples": 4, "stride": 4}]}}, "")
     run = {"fingerprint": "f", "channels": 3, "config": plain(config), "versions": {"python": "3"}}
@@ -51,8 +55,13 @@ def page_of_report(tmp_path_factory):
     (folder / "run" / METRICS).write_text("".join(f"{line}\n".replace("'", '"') for line in epochs))
     predict(entries[2:], folder / "run", folder / "predictions")
     evaluate(folder / "predictions")
-    heatmaps(entries[2:4], prediction_settings(folder / "run"), folder / "heatmaps")
-    return report(folder / "run", folder / "predictions", folder / "page.html", heatmaps=folder / "heatmaps")
+    heatmaps(entries[2:4], prediction_settings(folder / "run"), folder / "heatmaps", dense=True)
+    ring = [[150, 100], [260, 90], [270, 180], [160, 190], [150, 100]]
+    lesion = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+    (folder / "outlines").mkdir()
+    (folder / "outlines" / "slide 2.geojson").write_text(json.dumps(lesion))
+    places = {"heatmaps": folder / "heatmaps", "annotations": folder / "outlines"}
+    return report(folder / "run", folder / "predictions", folder / "page.html", **places)
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def test_it_is_whole_and_plots_fit_the_page(opened, screenshots, scheme):
     page = opened(scheme)
     assert page.title() == "run"  # no name of a class was run
     plots = page.locator(".plotly-graph-div")
-    assert plots.count() == 6
+    assert plots.count() == 7
     for number in range(plots.count()):
         box, frame = plots.nth(number).bounding_box(), page.locator("figure").nth(number).bounding_box()
         assert box["width"] <= frame["width"] + 1
@@ -123,7 +132,7 @@ def test_the_table_sorts_and_filters(opened):
 
 def test_a_slide_opens_and_its_attention_fades(opened, screenshots):
     page = opened()
-    page.get_by_role("link", name="slide 2").click()
+    page.get_by_role("region", name="Slides").get_by_role("link", name="slide 2").click()
     page.wait_for_selector("#attention")
     assert page.locator("h1").text_content() == "slide 2"
     slider, attention = page.get_by_label("attention").first, page.locator("#attention")
@@ -142,6 +151,19 @@ def test_a_slide_opens_and_its_attention_fades(opened, screenshots):
     page.get_by_label("patches drawn").check()
     assert page.locator(".slide .patch:visible").count() > 0
     assert all(page.evaluate("[...document.images].map(each => each.naturalWidth > 0)"))
+    for words, shape in (("tissue", "path.tissue"), ("annotation", "path.annotation")):
+        assert page.locator(f".slide {shape}").count() == 1
+        page.get_by_label(words, exact=True).uncheck()
+        assert page.locator(f".slide {shape}:visible").count() == 0
+        page.get_by_label(words, exact=True).check()
+    added = page.locator("#contribution")
+    assert added.evaluate("each => each.style.opacity") == "0"  # one map at a time, at first
+    page.get_by_label("contribution").fill("80")
+    assert added.evaluate("each => each.style.opacity") == "0.8"
+    slider.fill("0")
+    page.screenshot(path=screenshots / "report-contribution.png", full_page=True)
+    slider.fill("70")
+    page.get_by_label("contribution").fill("0")
     page.screenshot(path=screenshots / "report-slide.png", full_page=True)
     page.get_by_role("link", name="Report").click()
     page.wait_for_selector("#roc .main-svg")
@@ -151,7 +173,10 @@ def test_a_slide_opens_and_its_attention_fades(opened, screenshots):
 def test_everybody_can_use_it(opened, scheme):
     """No serious fault of accessibility, as axe-core finds them."""
     page = opened(scheme)
-    for follow in (lambda: None, lambda: page.get_by_role("link", name="slide 2").click()):
+    for follow in (
+        lambda: None,
+        lambda: page.get_by_role("region", name="Slides").get_by_role("link", name="slide 2").click(),
+    ):
         follow()
         page.wait_for_load_state()
         found = Axe().run(page).response["violations"]

@@ -14,12 +14,15 @@ from pipeline.data.manifest import read_manifest
 from pipeline.errors import UsageError
 from pipeline.results.evaluate import evaluate
 from pipeline.results.heatmap import heatmaps
-from pipeline.results.look import LOOK, THUMBNAIL
+from pipeline.results.localise import RATES, localise, read_annotation
+from pipeline.results.look import LOOK, SHOWN_PATCHES, THUMBNAIL
+from pipeline.results.map_files import MAP
 from pipeline.results.predict import predict
 from pipeline.results.predictions import write_table
 from pipeline.results.report import describe_metrics, report
 from pipeline.results.settings import prediction_settings
 from pipeline.runs import model_fingerprint
+from storage import Slide
 
 VOID = {"meta", "img", "br", "hr", "input"}
 
@@ -118,6 +121,73 @@ def test_a_page_of_a_slide_says_what_it_should(folder):
     assert patches.count("patch") == len(look["patches"]) > 0
     assert patches.count("region") == len(look["regions"]) > 0
     assert sum(patch["weight"] for patch in look["patches"]) == pytest.approx(1, abs=0.5)
+
+
+def test_patches_say_what_they_add(folder):
+    text = (folder / "page_slides" / "slide 10.html").read_text()
+    look = json.loads((folder / "heatmaps" / "slide 10" / LOOK).read_text())
+    score, patches = look["score"], look["patches"]
+    assert f"The {score['name']} is {score['offset']:.3g} without any patch" in text
+    assert f"{score['value']:.3g} in all." in text
+    shown = [float(value) for value in re.findall("<b class=added>([^<]+)</b>", text)]
+    added = [patch["contribution"] for patch in patches[:SHOWN_PATCHES]]
+    assert shown == pytest.approx(added, abs=0.006 * max(map(abs, added)))
+    assert text.count("<i class=for ") + text.count("<i class=against ") == min(len(patches), SHOWN_PATCHES)
+    assert "contribution.png" not in text
+    assert "id=contribution" not in text  # nothing was encoded everywhere
+
+
+class TestAnnotations:
+    @pytest.fixture
+    def outlined(self, tmp_path):
+        """Outlines of a triangle on one slide, and of nothing on another."""
+        ring = [[40, 40], [100, 40], [70, 110], [40, 40]]
+        lesion = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+        for name, features in (("slide 10", [lesion]), ("slide 11", [])):
+            (tmp_path / f"{name}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+        return tmp_path
+
+    def test_attention_is_compared_with_them(self, folder, finished, outlined, tmp_path):
+        page = tmp_path / "page.html"
+        options = {"heatmaps": folder / "heatmaps", "annotations": outlined}
+        text = report(finished, folder / "predictions", page, **options).read_text()
+        with Slide(folder / "heatmaps" / "slide 10" / MAP) as heat:
+            found = localise(
+                heat.read(0, (0, 0, *heat.shape_yx))[0], 8.0, read_annotation(outlined, "slide 10", (150, 150))
+            )
+        assert found.area is not None
+        table = next(table for table in Page(text).tables if table[0][1:2] == ["slide"] and "AUC" in table[0])
+        assert table[1][1:3] == ["slide 10", f"{found.area:.3f}"]
+        assert table[2][1:4] == ["slide 11", "", "0 of 0"]
+        results = text.split("<h2>Localisation</h2>")[1].split("<h2>Training</h2>")[0]
+        assert 'id="froc"' in results
+        rows = {line[1]: line[2] for line in Page(results.split("</table>")[0] + "</table></div>").tables[0][1:]}
+        assert rows["slides with outlines"] == "2"
+        assert rows["localisation AUC, mean over slides"] == f"{found.area:.3f}"
+        assert {f"found at {rate:g} false positives a slide" for rate in RATES} <= rows.keys()
+        slide = (tmp_path / "page_slides" / "slide 10.html").read_text()
+        assert '<path class=annotation d="M40 40 100 40 70 110 40 40Z"/>' in slide
+        assert f"Localisation AUC of attention {found.area:.3f}" in slide
+        assert "there is nothing to be found" in (tmp_path / "page_slides" / "slide 11.html").read_text()
+
+    def test_without_them_nothing_is_said(self, whole, folder):
+        assert "Localisation" not in whole
+        assert "class=annotation" not in (folder / "page_slides" / "slide 10.html").read_text()
+
+    def test_what_is_wrong_is_named(self, folder, finished, outlined, tmp_path):
+        def write(**options):
+            report(finished, folder / "predictions", tmp_path / "page.html", annotations=outlined, **options)
+
+        with pytest.raises(UsageError, match="give --heatmaps too"):
+            write()
+        shutil.copytree(folder / "heatmaps", tmp_path / "maps")
+        shutil.rmtree(tmp_path / "maps" / "slide 10" / MAP)
+        with pytest.raises(UsageError, match=r"is gone; run nested-ats heatmap again, with omezarr"):
+            write(heatmaps=tmp_path / "maps")
+        for place in outlined.glob("*.geojson"):
+            place.unlink()
+        with pytest.raises(UsageError, match=r"no outlines of a slide with a heatmap; name them as in slide 10\.geo"):
+            write(heatmaps=folder / "heatmaps")
 
 
 @pytest.mark.parametrize("damage", ["gone", "not JSON"])

@@ -30,7 +30,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import file_name
 from pipeline.notebook import view
 from pipeline.results.drawn import Patch, to_geojson
-from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS
+from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS, pyramid
 from pipeline.results.predictions import write_table
 from pipeline.view.cohort import cases_of, of_run
 from pipeline.view.guard import guarded
@@ -84,6 +84,9 @@ def cohort(tmp_path_factory):
     heat = np.full((1, 70, 90), 0.5, np.float32)
     heat[:, 20:50, 30:70] = 4
     write_pyramid(own / MAP, heat, mpp=0.5, downsample=10)
+    added = np.full((1, 70, 90), np.nan, np.float32)
+    added[:, 20:50, 30:50], added[:, 20:50, 50:70] = 0.5, -0.25
+    write_pyramid(own / pyramid("contribution"), added, mpp=0.5, downsample=10)
     (own / OBJECTS).write_text(
         json.dumps(to_geojson([Patch(300, 200, 64, 0.5, 0.25, 2), Patch(690, 890, 64, 0, 0, 1)]))
     )
@@ -139,11 +142,11 @@ class TestAnswers:
         assert (good["height"], good["width"], good["halvings"], good["pixel_um"]) == (700, 900, 2, 0.5)
         assert good["probabilities"] == {"yes": 0.75, "no": 0.25}
         assert good["outlines"] == ["patches", "regions", "annotations", "tissue"]
-        assert good["attention"]
+        assert good["maps"] == ["attention", "contribution"]
         assert good["colours"]
         assert good["remark"] == ""
         assert (four["type"], four["channels"], four["range"]) == ("uint16", ["0", "1", "2", "3"], [0, 65535])
-        assert (four["outlines"], four["attention"], four["pixel_um"]) == ([], False, None)
+        assert (four["outlines"], four["maps"], four["pixel_um"]) == ([], [], None)
         assert [each["number"] for each in four["look"]] == [0, 1, 2]
         assert four["ranges"] == [pytest.approx([5, 997], abs=4)] * 4
 
@@ -166,17 +169,30 @@ class TestAnswers:
         assert drawn.shape == (175, 225, 3)
         assert client.get("slides/0/thumbnail").headers["cache-control"] == "no-store"
 
+    def test_contribution_is_red_where_it_adds_and_blue_where_it_takes(self, client):
+        about = client.get("slides/0/maps/contribution").json()
+        assert about["colour_maps"] == ["coolwarm"]
+        assert (about["low"], about["high"]) == pytest.approx((0.01, 0.5))
+        drawn = picture(client.get("slides/0/maps/contribution/0/0_0")).astype(int)
+        (red, _, blue, opacity), (other_red, _, other_blue, less) = drawn[30, 40], drawn[30, 60]
+        assert red > blue + 50
+        assert other_blue > other_red + 50
+        assert opacity == 255 > less > 0
+        assert drawn[5, 5, 3] == 0  # nothing was computed there
+        refused = client.get("slides/0/maps/contribution/0/0_0?colours=inferno")
+        assert "not how attention can be shown" in refused.json()["error"]
+
     def test_attention_lies_over_the_slide(self, client):
-        about = client.get("slides/0/attention").json()
+        about = client.get("slides/0/maps/attention").json()
         assert (about["height"], about["width"], about["pitch"]) == (70, 90, 10)
         assert (about["low"], about["high"]) == (1, 4)
-        drawn = picture(client.get("slides/0/attention/0/0_0"))
+        drawn = picture(client.get("slides/0/maps/attention/0/0_0"))
         shown = drawn[..., 3] > 0
         assert shown[20:50, 30:70].all()
         assert shown.sum() == 30 * 40
-        higher = picture(client.get("slides/0/attention/0/0_0?colours=viridis&low=3.9&high=4"))
+        higher = picture(client.get("slides/0/maps/attention/0/0_0?colours=viridis&low=3.9&high=4"))
         assert (higher[25, 35] != drawn[25, 35]).any() or (higher[25, 35, 3] == drawn[25, 35, 3])
-        assert not picture(client.get("slides/0/attention/0/0_0?low=5&high=6"))[..., 3].any()
+        assert not picture(client.get("slides/0/maps/attention/0/0_0?low=5&high=6"))[..., 3].any()
 
     def test_outlines(self, client):
         patches = client.get("slides/0/outlines/patches").json()
@@ -249,8 +265,8 @@ class TestFailures:
             ("slides/0/tiles/3/0_0", "no tile 3/0_0"),
             ("slides/0/tiles/99999999999/0_0", "no tile"),
             ("slides/0/tiles/0/0_0?channels=9~ff0000~0~1", "not how this slide can be shown"),
-            ("slides/0/attention/0/0_0?low=-1", "not how attention can be shown"),
-            ("slides/1/attention", "has no attention map"),
+            ("slides/0/maps/attention/0/0_0?low=-1", "not how attention can be shown"),
+            ("slides/1/maps/attention", "has no attention map"),
             ("slides/1/outlines/patches", "has no patches"),
             ("slides/1/outlines/tissue", "has no tissue"),
             ("slides/0/outlines/nothing", "has no nothing"),
@@ -276,7 +292,7 @@ class TestFailures:
         (own / REGIONS).write_text("no JSON")
         cases = cases_of(find_slides([str(cohort / "good.ome.zarr")]), heatmaps=[tmp_path / "maps"])
         with client_of(cases) as client:
-            assert "lies over 700 x 990 pixels" in client.get("slides/0/attention").json()["error"]
+            assert "lies over 700 x 990 pixels" in client.get("slides/0/maps/attention").json()["error"]
             assert "off the slide" in client.get("slides/0/outlines/patches").json()["error"]
             assert "is not JSON" in client.get("slides/0/outlines/regions").json()["error"]
 
@@ -329,7 +345,7 @@ class TestWhoMayAsk:
             assert headers["x-content-type-options"] == "nosniff"
 
     def test_pictures_do_not_stay_in_a_browser(self, client):
-        for path in ("slides/0", "slides/0/tiles/0/0_0", "slides/0/attention/0/0_0", "slides/2"):
+        for path in ("slides/0", "slides/0/tiles/0/0_0", "slides/0/maps/attention/0/0_0", "slides/2"):
             assert client.get(path).headers["cache-control"] == "no-store"
 
 
@@ -573,7 +589,8 @@ class TestNotebook:
         answer = urllib.request.urlopen(shown.url)
         assert "frame-ancestors http://127.0.0.1:* http://localhost:*" in answer.headers["Content-Security-Policy"]
         about = json.load(urllib.request.urlopen(f"{shown.url}slides/0"))
-        assert (about["attention"], about["outlines"]) == (True, ["patches", "regions", "annotations"])
+        assert about["maps"] == ["attention", "contribution"]
+        assert about["outlines"] == ["patches", "regions", "annotations"]
         shown.close()
         with pytest.raises(urllib.error.URLError):
             urllib.request.urlopen(shown.url)
@@ -583,10 +600,10 @@ class TestNotebook:
         weights[2, 3] = 11
         shown = view(cohort / "good.ome.zarr", attention=weights)
         try:
-            about = json.load(urllib.request.urlopen(f"{shown.url}slides/0/attention"))
+            about = json.load(urllib.request.urlopen(f"{shown.url}slides/0/maps/attention"))
             assert about["pitch"] == 100
             assert about["high"] == pytest.approx(11 / weights.mean())
-            drawn = np.asarray(Image.open(urllib.request.urlopen(f"{shown.url}slides/0/attention/0/0_0")))
+            drawn = np.asarray(Image.open(urllib.request.urlopen(f"{shown.url}slides/0/maps/attention/0/0_0")))
             assert np.argwhere(drawn[..., 3]).tolist() == [[2, 3]]
         finally:
             shown.close()

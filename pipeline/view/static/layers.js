@@ -4,6 +4,10 @@ import { ask, element, settled } from "./server.js";
 import { Tiles, tileSource } from "./source.js";
 
 const COLOURS = { patches: "#00e5ff", regions: "#ffc400", annotations: "#ff4fa3", tissue: "#21d07a" };
+const HINTS = {
+  attention: "Times the attention of a slide that is attended evenly wherever the model may look.",
+  contribution: "What each cell adds to the answer (red) or takes from it (blue), where all patches were encoded.",
+};
 const HIDDEN_AT_FIRST = new Set(["regions"]);
 
 export class Attention {
@@ -13,12 +17,14 @@ export class Attention {
     this.tiles = new Tiles(viewer);
     this.section = document.getElementById("attention");
     this.on = document.getElementById("attention-on");
+    this.choice = document.getElementById("map");
     this.colours = document.getElementById("colours");
     this.opacity = document.getElementById("opacity");
     this.threshold = document.getElementById("threshold");
     this.on.addEventListener("change", () => this.fade());
     this.opacity.addEventListener("input", () => this.fade());
     this.colours.addEventListener("change", () => this.draw());
+    this.choice.addEventListener("change", () => this.load(this.choice.value));
     const later = settled(() => this.draw(), 120);
     this.threshold.addEventListener("input", () => {
       this.tell();
@@ -28,18 +34,29 @@ export class Attention {
 
   async open(number, about, signal) {
     this.map = null;
-    this.section.hidden = !about.attention;
-    if (!about.attention) return;
+    this.slide = { number, about, signal };
+    this.section.hidden = !about.maps.length;
+    document.getElementById("map-choice").hidden = about.maps.length < 2;
+    const before = this.choice.value; // what is shown stays from slide to slide
+    this.choice.replaceChildren(...about.maps.map(option));
+    if (about.maps.includes(before)) this.choice.value = before;
+    if (about.maps.length) await this.load(this.choice.value);
+  }
+
+  async load(name) {
+    const { number, about, signal } = this.slide;
     try {
-      const map = await ask(`slides/${number}/attention`, { signal });
-      this.map = { ...map, tile: about.tile, span: (map.width * map.pitch) / about.width, number };
+      const map = await ask(`slides/${number}/maps/${name}`, { signal });
+      this.map = { ...map, name, tile: about.tile, span: (map.width * map.pitch) / about.width, number };
     } catch (error) {
       if (error.name !== "AbortError") this.onError(error.message);
       return;
     }
-    if (!this.colours.options.length) {
-      this.colours.append(...about.colour_maps.map((name) => element("option", { value: name }, name)));
-    }
+    const before = this.colours.value;
+    this.colours.replaceChildren(...this.map.colour_maps.map(option));
+    this.colours.value = this.map.colour_maps.includes(before) ? before : this.map.colours;
+    document.getElementById("map-name").textContent = name[0].toUpperCase() + name.slice(1);
+    document.getElementById("map-hint").textContent = HINTS[name];
     this.draw();
   }
 
@@ -52,9 +69,9 @@ export class Attention {
   draw() {
     if (!this.map) return;
     this.tell();
-    const { number, span, high } = this.map;
+    const { number, name, span, high } = this.map;
     const query = new URLSearchParams({ colours: this.colours.value, low: this.low(), high });
-    const address = (halvings, row, column) => `slides/${number}/attention/${halvings}/${row}_${column}?${query}`;
+    const address = (halvings, row, column) => `slides/${number}/maps/${name}/${halvings}/${row}_${column}?${query}`;
     this.tiles.opacity = this.shown();
     this.tiles.show(tileSource(this.viewer, this.map, { span, transparent: true, address }));
   }
@@ -62,8 +79,9 @@ export class Attention {
   tell() {
     const legend = document.getElementById("legend");
     legend.src = `colours/${this.colours.value}`;
-    legend.alt = `${this.colours.value}, from the threshold to the highest attention`;
-    document.getElementById("legend-low").textContent = short(this.low());
+    legend.alt = `${this.colours.value}, from the lowest to the highest value shown`;
+    const signed = this.map.name === "contribution";
+    document.getElementById("legend-low").textContent = signed ? short(-this.map.high) : short(this.low());
     document.getElementById("legend-high").textContent = short(this.map.high);
     document.getElementById("threshold-value").textContent = short(this.low());
   }
@@ -140,6 +158,10 @@ export class Layers {
   all() {
     return [...(this.boxes?.keys() ?? [])];
   }
+}
+
+function option(name) {
+  return element("option", { value: name }, name);
 }
 
 function short(value) {
