@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from pipeline.data.discovery import expand, find_images, is_pyramid, is_pyramid_name
+from pipeline.data.discovery import expand, find_images, find_slides, is_pyramid, is_pyramid_name
 from pipeline.data.manifest import Entry, is_image_file, is_manifest, read_manifest, slide_name
 from pipeline.data.naming import NAME_BY
 from pipeline.errors import UsageError
@@ -55,7 +55,7 @@ class Validation:
 
 
 def find_pyramids(places: Sequence[str]) -> list[Entry]:
-    """Find pyramids by path or URL, in folders of them, by patterns, or in one manifest.
+    """Find pyramids by path or URL, in folders of them, by patterns, or in one manifest; else slides where they lie.
 
     Raises
     ------
@@ -68,10 +68,7 @@ def find_pyramids(places: Sequence[str]) -> list[Entry]:
     for place in places:
         if is_manifest(place):
             raise UsageError(f"{place}: give a manifest alone, without other pyramids")
-        here = expand(place, is_pyramid, is_pyramid_name)
-        if not here:
-            raise UsageError(f"{place}: no pyramid here")
-        found += here
+        found += expand(place, is_pyramid, is_pyramid_name) or [entry.path for entry in find_slides([place])]
     return [Entry(slide_id=slide_name(place), path=place) for place in dict.fromkeys(found)]
 
 
@@ -149,7 +146,7 @@ def _decode(slide: Slide, progress: Callable[[int, int], None]) -> None:
     progress(done, total)
     for number, level in stored:
         height, width = level.shape_yx
-        step = min(level.chunk, _DECODED)
+        step = min(level.chunk or _DECODED, _DECODED)  # OpenSlide does not tell its tiles
         for y, x in product(range(0, height, step), range(0, width, step)):
             done += slide.read(number, (y, x, min(step, height - y), min(step, width - x))).nbytes
             progress(done, total)

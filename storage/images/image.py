@@ -6,6 +6,7 @@ Shape letters: C channels, H height, W width.
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,7 +25,16 @@ ACCEPTED = "TIFF (BigTIFF, OME-TIFF, SVS and other whole-slide TIFFs), PNG, JPEG
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".btf", ".tf2", ".tf8", ".scn", ".bif", ".ndpi", ".qptiff")
 # Of files that OpenSlide may read, with the extra "slides", where nothing else does.
-OPENSLIDE_SUFFIXES = (".ndpi", ".bif", ".mrxs", ".vms", ".vmu", ".svslide", ".dcm", ".svs", ".scn")
+DICOM_SUFFIX = ".dcm"
+OPENSLIDE_SUFFIXES = (".ndpi", ".bif", ".mrxs", ".vms", ".vmu", ".svslide", DICOM_SUFFIX, ".svs", ".scn")
+
+
+def series_files(folder: str) -> list[str]:
+    """Paths of the files of DICOM series in a folder, sorted; hidden ones, as other systems leave them, are none."""
+    with os.scandir(folder) as files:
+        return sorted(
+            file.path for file in files if file.name.lower().endswith(DICOM_SUFFIX) and file.name[:1] != "."
+        )
 
 
 class Image:

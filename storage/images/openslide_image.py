@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.errors import MissingImageError, StorageError
-from storage.images.image import OPENSLIDE_SUFFIXES, Image
+from storage.errors import CorruptImageError, MissingImageError, StorageError
+from storage.images.image import DICOM_SUFFIX, OPENSLIDE_SUFFIXES, Image, series_files
 from storage.images.tiff_metadata import of_magnification
 from storage.limits import LIMITS, Limits
 from storage.place.urls import is_remote
@@ -60,6 +60,8 @@ def instead_of(error: StorageError, location: str) -> OpenSlideImage:
         import openslide  # noqa: F401
     except ImportError:
         raise type(error)(f"{error}; or, {INSTALL}") from error
+    if location.lower().endswith(DICOM_SUFFIX):
+        _check_series(os.path.dirname(location) or ".")
     if _probe(location, os.stat(location).st_mtime_ns) in ("None", "generic-tiff"):
         raise error
     return OpenSlideImage(location)
@@ -82,6 +84,17 @@ def _probe(location: str, _changed_ns: int) -> str:
     except subprocess.TimeoutExpired:
         return ""
     return done.stdout.strip() if done.returncode >= 0 else ""
+
+
+def _check_series(folder: str) -> None:
+    """Name a file of a series that is no DICOM: OpenSlide passes over it, and the slide would lack a level."""
+    for path in series_files(folder):
+        with open(path, "rb") as file:
+            if file.read(132)[128:] != b"DICM":
+                raise CorruptImageError(
+                    f"{path}: is no DICOM file, and its series would lack what it held; copy or download it again, "
+                    "or take it out of the folder"
+                )
 
 
 class OpenSlideImage(Image):
@@ -150,7 +163,7 @@ class OpenSlideImage(Image):
 
     def _region(self, level: int, y: int, x: int, h: int, w: int) -> NDArray[np.uint8]:
         corner = (round(x * self._scales[level]), round(y * self._scales[level]))
-        pixels = np.asarray(self._ask(lambda slide: slide.read_region(corner, level, (w, h))))
+        pixels = np.asarray(self._ask(lambda slide: slide.read_region(corner, level, (w, h)), f" at level {level}"))
         colours, alpha = pixels[..., :3].transpose(2, 0, 1), pixels[..., 3]
         if alpha.min() == 255:
             return colours
@@ -159,7 +172,7 @@ class OpenSlideImage(Image):
         mixed: NDArray[np.uint8] = ((colours * share + behind * (255 - share) + 127) // 255).astype(np.uint8)
         return mixed
 
-    def _ask(self, question: Callable[[openslide.OpenSlide], Any]) -> Any:
+    def _ask(self, question: Callable[[openslide.OpenSlide], Any], where: str = "") -> Any:
         """Ask OpenSlide; after an error its handle is of no use any more, and the next question gets another."""
         import openslide
 
@@ -170,7 +183,7 @@ class OpenSlideImage(Image):
         except Exception as error:
             with self._lock:
                 self._slide = None
-            raise self._corrupt(f"OpenSlide cannot read it ({error})") from error
+            raise self._corrupt(f"OpenSlide cannot read it{where} ({error})") from error
 
     def close(self) -> None:
         """Let go of the file, once no thread reads it."""

@@ -21,7 +21,7 @@ from storage.format.levels import Level
 from storage.format.ngff import load_json
 from storage.format.nodata import holds_data
 from storage.format.ome_zarr import is_own, pyramid_info
-from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES
+from storage.images.image import RASTER_SUFFIXES, TIFF_SUFFIXES, series_files
 from storage.place.location import files_of, split_page
 from storage.place.stores import open_store
 from storage.place.urls import is_remote
@@ -274,11 +274,10 @@ def _kind_of_file(location: str) -> str | None:
 
 
 def dicom_file(location: str) -> str:
-    """One file of a DICOM series in a folder, by which OpenSlide finds the others; "" if there is none."""
+    """First file of a DICOM series in a folder, by which OpenSlide finds the others; "" if there is none."""
     if is_remote(location) or not os.path.isdir(location):
         return ""
-    with os.scandir(location) as files:
-        return min((file.path for file in files if file.name.lower().endswith(".dcm")), default="")
+    return min(series_files(location), default="")
 
 
 def _open_pyramid(location: str, counters: Counters, cache: ChunkCache | None) -> Source:

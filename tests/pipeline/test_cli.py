@@ -136,7 +136,7 @@ MISTAKES = [
     (2, "--workers", "convert {notes} --out {new} --workers 0"),
     (2, "cannot be made", "convert {notes} --out {notes}/below"),
     (4, "notes.tif: not an image of a kind that is read", "convert {notes} --out {new} --fail-fast"),
-    (2, "empty: no pyramid here", "validate {empty}"),
+    (2, "empty: no slide here", "validate {empty}"),
     (4, "gone.tif: does not exist", "validate {gone}"),
     (4, "not an image of a kind that is read", "info {notes}"),
     (4, "empty", "info {empty}"),

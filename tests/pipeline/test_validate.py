@@ -78,9 +78,13 @@ class TestFindPyramids:
         assert len(self.names("out")) == 3
 
     def test_nothing(self, folder):
-        for place in ("in", "out/*.zip"):
-            with pytest.raises(UsageError, match="no pyramid here"):
-                find_pyramids([place])
+        with pytest.raises(UsageError, match=r"out/\*\.zip: no slide here"):
+            find_pyramids(["out/*.zip"])
+
+    def test_slides_where_no_pyramid_is(self, folder):
+        found = [entry.path for entry in find_pyramids(["in"])]
+        assert found == sorted(str(path) for path in (folder / "in").iterdir())
+        assert found
 
 
 class TestSources:
@@ -187,7 +191,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["in"], "in: no pyramid here"),
+            (["gone/*"], "gone/*: no slide here"),
             (["gone.csv"], "gone.csv: cannot be read"),
             (["out", "--source", "in/a.tif"], "--source is for one pyramid"),
             (["out/a.ome.zarr", "--source", "in/a.tif", "--sources", "in"], "--source is for one pyramid"),
