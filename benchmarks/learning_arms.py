@@ -120,6 +120,8 @@ ARMS = {
     "weight decay 0.05": Arm(train={"weight_decay": 0.05}),
     "moved": Arm(train={"augment": {"translation": 0.1}}, tasks=TRAINED),
     "turned": Arm(train={"augment": {"flip": True}}, tasks=FROZEN),
+    "stains changed": Arm(train={"augment": {"hed": 0.05}}, tasks=FROZEN),
+    "stains changed more": Arm(train={"augment": {"hed": 0.2}}, tasks=FROZEN),
     "turned, scale 24, entropy weight .1": Arm(
         {"scale": 24.0}, {"augment": {"flip": True}, "entropy_weight": 0.1, "entropy_fade": 0.0}, tasks=("colon",)
     ),

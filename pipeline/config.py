@@ -158,6 +158,7 @@ class AugmentConfig(_Section):
 
     brightness: float = Field(default=0.0, ge=0, le=1)  # largest shift of the values, as a share of their range
     contrast: float = Field(default=0.0, ge=0, lt=1)  # largest relative change of their distance from mid-range
+    hed: float = Field(default=0.0, ge=0, le=1)  # largest change of the amounts of hematoxylin, eosin and DAB
     translation: float = Field(default=0.0, ge=0, le=0.5)  # largest shift, as a share of the image's side; in whole
     # pixels of the coarsest level that the model reads
     flip: bool = False  # one of the 8 symmetries of the square: mirror images and quarter turns
@@ -288,9 +289,9 @@ class Config(_Section):
     @model_validator(mode="after")
     def _move_features_alone(self) -> Self:
         change = self.train.augment
-        if self.model.encoder_name == GIVEN and (change.brightness or change.contrast):
+        if self.model.encoder_name == GIVEN and (change.brightness or change.contrast or change.hed):
             raise ValueError(
-                "train.augment: features have no brightness or contrast; flip and translation move tiles"
+                "train.augment: features have no brightness, contrast or stains; flip and translation move tiles"
             )
         return self
 

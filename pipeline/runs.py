@@ -230,8 +230,8 @@ def fold_runs(folder: Path) -> list[Path]:
     return [] if (folder / RUN).exists() else sorted(path.parent for path in folder.glob(f"fold-*/{RUN}"))
 
 
-def model_folder(run: Path) -> Path:
-    """Return the folder of the model of a finished run.
+def model_folder(run: Path, *, last: bool = False) -> Path:
+    """Return the folder of the model of a finished run: the best, or the `last`, which may be the same.
 
     Raises
     ------
@@ -241,13 +241,15 @@ def model_folder(run: Path) -> Path:
     folder = run / MODEL
     if not folder.exists():
         raise UsageError(f"{run}: training has not finished; run nested-ats train again to go on with it")
+    if last and (run / LAST).exists():
+        folder = run / LAST
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(run)):
         raise UsageError(f"{folder}: a link that leads out of its run; copy the model itself there")
     return folder
 
 
-def model_fingerprint(run: Path) -> str:
-    """Return a short hash of the model of a finished run, by which its predictions are known.
+def model_fingerprint(run: Path, *, last: bool = False) -> str:
+    """Return a short hash of the model of a finished run, or of its `last`, by which its predictions are known.
 
     Raises
     ------
@@ -256,7 +258,9 @@ def model_fingerprint(run: Path) -> str:
     UsageError
         The run has no model.
     """
-    return short(inspect_model(model_folder(run), trust_encoder=True).sha256)  # nothing is imported to look
+    return short(
+        inspect_model(model_folder(run, last=last), trust_encoder=True).sha256
+    )  # nothing is imported to look
 
 
 def short(sha256: str) -> str:

@@ -23,6 +23,10 @@ def evaluate(
         typer.Option(help="Make one answer of the slides of a case: mean, max or noisy-or of theirs."),
     ] = None,
     positive: Annotated[str, typer.Option(help="Of two classes the one that max and noisy-or are about.")] = "",
+    by: Annotated[
+        str | None,
+        typer.Option(help="Column of the manifest, as of sites: give the figures of each of its values too."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare predictions with the labels of the manifest, on slides that the training has not seen."""
@@ -31,7 +35,7 @@ def evaluate(
     from pipeline.results.report import describe_metrics
 
     how = choose_how(by_case)
-    metrics = measure(predictions, split=split, include_seen=include_seen, by_case=how, positive=positive)
+    metrics = measure(predictions, split=split, include_seen=include_seen, by_case=how, positive=positive, by=by)
     if as_json:
         print(json.dumps(metrics, indent=2))
         return

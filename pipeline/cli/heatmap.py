@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from pipeline.cli import options
-from pipeline.cli.output import exit_if_failed, say
+from pipeline.cli.output import exit_if_failed, print_outcome, say
 
 
 def heatmap(
@@ -15,6 +16,7 @@ def heatmap(
     slides: options.Slides,
     out: options.Out,
     split: options.Split = None,
+    last: options.Last = False,
     draws: options.Draws = None,
     samples: options.Samples = "",
     trust_encoder: options.TrustEncoder = False,
@@ -32,6 +34,7 @@ def heatmap(
         typer.Option(help="Class, label or time that contributions are told of; default: each slide's likeliest."),
     ] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Draw only so many slides, the first ones.")] = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show where the model looks, and what each patch adds to the answer: maps, picture, and patches as GeoJSON."""
     from pipeline.results.heatmap import heatmaps
@@ -40,14 +43,23 @@ def heatmap(
 
     options.check_cluster("none", 1, device)
     settings = prediction_settings(
-        run, draws=draws, samples=options.sample_counts(samples), trust_encoder=trust_encoder, device=device
+        run,
+        last=last,
+        draws=draws,
+        samples=options.sample_counts(samples),
+        trust_encoder=trust_encoder,
+        device=device,
     )
     entries, wanted = options.chosen_slides(slides, split, run)[:limit], read_formats(formats)
     done = heatmaps(entries, settings, out, formats=wanted, dense=dense, answer=answer)
+    failures = [(one.slide_id, one.error) for one in done if one.error]
+    if as_json:
+        told = [asdict(one) | {"folder": str(one.folder)} for one in done if not one.error]
+        print_outcome(failures, len(done), slides=told)
     for one in done:
-        if not one.error:
+        if not one.error and not as_json:
             place = one.folder / PICTURE if "png" in wanted else one.folder
             print(f"{place}  {one.prediction}, attention up to {one.peak:.4g} times uniform")
     for remark in dict.fromkeys(one.remark for one in done if one.remark):
         say(f"note: {remark}")
-    exit_if_failed([(one.slide_id, one.error) for one in done if one.error], len(done))
+    exit_if_failed(failures, len(done))

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Overwrite
-from pipeline.cli.output import exit_if_failed, say, say_next
+from pipeline.cli.options import AsJson, Overwrite
+from pipeline.cli.output import exit_if_failed, print_outcome, say, say_next
 
 
 def init(
@@ -22,6 +22,7 @@ def init(
         typer.Option(help="Published encoder of histology (see info uni); default: one that is on this machine."),
     ] = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a commented configuration to begin with, made for the slides of a manifest."""
     from pipeline.config import load_config
@@ -38,4 +39,7 @@ def init(
     load_config(out)  # what we write is a configuration
     say(f"{out} is written")
     say_next("train", "--manifest", manifest or "labels.csv", "--out", "runs/first", "--config", out)
-    exit_if_failed(slides.failures if slides else [], len(entries))
+    failures = slides.failures if slides else ()
+    if as_json:
+        print_outcome(failures, len(entries), config=str(out))
+    exit_if_failed(failures, len(entries))

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Run, TrustEncoder
+from pipeline.cli.options import AsJson, Run, TrustEncoder
+from pipeline.cli.output import print_place
 
 model = typer.Typer(help="Give a trained model away, and say what it is.", no_args_is_help=True)
 
@@ -46,8 +47,10 @@ def export(
     predictions: Predictions = None,
     name: Name = "",
     trust_encoder: TrustEncoder = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model and its card into a folder that names no path, slide or case, ready for the Hugging Face hub."""
     from pipeline.results.card import export_model
 
-    print(export_model(run, out, predictions or (), name=name, trust_encoder=trust_encoder))
+    written = export_model(run, out, predictions or (), name=name, trust_encoder=trust_encoder)
+    print_place("model", written, as_json=as_json)

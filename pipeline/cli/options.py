@@ -26,6 +26,7 @@ Cluster = Annotated[
 Run = Annotated[Path, typer.Argument(help="Folder of a training run.")]
 Slides = Annotated[list[str], typer.Argument(help="A manifest, or pyramids by path or URL.")]
 Split = Annotated[str | None, typer.Option(help="Slides of this split only: train, val or test.")]
+Last = Annotated[bool, typer.Option("--last", help="Take the model of the last epoch instead of the best one.")]
 Draws = Annotated[int | None, typer.Option(min=1, help="Independent draws to average; default: as configured.")]
 TrustEncoder = Annotated[
     bool,

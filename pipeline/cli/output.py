@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -32,6 +33,11 @@ def print_outcome(failures: Sequence[tuple[str, str]], total: int, **more: Any) 
     """Print what became of a command as one JSON object; numbers that are not finite are null, as JSON has none."""
     named = [{"name": name, "error": error} for name, error in failures]
     print(json.dumps(_finite({"total": total, "failed": len(failures), "failures": named, **more}), indent=2))
+
+
+def print_place(name: str, place: Path, *, as_json: bool) -> None:
+    """Print where something was written, as a line or as a JSON object in which it has a name."""
+    print(json.dumps({name: str(place)}) if as_json else place)
 
 
 def _finite(value: Any) -> Any:

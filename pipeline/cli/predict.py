@@ -22,8 +22,9 @@ def predict(
         bool, typer.Option("--out-of-fold", help="Answer each slide by the models alone that have not seen it.")
     ] = False,
     no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Leave probabilities as they are, whatever calibrate has found.")
+        bool, typer.Option("--no-calibration", help="Leave answers as they are, whatever calibrate has found.")
     ] = False,
+    last: options.Last = False,
     draws: options.Draws = None,
     samples: options.Samples = "",
     target_error: Annotated[
@@ -51,7 +52,13 @@ def predict(
     options.check_cluster(cluster, workers, device)
     runs, places = options.several_runs(run, slides)
     how: dict[str, Any] = {"draws": draws, "samples": options.sample_counts(samples), "target_error": target_error}
-    how |= {"exact": exact, "uncalibrated": no_calibration, "trust_encoder": trust_encoder, "device": device}
+    how |= {
+        "exact": exact,
+        "uncalibrated": no_calibration,
+        "last": last,
+        "trust_encoder": trust_encoder,
+        "device": device,
+    }
     where: dict[str, Any] = {
         "address": cluster,
         "workers": workers,

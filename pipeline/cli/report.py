@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Run
+from pipeline.cli.options import AsJson, Run
+from pipeline.cli.output import print_place
 
 
 def report(
@@ -18,8 +19,10 @@ def report(
     annotations: Annotated[
         Path | None, typer.Option(help="Folder with SLIDE.geojson, as QuPath exports it: does attention find it?")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write one self-contained HTML page: training, results, slides and heatmaps."""
     from pipeline.results.report import report as write
 
-    print(write(run, predictions, out, heatmaps=heatmaps, annotations=annotations))
+    page = write(run, predictions, out, heatmaps=heatmaps, annotations=annotations)
+    print_place("report", page, as_json=as_json)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli import tables
-from pipeline.cli.options import Overwrite, Seed
-from pipeline.cli.output import say, say_next
+from pipeline.cli.options import AsJson, Overwrite, Seed
+from pipeline.cli.output import print_outcome, say, say_next
+from pipeline.cli.tables import Tables, labelled_slides, warn, with_tables
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 _GRADES = 20  # numbers of at most so many values are grades
 
 
+@with_tables
 def split(
     manifest: Annotated[Path, typer.Argument(help="CSV, Parquet or Excel: slide_id, path, label, ...")],
     out: Annotated[Path, typer.Option("--out", help="Manifest to write, a CSV.")],
+    tables: Tables,
     folds: Annotated[
         int | None, typer.Option(min=2, help="Deal the slides that are not for the test out to so many folds.")
     ] = None,
@@ -47,15 +49,9 @@ def split(
     duplicates: Annotated[
         bool, typer.Option(help="Open the slides to find those of the same pixels, and keep them together.")
     ] = True,
-    labels: tables.Labels = None,
-    target: tables.Target = None,
-    join: tables.Join = None,
-    missing: tables.Missing = "fail",
-    unused: tables.Unused = "ignore",
-    conflicts: tables.Conflicts = "fail",
-    alike: tables.Alike = "fail",
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a manifest with columns split and fold, drawn by case and label; without --folds as train draws them.
 
@@ -76,8 +72,7 @@ def split(
         raise UsageError(f"--validation {validation:g} --test {share:g}: together they leave nothing to train on")
     if folds and validation:
         raise UsageError("--folds and --validation: train takes the validation of a fold (see data.validation)")
-    rules = {"missing": missing, "unused": unused, "conflicts": conflicts, "alike": alike}
-    entries = tables.labelled_slides(manifest, labels, target, join, **rules)
+    entries = labelled_slides(manifest, tables)
     if any(entry.fold for entry in entries) or (any(entry.split for entry in entries) and (test or not folds)):
         raise UsageError(f"{manifest}: has splits or folds already; take these columns out to draw others")
     groups = _groups(entries, group, site, spatial_block, duplicates=duplicates)
@@ -87,7 +82,11 @@ def split(
     if folds:
         chosen = assign_folds(chosen, folds, seed=seed, groups=joined, strata=strata)
     write_manifest(out, chosen)
-    _print_counts([replace(entry, label=strata[entry.slide_id]) for entry in chosen])
+    counted = [replace(entry, label=strata[entry.slide_id]) for entry in chosen]
+    if as_json:
+        print_outcome([], len(chosen), manifest=str(out), **_counts(counted))
+        return
+    _print_counts(counted)
     if spatial_block is not None:
         print(f"{len(set(groups.values()))} groups of blocks of {spatial_block:g} km")
     print(out)
@@ -119,7 +118,7 @@ def _tell_copies(entries: Sequence[Entry], identities: dict[str, str]) -> None:
     unknown = len(entries) - len(identities)
     if unknown:
         say(f"{unknown} of {len(entries)} slides cannot be opened: whether they are copies is not known")
-    tables.warn([*name_copies(entries, identities), *copy_remarks(entries, identities)])
+    warn([*name_copies(entries, identities), *copy_remarks(entries, identities)])
 
 
 def _column(entries: Sequence[Entry], name: str) -> dict[str, str]:
@@ -159,6 +158,18 @@ def _in_quarters(column: dict[str, str]) -> dict[str, str]:
     return {slide_id: f"quarter {sum(value > edge for edge in edges) + 1}" for slide_id, value in numbers.items()}
 
 
+def _counts(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Count slides by split, fold and stratum, as plain values."""
+    from pipeline.data.folds import count_folds, fold_gaps
+    from pipeline.data.splits import count_splits
+
+    found: dict[str, Any] = {"splits": {name: dict(counts) for name, counts in count_splits(entries).items()}}
+    if folds := count_folds(entries):
+        found["folds"] = {name: dict(counts) for name, counts in folds.items()}
+        found["folds_differ_by"] = fold_gaps(entries)
+    return found
+
+
 def _print_counts(entries: Sequence[Entry]) -> None:
     """Print a table of slides and cases by split, fold and stratum, and how far apart folds are."""
     from pipeline.data.folds import count_folds, fold_gaps, fold_names
@@ -176,7 +187,7 @@ def _print_counts(entries: Sequence[Entry]) -> None:
     for label in gaps:
         bare = [name for name in fold_names(entries) if not folds[name][label]]
         if bare:
-            tables.warn([f"no slide of {label} in fold {', '.join(bare)}: ask for fewer folds, or join classes"])
+            warn([f"no slide of {label} in fold {', '.join(bare)}: ask for fewer folds, or join classes"])
 
 
 def _print_row(name: str, counts: Counter[str], entries: Sequence[Entry]) -> None:

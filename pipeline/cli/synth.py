@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import Out, Seed
+from pipeline.cli.options import AsJson, Out, Seed
+from pipeline.cli.output import print_place
 
 synth = typer.Typer(help="Make a data set to try things on, offline.", no_args_is_help=True)
 
@@ -23,6 +24,7 @@ def synth_signs(
         Literal["deflate", "jpeg", "lzw", "zstd", "none"], typer.Option(help="Compression of the TIFFs.")
     ] = "deflate",
     seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Write textured scenes with small number signs; the label is the number, as with the paper's speed limits."""
     from pipeline.data.sets import write_signs
@@ -41,4 +43,4 @@ def synth_signs(
             compression=None if compression == "none" else compression,
             progress=lambda done, total: update(done, total, ""),
         )
-    print(manifest)
+    print_place("manifest", manifest, as_json=as_json)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Out, Slides
-from pipeline.cli.output import exit_if_failed, say
+from pipeline.cli.options import AsJson, Out, Slides
+from pipeline.cli.output import exit_if_failed, print_outcome, say
 
 
 def tissue(
@@ -32,6 +32,7 @@ def tissue(
         bool,
         typer.Option("--into-pyramids", help="Put each mask into its slide's pyramid as well, as an OME-Zarr label."),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the tissue of slides: outlines for QuPath, areas, a contact sheet, and a manifest to train with."""
     from nested_ats.mask import Prior
@@ -44,15 +45,18 @@ def tissue(
     done = find_tissue(
         name_slides(slides), out, prior=prior, nodata=nodata, finding=finding, into_pyramids=into_pyramids
     )
-    for one in done:
-        if not one.error:
+    found = [one for one in done if not one.error]
+    failures = [(one.entry.slide_id, one.error or one.not_put) for one in done if one.error or one.not_put]
+    if as_json:
+        slides_of = [{"slide_id": o.entry.slide_id, "share": o.share, "area_mm2": o.area_mm2} for o in found]
+        print_outcome(failures, len(done), manifest=str(out / MANIFEST) if found else None, slides=slides_of)
+    else:
+        for one in found:
             area = "" if one.area_mm2 is None else f", {one.area_mm2:.4g} mm2"
             print(f"{one.entry.slide_id}: {one.share:.1%} of the slide{area}")
-    found = [one for one in done if not one.error]
     if found:
         say(
             f"look at {out}/contact-1.png; outlines that you change in QuPath count when you train with "
             f"{out / MANIFEST} and model.prior column"
         )
-    failed = [(one.entry.slide_id, one.error or one.not_put) for one in done if one.error or one.not_put]
-    exit_if_failed(failed, len(done))
+    exit_if_failed(failures, len(done))

@@ -9,27 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli import tables
 from pipeline.cli.options import AsJson, Cluster, Device, FailFast, Out, Overwrite, check_cluster
 from pipeline.cli.output import exit_if_failed, print_all, print_outcome, say, say_next
+from pipeline.cli.tables import Tables, labelled_slides, with_tables
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.data.manifest import Entry
 
 
+@with_tables
 def train(
     manifest: Annotated[Path, typer.Option(help="CSV, Parquet or Excel: slide_id, path, label, ...")],
     out: Out,
+    tables: Tables,
     config: Annotated[Path | None, typer.Option(help="YAML; default: the built-in configuration.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Override, as in train.epochs=10.")] = None,
-    labels: tables.Labels = None,
-    target: tables.Target = None,
-    join: tables.Join = None,
-    missing: tables.Missing = "fail",
-    unused: tables.Unused = "ignore",
-    conflicts: tables.Conflicts = "fail",
-    alike: tables.Alike = "fail",
     splits: Annotated[
         Path | None,
         typer.Option(help="Table of splits or folds: ours, CLAM's splits_0.csv or a folder of them, STAMP's JSON."),
@@ -69,9 +64,8 @@ def train(
     chosen = load_config(config, settings)
     group = _range(workers)
     check_cluster(cluster, group[1], device)
-    rules = {"missing": missing, "unused": unused, "conflicts": conflicts, "alike": alike}
-    entries = tables.labelled_slides(manifest, labels, target, join, **rules, wanted=columns(chosen.target))
-    folds = fold_entries(entries, splits, fold, chosen, drop=missing == "drop")
+    entries = labelled_slides(manifest, tables, wanted=columns(chosen.target))
+    folds = fold_entries(entries, splits, fold, chosen, drop=tables.missing == "drop")
     options: dict[str, Any] = {"device": device, "mirror": mirror, "overwrite": overwrite, "fail_fast": fail_fast}
     if dry_run:
         _look(folds, chosen, out, options)

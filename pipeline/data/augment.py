@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nested_ats.images import HasArea, Image, find_level
 from nested_ats.sampling import uniform
+from pipeline.data.stain import StainJitter
 
 if TYPE_CHECKING:
     from pipeline.config import AugmentConfig
@@ -41,7 +42,7 @@ class _MovedMask(NamedTuple):
 
 
 class AugmentedImage:
-    """An image seen after a symmetry of the square, a translation, and a change of contrast and brightness.
+    """An image seen after a symmetry of the square, a translation, and changes of stains, contrast and brightness.
 
     The image lies on a plane of background, as it does for boxes that leave it. The plane may be transposed,
     mirrored top to bottom, mirrored left to right, and moved, while the frame that `shapes` tells stays where it
@@ -50,8 +51,9 @@ class AugmentedImage:
     pixels still cover each other: the image then begins with less than one such pixel of background.
 
     A value, of which x is the share of the largest of its type (1 for floats), becomes
-    ``1/2 + contrast * (x - 1/2) + brightness``, and is rounded and clipped where the type is one of integers.
-    The background is changed like the image that it stands around, as its edge would show otherwise.
+    ``1/2 + contrast * (x - 1/2) + brightness`` once stains are changed (`pipeline.data.stain`), and is rounded and
+    clipped where the type is one of integers. The background is changed like the image that it stands around, as its
+    edge would show otherwise.
 
     Parameters
     ----------
@@ -77,11 +79,13 @@ class AugmentedImage:
     def __init__(self, image: Image, config: AugmentConfig, key: int, *, downsample: float) -> None:
         self._image = image
         coarsest = find_level(image, downsample)
-        symmetry, *shifts, contrast, brightness = uniform(torch.tensor([key]), 5)[0].tolist()
+        symmetry, *rest = uniform(torch.tensor([key]), 11)[0].tolist()
+        shifts, (contrast, brightness), stains = rest[:2], rest[2:4], rest[4:]
         turn = int(8 * symmetry) if config.flip else 0
         self._transposed, self._mirrored = bool(turn & 1), torch.tensor([bool(turn & 2), bool(turn & 4)])
         self._contrast: float = 1 + config.contrast * (2 * contrast - 1)
         self._brightness: float = config.brightness * (2 * brightness - 1)
+        self._stains = StainJitter(config.hed, stains) if config.hed else None
         self.downsamples: Sequence[float] = list(image.downsamples)[: coarsest + 1]
         shapes = torch.tensor(list(image.shapes)[: coarsest + 1])  # (levels, 2)
         if self._transposed:
@@ -99,7 +103,7 @@ class AugmentedImage:
     def identity(self) -> str | None:
         """The identity of this symmetry of the image, if that has one; None where pixels are changed or moved."""
         identity: str | None = getattr(self._image, "identity", None)
-        if identity is None or self._shifts.any() or self._contrast != 1 or self._brightness != 0:
+        if identity is None or self._shifts.any() or self._changes_values:
             return None
         return f"{identity}/{self._turn}/{self._extents.tolist()}" if self._turn else identity
 
@@ -127,12 +131,17 @@ class AugmentedImage:
             pixels = bits.flip([axis - 2 for axis in range(2) if self._mirrored[axis]]).view(pixels.dtype)
         return self._adjust(pixels)
 
+    @property
+    def _changes_values(self) -> bool:
+        return self._contrast != 1 or self._brightness != 0 or self._stains is not None
+
     def _adjust(self, pixels: Tensor) -> Tensor:
-        if self._contrast == 1 and self._brightness == 0:
+        if not self._changes_values:
             return pixels
         limits = None if pixels.is_floating_point() else torch.iinfo(pixels.dtype)
-        shift = ((1 - self._contrast) / 2 + self._brightness) * (limits.max if limits else 1)
-        if limits is None:
-            return pixels * self._contrast + shift
-        changed = (pixels.float() * self._contrast + shift).round()
-        return changed.clamp(limits.min, limits.max).to(pixels.dtype)
+        largest = float(limits.max) if limits else 1.0
+        values = pixels if limits is None else pixels.float()
+        if self._stains is not None:
+            values = (self._stains(values / largest) * largest).to(values.dtype)
+        changed = values * self._contrast + ((1 - self._contrast) / 2 + self._brightness) * largest
+        return changed if limits is None else changed.round().clamp(limits.min, limits.max).to(pixels.dtype)

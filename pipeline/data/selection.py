@@ -122,6 +122,10 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
     why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
     if isinstance(config.data.channels, int):
         channels, why = config.data.channels, f"data.channels is {config.data.channels}"
+    if config.train.augment.hed and channels != 3:
+        raise UsageError(
+            f"train.augment.hed: stains are told by red, green and blue, and slides have {channels} channels; use 0"
+        )
     odd = {
         one.entry.slide_id: f"{one.entry.path}: {one.channels} channels, where {why}"
         for one in opened

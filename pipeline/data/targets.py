@@ -104,7 +104,10 @@ def learn_target(config: AnyTarget, training: Sequence[Entry]) -> Target:
     if isinstance(config, RegressionTarget):
         values = np.array([_number(row, config.column) for row in rows])
         if not values.std() > 0:
-            raise UsageError(f"target: {config.column} is {values[0]:g} for all {len(values)} training slides")
+            raise UsageError(
+                f"target: {config.column} is {values[0]:g} for all {len(values)} training slides; take another "
+                "column, or slides that differ in it"
+            )
         return Regression(float(values.mean()), float(values.std()))
     if isinstance(config, CoxTarget | SurvivalTarget):
         return _learn_survival(config, rows)
@@ -157,7 +160,10 @@ def _learn_survival(config: CoxTarget | SurvivalTarget, rows: Sequence[Row]) -> 
     events = [binary(_cell(row, config.event)) == 1 for row in rows]
     times = np.array([_number(row, config.time) for row in rows])
     if sum(events) < 2:
-        raise UsageError(f"target: {config.event} is 1 for {sum(events)} training slides; at least two are needed")
+        raise UsageError(
+            f"target: {config.event} is 1 for {sum(events)} training slides; at least two are needed: "
+            "take more slides, or deal them out by nested-ats split --stratify " + config.event
+        )
     if isinstance(config, CoxTarget):
         return Cox()
     happened = np.sort(times[np.array(events)])
@@ -169,7 +175,8 @@ def _class_names(config: ClassesTarget | OrdinalTarget, rows: Sequence[Row]) -> 
     there = Counter(_cell(row, config.column) for row in rows)
     if len(there) < 2:
         raise UsageError(
-            f"training slides need at least two different labels (found: {', '.join(sorted(there)) or 'none'})"
+            f"training slides need at least two different labels (found: {', '.join(sorted(there)) or 'none'}); of a "
+            "fold or split that lacks a class, deal slides out by nested-ats split, or into fewer folds"
         )
     if isinstance(config, ClassesTarget):
         return tuple(sorted(there))

@@ -14,6 +14,7 @@ from pipeline.config import AnyTarget
 from pipeline.data.targets import binary, columns
 from pipeline.errors import UsageError
 from pipeline.results.predictions import SIGNS, answer_columns, in_short
+from pipeline.results.thresholds import Thresholds
 
 How = Literal["mean", "max", "noisy-or"]
 
@@ -34,7 +35,12 @@ def choose_how(name: str | None) -> How | None:
 
 
 def answer_cases(
-    rows: Sequence[Mapping[str, Any]], target: Target, config: AnyTarget, how: How, positive: str = ""
+    rows: Sequence[Mapping[str, Any]],
+    target: Target,
+    config: AnyTarget,
+    how: How,
+    positive: str = "",
+    thresholds: Thresholds | None = None,
 ) -> list[Row]:
     """Make one row of all slides of a case; a slide without a case stays as it is.
 
@@ -49,6 +55,8 @@ def answer_cases(
         any slide, or ``noisy-or``: that not all slides are negative if they are independent (Pearl, 1988); a case is
         then positive if one of its slides is. These two are for labels, and for two classes, of which one is
         `positive`.
+    thresholds
+        From which probability on a label is answered for a slide; it holds for a case too, but not for ``noisy-or``.
 
     Raises
     ------
@@ -59,7 +67,8 @@ def answer_cases(
     cases: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         cases.setdefault(f"case {row['case_id']}" if row["case_id"] else f"slide {row['slide_id']}", []).append(row)
-    return [_together(slides, target, config, how, positive) for slides in cases.values()]
+    chosen = {} if how == "noisy-or" else thresholds or {}
+    return [_together(slides, target, config, how, positive, chosen) for slides in cases.values()]
 
 
 def _check(target: Target, how: How, positive: str) -> None:
@@ -75,7 +84,14 @@ def _check(target: Target, how: How, positive: str) -> None:
         raise UsageError(f"--by-case {how}: the model answers no classes ({target.kind}); take --by-case mean")
 
 
-def _together(slides: Sequence[Mapping[str, Any]], target: Target, config: AnyTarget, how: How, positive: str) -> Row:
+def _together(
+    slides: Sequence[Mapping[str, Any]],
+    target: Target,
+    config: AnyTarget,
+    how: How,
+    positive: str,
+    thresholds: Thresholds,
+) -> Row:
     first = dict(slides[0])
     if len(slides) == 1:
         return first
@@ -90,7 +106,7 @@ def _together(slides: Sequence[Mapping[str, Any]], target: Target, config: AnyTa
     if isinstance(target, Classes) and how != "mean":
         answers = _two_classes(answers, f"prob_{positive}")
     named["seen"] = next((row["seen"] for row in slides if row.get("seen")), "")
-    return first | named | answers | {"prediction": in_short(target, [answers[name] for name in names])}
+    return first | named | answers | {"prediction": in_short(target, [answers[name] for name in names], thresholds)}
 
 
 def _combine(values: Sequence[float], how: How) -> float:

@@ -26,6 +26,7 @@ from pipeline.errors import UsageError
 from pipeline.files import make_folder, write_atomic
 from pipeline.results.report import describe_metrics, evaluated
 from pipeline.results.settings import Settings, prediction_settings
+from pipeline.results.thresholds import Thresholds
 from pipeline.runs import read_metrics, read_run
 from pipeline.units import shown
 
@@ -92,7 +93,7 @@ def model_card(run: Path, predictions: Sequence[Path] = (), *, name: str = "", t
         *_data(about, info.target),
         *_training(about, epochs),
         *_figures(figures),
-        *_limits(about, info, choice, figures, settings.temperature),
+        *_limits(about, info, choice, figures, settings.temperature, settings.thresholds),
         *_use(info),
     ]
     return "\n".join(parts)
@@ -214,6 +215,7 @@ def _limits(
     choice: Choice,
     figures: Sequence[Metrics],
     temperature: float | None,
+    thresholds: Thresholds,
 ) -> Iterator[str]:
     yield "## Limits: what was not tested\n"
     yield from (f"- {line}" for line in _untested(figures))
@@ -226,6 +228,9 @@ def _limits(
         yield "- The model knows no scale: other scanners or magnifications than those of its data may mislead it."
     if about["config"]["model"].get("prior", "none") == "tissue":
         yield "- Tissue is found by its colour: faint stainings, ink and folds may be missed or taken for it."
+    if thresholds:
+        chosen = ", ".join(f"{name} from a probability of {value:.3f} on" for name, value in thresholds.items())
+        yield f"- It answers {chosen}, as was chosen on validation slides; loading the model does not do that."
     yield "- Nothing here is a medical device, and no figure above stands for a clinical study."
     preset: Preset | None = PRESETS.get(choice.name)
     if preset:
@@ -255,7 +260,8 @@ def _untested(figures: Sequence[Metrics]) -> Iterator[str]:
         "Images of other sites, scanners, stainings or sensors than those of the data above: an interval tells of "
         "chance among cases like these, not of a change of place."
     )
-    yield "Groups of people or places: no figure is broken down by them."
+    if not any(metrics.get("by") for metrics in figures):
+        yield "Groups of people or places: no figure is broken down by them."
 
 
 def _use(info: ModelInfo) -> Iterator[str]:

@@ -119,7 +119,7 @@ class Classifier:
             read = image.statistics
             identities = [found for slide in image.slides if (found := identity_of(slide.slide))]
         return {
-            "prediction": in_short(self.model.target, prediction.answers[0].tolist()),
+            "prediction": in_short(self.model.target, prediction.answers[0].tolist(), self.settings.thresholds),
             **answer_cells(self.model.target, prediction),
             "draws": int(prediction.draws[0]),
             **self._signs(prediction),

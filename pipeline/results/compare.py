@@ -33,6 +33,7 @@ from pipeline.results.intervals import (
 )
 from pipeline.results.measures import by_ranks, ranking
 from pipeline.results.predictions import answers_of, read_about, read_predictions
+from pipeline.results.thresholds import decisive
 
 DELONG, BOOTSTRAP = "DeLong's variance over cases", "bootstrap over cases"
 _DRAWS, _AT_ONCE = 2000, 100
@@ -80,7 +81,9 @@ def compare(one: Path, other: Path, *, include_seen: bool = False, seed: int = 0
     answers = [answers_of(target, rows) for rows in pairs]
     if isinstance(target, Classes):
         labels = outcomes.astype(np.int64)
-        figures = {"auc": _areas(labels, answers, cases)} | _bootstrapped(labels, answers, cases, seed)
+        chosen = [read_about(folder).get("thresholds", {}) for folder in (one, other)]
+        decided = [decisive(target, each, own) for each, own in zip(answers, chosen, strict=True)]
+        figures = {"auc": _areas(labels, answers, cases)} | _bootstrapped(labels, answers, decided, cases, seed)
     else:
         figures = {ranking(target).name: _jackknifed(target, outcomes, answers, cases)}
     return {"slides": len(shared), "cases": len(set(cases.tolist())), "figures": list(figures), **figures}
@@ -137,9 +140,11 @@ def _said(values: Sequence[Any], interval: Sequence[float], p: float | None, met
     return {"values": [one, other], "difference": other - one, "interval_95": limits, "p": p, "method": method}
 
 
-def _bootstrapped(labels: Numbers, answers: Sequence[Reals], cases: Numbers, seed: int) -> dict[str, Any]:
+def _bootstrapped(
+    labels: Numbers, answers: Sequence[Reals], decided: Sequence[Reals], cases: Numbers, seed: int
+) -> dict[str, Any]:
     """Compare means over slides, and over classes of slides, by resampling whole cases."""
-    right = [(each.argmax(-1) == labels).astype(np.float64) for each in answers]
+    right = [(each.argmax(-1) == labels).astype(np.float64) for each in decided]
     rows = np.arange(len(labels))
     surprise = [-np.log(np.clip(each[rows, labels], _LEAST, 1)) for each in answers]
     every = np.zeros(len(labels), np.int64)

@@ -18,7 +18,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from nested_ats.targets import Target, read_target
+from nested_ats.targets import DiscreteSurvival, Target, read_target
 from pipeline.config import digest
 from pipeline.data.cases import group_cases
 from pipeline.data.manifest import Entry
@@ -29,6 +29,7 @@ from pipeline.results import predictions
 from pipeline.results.classifier import failed
 from pipeline.results.predict import predict
 from pipeline.results.settings import Options, Settings, prediction_settings
+from pipeline.results.thresholds import Thresholds
 from pipeline.results.verdict import run_shares
 from pipeline.runs import read_run, short
 
@@ -78,16 +79,52 @@ def members(runs: Sequence[Path], **options: Unpack[Options]) -> list[Member]:
         settings = prediction_settings(run, **options)
         seed = hashlib.sha256(f"{settings.seed}/{settings.model_sha256}".encode()).digest()[:7]
         found.append(Member(unique, run, read_run(run), replace(settings, seed=int.from_bytes(seed))))
+    common = common_target([member.target for member in found])
     for member in found[1:]:
         if member.settings.unit != found[0].settings.unit:
             raise UsageError(f"{found[0].run} and {member.run}: a model of slides and one of cases have no mean")
         one, other = found[0].target, member.target
-        if one.kind != other.kind or one.names != other.names:
+        if common is None:
             answers = " and ".join(f"{each.kind} {', '.join(each.names)}" for each in (one, other))
             raise UsageError(
                 f"{found[0].run} and {member.run}: models of other answers ({answers}) have no mean; a fold whose "
-                "training slides lack a class does not know it, and target.times sets the times of all folds"
+                "training slides lack a class does not know it"
             )
+    return found
+
+
+def common_target(targets: Sequence[Target]) -> Target | None:
+    """Return what all models answer, or can be made to: survival past times that all of them reach; None: nothing.
+
+    Folds without `target.times` have times by their own events. The first time of all is the earliest of the first
+    times, and so on, so that none lies beyond what a model knows.
+    """
+    if len({(target.kind, target.names) for target in targets}) == 1:
+        return targets[0]
+    survival = [target for target in targets if isinstance(target, DiscreteSurvival)]
+    if len(survival) < len(targets):
+        return None
+    return DiscreteSurvival(tuple(min(each) for each in zip(*(target.times for target in survival), strict=False)))
+
+
+def _resampled(row: Row, own: Target, common: Target) -> Row:
+    """Answers of a model at the common times: linear between its own, as events spread evenly within an interval.
+
+    So are standard errors and limits, which then are no smaller than they should be.
+    """
+    if not isinstance(own, DiscreteSurvival) or not isinstance(common, DiscreteSurvival) or own == common:
+        return row
+    times = np.array([0.0, *own.times])
+    at_zero = (1.0, 0.0, 1.0, 1.0)  # all survive, for certain
+    old = (predictions.answer_columns(own), *predictions.error_columns(own))
+    new = (predictions.answer_columns(common), *predictions.error_columns(common))
+    found = dict(row)
+    for names, start in zip(old, at_zero, strict=True):
+        values = [start, *(np.nan if found[name] is None else found[name] for name in names)]
+        for name in names:
+            del found[name]
+        interpolated = np.interp(common.times, times, values)
+        found |= dict(zip(new[old.index(names)], interpolated.tolist(), strict=True))
     return found
 
 
@@ -157,14 +194,16 @@ def predict_ensemble(
         The runs do not fit each other (`members`), or `folder` holds other predictions.
     """
     found = members(runs, **options)
-    target = found[0].target
+    target = common_target([member.target for member in found])
+    assert target is not None  # noqa: S101  members see to it
     predictions.check_columns(entries, target, more=["models", *(SPREAD + name for name in target.names)])
     slides = _choose(entries, split, found, out_of_fold=out_of_fold) if split else list(entries)
     for member in found:
         slides = [member.splits.complete(entry) for entry in slides]
     if found[0].settings.unit == "case":
         slides = group_cases(slides)
-    about = _about(found, out_of_fold=out_of_fold)
+    about = _about(found, target, out_of_fold=out_of_fold)
+    thresholds: Thresholds = about.get("thresholds", {})
     make_folder(folder)
     with alone(folder / predictions.LOCK, "another prediction is being written there"):
         same = predictions.read_about(folder).get("fingerprint") in (None, about["fingerprint"])
@@ -190,23 +229,29 @@ def predict_ensemble(
             ):
                 answers[row["slide_id"]].append((member, row))
         table = [
-            _row(entry, answers[entry.slide_id], target, out_of_fold=out_of_fold) | {"model": about["model"]}
+            _row(entry, answers[entry.slide_id], target, thresholds, out_of_fold=out_of_fold)
+            | {"model": about["model"]}
             for entry in slides
         ]
         predictions.write_table(folder, table)
         return table
 
 
-def _about(found: Sequence[Member], *, out_of_fold: bool) -> Row:
+def _about(found: Sequence[Member], target: Target, *, out_of_fold: bool) -> Row:
     """Say which models answer, what `evaluate` wants to know of their training, and what decides the answers."""
     model = short(digest(sorted(member.settings.model_sha256 for member in found)))
     about: Row = {"models": {each.name: short(each.settings.model_sha256) for each in found}}
     about["out_of_fold"] = out_of_fold
     fingerprint = digest([about, sorted(member.settings.fingerprint for member in found)])
-    facts = {"target": found[0].about["target"], "told_by": found[0].about["config"]["target"]}
+    facts = {"target": target.plain, "told_by": found[0].about["config"]["target"]}
     if shares := [known for each in found if (known := run_shares(each.about))]:
-        names = found[0].target.names
+        names = target.names
         facts["class_shares"] = {name: float(np.mean([each[name] for each in shares])) for name in names}
+    chosen = [each.settings.thresholds for each in found]
+    if chosen[0] and all(
+        each.keys() == chosen[0].keys() for each in chosen
+    ):  # of a mean of probabilities, their mean
+        facts["thresholds"] = {name: float(np.mean([each[name] for each in chosen])) for name in chosen[0]}
     return about | {"fingerprint": fingerprint, "model": model} | facts
 
 
@@ -217,7 +262,14 @@ def _answering(entry: Entry, found: Sequence[Member]) -> list[Member]:
     return next((chosen for split in ("", "val") if (chosen := [m for m in found if seen[m.name] == split])), [])
 
 
-def _row(entry: Entry, answers: Sequence[tuple[Member, Row]], target: Target, *, out_of_fold: bool) -> Row:
+def _row(
+    entry: Entry,
+    answers: Sequence[tuple[Member, Row]],
+    target: Target,
+    thresholds: Thresholds,
+    *,
+    out_of_fold: bool,
+) -> Row:
     """Make the row of a slide of what the models answer."""
     if out_of_fold:  # a copy under another name is told by its pixels, once they were opened
         unseen = [answer for answer in answers if not answer[1]["seen"]]
@@ -231,10 +283,10 @@ def _row(entry: Entry, answers: Sequence[tuple[Member, Row]], target: Target, *,
     wrong = [f"{member.name}: {row['error']}" for member, row in answers if row["status"] != "ok"]
     if wrong:
         return first | failed("; ".join(wrong))
-    return first | combine([row for _, row in answers], target)
+    return first | combine([_resampled(row, each.target, target) for each, row in answers], target, thresholds)
 
 
-def combine(rows: Sequence[Row], target: Target) -> Row:
+def combine(rows: Sequence[Row], target: Target, thresholds: Thresholds | None = None) -> Row:
     """Average the answers of M models to one slide.
 
     The standard error is that of a mean of independent draws. The interval is MOVER's (Zou and Donner, 2008): the
@@ -253,7 +305,7 @@ def combine(rows: Sequence[Row], target: Target) -> Row:
     ]
     columns.append([SPREAD + name for name in target.names])
     return {
-        "prediction": predictions.in_short(target, middle.tolist()),
+        "prediction": predictions.in_short(target, middle.tolist(), thresholds),
         **{
             name: None if np.isnan(value) else float(value)
             for names, values in zip(columns, parts, strict=True)

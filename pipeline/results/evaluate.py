@@ -25,15 +25,18 @@ from pipeline.results.intervals import Numbers, Reals, case_numbers
 from pipeline.results.measures import brier, calibration_error, measure, ranking
 from pipeline.results.predictions import (
     ABOUT,
+    OWN_COLUMNS,
     SIGNS,
     answers_of,
     read_about,
     read_predictions,
     table_digest,
 )
+from pipeline.results.thresholds import decisive
 from pipeline.results.verdict import class_shares, guess_cross_entropy, verdict
 
 METRICS = "metrics.json"
+_GROUPS = 50  # values of a column, that figures are given for
 
 
 def evaluate(
@@ -43,6 +46,7 @@ def evaluate(
     include_seen: bool = False,
     by_case: How | None = None,
     positive: str = "",
+    by: str | None = None,
 ) -> dict[str, Any]:
     """Compare predictions with their labels and write metrics.json beside them.
 
@@ -56,15 +60,18 @@ def evaluate(
         Whether slides count that the model was trained or validated on; they do where `split` asks for them.
     by_case, positive
         How the answers to the slides of a case become one (`answer_cases`); by default every slide counts.
+    by
+        A column of the manifest, as of sites, by whose values the measures are given too.
 
     Returns
     -------
     The measures of the target (`pipeline.results.measures`; of classes ``accuracy``, ``balanced_accuracy`` and
     ``auc``, the mean one-against-rest area under the ROC curve), each with its 95 % interval over cases and the
-    method of the interval, and their names; of classes the ``cross_entropy``, that of guessing by class frequencies
-    and the confusion matrix (rows are labels); counts; the ``split`` of the slides; ``verdict`` (what speaks against
-    anything having been learned, or an empty text); and ``predictions`` and ``model``, by which the report sees
-    whether they have changed since and belong to its run.
+    method of the interval, and their names; ``by``, the same for each value of that column; the ``thresholds``
+    that were chosen (`calibrate`), by which right answers are counted; of classes the ``cross_entropy``, that of
+    guessing by class frequencies and the confusion matrix (rows are labels); counts; the ``split`` of the slides;
+    ``verdict`` (what speaks against anything having been learned, or an empty text); and ``predictions`` and
+    ``model``, by which the report sees whether they have changed since and belong to its run.
 
     Raises
     ------
@@ -83,11 +90,13 @@ def evaluate(
         seen = f", {len(labelled)} of them seen in training: --include-seen counts those" if labelled else ""
         raise UsageError(f"{where}: no predicted slide has a label; {len(rows)} slides are there{seen}")
     if by_case:
-        usable = answer_cases(usable, target, config, by_case, positive)
+        usable = answer_cases(usable, target, config, by_case, positive, about.get("thresholds"))
     outcomes = known_outcomes(where, target, config, usable)
     answers = answers_of(target, usable)
+    thresholds = {} if by_case == "noisy-or" else about.get("thresholds", {})
+    decided = decisive(target, answers, thresholds)
     cases = case_numbers((row["case_id"], row["slide_id"]) for row in usable)
-    measures = measure(target, outcomes, answers, cases)
+    measures = measure(target, outcomes, decided, cases)
     metrics: dict[str, Any] = {
         "split": _splits(usable),
         "predictions": table_digest(folder),
@@ -100,17 +109,40 @@ def evaluate(
         "cases": len(set(cases.tolist())),
         "by_case": {"how": by_case, "positive": positive} if by_case else None,
         "target": target.plain,
+        "thresholds": thresholds,
+        "by": _by_column(where, by, target, usable, outcomes, decided) if by else None,
         "measures": list(measures),
         **measures,
     }
     if isinstance(target, Classes):
-        metrics |= _of_classes(target, outcomes.astype(np.int64), answers)
+        metrics |= _of_classes(target, outcomes.astype(np.int64), answers, decided)
         metrics["guess_cross_entropy"] = _guess(about, target, [target.classes[int(label)] for label in outcomes])
     if isinstance(target, DiscreteSurvival):
         metrics["brier"] = brier(target, outcomes, answers)
     metrics |= _judge(metrics, target, usable)
     write_json(folder / METRICS, metrics)
     return metrics
+
+
+def _by_column(
+    where: str, column: str, target: Target, rows: Sequence[Mapping[str, Any]], outcomes: Reals, decided: Reals
+) -> dict[str, Any]:
+    """Measure the slides of each value of a column apart."""
+    if missing := sum(column not in row for row in rows):
+        names = ", ".join(name for name in rows[0] if name not in OWN_COLUMNS and not name.startswith("prob_"))
+        raise UsageError(
+            f"{where}: --by {column}: {missing} of {len(rows)} slides lack this column; there are {names}"
+        )
+    values = [str(row[column] or "none") for row in rows]
+    if len(set(values)) > _GROUPS:
+        raise UsageError(f"{where}: --by {column}: has {len(set(values))} values, and {_GROUPS} are the most")
+    groups = {}
+    for value in sorted(set(values)):
+        own = [number for number, each in enumerate(values) if each == value]
+        cases = case_numbers((rows[number]["case_id"], rows[number]["slide_id"]) for number in own)
+        measures = measure(target, outcomes[own], decided[own], cases)
+        groups[value] = {"slides": len(own), "cases": len(set(cases.tolist())), **measures}
+    return {"column": column, "groups": groups}
 
 
 def answered(about: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> tuple[Target, AnyTarget]:
@@ -131,9 +163,9 @@ def known_outcomes(where: str, target: Target, config: AnyTarget, rows: Sequence
     return np.asarray(truth(target, config, rows, raw=True).numpy(), dtype=np.float64)
 
 
-def _of_classes(target: Classes, labels: Numbers, probabilities: Reals) -> dict[str, Any]:
+def _of_classes(target: Classes, labels: Numbers, probabilities: Reals, decided: Reals) -> dict[str, Any]:
     confusion = np.zeros((target.outputs, target.outputs), np.int64)
-    np.add.at(confusion, (labels, probabilities.argmax(-1)), 1)
+    np.add.at(confusion, (labels, decided.argmax(-1)), 1)
     chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
     return {
         "classes": list(target.classes),

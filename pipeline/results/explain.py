@@ -85,8 +85,8 @@ def explain(
 def _about(classifier: Classifier, entry: Entry, prediction: Prediction) -> dict[str, Any]:
     """What was answered, in words and numbers."""
     target, answers = classifier.model.target, prediction.answers[0].tolist()
-    answer = in_short(target, answers)
-    words = f"{answer} ({max(answers):.0%})" if isinstance(target, Classes) else answer
+    answer = in_short(target, answers, classifier.settings.thresholds)
+    words = f"{answer} ({answers[target.names.index(answer)]:.0%})" if isinstance(target, Classes) else answer
     return {"sample": entry.slide_id, "words": words, **answered(target, prediction, answer)}
 
 

@@ -85,6 +85,7 @@ def predict(
         predictions.check_folder(folder, fingerprint, overwrite=overwrite)
         # What `evaluate` wants to know of the training.
         facts = {"model": model, "target": about["target"], "told_by": about["config"]["target"]}
+        facts |= {"thresholds": settings.thresholds} if settings.thresholds else {}
         facts |= {"class_shares": shares} if (shares := run_shares(about)) else {}
         write_json(folder / predictions.ABOUT, {"settings": settings.plain, "fingerprint": fingerprint, **facts})
         rows = {entry.slide_id: predictions.read_result(results, entry) for entry in entries}

@@ -29,13 +29,14 @@ from pipeline.config import digest
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.files import file_name, read_inside, write_atomic, write_json
+from pipeline.results.thresholds import Thresholds, decisive
 
 RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
 SIGNS = ("entropy", "uniform_entropy", "background")
 _ERRORS = ("se_", "low_", "high_")  # each answer has a standard error, and an interval
 PIXELS = "pixels"  # identities of them, in the result of a slide alone: they tell whether the training has seen them
 _LAST = ("model", "status", "error")
-_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and answers
+OWN_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and answers
 
 
 def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -172,12 +173,13 @@ def answer_cells(target: Target, prediction: Prediction) -> dict[str, float | No
     return cells
 
 
-def in_short(target: Target, answers: Sequence[float]) -> str:
+def in_short(target: Target, answers: Sequence[float], thresholds: Thresholds | None = None) -> str:
     """Say in short what was answered for a slide.
 
-    It is the most probable class, the labels that are more probable than not, the number, the log hazard ratio, or
-    the time that half of such slides survive.
+    It is the most probable class, the labels that are more probable than not (or than their threshold), the number,
+    the log hazard ratio, or the time that half of such slides survive.
     """
+    answers = decisive(target, np.array([answers]), thresholds or {})[0].tolist()
     if isinstance(target, Classes):
         return target.classes[max(range(len(answers)), key=answers.__getitem__)]
     if isinstance(target, MultiLabel):
@@ -193,7 +195,7 @@ def check_columns(entries: Sequence[Entry], target: Target, more: Sequence[str] 
 
     A name that begins with prob_ would be taken for a class, too; columns such as low_grade are the user's own.
     """
-    own = {*_COLUMNS, *more, *answer_columns(target), *chain.from_iterable(error_columns(target))}
+    own = {*OWN_COLUMNS, *more, *answer_columns(target), *chain.from_iterable(error_columns(target))}
     for name in dict.fromkeys(name for entry in entries for name in entry.extra):
         if name in own or name.startswith("prob_"):
             raise UsageError(f"manifest: column {name} would be lost, as predictions have one too; rename it")

@@ -82,7 +82,7 @@ def report(
         _cohort({each.name: about for each, about in zip(runs, abouts, strict=True)}, config, metrics),
         "<h2>Results</h2>",
         _results(metrics),
-        _plots(target, config, rows, metrics),
+        plots_of(target, config, rows, metrics),
         localisation(compared, {str(row["slide_id"]): str(row["case_id"]) for row in rows}) if annotations else "",
         "<h2>Training</h2>",
         *(_training(each, about, target) for each, about in zip(runs, abouts, strict=True)),
@@ -97,7 +97,8 @@ def report(
 
 def describe_metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of a table of metrics: each has a name, and a value with its interval."""
-    seen = sum(metrics["seen"].values())
+    seen, chosen = sum(metrics["seen"].values()), metrics.get("thresholds") or {}
+    by = metrics.get("by") or {"column": "", "groups": {}}
     rows = [("slides", str(metrics["slides"])), ("failed", str(metrics["failed"]))]
     rows.append((f"seen, {'counted' if metrics['seen_included'] else 'left out'}", str(seen)))
     for name in metrics["measures"]:
@@ -106,12 +107,20 @@ def describe_metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = undefined if value is None else f"{value:.3f}"
         text += f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         rows.append((name.replace("_", " "), text))
+    rows += [("answered from", ", ".join(f"{name} {at:.3f}" for name, at in chosen.items()))] if chosen else []
+    rows += [(f"{by['column']} {value}", _group(found, metrics["measures"])) for value, found in by["groups"].items()]
     rows += [(f"Brier score at {time:g}", text) for time, text in _brier(metrics)]
     if "cross_entropy" not in metrics:
         return rows
     guess = f"{metrics['guess_cross_entropy']:.3f} by guessing"
     rows.append(("cross-entropy", f"{metrics['cross_entropy']:.3f} ({guess})"))
     return [*rows, ("calibration error", f"{metrics['ece']:.3f}")] if "ece" in metrics else rows
+
+
+def _group(found: Mapping[str, Any], measures: Sequence[str]) -> str:
+    """Write the measures of one value of a column."""
+    words = [f"{name.replace('_', ' ')} {words_of(found[name])}" for name in measures if name in found]
+    return f"{found['slides']} slides of {found['cases']} cases: {', '.join(words)}"
 
 
 def _brier(metrics: Mapping[str, Any]) -> list[tuple[float, str]]:
@@ -145,7 +154,7 @@ def evaluated(runs: Sequence[Path], predictions: Path) -> dict[str, Any]:
         )
     made_by = set(read_about(predictions).get("models", {}).values()) or {metrics["model"]}
     models = {model_fingerprint(run): run for run in runs}
-    if made_by != models.keys():
+    if made_by != models.keys() and made_by != {model_fingerprint(run, last=True) for run in runs}:
         other = next((run for model, run in models.items() if model not in made_by), runs[0])
         raise UsageError(
             f"{predictions}: predictions of another model than {other / MODEL}: of another run, or from before it "
@@ -166,7 +175,7 @@ def _training(run: Path, about: Mapping[str, Any], target: Target) -> str:
     if not epochs:
         return f"<h3>{text(name)}</h3><p>No epoch has finished.</p>"
     best_by = about["config"]["train"]["best_by"]
-    plots = _grid(curves(name, target, epochs, best_by))
+    plots = grid(curves(name, target, epochs, best_by))
     return f"<h3>{text(name)}</h3>{_warning(epochs[-1].get('verdict', ''))}{plots}"
 
 
@@ -254,11 +263,12 @@ def _warning(verdict: str) -> str:
     return f"<p class=wrong>The model {text(verdict)}.</p>" if verdict else ""
 
 
-def _grid(plots: Sequence[str]) -> str:
+def grid(plots: Sequence[str]) -> str:
+    """Lay plots out side by side."""
     return f"<div class=plots>{''.join(plots)}</div>"
 
 
-def _plots(target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
+def plots_of(target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
     """Plot what is true against what was answered, of the slides that count."""
     included = metrics["seen_included"]
     known = [row for row in rows if row["status"] == "ok" and is_known(config, row)]
@@ -273,13 +283,13 @@ def _plots(target: Target, config: AnyTarget, rows: Sequence[Mapping[str, Any]],
     if isinstance(target, Classes):
         labels = outcomes.astype(np.int64)
         chosen = (labels, answers, target.classes)
-        return _grid([roc(*chosen), precision_recall(*chosen), calibration(labels, answers, cases)]) + (
+        return grid([roc(*chosen), precision_recall(*chosen), calibration(labels, answers, cases)]) + (
             "<p class=soft>Bands and bars are 95 % intervals by Wilson's score, slide by slide in the curves.</p>"
         )
     if isinstance(target, Regression):
-        return _grid([scatter(outcomes, answers[:, 0], [str(row["slide_id"]) for row in counted])])
+        return grid([scatter(outcomes, answers[:, 0], [str(row["slide_id"]) for row in counted])])
     if isinstance(target, Cox | DiscreteSurvival):
-        return _grid([survival_by_risk(outcomes, risks(target, answers))])
+        return grid([survival_by_risk(outcomes, risks(target, answers))])
     return ""
 
 

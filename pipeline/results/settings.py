@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -14,6 +14,7 @@ from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
 from pipeline.data.slides import Opening
 from pipeline.errors import UsageError
 from pipeline.files import read_inside
+from pipeline.results.thresholds import Thresholds
 from pipeline.runs import CALIBRATION, model_folder, read_run
 
 _FORMAT = 2  # the format of a result: rows of format 1 have no intervals
@@ -39,6 +40,7 @@ class Settings:
     features: FeaturesConfig | None = None  # keeps features of patches, where the encoder is frozen
     unit: Literal["slide", "case"] = "slide"  # what is one sample (`DataConfig.unit`)
     temperature: float | None = None  # what logits are divided by, where the model was calibrated
+    thresholds: Thresholds = field(default_factory=dict)  # of labels, where they were chosen (`calibrate`)
     model_sha256: str = ""  # tells which model that folder holds (`nested_ats.ModelInfo`)
 
     @property
@@ -49,6 +51,8 @@ class Settings:
         for name in ("assume_mpp", "channels", "temperature"):
             if values[name] is None:
                 del values[name]  # nor these
+        if not self.thresholds:
+            del values["thresholds"]
         if self.unit == "slide":
             del values["unit"]
         return values
@@ -79,7 +83,8 @@ class Options(TypedDict, total=False):
     trust_encoder: bool
     device: str
     seed: int
-    uncalibrated: bool  # leave the probabilities as they are, whatever `pipeline.results.calibrate` has found
+    uncalibrated: bool  # leave the answers as they are, whatever `pipeline.results.calibrate` has found
+    last: bool  # the model after the last epoch, where the best one is another
 
 
 def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
@@ -92,7 +97,8 @@ def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
     UsageError
         `run` is no finished run, `samples` does not fit its model, or its encoder is code and not to be trusted.
     """
-    config, folder = read_run(run)["config"], model_folder(run)
+    last = options.get("last", False)
+    config, folder = read_run(run)["config"], model_folder(run, last=last)
     try:
         model = inspect_model(folder, trust_encoder=options.get("trust_encoder", False))
     except UntrustedEncoderError as error:
@@ -102,11 +108,14 @@ def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
     samples = tuple(options.get("samples", ()))
     with_samples(model.config, samples)
     cache, features = (config["data"][name] for name in ("cache", "features"))
-    given = {name: value for name, value in options.items() if value and name != "uncalibrated"}
+    given = {name: value for name, value in options.items() if value and name not in ("uncalibrated", "last")}
+    uncalibrated = options.get("uncalibrated")
+    temperature, thresholds = (None, {}) if uncalibrated else _calibration(run, model.sha256, last=last)
     return Settings(
         model=str(folder.absolute()),
         model_sha256=model.sha256,
-        temperature=None if options.get("uncalibrated") else _temperature(run, model.sha256),
+        temperature=temperature,
+        thresholds=thresholds,
         background=config["data"]["background"],
         assume_mpp=config["data"].get("assume_mpp"),  # earlier runs do not have it
         channels=_chosen(config["data"].get("channels")),
@@ -117,8 +126,8 @@ def prediction_settings(run: Path, **options: Unpack[Options]) -> Settings:
     )
 
 
-def _temperature(run: Path, model_sha256: str) -> float | None:
-    """Return the temperature of a calibrated model.
+def _calibration(run: Path, model_sha256: str, *, last: bool) -> tuple[float | None, dict[str, float]]:
+    """Return the temperature and the thresholds of a calibrated model; the `last` one has those of the best never.
 
     Raises
     ------
@@ -128,17 +137,21 @@ def _temperature(run: Path, model_sha256: str) -> float | None:
     path = run / CALIBRATION
     try:
         found = json.loads(read_inside(run, CALIBRATION))
-        known, temperature = found["model"], float(found["temperature"])
+        known, temperature = found["model"], None if found["temperature"] is None else float(found["temperature"])
+        thresholds = {str(name): float(value) for name, value in found.get("thresholds", {}).items()}
     except FileNotFoundError:
-        return None
-    except (ValueError, LookupError, TypeError) as error:
+        return None, {}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: damaged ({error}); run nested-ats calibrate again, or remove it") from error
-    if known != model_sha256 or not temperature > 0:
+    if known != model_sha256 and last:
+        return None, {}
+    sound = (temperature is None or temperature > 0) and all(0 < value < 1 for value in thresholds.values())
+    if known != model_sha256 or not sound:
         raise UsageError(
             f"{path}: of a model from before it was trained further; run nested-ats calibrate again, or give "
             "--no-calibration"
         )
-    return temperature
+    return temperature, thresholds
 
 
 def _chosen(channels: Any) -> tuple[int | str, ...] | None:

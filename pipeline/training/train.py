@@ -182,6 +182,8 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
         del decisive["target"]
     decisive["train"] |= {"epochs": 0, "checkpoint_minutes": 0, "parts": 0}
     decisive["train"].pop("tracker")  # it watches
+    if config.train.augment.hed == 0:
+        del decisive["train"]["augment"]["hed"]  # runs of before know no other
     decisive["data"] |= {"cache": None}
     if config.data.normalize is None:
         del decisive["data"]["normalize"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from torch.nn import functional
 from nested_ats import ArrayImage
 from pipeline.config import AugmentConfig
 from pipeline.data.augment import AugmentedImage
+from pipeline.data.stain import StainJitter
 
 BACKGROUND = 0.25
 KEYS = st.integers(-(2**63), 2**63 - 1)
@@ -216,3 +218,40 @@ def test_identities_are_those_of_what_is_seen(config, apart):
     assert plain.identity is None
     if apart == 1:
         assert set(seen) == {"x"}
+
+
+class TestStains:
+    def test_it_is_the_change_of_the_amounts_that_scikit_image_finds(self):
+        from skimage.color import hed2rgb, rgb2hed
+
+        rng = np.random.default_rng(0)
+        amounts = rng.uniform(0.005, 0.05, (6, 5, 3))
+        pixels = hed2rgb(amounts)
+        draws = [0.9, 0.2, 0.5, 0.7, 0.5, 0.6]
+        seen = StainJitter(0.3, draws)(torch.from_numpy(pixels).permute(2, 0, 1)[None].float())[0].permute(1, 2, 0)
+        change = 0.3 * (2 * np.array(draws) - 1)
+        wanted = hed2rgb(rgb2hed(pixels) * (1 + change[:3]) + change[3:] * 0.2 / -np.log(1e-6))
+        np.testing.assert_allclose(seen.numpy(), wanted, atol=2e-5)
+
+    def test_draws_in_the_middle_change_nothing_whatever_the_colour(self):
+        pixels = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(StainJitter(0.5, [0.5] * 6)(pixels), pixels, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32])
+    def test_an_image_keeps_its_type_and_is_changed_alike_at_all_places(self, dtype):
+        shares = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
+        pixels = shares if dtype.is_floating_point else (shares * torch.iinfo(dtype).max).to(dtype)
+
+        class Plain:
+            shapes, downsamples, identity = [(16, 16)], [1.0], "me"
+
+            def read(self, level, boxes):
+                return torch.stack([pixels[:, y : y + h, x : x + w] for y, x, h, w in boxes.tolist()])
+
+        image = AugmentedImage(Plain(), AugmentConfig(hed=0.3), 5, downsample=1)
+        whole = image.read(0, torch.tensor([[0, 0, 16, 16]]))[0]
+        part = image.read(0, torch.tensor([[4, 8, 3, 5]]))[0]
+        assert whole.dtype == dtype
+        assert not torch.equal(whole, pixels)
+        assert torch.equal(part, whole[:, 4:7, 8:13])
+        assert image.identity is None

@@ -39,6 +39,14 @@ COMMANDS += ["calibrate", "report", "runs", "view", "doctor", "features", "synth
 COMMANDS += ["model", "model card", "model export"]
 
 
+NOT_JSON = ("view", "synth", "model", "model card")  # a server, groups of commands, and what is Markdown
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in NOT_JSON])
+def test_every_command_that_ends_can_print_json(command):
+    assert "--json" in CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"}).output
+
+
 @pytest.fixture
 def cli():
     """Run a command in this process; its result holds exit_code, stdout and stderr."""

@@ -62,7 +62,7 @@ def cohort(tmp_path_factory):
     for number in range(40):
         label = ("normal", "tumour")[number % 2]
         coords = tiles(rng, int(rng.integers(40, 90)))
-        features = rng.normal(size=(len(coords), _DIM)) + 1
+        features = 0.4 * rng.normal(size=(len(coords), _DIM)) + 1
         if label == "tumour":
             features[rng.choice(len(coords), len(coords) // 5, replace=False)] += 3 * sign
         size = {"level0_width": 20000, "level0_height": 20000, "patch_size_level0": _SIDE}
