@@ -25,8 +25,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,20 +64,17 @@ ARMS = {
 }
 
 
-def scan(folder: Path, index: int, mpp: float) -> Path:
-    """One scan of a scene, made where it is not there."""
-    path = folder / f"{index:04d}-{mpp}.ome.zarr"
-    if not path.exists():
-        label = LABELS[index % len(LABELS)]
-        pixels = sign_scene(index, seed=0, size_yx=(SIDE, SIDE), label=label).render(0, 0, SIDE, SIDE)
-        image = torch.from_numpy(pixels).permute(2, 0, 1).float()[None]
-        if mpp == FINE:
-            image = functional.interpolate(image, scale_factor=2, mode="bicubic")
-        noise = torch.from_numpy(np.random.default_rng([index, SCANS.index(mpp)]).normal(0, NOISE, image.shape))
-        scanned = (image + noise).round().clamp(0, 255).to(torch.uint8)[0].numpy()
-        # The coarse view is a level of small scenes too.
-        write_pyramid(path, scanned, mpp=mpp, options=ConvertOptions(min_level_size=SIDE // 16))
-    return path
+def scan(path: Path, index: int, mpp: float) -> None:
+    """Make one scan of a scene."""
+    label = LABELS[index % len(LABELS)]
+    pixels = sign_scene(index, seed=0, size_yx=(SIDE, SIDE), label=label).render(0, 0, SIDE, SIDE)
+    image = torch.from_numpy(pixels).permute(2, 0, 1).float()[None]
+    if mpp == FINE:
+        image = functional.interpolate(image, scale_factor=2, mode="bicubic")
+    noise = torch.from_numpy(np.random.default_rng([index, SCANS.index(mpp)]).normal(0, NOISE, image.shape))
+    scanned = (image + noise).round().clamp(0, 255).to(torch.uint8)[0].numpy()
+    # The coarse view is a level of small scenes too.
+    write_pyramid(path, scanned, mpp=mpp, options=ConvertOptions(min_level_size=SIDE // 16))
 
 
 def scans(folder: Path, indices: range, split: str, turns: Sequence[float]) -> list[Entry]:
@@ -88,12 +83,12 @@ def scans(folder: Path, indices: range, split: str, turns: Sequence[float]) -> l
     Processes of their own make them, because glibc does not give the memory of so many arrays back.
     """
     mpps = [turns[index // len(LABELS) % len(turns)] for index in indices]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=100) as pool:
-        paths = list(pool.map(scan, repeat(folder), indices, mpps))
+    wanted = [(folder / f"{index:04d}-{mpp}.ome.zarr", index, mpp) for index, mpp in zip(indices, mpps, strict=True)]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        pool.starmap(scan, [each for each in wanted if not each[0].exists()], chunksize=100)
     return [
         Entry(slide_id=f"{index:04d}", path=str(path), label=LABELS[index % len(LABELS)], split=split)
-        for index, path in zip(indices, paths, strict=True)
+        for path, index, _ in wanted
     ]
 
 

@@ -8,10 +8,12 @@ what decoding the touched tiles alone allows, with as many threads: it reads and
 Then the same of a scene, a cloud-optimised GeoTIFF (COG) that GDAL makes of the slide, with a smaller --cog, through
 rasterio (one dataset a thread, as GDAL asks for, and GDAL's cache as small as OpenSlide's) and in place.
 
-From a loopback server that waits before it answers, only readers that read by ranges take part.
+From a loopback server that waits before it answers, those take part that read by ranges: tiffslide by fsspec,
+rasterio by GDAL's /vsicurl/, and ours; OpenSlide does not. The server counts requests and bytes, alike for all.
+Files must be larger than the 5 MB that fsspec and the 16 MB that GDAL hold of what they fetched.
 
     python benchmarks/slides_in_place.py [--size 32768] [--patches 256] [--rounds 5] [--cog 8192] [--latency 20]
-        [--tissue FILE]
+        [--tissue FILE] [--json FILE] [--quick]
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import rasterio
 import tifffile
 import tiffslide
 from rasterio.windows import Window
-from training_step import serving
+from training_step import counted, serving
 
 from pipeline.interrupt import run_main
 from storage import Slide, TiffImage, convert, processors
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     Reader = Callable[[Boxes], object]
 
 TILE, PATCH, QUALITY = 256, 256, 80
+PEERS = ("OpenSlide", "tiles", "tiffslide", "COG, rasterio")  # of whose rates those of others are shown as shares
 MOST_DIFFERENT = 4  # in the mean, on noise: decoders of JPEG enlarge halved colours in two ways
 os.environ["GDAL_CACHEMAX"] = "32"  # megabytes, read at GDAL's first use of its cache
 DESCRIPTION = (
@@ -142,8 +145,22 @@ def write_cog(cog: Path, folder: Path, args: argparse.Namespace) -> None:
         out.write(pixels)
 
 
-def scene_readers(cog: Path) -> Iterator[tuple[str, Reader]]:
-    """Name each reader of a COG, and open it."""
+def remote_readers(url: str) -> Iterator[tuple[str, Reader]]:
+    """Name each reader of what a server has, and open it."""
+    slide, made = Slide(f"{url}/slide.svs"), Slide(f"{url}/slide.ome.zarr")
+    other = tiffslide.TiffSlide(f"{url}/slide.svs")
+    yield "in place", lambda boxes: [slide.read(0, box) for box in boxes.tolist()]
+    yield "in place, a batch", lambda boxes: slide.read_many(0, boxes)
+    yield (
+        "tiffslide",
+        lambda boxes: [other.read_region((x, y), 0, (w, h), as_array=True) for y, x, h, w in boxes.tolist()],
+    )
+    yield "pyramid", lambda boxes: [made.read(0, box) for box in boxes.tolist()]
+    yield "pyramid, a batch", lambda boxes: made.read_many(0, boxes)
+
+
+def scene_readers(cog: Path | str) -> Iterator[tuple[str, Reader]]:
+    """Name each reader of a COG, in a file or at a URL, and open it."""
     slide, opened = Slide(cog), threading.local()
 
     def gdal(boxes: Boxes) -> None:
@@ -162,8 +179,10 @@ def scene_readers(cog: Path) -> Iterator[tuple[str, Reader]]:
     yield "COG, a batch", lambda boxes: slide.read_many(0, boxes)
 
 
-def compare(readers: dict[str, Reader], side: int, args: argparse.Namespace, where: str) -> list[dict[str, Any]]:
-    """Print the median of each reader, and its share of OpenSlide's, and return all."""
+def compare(
+    readers: dict[str, Reader], side: int, args: argparse.Namespace, where: str, url: str = ""
+) -> list[dict[str, Any]]:
+    """Print the median of each reader, its share of OpenSlide's, and what it asks of a server; return all."""
     lines = []
     for threads in args.threads:
         found: dict[str, list[float]] = {name: [] for name in readers}
@@ -173,22 +192,25 @@ def compare(readers: dict[str, Reader], side: int, args: argparse.Namespace, whe
                 found[name].append(shared(read, boxes, threads))
         medians = {name: statistics.median(rates) for name, rates in found.items()}
         for name, rate in medians.items():
-            of = {peer: rate / medians[peer] for peer in ("OpenSlide", "tiles", "COG, rasterio") if peer in medians}
+            of = {peer: rate / medians[peer] for peer in PEERS if peer in medians}
+            asked = cost(readers[name], url, draw(side, args.patches, args.rounds + threads)) if url else {}
             print(
-                f"{where:>8}{threads:8}  {name:18}{rate:9.0f}" + "".join(f"{share:11.2f}" for share in of.values()),
+                f"{where:>8}{threads:8}  {name:18}{rate:9.0f}"
+                + "".join(f"{share:11.2f}" for share in of.values())
+                + "".join(f"  {value:.4g} {what.replace('_', ' ')}" for what, value in asked.items()),
                 flush=True,
             )
-            lines.append({"where": where, "threads": threads, "reader": name, "patches_per_second": rate, "of": of})
+            line = {"where": where, "threads": threads, "reader": name, "patches_per_second": rate, "of": of}
+            lines.append(line | asked)
     return lines
 
 
-def cost(url: str, boxes: Boxes) -> str:
-    """Requests and bytes of a patch, in words."""
-    with Slide(url) as slide:
-        slide.read_many(0, boxes)
-        opened = Slide(url).statistics
-        read = slide.statistics - opened
-    return f"{read.requests / len(boxes):.2f} requests and {read.bytes_read / len(boxes) / 1e3:.0f} kB a patch"
+def cost(read: Reader, url: str, boxes: Boxes) -> dict[str, float]:
+    """What a reader asks of the server for a patch, as the server counts it."""
+    before = counted(url)
+    read(boxes)
+    requests, nbytes = np.subtract(counted(url), before) / len(boxes)
+    return {"requests_per_patch": float(requests), "kilobytes_per_patch": float(nbytes) / 1e3}
 
 
 def main() -> None:
@@ -203,7 +225,10 @@ def main() -> None:
     parser.add_argument("--tissue", type=Path, help="an SVS whose tissue the slide is made of")
     parser.add_argument("--json", type=Path, help="file to write what was found to")
     parser.add_argument("--folder", default=tempfile.gettempdir())
+    parser.add_argument("--quick", action="store_true", help="see that it works: a small slide, few patches")
     args = parser.parse_args()
+    if args.quick:
+        args.size, args.patches, args.rounds, args.cog = 4096, 16, 1, 4096
     about = {
         "machine": f"{platform.machine()}, {processors()} processors",
         "versions": {
@@ -218,23 +243,20 @@ def main() -> None:
     print(
         f"{args.patches} patches of {PATCH} x {PATCH}, JPEG SVS of {args.size} x {args.size}, median of {args.rounds}"
     )
-    print(f"{'where':>8}{'threads':>8}  {'reader':18}{'a second':>9}{'OpenSlide':>11}{'tiles':>11}")
+    print(f"{'where':>8}{'threads':>8}  {'reader':18}{'a second':>9}{'OpenSlide':>11}{'tiles':>11}{'tiffslide':>11}")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         svs, pyramid = Path(name, "slide.svs"), Path(name, "slide.ome.zarr")
         write_svs(svs, args.size, args.tissue)
         convert(svs, pyramid)
         lines = compare(dict(local_readers(svs, pyramid)), args.size, args, "disk")
-        with serving(Path(name), args.latency / 1e3) as url:
-            remote = Slide(f"{url}/slide.svs"), Slide(f"{url}/slide.ome.zarr")
-            readers: dict[str, Reader] = {
-                "in place, a batch": lambda boxes: remote[0].read_many(0, boxes),
-                "pyramid, a batch": lambda boxes: remote[1].read_many(0, boxes),
-            }
-            lines += compare(readers, args.size, args, f"{args.latency:g} ms")
-            print(f"in place: {cost(f'{url}/slide.svs', draw(args.size, args.patches, 99))}")
         write_cog(Path(name, "scene.tif"), Path(name), args)
         print(f"a COG of {args.cog} x {args.cog}, of which the last column is a share of rasterio's")
         lines += compare(dict(scene_readers(Path(name, "scene.tif"))), args.cog, args, "disk")
+        waits = f"{args.latency:g} ms"
+        print("from a server: the slide in shares of tiffslide's, the COG of rasterio's")
+        with serving(Path(name), args.latency / 1e3) as url:
+            lines += compare(dict(remote_readers(url)), args.size, args, waits, url)
+            lines += compare(dict(scene_readers(f"{url}/scene.tif")), args.cog, args, waits, url)
         bytes_ = sum(file.stat().st_size for file in pyramid.rglob("*") if file.is_file())
         print(f"file {svs.stat().st_size / 1e6:.0f} MB, pyramid {bytes_ / 1e6:.0f} MB")
     if args.json:

@@ -34,8 +34,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 from unittest.mock import patch
+from urllib.request import urlopen
 
 import psutil
 import torch
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 STEPS = 7  # of an epoch
+COUNTED = "/counted"  # a path on the server
 PARTS = ("attention", "draw", "encode", "backward", "optimizer")
 
 
@@ -65,16 +67,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet: else each answer waits 40 ms for an acknowledgement
+    answered: ClassVar = [0, 0]  # requests, and bytes of files, by all handlers of the process
+    lock = threading.Lock()
 
     def __init__(self, *args: Any, root: Path, latency: float) -> None:
         self.root, self.latency = root, latency
         super().__init__(*args)
 
     def do_GET(self) -> None:
-        """Answer a request for a file or for a range of it."""
+        """Answer a request for a file or for a range of it, or for the numbers of what was answered."""
+        if self.path == COUNTED:
+            self._send(200, json.dumps(self.answered).encode())
+            return
         time.sleep(self.latency)
         wanted = self.headers.get("Range")
-        with (self.root / self.path.lstrip("/")).open("rb") as file:
+        path = self.root / self.path.lstrip("/")
+        if not path.is_file():
+            self._count(0)
+            self._send(404, b"")
+            return
+        with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             first, last = 0, size - 1
             if wanted:
@@ -82,9 +94,18 @@ class _Handler(BaseHTTPRequestHandler):
                 last = min(last, size - 1)
             file.seek(first)
             data = file.read(last + 1 - first)
-        self.send_response(206 if wanted else 200)
-        if wanted:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self._count(len(data))
+        self._send(206 if wanted else 200, data, f"bytes {first}-{last}/{size}" if wanted else "")
+
+    def _count(self, nbytes: int) -> None:
+        with self.lock:
+            self.answered[0] += 1
+            self.answered[1] += nbytes
+
+    def _send(self, status: int, data: bytes, place: str = "") -> None:
+        self.send_response(status)
+        if place:
+            self.send_header("Content-Range", place)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -92,8 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         """Tell the length of a file."""
         time.sleep(self.latency)
-        self.send_response(200)
-        self.send_header("Content-Length", str((self.root / self.path.lstrip("/")).stat().st_size))
+        self._count(0)
+        path = self.root / self.path.lstrip("/")
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
         self.end_headers()
 
     def log_message(self, *args: object) -> None:
@@ -122,6 +146,13 @@ def serving(root: Path, latency: float) -> Iterator[str]:
     finally:
         mine.close()
         process.join()
+
+
+def counted(url: str) -> tuple[int, int]:
+    """Return how many requests a server of `serving` has answered, and how many bytes of files."""
+    with urlopen(f"{url}{COUNTED}") as answer:
+        requests, nbytes = json.load(answer)
+    return requests, nbytes
 
 
 class Stopwatch:
