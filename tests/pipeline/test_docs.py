@@ -71,7 +71,7 @@ def test_every_error_has_its_meaning_and_its_messages():
 
 def test_every_column_of_predictions_is_explained():
     page = (Path(hooks.__file__).parent / "predictions.md").read_text()
-    columns = {*predictions._COLUMNS, *(f"{each}CLASS" for each in ("prob_", *predictions._ERRORS))}
+    columns = {*predictions.OWN_COLUMNS, *(f"{each}CLASS" for each in ("prob_", *predictions._ERRORS))}
     assert [each for each in columns if f"`{each}`" not in page] == []
 
 
