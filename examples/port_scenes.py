@@ -30,6 +30,7 @@ BANDS = ("B02", "B03", "B04", "B08")
 SEA, LAND = np.array([700, 550, 350, 150]), np.array([700, 950, 1000, 2800])
 BRIGHT = np.array([2600, 2700, 2800, 2900])
 METRES = 10
+REACH = 20  # pixels around the middle of a ship
 
 
 def make_scene(seed: int, number: int, size: int, *, harbour: bool) -> NDArray[np.uint16]:
@@ -38,19 +39,19 @@ def make_scene(seed: int, number: int, size: int, *, harbour: bool) -> NDArray[n
     rough = ndimage.zoom(rng.normal(size=(12, 12)), size / 12, order=3)[:size, :size]
     slope = np.linspace(-1.5, 1.5, size)[:, None] * rng.choice([-1, 1])
     land = rough + slope > rng.uniform(0, 0.6)
-    y, x = np.mgrid[:size, :size]
     bright = np.zeros((size, size), bool)
-    open_sea = np.argwhere(ndimage.distance_transform_edt(~land)[20:-20, 20:-20] > 20) + 20
-    for place in rng.permutation(open_sea)[: rng.integers(4, 9)]:
-        dy, dx, angle = y - place[0], x - place[1], rng.uniform(0, np.pi)
+    open_sea = np.argwhere(ndimage.distance_transform_edt(~land)[REACH:-REACH, REACH:-REACH] > REACH)
+    dy, dx = np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1]
+    for top, left in rng.permutation(open_sea)[: rng.integers(4, 9)]:
+        angle = rng.uniform(0, np.pi)
         along, across = dy * np.sin(angle) + dx * np.cos(angle), dy * np.cos(angle) - dx * np.sin(angle)
         shape = (abs(along) < 13) & (abs(across) < 3.5) if harbour else np.hypot(dy, dx) < 5.4
-        bright |= shape
+        bright[top : top + len(dy), left : left + len(dx)] |= shape
     values = np.where(land[..., None], LAND, SEA) * rng.uniform(0.8, 1.2)
     values[bright] = BRIGHT
-    values = values * (1 + 0.1 * rough[..., None]) + rng.normal(0, 40, (size, size, len(BANDS)))
+    values = values * (1 + 0.1 * rough[..., None]) + 40 * rng.standard_normal((size, size, len(BANDS)), np.float32)
     pixels: NDArray[np.uint16] = np.moveaxis(values.clip(1, 10_000), -1, 0).astype(np.uint16)
-    pixels[:, y + x < size * rng.uniform(0.1, 0.4)] = 0
+    pixels[:, np.add.outer(np.arange(size), np.arange(size)) < size * rng.uniform(0.1, 0.4)] = 0
     return pixels
 
 
