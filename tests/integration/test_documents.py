@@ -33,6 +33,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HOW_TO = ["images", "levels", "encoders", "predictions", "speed", "memory", "guide", "from-clam", "folds", "viewer"]
 # By a command's name, or the beginning of one of its words.
 NOT_RUN = {
+    "calibrate": "it wants validation slides with mistakes: tests/pipeline/test_calibrate.py runs it",
     "view": "it serves until it is stopped: tests/browser runs it",
     "job": "it wants a cluster: tests/cluster and tests/pipeline/test_cli_job.py run it",
     "--cluster": "Ray takes its time: tests/pipeline/test_cli.py and others run these options",
