@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 from pipeline.data.discovery import find_slides
 from pipeline.files import write_atomic
@@ -23,7 +23,7 @@ from pipeline.interrupt import run_main
 from pipeline.view.cohort import cases_of, of_run
 from pipeline.view.serving import Serving
 
-SIZE = {"width": 1200, "height": 713}
+SIZE: ViewportSize = {"width": 1200, "height": 713}
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 TILES_MS = 5000  # until tiles that were asked for are drawn
 

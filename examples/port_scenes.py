@@ -80,7 +80,7 @@ def main() -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["slide_id", "path", "label"])
         for number in range(chosen.count):
-            harbour = bool(np.random.default_rng([chosen.seed, number, 1]).integers(2))
+            harbour = number % 2 == 1
             path = chosen.out / f"scene-{number:02d}.tif"
             write_scene(path, make_scene(chosen.seed, number, chosen.size, harbour=harbour), number)
             table.writerow([path.stem, path.name, "harbour" if harbour else "none"])
