@@ -2,7 +2,7 @@
 
 Each scene has four bands of reflectance (times 10,000, in 16 bits) at 10 m a pixel: a coast between sea and land, and a
 corner that was never recorded (nodata). Scenes of harbours have some ships, bright bars of about 250 m, on the sea;
-the others have as many small islands of the same brightness and area. Scenes lie side by side in UTM zone 32.
+the others have as many small islands of the same brightness and area. Scenes lie 20 km from each other in UTM zone 32.
 
     python examples/port_scenes.py --out scenes [--count 60] [--size 1536] [--seed 0]
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BANDS = ("B02", "B03", "B04", "B08")
 SEA, LAND = np.array([700, 550, 350, 150]), np.array([700, 950, 1000, 2800])
 BRIGHT = np.array([2600, 2700, 2800, 2900])
-METRES = 10
+METRES, APART = 10, 20_000  # of a pixel; from one scene to the next
 REACH = 20  # pixels around the middle of a ship
 
 
@@ -59,7 +59,7 @@ def write_scene(path: Path, pixels: NDArray[np.uint16], number: int) -> None:
     """Write a tiled GeoTIFF with names of bands, nodata and a place on the Earth."""
     side = pixels.shape[-1]
     row, column = divmod(number, 8)
-    place = from_origin(400_000 + column * side * METRES, 5_900_000 - row * side * METRES, METRES, METRES)
+    place = from_origin(400_000 + column * APART, 5_900_000 - row * APART, METRES, METRES)
     about = {"count": len(BANDS), "width": side, "height": side, "dtype": "uint16", "nodata": 0}
     tiles = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate"}
     with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32632", transform=place, **about, **tiles) as file:
