@@ -29,6 +29,7 @@ from pipeline.data.slides import open_slide
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.progress import each_slide
+from pipeline.stats import measure
 from storage import processors
 
 KINDS = ("histology", "scenes", "megapixel", "features")
@@ -60,7 +61,9 @@ class _About(NamedTuple):
     gaps: bool
 
 
-def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where: str) -> tuple[str, Slides | None]:
+def write_preset(
+    kind: str, entries: Sequence[Entry], encoder: str | None, where: str, channels: Sequence[int | str] = ()
+) -> tuple[str, Slides | None]:
     """Make the text of a configuration.
 
     Parameters
@@ -73,6 +76,8 @@ def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where
         The name of a published encoder of histology, or None for the best one that is on this machine.
     where
         Names the slides in the text.
+    channels
+        Of scenes: which the model sees, by name or number; their mean and spread are measured. Empty means all.
 
     Returns
     -------
@@ -81,7 +86,7 @@ def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where
     Raises
     ------
     UsageError
-        There is no such kind or encoder.
+        There is no such kind or encoder, or `channels` are given for other slides than scenes.
     DataError
         No slide can be opened.
     """
@@ -93,12 +98,18 @@ def write_preset(kind: str, entries: Sequence[Entry], encoder: str | None, where
         raise UsageError(
             f"{images[0]}: an image; init features is for .h5 files of features, which the manifest names"
         )
+    if channels and (kind != "scenes" or not entries):
+        raise UsageError("--channels: for scenes, of which their values are measured; give init scenes a --manifest")
     slides = look_at(entries) if entries else None
+    if slides and channels:
+        slides = replace(slides, channels=len(channels))
     values = {"made_for": _made_for(slides, where, "tiles" if kind == "features" else "pixels")}
     if kind == "features":
         values |= _course(slides)
     else:
         values |= _megapixel(slides) if kind == "megapixel" else _pretrained(kind, slides, encoder)
+    if kind == "scenes":
+        values |= _values(entries, channels)
     template = files("pipeline").joinpath("templates", f"{kind}.yaml").read_text()
     return Template(template).substitute(values), slides
 
@@ -180,6 +191,18 @@ def _pretrained(kind: str, slides: Slides | None, encoder: str | None) -> dict[s
         "standardise": str(colours).lower(),
         "prior": prior,
         **_course(slides),
+    }
+
+
+def _values(entries: Sequence[Entry], channels: Sequence[int | str]) -> dict[str, str]:
+    """Which channels the model sees, and their mean and spread over the training scenes."""
+    if not channels:
+        means = "# mean: [...] # and std, as `nested-ats stats` prints them, where values fill little of their type"
+        return {"values": means, "chosen": "# channels: [B04, B03, B02] # by name or number: what the model sees"}
+    _, means, stds = (line.strip() for line in measure(entries, channels=tuple(channels)).lines)
+    return {
+        "values": f"{means} # of the training scenes\n  {stds}",
+        "chosen": f"channels: [{', '.join(map(str, channels))}]",
     }
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import AsJson, Overwrite
+from pipeline.cli.options import AsJson, Overwrite, named_channels
 from pipeline.cli.output import exit_if_failed, print_outcome, say, say_next
 
 
@@ -21,6 +21,9 @@ def init(
         str | None,
         typer.Option(help="Published encoder of histology (see info uni); default: one that is on this machine."),
     ] = None,
+    channels: Annotated[
+        str, typer.Option(help="Channels of scenes to see, as in B04,B03,B02; their mean and spread are measured.")
+    ] = "",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -34,7 +37,7 @@ def init(
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: is there already; give --overwrite to replace it, or another --out")
     entries = read_manifest(manifest) if manifest else []
-    text, slides = write_preset(preset, entries, encoder, str(manifest))
+    text, slides = write_preset(preset, entries, encoder, str(manifest), named_channels(channels))
     write_atomic(out, text)
     load_config(out)  # what we write is a configuration
     say(f"{out} is written")

@@ -38,6 +38,11 @@ SlideTimeout = Annotated[
 Samples = Annotated[str, typer.Option(help="Units to draw at each level, as in 16,32; default: as trained.")]
 
 
+def named_channels(text: str) -> list[int | str]:
+    """Channels by name or number from 0, with commas between; none are an empty list."""
+    return [int(name) if name.isdecimal() else name for name in text.split(",") if name]
+
+
 def several_runs(run: Path, places: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Tell runs and slides apart: folders of runs are runs, and a folder of folds stands for all of them."""
     from pipeline.errors import UsageError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import AsJson, FailFast
+from pipeline.cli.options import AsJson, FailFast, named_channels
 from pipeline.cli.output import exit_if_failed, say
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def stats(
     entries = name_slides(slides)
     if not any(entry.split for entry in entries):
         say("the slides have no split: all of them count")
-    wanted = [int(name) if name.isdecimal() else name for name in channels.split(",") if name]
-    found = measure(entries, split=split, channels=wanted or None, fail_fast=fail_fast)
+    found = measure(entries, split=split, channels=named_channels(channels) or None, fail_fast=fail_fast)
     plain = asdict(found) | {"failures": dict(found.failures)}
     if out is not None:
         make_folder(out.parent)

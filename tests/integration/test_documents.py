@@ -33,6 +33,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HOW_TO = ["images", "levels", "encoders", "predictions", "speed", "memory", "guide", "from-clam", "folds", "viewer"]
 # By a command's name, or the beginning of one of its words.
 NOT_RUN = {
+    "calibrate": "it wants validation slides with mistakes: tests/pipeline/test_calibrate.py runs it",
     "view": "it serves until it is stopped: tests/browser runs it",
     "job": "it wants a cluster: tests/cluster and tests/pipeline/test_cli_job.py run it",
     "--cluster": "Ray takes its time: tests/pipeline/test_cli.py and others run these options",
@@ -51,15 +52,14 @@ def blocks(page: str, *languages: str) -> list[str]:
     return [text for language, text in BLOCK.findall((ROOT / page).read_text()) if language in languages]
 
 
-def commands(page: str) -> list[list[str]]:
-    """Words of each command of a page."""
+def commands(text: str) -> list[list[str]]:
+    """Words of each command of a block, without the name of the program."""
     found = []
-    for text in blocks(page, "", "sh"):
-        for line in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.partition("  #")[0].partition(" # ")[0])
-            words = words[1:] if words[:1] == ["PYTHONPATH=."] else words
-            if words[:1] == ["nested-ats"] or words[:2] in (["python", each] for each in QUICKLY):
-                found.append(words[1:])
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.partition("  #")[0].partition(" # ")[0])
+        words = words[1:] if words[:1] == ["PYTHONPATH=."] else words
+        if words[:1] == ["nested-ats"] or words[:2] in (["python", each] for each in QUICKLY):
+            found.append(words[1:])
     return found
 
 
@@ -68,9 +68,14 @@ def runs_here(words: list[str]) -> bool:
 
 
 def follow(page: str) -> None:
-    """Type the commands of a page in the working directory."""
-    for words in filter(runs_here, commands(page)):
-        typed(words, page)
+    """Type what a page says in the working directory, from its first line to its last."""
+    for language, text in BLOCK.findall((ROOT / page).read_text()):
+        if language == "python":
+            if named := re.match(r"# (\w+\.py),", text):
+                Path(named[1]).write_text(text)
+            exec(compile(text, page, "exec"), {})
+        for words in filter(runs_here, commands(text) if language in ("", "sh") else []):
+            typed(words, page)
 
 
 def typed(words: list[str], page: str) -> None:
@@ -138,10 +143,6 @@ def test_a_page_can_be_followed(name, bench, monkeypatch):
         pytest.importorskip("pandas").read_csv(bench / "labels.csv", dtype=str)[["slide_id", "label"]].rename(
             columns={"label": "grade"}
         ).to_excel(bench / "clinical.xlsx", index=False)
-    for text in blocks(f"docs/{name}.md", "python"):
-        if named := re.match(r"# (\w+\.py),", text):
-            (bench / named[1]).write_text(text)
-        exec(compile(text, name, "exec"), {})
     follow(f"docs/{name}.md")
 
 
@@ -173,7 +174,8 @@ def test_the_bucket_of_the_slides_tutorial(bench, s3, monkeypatch):  # noqa: F81
         s3.put(f"slides/{slide.name}", slide.read_bytes())
     table = Path("labels.csv").read_text()
     Path("cloud.csv").write_text(table.replace(",slides/", f",{s3.url}/slides/"))
-    told = [words for words in commands("docs/tutorial-slides.md") if "s3://" in " ".join(words)]
+    pages = "\n".join(blocks("docs/tutorial-slides.md", "", "sh"))
+    told = [words for words in commands(pages) if "s3://" in " ".join(words)]
     assert [words[0] for words in told] == ["doctor", "convert", "train"]
     for words in told:
         typed([word.replace("s3://bucket", s3.url) for word in words], "the bucket")

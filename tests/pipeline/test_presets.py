@@ -94,6 +94,21 @@ def test_scenes_of_other_channels_train_their_own_network():
     assert (config.model.encoder, config.model.trainable, config.model.prior) == ("resnet", "all", "none")
 
 
+def test_three_bands_of_scenes_are_chosen_and_measured():
+    bands = np.random.default_rng(0).integers(100, 3000, (4, 600, 900)).astype(np.uint16)
+    write_pyramid(Path("0.ome.zarr"), bands, channels=("B02", "B03", "B04", "B08"))
+    manifest = write_manifest(Path("a.csv"), [["0", "0.ome.zarr", "a"]])
+    config, _ = init("scenes", "--channels", "B04,B03,B02", "--manifest", manifest)
+    assert (config.data.channels, config.model.encoder["name"], config.model.trainable) == (
+        ("B04", "B03", "B02"),
+        "mobilenet_v2",
+        "none",
+    )
+    assert config.model.mean == pytest.approx(bands[[2, 1, 0]].mean((1, 2)) / 65535, rel=1e-3)
+    assert config.model.std == pytest.approx(bands[[2, 1, 0]].std((1, 2)) / 65535, rel=1e-3)
+    assert "init scenes a --manifest" in run("init", "scenes", "--overwrite", "--channels", "0", code=2).stderr
+
+
 def test_what_goes_wrong_is_said():
     assert "no such preset; choose one of histology" in run("init", "pathology", code=2).stderr
     assert "choose one of uni" in run("init", "histology", "--encoder", "unicorn", code=2).stderr
