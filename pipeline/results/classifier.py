@@ -58,6 +58,7 @@ class Classifier:
         self.model = model.to(choose_device(settings.device))
         use_features(self.model, settings.features)
         self.observer = Observer(self.model)
+        self._readers = ThreadPoolExecutor(_READERS)
 
     @contextmanager
     def opened(self, entry: Entry) -> Iterator[Sample]:
@@ -86,13 +87,12 @@ class Classifier:
         with (
             suppress(ImpossibleWeightsError),
             autocast(choose_device(settings.device), settings.precision),
-            ThreadPoolExecutor(_READERS) as readers,
         ):
             prediction = estimate(
                 self.model,
                 [image],
                 torch.tensor([keys]),
-                readers=readers,
+                readers=self._readers,
                 target_error=settings.target_error,
                 exact=_ENCODED_AT_ONCE if settings.exact else 0,
             )

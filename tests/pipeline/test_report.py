@@ -16,9 +16,9 @@ from pipeline.results.evaluate import evaluate
 from pipeline.results.heatmap import heatmaps
 from pipeline.results.look import LOOK, THUMBNAIL
 from pipeline.results.predict import predict
-from pipeline.results.predictions import write_table
 from pipeline.results.report import describe_metrics, report
 from pipeline.results.settings import prediction_settings
+from pipeline.results.table import write_table
 from pipeline.runs import model_fingerprint
 
 VOID = {"meta", "img", "br", "hr", "input"}
