@@ -1,10 +1,14 @@
-"""A million entries through `predict` on two local Ray workers, killed on the way and resumed; evaluated and reported.
+"""A million entries through `predict` on two local Ray workers, killed on the way and resumed, then evaluated.
 
 Slides cost nothing: each is a function behind the Image protocol that answers 64 x 64 grey pixels, and the model, a
-CNN of three layers that sees them whole, next to nothing. What is measured is all the rest: reading the manifest, sending entries to workers and
-results back, parts, the table, and memory. Every command runs in a process of its own, whose peak memory counts.
+CNN of three layers that sees them whole, next to nothing. What is measured is all the rest: reading the manifest,
+sending entries to workers and results back, parts, the table, and memory. Every command runs in a process of its own,
+whose peak memory counts.
 
     python benchmarks/million.py --work FOLDER [--entries 1000000] [--workers 2] [--results FILE]
+
+The last table is a PREDICTION, not a measurement: ten petabytes of slides on a thousand GPUs, from what the driver
+takes for an entry here, what `make demo` reads of a slide of a gigapixel, and what the table itself says is assumed.
 
 `predict` is killed (SIGKILL) when a third of the entries is done, and started again; that each entry is in the parts
 and the table once is checked. "resumed" is the time from the start of the second process to its first new part, Ray's
@@ -19,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -35,6 +40,7 @@ import torch
 from pyarrow import csv, parquet
 from torch import Tensor
 
+import cluster
 from nested_ats import Image
 from pipeline.config import parse_config
 from pipeline.data.manifest import Entry, read_manifest
@@ -53,6 +59,17 @@ from storage.read.source import ReadStatistics
 
 RESULTS = Path(__file__).parent / "results" / "million.json"
 SIDE = 64
+CALLS = 3000
+
+# Of the prediction. By `make demo` (docs/measurements.md), four draws of a scene of 1.07 gigapixels:
+REQUESTS, READ_MB = 135, 19.3
+# Assumed:
+SLIDES, SLIDE_GB = 10_000_000, 1.0  # ten petabytes
+GPUS = 1000
+PATCHES, PATCHES_A_SECOND = 128, 1000  # four draws of 32; a large vision transformer on a GPU of today
+LATENCY_S, AT_ONCE = 0.05, 8  # of a request; how many a worker has under way (`pipeline.results.classifier`)
+PREFIX_REQUESTS = 5500  # a second from each prefix of S3, as Amazon documents
+GPU_GBIT = 25  # of network for each GPU
 
 
 class Grey(Image):
@@ -64,7 +81,7 @@ class Grey(Image):
     statistics = ReadStatistics()
     slides = ()
 
-    def read(self, level: int, boxes: Tensor) -> Tensor:
+    def read(self, level: int, boxes: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's
         """Return grey boxes, (N, 3, h, w)."""
         return torch.full((len(boxes), 3, *boxes[0, 2:].tolist()), 128, dtype=torch.uint8)
 
@@ -73,7 +90,7 @@ class Costless(Classifier):
     """Classifies without a slide."""
 
     @contextmanager
-    def opened(self, entry: Entry) -> Iterator[Any]:
+    def opened(self, entry: Entry) -> Iterator[Any]:  # noqa: ARG002 - all are alike
         """Open nothing."""
         yield Grey()
 
@@ -109,9 +126,16 @@ def predict(work: Path, workers: int) -> None:
     predicting.predict(entries, work / "run", work / "test", address="local", workers=workers, device="cpu")
 
 
+def send_each(_: Path, workers: int) -> None:
+    """Send items that are done at once to workers, one by one, as slides that take a second are sent."""
+    for _outcome in cluster.run_tasks(lambda: abs, range(CALLS), address="local", workers=workers):
+        pass
+
+
 STEPS: dict[str, Callable[[Path, int], object]] = {
     "csv": lambda work, _: read_manifest(work / "manifest.csv"),
     "parquet": lambda work, _: read_manifest(work / "manifest.parquet"),
+    "calls": send_each,
     "predict": predict,
     "evaluate": lambda work, _: evaluate(work / "test"),
     "report": lambda work, _: report(work / "run", work / "test", work / "report.html"),
@@ -203,7 +227,7 @@ def measure(work: Path, count: int, workers: int) -> dict[str, Any]:
     make_run(work)
     make_manifest(work / "manifest.csv", count)
     found: dict[str, Any] = {"entries": count, "workers": workers, **worker_cost(work)}
-    for name in ("csv", "parquet"):
+    for name in ("csv", "parquet", "calls"):
         found[name] = Step(name, work, workers).end()
     found["predict"] = predict_twice(work, count, workers)
     for name in ("evaluate", "report"):
@@ -223,16 +247,34 @@ def show(found: dict[str, Any]) -> None:
         print(f"  manifest, {name:8}{step['seconds']:7.1f} s, {step['cpu_seconds']:.1f} of them computing", end="")
         print(f", peak {step['peak_mb']:.0f} MB" + (" (wanted: 5 s for a million)" if name == "csv" else ""))
     print(f"  predict          {predicted['entries_a_second']:7.0f} entries/s (wanted: 500)")
-    print(
-        f"  resumed after    {predicted['resumed_after_s']:7.1f} s (wanted: 30), {predicted['killed_with']} were done"
-    )
-    print(
-        f"  driver           {after['peak_mb']:7.0f} MB at most (wanted: 1000), {after['cpu_seconds']:.0f} s computing"
-    )
+    print(f"  resumed after    {predicted['resumed_after_s']:7.1f} s (wanted: 30), {predicted['killed_with']} done")
+    print(f"  driver           {after['peak_mb']:7.0f} MB (wanted: 1000), {after['cpu_seconds']:.0f} s computing")
     print(f"  parts            {predicted['parts']:7} files, {predicted['mb_of_parts']:.0f} MB")
     for name in ("evaluate", "report"):
         step = found[name]
         print(f"  {name:17}{step['seconds']:7.1f} s, peak {step['peak_mb']:.0f} MB (wanted: 1000)")
+
+
+def print_model(found: dict[str, Any]) -> None:
+    """Print what a large run would take, and which part of it would be the first that is busy all the time."""
+    call_ms = 1e3 * found["calls"]["cpu_seconds"] / CALLS
+    gpu_s = PATCHES / PATCHES_A_SECOND
+    slide_s = gpu_s + REQUESTS * LATENCY_S / AT_ONCE
+    each = math.ceil(slide_s / gpu_s)
+    rates = {
+        f"the GPUs, {each} workers on each": GPUS / gpu_s,
+        "the driver, one call a slide": 1e3 / call_ms,
+        f"the network, {GPU_GBIT} Gbit/s for each GPU": GPUS * GPU_GBIT * 1e9 / 8 / (READ_MB * 1e6),
+        "a bucket whose slides have one prefix": PREFIX_REQUESTS / REQUESTS,
+        "the same with 1000 prefixes": 1000 * PREFIX_REQUESTS / REQUESTS,
+    }
+    print(f"\nPREDICTION, not measured: {SLIDES} slides of {SLIDE_GB:g} GB on {GPUS} GPUs")
+    print(f"  measured: {REQUESTS} requests and {READ_MB} MB a slide, {call_ms:.2f} ms of the driver a call")
+    print(f"  assumed: {PATCHES} patches, {PATCHES_A_SECOND}/s, {1e3 * LATENCY_S:g} ms a request, {AT_ONCE} at once")
+    print(f"  so a slide takes {gpu_s:.2f} s of a GPU and {slide_s:.2f} s in all, and of the slides", end="")
+    print(f" {SLIDES * READ_MB / 1e6:.0f} TB are read")
+    for name, rate in sorted(rates.items(), key=lambda item: item[1]):
+        print(f"  {name:44}{rate:10.0f} slides/s {SLIDES / rate / 3600:10.1f} h")
 
 
 def main() -> None:
@@ -251,6 +293,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
         found = measure(Path(folder), chosen.entries, chosen.workers)
     show(found)
+    print_model(found)
     if chosen.results:
         write_json(chosen.results, found)
 

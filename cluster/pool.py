@@ -256,8 +256,13 @@ class _Pool:
         while len(self.waiting) or self._busy():
             self._spawn()
             wait_s = max(0.0, min(slot.deadline for slot in self._slots.values()) - time.monotonic())
-            done, _ = ray.wait(list(self._slots), timeout=None if wait_s == float("inf") else wait_s)
-            for call in done:
+            calls = list(self._slots)
+            if ray.wait(calls, timeout=None if wait_s == float("inf") else wait_s)[0]:
+                # All that are done: to look at each call of thousands of workers for one outcome takes too long.
+                calls, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+            else:
+                calls = []
+            for call in calls:
                 yield from self._finish(call)
             for call in self._expired():
                 yield from self._expire(call)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _BATCH_S = 1.0  # so many seconds of work are sent to a Ray worker at once, as long as slides take less
 _OPENED = 10_000  # more are not opened beforehand to start the largest first, which evens the end of a short run
-_PIECE = 65_536  # rows of the table that are made at once
+_PIECE = 16_384  # rows of the table that are made at once
 
 
 def predict(
@@ -97,15 +97,11 @@ def predict(
     with alone(folder / predictions.LOCK, "another prediction is being written there"):
         predictions.check_folder(folder, fingerprint, overwrite=overwrite)
         # What `evaluate` wants to know of the training.
-        facts = {
-            "model": model,
-            "target": about["target"],
-            "told_by": about["config"]["target"],
-        }
+        facts = {"model": model, "target": about["target"], "told_by": about["config"]["target"]}
         facts |= {"class_shares": shares} if (shares := run_shares(about)) else {}
         write_json(folder / predictions.ABOUT, {"settings": settings.plain, "fingerprint": fingerprint, **facts})
         parts = Parts(folder / predictions.PARTS, predictions.result_schema(target), workers)
-        receipts = np.array([predictions.receipt(entry) for entry in entries], f"S{BYTES}")
+        receipts = np.fromiter(map(predictions.receipt, entries), f"S{BYTES}", len(entries))
         missing = np.flatnonzero(parts.find(receipts) < 0).tolist()
         tasks = cluster.run_tasks(
             partial(Classifier, settings),
@@ -122,8 +118,9 @@ def predict(
             errors = _collect(tasks, parts, len(entries) - len(missing), len(entries))
         found = parts.find(receipts)
         pieces = (slice(start, start + _PIECE) for start in range(0, len(entries), _PIECE))
-        finished = partial(_finished, splits=splits, model=model, errors=errors)
-        write_pieces(folder, (finished(entries[piece], parts.take(found[piece])) for piece in pieces))
+        names = list(dict.fromkeys(name for entry in entries for name in predictions.identity(entry)))
+        finish = partial(_finish, names=names, splits=splits, model=model, errors=errors)
+        write_pieces(folder, (finish(entries[piece], parts.take(found[piece])) for piece in pieces))
     return predictions.read_predictions(folder)
 
 
@@ -144,30 +141,32 @@ def _collect(outcomes: Iterable[cluster.Outcome[Entry, Any]], parts: Parts, done
     return errors
 
 
-def _finished(
-    entries: Sequence[Entry], results: pa.Table, splits: RunSplits, model: str, errors: Mapping[str, str]
+def _finish(
+    entries: Sequence[Entry],
+    results: pa.Table,
+    *,
+    names: Sequence[str],
+    splits: RunSplits,
+    model: str,
+    errors: Mapping[str, str],
 ) -> pa.Table:
     """Make the piece of the table of some entries and their results, which are null where there are none."""
     import pyarrow as pa
 
-    count, there = len(entries), results.column("prediction").is_valid().to_pylist()
     rows = [predictions.identity(entry) for entry in entries]
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
-    pixels = results.column(predictions.PIXELS).to_pylist()
-    columns["seen"] = [splits.seen(entry, names or ()) for entry, names in zip(entries, pixels, strict=True)]
-    table = pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
-    results = results.drop_columns([predictions.PIXELS])
-    for name in results.column_names:
-        table = table.append_column(name, results.column(name))
+    texts = {name: [row.get(name) for row in rows] for name in names}
+    pixels, there = (results.column(name).to_pylist() for name in (predictions.PIXELS, "prediction"))
+    texts["seen"] = [splits.seen(entry, known or ()) for entry, known in zip(entries, pixels, strict=True)]
+    texts["model"] = [model] * len(entries)
+    texts["status"] = ["failed" if answer is None else "ok" for answer in there]
     changed = "its mask changed while it was classified; run predict again"
-    last = {
-        "model": [model] * count,
-        "status": ["ok" if known else "failed" for known in there],
-        "error": ["" if ok else errors.get(e.slide_id, changed) for ok, e in zip(there, entries, strict=True)],
-    }
-    for name in LAST:
-        table = table.append_column(name, pa.array(last[name], pa.string()))
-    return table
+    texts["error"] = [
+        errors.get(entry.slide_id, changed) if answer is None else ""
+        for entry, answer in zip(entries, there, strict=True)
+    ]
+    columns = {name: pa.array(cells, pa.string()) for name, cells in texts.items()}
+    numbers = {name: results.column(name) for name in results.column_names if name != predictions.PIXELS}
+    return pa.table({name: {**columns, **numbers}[name] for name in (*names, "seen", *numbers, *LAST)})
 
 
 def pixels(entry: Entry) -> int:

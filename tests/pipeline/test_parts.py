@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -69,9 +70,10 @@ class TestParts:
         for number in range(8):
             fill(parts, [number])
             assert on_disk(tmp_path) == number + 1
-        for number in range(8, 5000):
-            fill(parts, [number])
-            assert number + 1 - on_disk(tmp_path) <= number // 8 + 1
+        done = 8
+        for step in random.Random(0).choices(range(1, 300), k=20):
+            fill(parts, range(done, done := done + step))
+            assert done - on_disk(tmp_path) <= done // 8 + 1
         assert len(part_files(tmp_path)) < 80
 
     def test_what_took_long_does_not_wait(self, tmp_path):
@@ -96,7 +98,7 @@ class TestParts:
         parts = Parts(tmp_path, SCHEMA)
         fill(parts, range(4), seconds=9.0)
         with monkeypatch.context() as patch:
-            patch.setattr(module.Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 fill(parts, [4], seconds=9.0)
         kept = Parts(tmp_path, SCHEMA)
@@ -131,8 +133,8 @@ class TestParts:
     def test_a_kill_leaves_whole_parts(self, tmp_path, seed):
         code = (
             "import sys; from pathlib import Path; sys.path.insert(0, '.');"
-            "from tests.pipeline.test_parts import *; parts = Parts(Path(sys.argv[1]), SCHEMA); print('go', flush=True);"
-            "fill(parts, range(10**6), 1.0)"
+            "from tests.pipeline.test_parts import *;"
+            "parts = Parts(Path(sys.argv[1]), SCHEMA); print('go', flush=True); fill(parts, range(10**6), 1.0)"
         )
         with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as process:
             process.stdout.readline()
@@ -180,6 +182,14 @@ def test_a_large_table_is_made_in_pieces(finished, tmp_path, monkeypatch):
     with (tmp_path / "predictions.csv").open(newline="") as file:
         assert [line["slide_id"] for line in csv.DictReader(file)] == [str(number) for number in numbers]
     assert parquet.read_metadata(tmp_path / "predictions.parquet").num_row_groups == 16
+
+
+def test_further_columns_may_come_late(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(predicting, "Classifier", Instant)
+    monkeypatch.setattr(predicting, "_PIECE", 2)
+    sites = [{}, {}, {}, {"site": "a"}]
+    entries = [Entry(slide_id=str(i), path=f"s3://b/{i}", extra=site) for i, site in enumerate(sites)]
+    assert predict(entries, finished, tmp_path).column("site") == [None, None, None, "a"]
 
 
 def test_rows_are_those_of_the_file_that_was_opened(finished, tmp_path, monkeypatch):
