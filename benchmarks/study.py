@@ -12,8 +12,8 @@ network, from the same weights, on whole images at half the scale, a quarter of 
 All train for a fixed number of epochs, and no choice is made by a test fold; settings are those of this file.
 
 Each piece, a fold of a method, is written to the result file when it is done, and a rerun does only what is missing.
-Seconds and bytes of a study are those of its folds and, of methods over all tiles, of encoding, once. A piece that
-was interrupted begins anew, for us with the features that are kept, and is marked as such.
+Seconds, those of the processor, and bytes of a study are those of its folds and, of methods over all tiles, of
+encoding, once. A piece that was interrupted begins anew, for us with the features that are kept, and is marked so.
 
     python benchmarks/study.py --data ../shared/data --work FOLDER [--tasks colon] [--methods ours ABMIL ...]
                                [--results FILE] [--show] [--quick]
@@ -162,7 +162,7 @@ def configure(task: str, method: str, weights: Path, store: Path, epochs: int) -
 def by_product(entries: list[Entry], config: Config, folder: Path) -> dict[str, Any]:
     """Train and test a fold by `train` and `predict`."""
     shutil.rmtree(folder, ignore_errors=True)
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     with counted() as opened:
         train(entries, config, folder, device="cpu")
         held = [entry for entry in entries if entry.split == "test"]
@@ -171,13 +171,13 @@ def by_product(entries: list[Entry], config: Config, folder: Path) -> dict[str, 
     if failed := [row["error"] for row in rows if row["status"] != "ok"]:
         raise SystemExit(failed[0])
     scores = {row["slide_id"]: round(row[f"prob_{YES}"], 6) for row in rows}
-    return {"scores": scores, "seconds": round(time.monotonic() - began, 1), "bytes": sum(read.values())}
+    return {"scores": scores, **_since(began, used), "bytes": sum(read.values())}
 
 
 @torch.no_grad()
 def encode(entries: Sequence[Entry], weights: Path, background: float, place: Path) -> dict[str, Any]:
     """Write the features (K, D) of all tiles of each slide."""
-    began, read = time.monotonic(), 0
+    began, used, read = time.monotonic(), time.process_time(), 0
     built = build_encoder({"name": "mobilenet_v2", "weights": str(weights)}, in_channels=3, patch_size=TILE)
     encoder = built.module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -192,7 +192,7 @@ def encode(entries: Sequence[Entry], weights: Path, background: float, place: Pa
             bags[entry.slide_id] = torch.cat(found)
             read += image.statistics.bytes_read
     write_atomic(place, safetensors.torch.save(bags))
-    return {"scores": {}, "seconds": round(time.monotonic() - began, 1), "bytes": read}
+    return {"scores": {}, **_since(began, used), "bytes": read}
 
 
 class ClamPool(AttentionPool):
@@ -241,13 +241,13 @@ def pool(method: str, bags: list[Tensor], labels: list[int], train: list[int], e
 
 def by_pooling(method: str, entries: list[Entry], features: Path, epochs: int) -> dict[str, Any]:
     """Train and test a fold over all tiles, whose features are there."""
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     kept = safetensors.torch.load_file(features)
     bags = [kept[entry.slide_id] for entry in entries]
     rows = [row for row, entry in enumerate(entries) if entry.split == "train"]
     scores = pool(method, bags, [int(entry.label == YES) for entry in entries], rows, epochs)
     held = {e.slide_id: round(s, 6) for e, s in zip(entries, scores, strict=True) if e.split == "test"}
-    return {"scores": held, "seconds": round(time.monotonic() - began, 1), "bytes": 0}
+    return {"scores": held, **_since(began, used), "bytes": 0}
 
 
 class Study:
@@ -308,7 +308,8 @@ def show(results: dict[str, Any]) -> None:
         encoding = [each for each in pieces if each["method"] == ENCODING]
         ours = _scores(pieces, OURS)
         print(f"\n{task}: {len(labels)} images")
-        print(f"{'method':14}{'folds':>6}{'AUC [95 %]':>24}{'ours is higher by':>26}{'seconds':>9}{'MB read':>9}")
+        print(f"{'method':14}{'folds':>6}{'AUC [95 %]':>24}{'ours is higher by':>26}", end="")
+        print(f"{'seconds':>9}{'of CPU':>9}{'MB read':>9}")
         for method in METHODS:
             own = [each for each in pieces if each["method"] == method]
             scores = _scores(pieces, method)
@@ -319,10 +320,16 @@ def show(results: dict[str, Any]) -> None:
             interval = area_interval(truth, _columns(scores), np.arange(len(truth)))[0]
             found = f"{area(truth, _columns(scores)):.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
             less = _difference(labels, scores, ours) if method != OURS and scores.keys() <= ours.keys() else ""
-            seconds, read = (sum(each[name] for each in both) for name in ("seconds", "bytes"))
-            print(f"{method:14}{len(own):6}{found:>24}{less:>26}{seconds:9.0f}{read / 1e6:9.0f}")
+            sums = [sum(each[name] for each in both) for name in ("seconds", "cpu_seconds", "bytes")]
+            print(f"{method:14}{len(own):6}{found:>24}{less:>26}{sums[0]:9.0f}{sums[1]:9.0f}{sums[2] / 1e6:9.0f}")
     for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["pieces"]}:
         print(words)
+
+
+def _since(began: float, used: float) -> dict[str, float]:
+    """Seconds, and those of the processor, which other work on the machine hardly changes."""
+    took, computed = time.monotonic() - began, time.process_time() - used
+    return {"seconds": round(took, 1), "cpu_seconds": round(computed, 1)}
 
 
 def _scores(pieces: Sequence[dict[str, Any]], method: str) -> dict[str, float]:

@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from nested_ats.files import open_regular
 from pipeline.errors import UsageError
-from storage.place.atomic import write_file
+from storage.place.atomic import replacing, write_file
 from storage.place.locks import locked
 
 _LONGEST_NAME = 200  # characters: file systems allow 255 bytes, of which suffixes and temporary names need some
@@ -30,9 +31,30 @@ def write_atomic(path: Path, *parts: bytes | memoryview | str) -> None:
     try:
         write_file(path, [part.encode() if isinstance(part, str) else part for part in parts])
     except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be written: {error.strerror}; mend that, or choose another place"
-        ) from error
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> UsageError:
+    reason = error.strerror or " ".join(str(error).split())
+    return UsageError(f"{path}: cannot be written: {reason}; mend that, or choose another place")
+
+
+@contextmanager
+def replace_by(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of another one, flushed to the disk, when the block ends well.
+
+    Raises
+    ------
+    UsageError
+        It cannot be written; what was there before still is.
+    """
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritten(path, error) from error
 
 
 def cache_folder() -> Path:
@@ -46,8 +68,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested-ats"
 
 
-def read_inside(folder: Path, name: str) -> bytes:
-    """Content of a file of a folder that the pipeline made, which may since have been anybody's.
+def open_inside(folder: Path, name: str) -> BufferedReader:
+    """Open a file of a folder that the pipeline made, which may since have been anybody's.
 
     Raises
     ------
@@ -57,12 +79,17 @@ def read_inside(folder: Path, name: str) -> bytes:
         It cannot be read, is a pipe or a device, or lies outside the folder.
     """
     try:
-        with open_regular(folder / name, within=folder) as file:
-            return file.read()
+        return open_regular(folder / name, within=folder)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UsageError(f"{folder / name}: cannot be read: {error}") from error
+
+
+def read_inside(folder: Path, name: str) -> bytes:
+    """Content of a file of a folder; errors are those of `open_inside`."""
+    with open_inside(folder, name) as file:
+        return file.read()
 
 
 def write_json(path: Path, value: Any) -> None:

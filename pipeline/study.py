@@ -31,6 +31,7 @@ from pipeline.results.plots import curves
 from pipeline.results.predict import predict
 from pipeline.results.predictions import read_about, read_predictions
 from pipeline.results.settings import Options
+from pipeline.results.table import Rows
 from pipeline.runs import read_metrics, read_run
 from pipeline.training.train import train
 
@@ -217,7 +218,7 @@ class Answers:
     folder: Path
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> Rows:
         """The table, a row a slide."""
         return read_predictions(self.folder)
 
@@ -225,7 +226,8 @@ class Answers:
         """Return the table as a pandas DataFrame (extra ``tables``)."""
         import pandas as pd
 
-        return pd.DataFrame(self.rows)
+        rows = self.rows
+        return pd.DataFrame({name: rows.column(name) for name in rows.names})
 
     def evaluate(self, **options: Any) -> Figures:
         """Compare with the labels, on slides that the training has not seen.

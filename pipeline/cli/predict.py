@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,7 @@ def predict(
     from pipeline.data.splits import count_seen, seen_words
     from pipeline.results.ensemble import predict_ensemble
     from pipeline.results.predict import predict as classify
-    from pipeline.results.predictions import TABLE
+    from pipeline.results.table import TABLE
 
     options.check_cluster(cluster, workers, device)
     runs, places = options.several_runs(run, slides)
@@ -67,7 +68,10 @@ def predict(
     }
     if len(runs) > 1 or out_of_fold:
         say(f"{len(runs)} models: {', '.join(map(str, runs))}")
-        rows = predict_ensemble(name_slides(places), runs, out, split=split, out_of_fold=out_of_fold, **where, **how)
+        entries = name_slides(places)
+        rows: Sequence[Mapping[str, Any]] = predict_ensemble(
+            entries, runs, out, split=split, out_of_fold=out_of_fold, **where, **how
+        )
     else:
         rows = classify(options.chosen_slides(places, split, runs[0]), runs[0], out, **where, **how)
     failures = [(row["slide_id"], row["error"]) for row in rows if row["status"] != "ok"]

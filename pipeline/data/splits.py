@@ -153,7 +153,8 @@ class RunSplits:
         found = []
         for entry in entries:
             split = self.of(entry) or entry.split if splits or entry.fold else entry.split
-            found.append(replace(self.complete(entry), split=split))
+            full = self.complete(entry)
+            found.append(full if full.split == split else replace(full, split=split))
         return found
 
     def complete(self, entry: Entry) -> Entry:

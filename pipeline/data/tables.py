@@ -21,6 +21,7 @@ _DELIMITERS = ",;\t"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks
 _KINDS = {b"PK\x03\x04": "a workbook of Excel or LibreOffice", b"\xd0\xcf\x11\xe0": "a workbook of old Excel"}
 _LONGEST_ROW = 2**24  # bytes
+_LONGEST_HEAD = 2**20  # letters of the first row
 
 
 def read_table(source: Path | DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -103,24 +104,31 @@ def _read_parquet(path: Path) -> tuple[list[str], list[list[str]]]:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns: list[list[str]] = [[] for _ in names]
+            # Row group by row group, so that there is one copy of a large table.
+            for batch in map(file.read_row_group, range(file.num_row_groups)):
+                for cells, column in zip(columns, batch.columns, strict=True):
+                    cells += ["" if value is None else str(value) for value in column.to_pylist()]
     except pa.ArrowException as error:
         raise UsageError(f"{path}: not a Parquet file: {error}") from error
-    columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
-    return list(table.column_names), columns
+    return names, columns
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     import pyarrow as pa
 
     text = _decode(path, path.read_bytes()).lstrip("\r\n")
-    first = text.partition("\n")[0]
-    delimiter = max(_DELIMITERS, key=first.count)
+    head = text[:_LONGEST_HEAD]
+    delimiter = max(_DELIMITERS, key=head.partition("\n")[0].count)
+    data = text.encode()
+    del text  # a table may fill much of the memory
     try:
-        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [])
+        names = next(csv.reader(io.StringIO(head, newline=""), delimiter=delimiter, strict=True), [])
         if not names:
             raise UsageError(f"{path}: empty; the first row names the columns, as in slide_id,path,label")
-        return names, _parse(path, text, delimiter, len(names))
+        return names, _parse(path, data, delimiter, len(names))
     except (csv.Error, pa.ArrowException) as error:
         raise UsageError(f"{path}: not a CSV file: {' '.join(str(error).split())}") from error
 
@@ -135,7 +143,7 @@ def _decode(path: Path, data: bytes) -> str:
         raise UsageError(f"{path}: not a CSV file in UTF-8 ({error}); save it as CSV UTF-8") from error
 
 
-def _parse(path: Path, text: str, delimiter: str, width: int) -> list[list[str]]:
+def _parse(path: Path, data: bytes, delimiter: str, width: int) -> list[list[str]]:
     """Read the columns of the rows below the first."""
     import pyarrow as pa
     from pyarrow import csv as reader
@@ -148,7 +156,7 @@ def _parse(path: Path, text: str, delimiter: str, width: int) -> list[list[str]]
 
     names = [str(i) for i in range(width)]
     table = reader.read_csv(
-        pa.BufferReader(text.encode()),
+        pa.BufferReader(data),
         # There is one thread, as uneven rows would have no numbers with several.
         read_options=reader.ReadOptions(column_names=names, use_threads=False, block_size=_LONGEST_ROW),
         parse_options=reader.ParseOptions(
@@ -159,4 +167,5 @@ def _parse(path: Path, text: str, delimiter: str, width: int) -> list[list[str]]
     if uneven:
         rows = ", ".join(map(str, uneven[:5]))
         raise UsageError(f"{path}: row {rows}: not {width} fields, as the first row has")
-    return [column.to_pylist()[1:] for column in table.columns]
+    # By way of numpy, in half of the time of to_pylist.
+    return [column.slice(1).to_numpy(zero_copy_only=False).tolist() for column in table.columns]

@@ -58,6 +58,7 @@ class Classifier:
         self.model = model.to(choose_device(settings.device))
         use_features(self.model, settings.features)
         self.observer = Observer(self.model)
+        self._readers = ThreadPoolExecutor(_READERS)
 
     @contextmanager
     def opened(self, entry: Entry) -> Iterator[Sample]:
@@ -76,12 +77,8 @@ class Classifier:
     @contextmanager
     def computing(self) -> Iterator[ThreadPoolExecutor]:
         """Compute in the precision of the settings; yields the threads that read."""
-        settings = self.settings
-        with (
-            autocast(choose_device(settings.device), settings.precision),
-            ThreadPoolExecutor(_READERS) as readers,
-        ):
-            yield readers
+        with autocast(choose_device(self.settings.device), self.settings.precision):
+            yield self._readers
 
     def estimate(self, entry: Entry, image: Image) -> Prediction:
         """Classify an image; equal slides and settings draw equal patches.

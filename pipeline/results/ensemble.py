@@ -29,6 +29,7 @@ from pipeline.results import predictions
 from pipeline.results.classifier import failed
 from pipeline.results.predict import predict
 from pipeline.results.settings import Options, Settings, prediction_settings
+from pipeline.results.table import write_table
 from pipeline.results.thresholds import Thresholds
 from pipeline.results.verdict import run_shares
 from pipeline.runs import read_run, short
@@ -58,6 +59,9 @@ class Member:
     def splits(self) -> RunSplits:
         """The splits of its slides."""
         return RunSplits(self.about["entries"], self.about["identities"])
+
+
+Answers = list[tuple[Member, Mapping[str, Any]]]  # of models, to one slide
 
 
 def members(runs: Sequence[Path], **options: Unpack[Options]) -> list[Member]:
@@ -107,7 +111,7 @@ def common_target(targets: Sequence[Target]) -> Target | None:
     return DiscreteSurvival(tuple(min(each) for each in zip(*(target.times for target in survival), strict=False)))
 
 
-def _resampled(row: Row, own: Target, common: Target) -> Row:
+def _resampled(row: Mapping[str, Any], own: Target, common: Target) -> Mapping[str, Any]:
     """Answers of a model at the common times: linear between its own, as events spread evenly within an interval.
 
     So are standard errors and limits, which then are no smaller than they should be.
@@ -212,7 +216,7 @@ def predict_ensemble(
                 f"{folder}: holds predictions of other models or settings; give another --out, or --overwrite"
             )
         write_json(folder / predictions.ABOUT, about)
-        answers: dict[str, list[tuple[Member, Row]]] = {entry.slide_id: [] for entry in slides}
+        answers: dict[str, Answers] = {entry.slide_id: [] for entry in slides}
         wanted = {entry.slide_id: _answering(entry, found) if out_of_fold else found for entry in slides}
         for member in found:
             chosen = [entry for entry in slides if member in wanted[entry.slide_id]]
@@ -233,7 +237,7 @@ def predict_ensemble(
             | {"model": about["model"]}
             for entry in slides
         ]
-        predictions.write_table(folder, table)
+        write_table(folder, table)
         return table
 
 
@@ -262,14 +266,7 @@ def _answering(entry: Entry, found: Sequence[Member]) -> list[Member]:
     return next((chosen for split in ("", "val") if (chosen := [m for m in found if seen[m.name] == split])), [])
 
 
-def _row(
-    entry: Entry,
-    answers: Sequence[tuple[Member, Row]],
-    target: Target,
-    thresholds: Thresholds,
-    *,
-    out_of_fold: bool,
-) -> Row:
+def _row(entry: Entry, answers: Answers, target: Target, thresholds: Thresholds, *, out_of_fold: bool) -> Row:
     """Make the row of a slide of what the models answer."""
     if out_of_fold:  # a copy under another name is told by its pixels, once they were opened
         unseen = [answer for answer in answers if not answer[1]["seen"]]
@@ -286,7 +283,7 @@ def _row(
     return first | combine([_resampled(row, each.target, target) for each, row in answers], target, thresholds)
 
 
-def combine(rows: Sequence[Row], target: Target, thresholds: Thresholds | None = None) -> Row:
+def combine(rows: Sequence[Mapping[str, Any]], target: Target, thresholds: Thresholds | None = None) -> Row:
     """Average the answers of M models to one slide.
 
     The standard error is that of a mean of independent draws. The interval is MOVER's (Zou and Donner, 2008): the
@@ -318,11 +315,11 @@ def combine(rows: Sequence[Row], target: Target, thresholds: Thresholds | None =
     }
 
 
-def _numbers(rows: Sequence[Row], names: Sequence[str]) -> NDArray[np.float64]:
+def _numbers(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> NDArray[np.float64]:
     """Numbers of each model and answer, (M, A), NaN for those that are missing."""
     return np.array([[row[name] for name in names] for row in rows], np.float64)
 
 
-def _over(rows: Sequence[Row], name: str, reduce: Any) -> float | int | None:
+def _over(rows: Sequence[Mapping[str, Any]], name: str, reduce: Any) -> float | int | None:
     values = [row[name] for row in rows if row[name] is not None]
     return reduce(values).item() if values else None

@@ -85,7 +85,7 @@ def evaluate(
     where = f"{folder}" + (f", split {split}" if split else "")
     labelled = [row for row in rows if row["status"] == "ok" and is_known(config, row)]
     included = include_seen or split in SEEN
-    usable = [row for row in labelled if included or not row.get("seen")]
+    usable: Sequence[Mapping[str, Any]] = [row for row in labelled if included or not row.get("seen")]
     if not usable:
         seen = f", {len(labelled)} of them seen in training: --include-seen counts those" if labelled else ""
         raise UsageError(f"{where}: no predicted slide has a label; {len(rows)} slides are there{seen}")

@@ -34,9 +34,11 @@ _Z = NormalDist().inv_cdf(0.975)
 
 def case_numbers(identities: Iterable[tuple[str, str]]) -> Numbers:
     """Number the cases of slides, (S,), by their case and slide ids; a slide without a case is a case of its own."""
-    names = [f"case {case_id}" if case_id else f"slide {slide_id}" for case_id, slide_id in identities]
-    numbers: Numbers = np.unique(names, return_inverse=True)[1].astype(np.int64)
-    return numbers
+    one: dict[str, str] = {}  # text for each case, as there may be a million slides
+    told = (f"case {case_id}" if case_id else f"slide {slide_id}" for case_id, slide_id in identities)
+    names = [one.setdefault(name, name) for name in told]
+    number = {name: place for place, name in enumerate(sorted(one))}
+    return np.fromiter(map(number.__getitem__, names), np.int64, len(names))
 
 
 def accuracy_interval(right: Bools, cases: Numbers) -> Interval:

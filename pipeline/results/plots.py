@@ -20,6 +20,7 @@ from pipeline.results.verdict import in_words
 
 _BINS = 8  # of the calibration, at most
 _LEAST_IN_BIN = 5  # slides
+_POINTS = 2000  # of a curve, or of a cloud; a screen shows no more
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, told apart by all
 
 
@@ -67,7 +68,7 @@ def roc(labels: Numbers, probabilities: Reals, names: Sequence[str]) -> str:
     for number, name, colour in _one_of(names):
         positive = labels == number
         if positive.any() and not positive.all():
-            hit, false = _rates(positive, probabilities[:, number])
+            hit, false = _thin(*_rates(positive, probabilities[:, number]))
             low, high = wilson(hit, int(positive.sum()))
             lines += [_band(false, low, high, colour), _line(false, hit, name, colour, shape="hv")]
     return _html("roc", lines, "ROC", x="false positive rate", y="true positive rate", unit=True)
@@ -82,8 +83,8 @@ def precision_recall(labels: Numbers, probabilities: Reals, names: Sequence[str]
             order = np.argsort(-probabilities[:, number], kind="stable")
             hits, taken = positive[order].cumsum(), np.arange(1, len(order) + 1)
             last = np.append(np.diff(probabilities[order, number]) != 0, True)  # equal scores are taken together
-            precision, recall = (hits / taken)[last], (hits / positive.sum())[last]
-            low, high = wilson(precision, taken[last])
+            precision, recall, taken = _thin((hits / taken)[last], (hits / positive.sum())[last], taken[last])
+            low, high = wilson(precision, taken)
             lines += [_band(recall, low, high, colour), _line(recall, precision, name, colour)]
     return _html("precision-recall", lines, "Precision and recall", x="recall", y="precision", unit=True)
 
@@ -112,7 +113,8 @@ def calibration(labels: Numbers, probabilities: Reals, cases: Numbers) -> str:
 def scatter(truth: Reals, answers: Reals, names: Sequence[str]) -> str:
     """Plot numbers, (S,), against what was answered, (S,), with the line on which they are equal."""
     ends = [float(min(truth.min(), answers.min())), float(max(truth.max(), answers.max()))]
-    points = {**_line(truth, answers, "slides", _COLOURS[0]), "mode": "markers", "text": list(names)}
+    truth, answers, shown = _thin(truth, answers, np.asarray(names))
+    points = {**_line(truth, answers, "slides", _COLOURS[0]), "mode": "markers", "text": shown.tolist()}
     equal = {**_line(ends, ends, "equal", "#888888"), "line": {"color": "#888888", "dash": "dot"}}
     return _html("scatter", [equal, points], "Each slide", x="true", y="answered")
 
@@ -136,10 +138,10 @@ def survival_by_risk(outcomes: Reals, risk: Reals) -> str:
     high, lines = risk > np.median(risk), []
     for name, rows, colour in (("lower", ~high, _COLOURS[0]), ("higher", high, _COLOURS[1])):
         if rows.any():
-            times, survival = kaplan_meier(outcomes[rows, 0], outcomes[rows, 1])
+            times, survival = _thin(*kaplan_meier(outcomes[rows, 0], outcomes[rows, 1]))
             name = f"{name} predicted risk ({rows.sum()})"
             lines.append(_line([0, *times], [1, *survival], name, colour, shape="hv"))
-            lost = np.sort(outcomes[rows & (outcomes[:, 1] == 0), 0])
+            [lost] = _thin(np.sort(outcomes[rows & (outcomes[:, 1] == 0), 0]))
             there = survival[np.searchsorted(times, lost, side="right") - 1] if len(lost) else lost
             ticks = {**_line(lost, there, f"{name}: last seen", colour), "mode": "markers", "showlegend": False}
             lines.append({**ticks, "marker": {"symbol": "line-ns-open", "color": colour, "size": 9}})
@@ -158,6 +160,13 @@ def _rates(positive: NDArray[np.bool_], scores: Reals) -> tuple[Reals, Reals]:
     last = np.append(np.diff(scores[order]) != 0, True)
     hits, misses = positive[order].cumsum()[last], (~positive[order]).cumsum()[last]
     return np.append(0.0, hits / positive.sum()), np.append(0.0, misses / (~positive).sum())
+
+
+def _thin(*curves: NDArray[Any]) -> list[NDArray[Any]]:
+    """Leave so many points of curves that a page opens, evenly, the first and the last among them."""
+    count = len(curves[0])
+    kept = np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(np.int64))
+    return [curve[kept] for curve in curves]
 
 
 def _line(x: Any, y: Any, name: str, colour: str, *, shape: str = "linear") -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """``predict``: classify slides with a trained model, in this process or on a pool of workers.
 
-Running it again classifies only the slides whose results are missing in the folder of predictions.
+Running it again classifies only the slides whose results are missing in the folder of predictions. Of a million
+slides nothing is held in memory but their entries; results go to the disk as they come (`parts`), and the table is
+made of them piece by piece.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
 
 import cluster
 from nested_ats.targets import read_target
@@ -23,12 +27,21 @@ from pipeline.net import Net
 from pipeline.progress import progress
 from pipeline.results import predictions
 from pipeline.results.classifier import Classifier, failed
+from pipeline.results.parts import BYTES, Parts
 from pipeline.results.settings import Options, prediction_settings
+from pipeline.results.table import LAST, Rows, write_pieces
 from pipeline.results.verdict import run_shares
 from pipeline.runs import read_run, short
 from storage import Slide
 from storage.images.image import TIFF_SUFFIXES
 from storage.place.urls import is_remote
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BATCH_S = 1.0  # so many seconds of work are sent to a Ray worker at once, as long as slides take less
+_OPENED = 10_000  # more are not opened beforehand to start the largest first, which evens the end of a short run
+_PIECE = 16_384  # rows of the table that are made at once
 
 
 def predict(
@@ -41,7 +54,7 @@ def predict(
     timeout_s: float = 3600.0,
     overwrite: bool = False,
     **options: Unpack[Options],
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Classify slides.
 
     Parameters
@@ -51,7 +64,7 @@ def predict(
     run
         The folder of a training run that has finished.
     folder
-        Where predictions.csv, predictions.parquet and one JSON file a slide go.
+        Where predictions.csv, predictions.parquet and the parts go that they are made of.
     address, workers
         The address of a Ray cluster and the number of workers there; ``none`` is this process.
     timeout_s
@@ -63,9 +76,9 @@ def predict(
 
     Returns
     -------
-    The table's row of each slide, in the order of `entries`; failed slides have an ``error``. ``split`` is the run's
-    where the manifest has none, ``seen`` says whether the training has seen the slide (`RunSplits.seen`), and
-    ``model`` tells which model answered.
+    The table's row of each slide, in the order of `entries`; failed slides have an ``error`` and no answers.
+    ``split`` is the run's where the manifest has none, ``seen`` says whether the training has seen the slide
+    (`RunSplits.seen`), and ``model`` tells which model answered.
 
     Raises
     ------
@@ -75,12 +88,12 @@ def predict(
     """
     settings = prediction_settings(run, **options)
     about = read_run(run)
-    splits, model = RunSplits(about["entries"], about["identities"]), short(settings.model_sha256)
-    entries, fingerprint = splits.fill(entries), settings.fingerprint
+    target, splits = read_target(about["target"]), RunSplits(about["entries"], about["identities"])
+    entries, fingerprint, model = splits.fill(entries), settings.fingerprint, short(settings.model_sha256)
     if settings.unit == "case":
         entries = group_cases(entries)
-    predictions.check_columns(entries, read_target(about["target"]))
-    results = make_folder(folder / predictions.RESULTS)
+    predictions.check_columns(entries, target)
+    make_folder(folder)
     with alone(folder / predictions.LOCK, "another prediction is being written there"):
         predictions.check_folder(folder, fingerprint, overwrite=overwrite)
         # What `evaluate` wants to know of the training.
@@ -88,40 +101,73 @@ def predict(
         facts |= {"thresholds": settings.thresholds} if settings.thresholds else {}
         facts |= {"class_shares": shares} if (shares := run_shares(about)) else {}
         write_json(folder / predictions.ABOUT, {"settings": settings.plain, "fingerprint": fingerprint, **facts})
-        rows = {entry.slide_id: predictions.read_result(results, entry) for entry in entries}
+        parts = Parts(folder / predictions.PARTS, predictions.result_schema(target), workers)
+        receipts = np.fromiter(map(predictions.receipt, entries), f"S{BYTES}", len(entries))
+        missing = np.flatnonzero(parts.find(receipts) < 0).tolist()
         tasks = cluster.run_tasks(
             partial(Classifier, settings),
-            [entry for entry in entries if rows[entry.slide_id] is None],
+            [entries[number] for number in missing],
             key=lambda entry: entry.slide_id,
             address=address,
             workers=workers,
             device=settings.device,
             timeout_s=timeout_s,
-            cost=pixels,
+            cost=pixels if len(missing) <= _OPENED else None,
+            batch_s=_BATCH_S,
         )
         with closing(tasks):
-            _collect(tasks, rows, results)
-        table = []
-        for entry in entries:
-            row = dict(rows[entry.slide_id] or {})
-            seen = splits.seen(entry, row.pop(predictions.PIXELS, ()))
-            table.append(predictions.identity(entry) | {"seen": seen} | row | {"model": model})
-        predictions.write_table(folder, table)
-        return table
+            errors = _collect(tasks, parts, len(entries) - len(missing), len(entries))
+        found = parts.find(receipts)
+        pieces = (slice(start, start + _PIECE) for start in range(0, len(entries), _PIECE))
+        names = list(dict.fromkeys(name for entry in entries for name in predictions.identity(entry)))
+        finish = partial(_finish, names=names, splits=splits, model=model, errors=errors)
+        write_pieces(folder, (finish(entries[piece], parts.take(found[piece])) for piece in pieces))
+    return predictions.read_predictions(folder)
 
 
-def _collect(
-    outcomes: Iterable[cluster.Outcome[Entry, Any]], rows: dict[str, dict[str, Any] | None], results: Path
-) -> None:
-    """Enter results in the rows as they come, and commit each to its file."""
+def _collect(outcomes: Iterable[cluster.Outcome[Entry, Any]], parts: Parts, done: int, count: int) -> dict[str, str]:
+    """Keep results as they come; return the errors of slides that have none."""
+    errors = {}
     with progress("predict") as update:
-        for outcome in outcomes:
-            entry = outcome.item
-            row = outcome.result or failed(outcome.error)  # there is no result where its worker was lost
-            if row["status"] == "ok":
-                predictions.write_result(results, entry, row)
-            rows[entry.slide_id] = row
-            update(sum(row is not None for row in rows.values()), len(rows), entry.slide_id)
+        try:
+            for number, outcome in enumerate(outcomes, done + 1):
+                entry, row = outcome.item, outcome.result or failed(outcome.error)  # none: its worker was lost
+                if row["status"] == "ok":
+                    parts.add(predictions.receipt(entry), row, row["seconds"])
+                else:
+                    errors[entry.slide_id] = row["error"]
+                update(number, count, entry.slide_id)
+        finally:
+            parts.flush()
+    return errors
+
+
+def _finish(
+    entries: Sequence[Entry],
+    results: pa.Table,
+    *,
+    names: Sequence[str],
+    splits: RunSplits,
+    model: str,
+    errors: Mapping[str, str],
+) -> pa.Table:
+    """Make the piece of the table of some entries and their results, which are null where there are none."""
+    import pyarrow as pa
+
+    rows = [predictions.identity(entry) for entry in entries]
+    texts = {name: [row.get(name) for row in rows] for name in names}
+    pixels, there = (results.column(name).to_pylist() for name in (predictions.PIXELS, "prediction"))
+    texts["seen"] = [splits.seen(entry, known or ()) for entry, known in zip(entries, pixels, strict=True)]
+    texts["model"] = [model] * len(entries)
+    texts["status"] = ["failed" if answer is None else "ok" for answer in there]
+    changed = "its mask changed while it was classified; run predict again"
+    texts["error"] = [
+        errors.get(entry.slide_id, changed) if answer is None else ""
+        for entry, answer in zip(entries, there, strict=True)
+    ]
+    columns = {name: pa.array(cells, pa.string()) for name, cells in texts.items()}
+    numbers = {name: results.column(name) for name in results.column_names if name != predictions.PIXELS}
+    return pa.table({name: {**columns, **numbers}[name] for name in (*names, "seen", *numbers, *LAST)})
 
 
 def pixels(entry: Entry) -> int:

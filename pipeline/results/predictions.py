@@ -1,6 +1,6 @@
-"""Read and write a folder of predictions: its table, and the file of each slide from which `predict` makes it.
+"""Read and write a folder of predictions: its table, and the parts from which `predict` makes it.
 
-slides/*.json           the result of each slide, written whole as it finishes
+parts/*.parquet         the results of slides as they finish
 predictions.csv         one row a slide, in the order of the manifest
 predictions.parquet     the same
 predict.json            the settings of all of them
@@ -9,55 +9,38 @@ predict.lock            held by the process that predicts
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nested_ats import Classes, DiscreteSurvival, MultiLabel, Prediction, Target
 from nested_ats.files import open_regular
-from pipeline.config import digest
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
-from pipeline.files import file_name, read_inside, write_atomic, write_json
+from pipeline.files import open_inside, read_inside
+from pipeline.results.parts import BYTES, part_files
+from pipeline.results.table import LAST, TABLE, Rows
 from pipeline.results.thresholds import Thresholds, decisive
 
-RESULTS, TABLE, ABOUT, LOCK = "slides", "predictions", "predict.json", "predict.lock"
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PARTS, ABOUT, LOCK = "parts", "predict.json", "predict.lock"
 SIGNS = ("entropy", "uniform_entropy", "background")
 _ERRORS = ("se_", "low_", "high_")  # each answer has a standard error, and an interval
-PIXELS = "pixels"  # identities of them, in the result of a slide alone: they tell whether the training has seen them
-_LAST = ("model", "status", "error")
-OWN_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *_LAST)  # and answers
+PIXELS = "pixels"  # identities of them, in the parts alone: they tell whether the training has seen them
+OWN_COLUMNS = ("seen", "prediction", "draws", *SIGNS, "requests", "bytes_read", "seconds", *LAST)  # and answers
 
 
-def write_table(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write predictions.csv and predictions.parquet."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    # The identity comes first and the status last, whatever the first row has.
-    names.sort(key=lambda name: _LAST.index(name) if name in _LAST else -1)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(folder / f"{TABLE}.csv", text.getvalue())
-    buffer = pa.BufferOutputStream()
-    parquet.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), buffer)
-    write_atomic(folder / f"{TABLE}.parquet", buffer.getvalue().to_pybytes())
-
-
-def read_predictions(folder: Path) -> list[dict[str, Any]]:
+def read_predictions(folder: Path) -> Rows:
     """Read the rows of the table that `predict` wrote.
 
     Raises
@@ -65,23 +48,16 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     UsageError
         There is no table, or it is damaged.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    path = folder / f"{TABLE}.parquet"
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(pa.BufferReader(read_inside(folder, path.name))).to_pylist()
+        return Rows(folder)
     except FileNotFoundError:
-        raise UsageError(f"{folder}: no {path.name} here; give the --out of nested-ats predict") from None
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: not a Parquet file ({reason}); run nested-ats predict again") from error
-    return rows
+        raise UsageError(f"{folder}: no {TABLE}.parquet here; give the --out of nested-ats predict") from None
 
 
 def table_digest(folder: Path) -> str:
     """Hash the table that `read_predictions` reads, to tell whether it is the one that was evaluated."""
-    return digest(read_inside(folder, f"{TABLE}.parquet").hex())
+    with open_inside(folder, f"{TABLE}.parquet") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
@@ -94,7 +70,7 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
     """
     about = read_about(folder)
     same = about.get("fingerprint") == fingerprint
-    there = list((folder / RESULTS).glob("*.json"))
+    there = part_files(folder / PARTS)
     if there and not same and not overwrite:
         raise UsageError(
             f"{folder}: holds predictions of another model or other settings; give another --out, or --overwrite"
@@ -105,27 +81,38 @@ def check_folder(folder: Path, fingerprint: str, *, overwrite: bool) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_result(results: Path, entry: Entry, row: dict[str, Any]) -> None:
-    """Commit the result of a slide."""
-    write_json(results / f"{file_name(entry.slide_id)}.json", {**_decisive(entry), **row})
+def result_schema(target: Target) -> pa.Schema:
+    """Return the columns of the results of slides, in the order of the table."""
+    import pyarrow as pa
+
+    numbers = [*answer_columns(target), *chain.from_iterable(error_columns(target))]
+    types = {
+        "prediction": pa.string(),
+        **dict.fromkeys(numbers, pa.float64()),
+        "draws": pa.int64(),
+        **dict.fromkeys(SIGNS, pa.float64()),
+        **dict.fromkeys(("requests", "bytes_read"), pa.int64()),
+        "seconds": pa.float64(),
+        PIXELS: pa.list_(pa.string()),
+    }
+    return pa.schema(types.items())
 
 
-def read_result(results: Path, entry: Entry) -> dict[str, Any] | None:
-    """Return an earlier result of this slide; None where there is none, or it is damaged or of another file."""
-    result = _read_object(results, f"{file_name(entry.slide_id)}.json")
-    wanted = _decisive(entry)
-    return result if result is not None and {name: result.pop(name, None) for name in wanted} == wanted else None
+def receipt(entry: Entry) -> bytes:
+    """Name a slide and what a manifest says of it that its result depends on, in `BYTES` bytes.
+
+    This is its place, its scale, and what its mask holds.
+    """
+    told = [text for slide in entry.slides or [entry] for text in (slide.slide_id, *_decisive(slide))]
+    return hashlib.blake2b("\0".join([entry.slide_id, *told]).encode(), digest_size=BYTES).digest()
 
 
-def _decisive(entry: Entry) -> dict[str, Any]:
-    """What a manifest says of a slide that its result depends on: its place, its scale, and what its mask holds."""
-    if entry.slides:
-        return {"slides": [{"slide_id": slide.slide_id, **_decisive(slide)} for slide in entry.slides]}
-    mask = None
+def _decisive(entry: Entry) -> tuple[str, str, str]:
+    mask = ""
     if entry.mask:
         with suppress(OSError), open_regular(Path(entry.mask)) as file:  # a mask at a URL goes by its name
             mask = hashlib.sha256(file.read()).hexdigest()[:16]
-    return {"path": entry.path, "mpp": entry.mpp, "mask": mask or entry.mask or None}
+    return entry.path, str(entry.mpp), mask or entry.mask
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Of each slide with a heatmap there is a page on where the model looked.
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections import Counter
@@ -334,9 +335,8 @@ def _slides(
     """Write the table of slides, which sorts and filters: the failed ones first, then the most wrong ones."""
     names = [name for name in answer_columns(target) if rows and name in rows[0]]
     told = columns(config)
-    order = sorted(rows, key=lambda row: _doubt(row, target, config), reverse=True)
     lines = []
-    for row in order[:_SHOWN_SLIDES]:
+    for row in heapq.nlargest(_SHOWN_SLIDES, rows, key=lambda row: _doubt(row, target, config)):
         cells = [_linked(str(row["slide_id"]), links.get(row["slide_id"], ()))]
         cells += [text(row.get(name) or "") for name in (*told, "split")]
         cells.append(text(row.get("prediction") or row["error"]))

@@ -12,7 +12,8 @@ from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.files import file_name
 from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS, pyramid
-from pipeline.results.predictions import TABLE, read_about, read_predictions
+from pipeline.results.predictions import read_about, read_predictions
+from pipeline.results.table import TABLE
 
 LAYERS = ("patches", "regions", "annotations", "tissue")  # that are outlines
 
@@ -93,7 +94,7 @@ def cases_of(
     return cases
 
 
-def _rows(folder: Path) -> Callable[[Entry], dict[str, Any] | None]:
+def _rows(folder: Path) -> Callable[[Entry], Mapping[str, Any] | None]:
     """Make the function that finds a slide's row, or that of its case where cases were predicted."""
     by_case = read_about(folder).get("settings", {}).get("unit") == "case"
     rows = {str(row.get("slide_id")): row for row in read_predictions(folder)}

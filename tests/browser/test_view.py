@@ -20,7 +20,7 @@ from pipeline.data.manifest import Entry, write_manifest
 from pipeline.notebook import view
 from pipeline.results.drawn import Patch, to_geojson
 from pipeline.results.map_files import MAP, OBJECTS, REGIONS
-from pipeline.results.predictions import write_table
+from pipeline.results.table import write_table
 from pipeline.view.cohort import cases_of
 from pipeline.view.serving import Serving
 from storage import Slide, write_pyramid

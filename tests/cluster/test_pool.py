@@ -130,6 +130,38 @@ def test_item_that_kills_one_worker_succeeds_in_the_next(head, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("action", ["die", "sleep", "unpicklable"])
+def test_what_fails_in_a_batch_fails_alone(head, tmp_path, action):
+    """The first item of a worker comes alone, and the others, which are quick, with as many as half of the rest."""
+    names = [*[f"go {number}" for number in range(60)], action, *[f"go {number}" for number in range(60, 90)]]
+    outcomes = run_actions(names, tmp_path, batch_s=1.0, timeout_s=2)
+    lost = outcomes.pop(action)
+    assert lost.error
+    assert lost.attempts == (1 if action == "unpicklable" else 2)
+    assert len(outcomes) == 90
+    assert all(outcome.result and outcome.attempts == 1 for outcome in outcomes.values())
+
+
+def test_a_batch_ends_when_its_time_is_over():
+    done = []
+    worker = POOL._Worker()
+    worker.load(lambda: lambda item: (done.append(item), time.sleep(0.01)))
+    answers, seconds = worker.run(range(1000), 0.05)
+    assert 1 <= len(answers) == len(done) < 1000
+    assert seconds >= 0.05
+
+
+def test_what_a_batch_left_is_not_counted_as_begun():
+    queue = POOL._Queue(list("abcde"), str)
+    pool = POOL._Pool(None, queue, POOL._Limits(1, 2, 10.0, 1.0))
+    slot = POOL._Slot(None, queue.take(4), 0.0)
+    for task in slot.tasks:
+        task.attempts += 1
+    assert [outcome.item for outcome in pool._take(slot, ([(1, None), (2, None)], 0.5))] == ["a", "b"]
+    assert slot.size == 4
+    assert [(task.item, task.attempts) for _ in range(2) for task in queue.take(9)] == [("e", 0), ("c", 0), ("d", 0)]
+
+
 def test_item_that_hangs_is_ended(head, tmp_path):
     outcomes = run_actions(["sleep", "a", "b"], tmp_path, timeout_s=1.0, attempts=2)
     assert outcomes["sleep"].error == "sleep: it took longer than 1 s (attempt 2)"

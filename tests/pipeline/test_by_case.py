@@ -11,7 +11,7 @@ from pipeline.config import parse_config
 from pipeline.errors import UsageError
 from pipeline.results.by_case import answer_cases, choose_how
 from pipeline.results.evaluate import evaluate
-from pipeline.results.predictions import write_table
+from pipeline.results.table import write_table
 
 TWO = Classes(("no", "yes"))
 SIGN = {"entropy": 1.0, "uniform_entropy": 2.0, "background": None}

@@ -247,7 +247,7 @@ def test_prediction_survives_the_loss_of_workers_a_driver_and_a_node(
         return [mark.name.split("-") for mark in marks.iterdir()]
 
     def results():
-        return {path.name: path.stat().st_mtime_ns for path in folder.glob("slides/*.json")}
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("parts/*.parquet")}
 
     driver = drivers.run(marks, *command)
     drivers.wait(lambda: any(int(node) == victim.pid for node, *_ in begun()))

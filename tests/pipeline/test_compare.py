@@ -22,7 +22,8 @@ from pipeline.results.ensemble import predict_ensemble
 from pipeline.results.evaluate import evaluate
 from pipeline.results.listing import list_runs
 from pipeline.results.predict import predict
-from pipeline.results.predictions import ABOUT, write_table
+from pipeline.results.predictions import ABOUT
+from pipeline.results.table import write_table
 from pipeline.training.train import train
 
 FIGURES = ("auc", "accuracy", "balanced_accuracy", "cross_entropy")

@@ -13,7 +13,8 @@ from sklearn import metrics as sk
 from pipeline.errors import UsageError
 from pipeline.results.evaluate import METRICS, evaluate
 from pipeline.results.intervals import area_interval
-from pipeline.results.predictions import ABOUT, write_table
+from pipeline.results.predictions import ABOUT
+from pipeline.results.table import write_table
 
 
 def row(label, probabilities, *, slide_id="", case_id="", split="test", classes="abc"):

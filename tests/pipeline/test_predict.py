@@ -27,10 +27,12 @@ from pipeline.files import file_name
 from pipeline.results import classifier as module
 from pipeline.results.classifier import Classifier
 from pipeline.results.evaluate import evaluate
+from pipeline.results.parts import part_files
 from pipeline.results.predict import predict
-from pipeline.results.predictions import LOCK, read_predictions, write_table
+from pipeline.results.predictions import LOCK, read_predictions
 from pipeline.results.report import report
 from pipeline.results.settings import prediction_settings
+from pipeline.results.table import write_table
 from pipeline.runs import read_run
 from pipeline.training.train import train
 from storage import write_pyramid
@@ -98,7 +100,7 @@ class TestTable:
     def test_a_single_draw_has_no_error_and_no_interval(self, finished, entries, tmp_path):
         returned = predict(entries, finished, tmp_path, draws=1)
         assert {row[f"{name}_bar"] for row in returned for name in ("se", "low", "high")} == {None}
-        assert json.loads(next((tmp_path / "slides").iterdir()).read_text())["se_bar"] is None
+        assert set(parquet.read_table(part_files(tmp_path / "parts")[0])["se_bar"].to_pylist()) == {None}
         assert read_predictions(tmp_path) == returned
 
     def test_failed_slides_are_rows_and_are_tried_again(self, finished, entries, tmp_path, worked):
@@ -148,7 +150,7 @@ class TestTable:
 
         readers = {
             "predict.json": again,
-            f"slides/{entries[0].slide_id}.json": again,
+            "parts/part-000001.parquet": again,
             "predictions.parquet": lambda: evaluate(tmp_path),
             "metrics.json": lambda: report(finished, tmp_path, tmp_path / "page.html"),
         }
@@ -304,7 +306,7 @@ class TestResume:
     def test_only_what_is_missing_is_classified(self, finished, entries, rows, tmp_path, worked):
         predict(entries, finished, tmp_path)
         assert worked == [entry.slide_id for entry in entries]
-        (tmp_path / "slides" / f"{file_name(entries[2].slide_id)}.json").unlink()
+        (tmp_path / "parts" / "part-000003.parquet").unlink()
         again = predict(entries, finished, tmp_path)
         assert worked[len(entries) :] == [entries[2].slide_id]
         assert numbers(again) == numbers(rows)
@@ -359,10 +361,14 @@ class TestResume:
         assert numbers(predict(entries, finished, tmp_path)) == numbers(rows)
         assert worked == [entry.slide_id for entry in entries]
 
-    @pytest.mark.parametrize("damage", ["", "{", "[1]", "null", '{"status": "ok"}', '{"prediction": '])
+    @pytest.mark.parametrize("damage", ["none", "half", "other columns"])
     def test_a_damaged_result_is_made_again(self, finished, entries, rows, tmp_path, damage):
         predict(entries, finished, tmp_path)
-        (tmp_path / "slides" / f"{file_name(entries[0].slide_id)}.json").write_text(damage)
+        part = tmp_path / "parts" / "part-000001.parquet"
+        if damage == "other columns":
+            parquet.write_table(parquet.read_table(part).drop_columns(["draws"]), part)
+        else:
+            part.write_bytes(part.read_bytes()[:-100] if damage == "half" else b"")
         assert numbers(predict(entries, finished, tmp_path)) == numbers(rows)
 
     @pytest.mark.parametrize("damage", ["", "[]", None])

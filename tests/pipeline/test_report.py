@@ -18,9 +18,9 @@ from pipeline.results.localise import RATES, localise, read_annotation
 from pipeline.results.look import LOOK, SHOWN_PATCHES, THUMBNAIL
 from pipeline.results.map_files import MAP
 from pipeline.results.predict import predict
-from pipeline.results.predictions import write_table
 from pipeline.results.report import describe_metrics, report
 from pipeline.results.settings import prediction_settings
+from pipeline.results.table import write_table
 from pipeline.runs import model_fingerprint
 from storage import Slide
 

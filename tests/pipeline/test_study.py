@@ -240,7 +240,7 @@ class TestTogether:
 
     def test_it_goes_on_where_it_was(self, entries, runs, tmp_path):
         rows = predict_ensemble(entries[:3], runs, tmp_path)
-        results = sorted((tmp_path / MEMBERS).glob("*/slides/*.json"))
+        results = sorted((tmp_path / MEMBERS).glob("*/parts/*.parquet"))
         assert len(results) == 9
         results[4].unlink()
         times = {path: path.stat().st_mtime_ns for path in results if path.exists()}

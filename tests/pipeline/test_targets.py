@@ -23,8 +23,9 @@ from pipeline.results.evaluate import evaluate
 from pipeline.results.intervals import jackknife_interval
 from pipeline.results.measures import brier, concordance, correlation, kaplan_meier, measure, quadratic_kappa, ranking
 from pipeline.results.predict import predict
-from pipeline.results.predictions import in_short, write_table
+from pipeline.results.predictions import in_short
 from pipeline.results.report import report
+from pipeline.results.table import write_table
 from pipeline.training.risks import RiskMemory
 from pipeline.training.train import train
 from pipeline.training.trainer import train_worker

@@ -25,7 +25,7 @@ from pipeline.data.selection import select
 from pipeline.data.slides import open_image
 from pipeline.data.tissue import Finding, find_mask, put_into_pyramid
 from pipeline.errors import DataError
-from pipeline.results.predictions import read_result, write_result
+from pipeline.results.predictions import receipt
 from storage import Slide, validate, write_pyramid
 
 EOSIN, HAEMATOXYLIN, DAB = (225, 150, 185), (110, 80, 150), (130, 85, 50)
@@ -377,15 +377,13 @@ def test_a_training_leaves_out_what_has_nothing_to_see(cohort, config):
 def test_a_result_is_not_kept_where_the_mask_or_the_scale_changed(tmp_path):
     entry = Entry(slide_id="a", path="/slides/a.svs", mask=str(tmp_path / "a.geojson"))
     Path(entry.mask).write_text("first")
-    write_result(tmp_path, entry, {"status": "ok"})
-    assert read_result(tmp_path, entry) == {"status": "ok"}
-    for changed in (replace(entry, mpp=0.5), replace(entry, mask=""), replace(entry, path="/slides/b.svs")):
-        assert read_result(tmp_path, changed) is None
+    first, at_url = receipt(entry), receipt(replace(entry, mask="s3://bucket/a.geojson"))
+    assert receipt(replace(entry, label="tumour")) == first
+    others = [replace(entry, mpp=0.5), replace(entry, mask=""), replace(entry, path="/slides/b.svs")]
+    assert len({first, at_url, *map(receipt, others)}) == 5
     Path(entry.mask).write_text("corrected")
-    assert read_result(tmp_path, entry) is None
-    at_url = replace(entry, mask="s3://bucket/a.geojson")
-    write_result(tmp_path, at_url, {"status": "ok"})
-    assert read_result(tmp_path, at_url) == {"status": "ok"}
+    assert receipt(entry) != first
+    assert receipt(replace(entry, mask="s3://bucket/a.geojson")) == at_url
 
 
 def test_tissue_of_twelve_bits_is_that_of_eight(tmp_path):

@@ -31,7 +31,7 @@ from pipeline.files import file_name
 from pipeline.notebook import view
 from pipeline.results.drawn import Patch, to_geojson
 from pipeline.results.map_files import MAP, OBJECTS, PIXEL_OBJECTS, REGIONS, pyramid
-from pipeline.results.predictions import write_table
+from pipeline.results.table import write_table
 from pipeline.view.cohort import cases_of, of_run
 from pipeline.view.guard import guarded
 from pipeline.view.server import Viewer, application
