@@ -118,7 +118,7 @@ def predict(
         with closing(tasks):
             errors = _collect(tasks, parts, len(entries) - len(missing), len(entries))
         found = parts.find(receipts)
-        pieces = (slice(start, start + _PIECE) for start in range(0, len(entries), _PIECE))
+        pieces = (slice(start, start + _PIECE) for start in range(0, max(len(entries), 1), _PIECE))
         names = list(dict.fromkeys(name for entry in entries for name in predictions.identity(entry)))
         finish = partial(_finish, names=names, splits=splits, model=model, errors=errors)
         write_pieces(folder, (finish(entries[piece], parts.take(found[piece])) for piece in pieces))
