@@ -56,10 +56,10 @@ SECTIONS = [
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in what a page wants."""
     markdown = re.sub(r"<!-- readme: (\S+) -->", lambda match: _readme(match[1]), markdown)
-    markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
-    markdown = markdown.replace("<!-- keys -->", "\n".join(_keys()))
-    markdown = markdown.replace("<!-- errors -->", "\n".join(errors_page.lines()))
-    markdown = markdown.replace("<!-- layers -->", "\n".join(_layers()))
+    made = {"commands": _commands, "keys": _keys, "errors": errors_page.lines, "layers": _layers}
+    for name, lines in made.items():
+        if (wanted := f"<!-- {name} -->") in markdown:  # each takes its time
+            markdown = markdown.replace(wanted, "\n".join(lines()))
     return _relink(markdown, Path("docs"))
 
 
