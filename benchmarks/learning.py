@@ -43,9 +43,9 @@ from learning_arms import ARMS, FROZEN, TASKS, TRAINED
 from learning_data import Data, Places, Task, make_data
 from learning_run import DRAWS, Place, run
 
-from pipeline.config import TrainConfig
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
+from pipeline.sections import TrainConfig
 from pipeline.training.train import versions
 
 SEEDS = (0, 1, 2)

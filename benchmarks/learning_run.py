@@ -17,10 +17,10 @@ from torch import Tensor
 
 from nested_ats import attention_sampling_loss, predict
 from nested_ats.models.patches import SamplingModel
-from pipeline.config import TrainConfig
 from pipeline.data.augment import AugmentedImage
 from pipeline.data.features import DiskFeatures
 from pipeline.data.slides import draw_key
+from pipeline.sections import TrainConfig
 from pipeline.training.course import KeptWeights, clip, entropy_weight, learning_rate, more_samples
 
 DRAWS = (1, 4)  # of a test image: as in the paper, and as `nested-ats predict` does by default

@@ -47,10 +47,11 @@ from cluster import LocalContext
 from nested_ats import Classes, LevelConfig, ModelConfig, Output
 from nested_ats.reading import Reading
 from pipeline.allocator import keep_freed_memory
-from pipeline.config import Config, TrainConfig
+from pipeline.config import Config
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import SlideImage
 from pipeline.interrupt import run_main
+from pipeline.sections import TrainConfig
 from pipeline.training.trainer import Trainer
 from storage import Slide, convert, processors
 

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from nested_ats import Classes, inspect_model
 from nested_ats.targets import read_target
-from pipeline.config import Config, Precision
+from pipeline.config import Config
 from pipeline.data.manifest import Entry
 from pipeline.errors import UsageError
 from pipeline.files import read_inside, write_atomic
+from pipeline.sections import Precision
 
 RUN, CONFIG, STATE, METRICS = "run.json", "config.yaml", "state.safetensors", "metrics.jsonl"
 MODEL, LAST, CURVES, LOCK = "model", "last", "tensorboard", "train.lock"

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import CacheConfig
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import Channels, channel_numbers, open_slide
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.progress import each_slide
+from pipeline.sections import CacheConfig
 from storage import Slide, processors
 
 PERCENTILES = (1, 5, 50, 95, 99)

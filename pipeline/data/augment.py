@@ -20,7 +20,7 @@ from nested_ats.sampling import uniform
 from pipeline.data.stain import StainJitter
 
 if TYPE_CHECKING:
-    from pipeline.config import AugmentConfig
+    from pipeline.sections import AugmentConfig
 
 
 class _MovedMask(NamedTuple):

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from nested_ats import ImageModel
 from nested_ats.models.patches import PatchModel
-from pipeline.config import FeaturesConfig
 from pipeline.files import cache_folder
+from pipeline.sections import FeaturesConfig
 from storage import StorageError
 from storage.format.shard import checksum_holds, crc32c
 from storage.place.local_store import NotAFile, open_regular

@@ -13,7 +13,7 @@ from nested_ats.networks.builtin import ENCODERS, GIVEN
 from nested_ats.networks.encoders import read_choice
 from nested_ats.networks.hub import RANDOM
 from nested_ats.targets import Classes, Target
-from pipeline.config import AnyTarget, ClassesTarget, Config
+from pipeline.config import Config
 from pipeline.data.cases import group_cases
 from pipeline.data.duplicates import copy_remarks, identity_of
 from pipeline.data.given import FeatureFile
@@ -25,6 +25,7 @@ from pipeline.data.targets import by_stratum, check_table, columns, learn_target
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net
 from pipeline.progress import each_slide
+from pipeline.sections import AnyTarget, ClassesTarget
 from storage.format.levels import Level
 
 _OPENED_AT_ONCE = 16  # opening waits for the disk or the network
@@ -98,46 +99,10 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
     opened = [one for one in found if not one.error]
     if not opened:
         raise DataError(f"no slide can be used; the first: {found[0].error}")
-    if slow := [one for one in opened if one.slow]:
-        _say(
-            f"warning: {len(slow)} of {len(opened)} slides are slow to read where they lie, such as "
-            f"{slow[0].entry.path}: {slow[0].slow}; nested-ats convert makes pyramids of them, once"
-        )
-    if config.model.mpp and (assumed := sum(one.assumed for one in opened)):
-        _say(
-            f"warning: {assumed} of {len(opened)} slides do not tell what their pixels measure, and are taken as of "
-            f"{config.data.assume_mpp:g} micrometres (data.assume_mpp)"
-        )
-    if config.model.mpp is None and (scales := _several_scales([one.mpp for one in opened if one.mpp])):
-        _say(
-            f"warning: the slides were scanned at {scales} micrometres per pixel, and the model sees them as if "
-            "at one; set model.mpp"
-        )
-    if opacity := sum(one.opacity for one in opened):
-        _say(
-            f"warning: {opacity} of {len(opened)} slides have a channel of opacity, which tells where there is data, "
-            "and which the model does not see; if it is a band, name it in data.channels, as in [R, G, B, A]"
-        )
-    channels, count = Counter(one.channels for one in opened).most_common(1)[0]
-    why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
-    if isinstance(config.data.channels, int):
-        channels, why = config.data.channels, f"data.channels is {config.data.channels}"
-    if config.train.augment.hed and channels != 3:
-        raise UsageError(
-            f"train.augment.hed: stains are told by red, green and blue, and slides have {channels} channels; use 0"
-        )
-    odd = {
-        one.entry.slide_id: f"{one.entry.path}: {one.channels} channels, where {why}"
-        for one in opened
-        if one.channels != channels
-    }
-    makers = Counter(one.made_by for one in opened if one.made_by and one.entry.slide_id not in odd)
-    made_by = makers.most_common(1)[0][0] if makers else ""
-    odd |= {
-        one.entry.slide_id: f"{one.entry.path}: features of {one.made_by}, where most are of {made_by}"
-        for one in opened
-        if one.made_by not in ("", made_by) and one.entry.slide_id not in odd
-    }
+    _warn_of_slides(opened, config)
+    channels, odd = _other_channels(opened, config)
+    made_by, others = _other_makers([one for one in opened if one.entry.slide_id not in odd])
+    odd |= others
     if odd and fail_fast:
         raise DataError(next(f"slide {slide_id}: {reason}" for slide_id, reason in odd.items()))
     reasons = {one.entry.slide_id: one.error for one in found if one.error} | odd
@@ -159,6 +124,64 @@ def select(entries: Sequence[Entry], config: Config, *, fail_fast: bool) -> Sele
         kept = group_cases(kept, columns(config.target))
     config = _name_maker(config, made_by)
     return Selection(config, kept, target, channels, [one.downsamples for one in usable], failures, identities)
+
+
+def _warn_of_slides(opened: Sequence[_Found], config: Config) -> None:
+    """Say what is better known of slides before a training."""
+    if slow := [one for one in opened if one.slow]:
+        _say(
+            f"warning: {len(slow)} of {len(opened)} slides are slow to read where they lie, such as "
+            f"{slow[0].entry.path}: {slow[0].slow}; nested-ats convert makes pyramids of them, once"
+        )
+    if config.model.mpp and (assumed := sum(one.assumed for one in opened)):
+        _say(
+            f"warning: {assumed} of {len(opened)} slides do not tell what their pixels measure, and are taken as of "
+            f"{config.data.assume_mpp:g} micrometres (data.assume_mpp)"
+        )
+    if config.model.mpp is None and (scales := _several_scales([one.mpp for one in opened if one.mpp])):
+        _say(
+            f"warning: the slides were scanned at {scales} micrometres per pixel, and the model sees them as if "
+            "at one; set model.mpp"
+        )
+    if opacity := sum(one.opacity for one in opened):
+        _say(
+            f"warning: {opacity} of {len(opened)} slides have a channel of opacity, which tells where there is data, "
+            "and which the model does not see; if it is a band, name it in data.channels, as in [R, G, B, A]"
+        )
+
+
+def _other_channels(opened: Sequence[_Found], config: Config) -> tuple[int, dict[str, str]]:
+    """Return how many channels the model sees, and why slides are left out that have others, by their ids.
+
+    Raises
+    ------
+    UsageError
+        Training slides are to be changed in a way that these channels do not allow.
+    """
+    channels, count = Counter(one.channels for one in opened).most_common(1)[0]
+    why = f"{count} of {len(opened)} slides have {channels}; convert slides of one kind, or set data.channels"
+    if isinstance(config.data.channels, int):
+        channels, why = config.data.channels, f"data.channels is {config.data.channels}"
+    if config.train.augment.hed and channels != 3:
+        raise UsageError(
+            f"train.augment.hed: stains are told by red, green and blue, and slides have {channels} channels; use 0"
+        )
+    return channels, {
+        one.entry.slide_id: f"{one.entry.path}: {one.channels} channels, where {why}"
+        for one in opened
+        if one.channels != channels
+    }
+
+
+def _other_makers(opened: Sequence[_Found]) -> tuple[str, dict[str, str]]:
+    """Return which encoder has made the features of most, and why the others are left out, by their ids."""
+    makers = Counter(one.made_by for one in opened if one.made_by)
+    made_by = makers.most_common(1)[0][0] if makers else ""
+    return made_by, {
+        one.entry.slide_id: f"{one.entry.path}: features of {one.made_by}, where most are of {made_by}"
+        for one in opened
+        if one.made_by not in ("", made_by)
+    }
 
 
 def _name_maker(config: Config, made_by: str) -> Config:

@@ -16,12 +16,12 @@ from torch import Tensor
 from nested_ats.config import EncoderConfig, PatchConfig
 from nested_ats.images import find_level
 from nested_ats.mask import Mask
-from pipeline.config import CacheConfig
 from pipeline.data.crs import scene_mpp
 from pipeline.data.given import FeatureImage
 from pipeline.data.manifest import Entry
 from pipeline.data.tissue import model_mask
 from pipeline.errors import DataError
+from pipeline.sections import CacheConfig
 from pipeline.units import LONG, shown
 from storage import ReadStatistics, Slide
 from storage.format.nodata import holds_data

@@ -23,7 +23,9 @@ from nested_ats.targets import (
     Regression,
     Target,
 )
-from pipeline.config import (
+from pipeline.data.manifest import Entry, number
+from pipeline.errors import UsageError
+from pipeline.sections import (
     AnyTarget,
     ClassesTarget,
     CoxTarget,
@@ -32,8 +34,6 @@ from pipeline.config import (
     RegressionTarget,
     SurvivalTarget,
 )
-from pipeline.data.manifest import Entry, number
-from pipeline.errors import UsageError
 
 _YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 _UNKNOWN = ("", "nan", "na", "n/a", "none")

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from nested_ats.targets import Classes, MultiLabel, Target
-from pipeline.config import AnyTarget
 from pipeline.data.targets import binary, columns
 from pipeline.errors import UsageError
 from pipeline.results.predictions import SIGNS, answer_columns, in_short
 from pipeline.results.thresholds import Thresholds
+from pipeline.sections import AnyTarget
 
 How = Literal["mean", "max", "noisy-or"]
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from nested_ats.targets import Classes, Target
-from pipeline.config import AnyTarget
 from pipeline.data.targets import columns, is_known
 from pipeline.errors import UsageError
 from pipeline.results.evaluate import answered, known_outcomes
@@ -34,6 +33,7 @@ from pipeline.results.intervals import (
 from pipeline.results.measures import by_ranks, ranking
 from pipeline.results.predictions import answers_of, read_about, read_predictions
 from pipeline.results.thresholds import decisive
+from pipeline.sections import AnyTarget
 
 DELONG, BOOTSTRAP = "DeLong's variance over cases", "bootstrap over cases"
 _DRAWS, _AT_ONCE = 2000, 100

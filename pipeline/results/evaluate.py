@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nested_ats.targets import Classes, DiscreteSurvival, Target, read_target
-from pipeline.config import AnyTarget, ClassesTarget, parse_config
+from pipeline.config import parse_config
 from pipeline.data.manifest import SPLITS
 from pipeline.data.splits import SEEN, count_seen
 from pipeline.data.targets import columns, is_known, truth
@@ -34,6 +34,7 @@ from pipeline.results.predictions import (
 )
 from pipeline.results.thresholds import decisive
 from pipeline.results.verdict import class_shares, guess_cross_entropy, verdict
+from pipeline.sections import AnyTarget, ClassesTarget
 
 METRICS = "metrics.json"
 _GROUPS = 50  # values of a column, that figures are given for

@@ -18,7 +18,6 @@ from urllib.parse import quote
 import numpy as np
 
 from nested_ats.targets import Classes, Cox, DiscreteSurvival, MultiLabel, Regression, Target, read_target
-from pipeline.config import AnyTarget
 from pipeline.data.manifest import SPLITS, read_entry
 from pipeline.data.splits import seen_words
 from pipeline.data.targets import columns, is_known, strata, truth
@@ -35,6 +34,7 @@ from pipeline.results.plots import calibration, curves, precision_recall, roc, s
 from pipeline.results.predictions import answer_columns, answers_of, read_about, read_predictions, table_digest
 from pipeline.results.slide_page import read_look, slide_page
 from pipeline.runs import MODEL, fold_runs, model_fingerprint, read_metrics, read_run
+from pipeline.sections import AnyTarget
 
 _SHOWN_SLIDES = 5000  # more make a page slow
 

@@ -10,12 +10,13 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from nested_ats import ModelConfig, UniformConfig, UntrustedEncoderError, inspect_model
 from nested_ats.config import EncoderConfig
-from pipeline.config import CacheConfig, FeaturesConfig, Precision, digest
+from pipeline.config import digest
 from pipeline.data.slides import Opening
 from pipeline.errors import UsageError
 from pipeline.files import read_inside
 from pipeline.results.thresholds import Thresholds
 from pipeline.runs import CALIBRATION, model_folder, read_run
+from pipeline.sections import CacheConfig, FeaturesConfig, Precision
 
 _FORMAT = 2  # the format of a result: rows of format 1 have no intervals
 

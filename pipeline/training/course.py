@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import TrainConfig
+from pipeline.sections import TrainConfig
 
 # Keys of `train` as in the paper: nothing changes during training, and the last weights are kept.
 PAPERS_COURSE: dict[str, Any] = {

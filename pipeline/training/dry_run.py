@@ -21,7 +21,7 @@ import torch
 import cluster
 from nested_ats.config import EncoderConfig
 from nested_ats.targets import Classes
-from pipeline.config import AnyTarget, Config
+from pipeline.config import Config
 from pipeline.data.manifest import SPLITS, Entry
 from pipeline.data.samples import Sample, SampleCache
 from pipeline.data.selection import Failure, Selection, select
@@ -30,6 +30,7 @@ from pipeline.data.targets import strata
 from pipeline.errors import DataError, UsageError
 from pipeline.files import make_folder
 from pipeline.progress import duration
+from pipeline.sections import AnyTarget
 from pipeline.training.mirror import Mirror
 from pipeline.training.train import check_folder, worker_arguments
 from pipeline.training.trainer import make_trainer

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cluster import Context
 from nested_ats.targets import KINDS_OF_TARGETS, Target
-from pipeline.config import AnyTarget
 from pipeline.data.manifest import Entry
 from pipeline.data.targets import row_of, truth
 from pipeline.errors import UsageError
@@ -24,6 +23,7 @@ from pipeline.results.intervals import case_numbers
 from pipeline.results.measures import measure, ranking
 from pipeline.results.verdict import in_words, verdict
 from pipeline.runs import CURVES, Position, read_metrics
+from pipeline.sections import AnyTarget
 
 TOTALS = ("loss", "first", "right", "entropy", "uniform_entropy", "background", "patches", "slides")
 _LOSSES = dict.fromkeys(target.loss_name for target in KINDS_OF_TARGETS.values())

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cluster import Context
 from nested_ats.targets import Cox, cumulative_hazard
-from pipeline.config import CoxTarget
 from pipeline.data.manifest import Entry
 from pipeline.data.targets import row_of, truth
+from pipeline.sections import CoxTarget
 
 
 class RiskMemory:

@@ -24,7 +24,7 @@ from nested_ats.models.patches import SamplingModel
 from nested_ats.networks.trainable import batch_statistics
 from nested_ats.reading import Reading, interleave
 from nested_ats.targets import Target
-from pipeline.config import Config, CoxTarget
+from pipeline.config import Config
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import draw_key
 from pipeline.data.targets import row_of, truth
@@ -32,6 +32,7 @@ from pipeline.data.unreadable import SlideError
 from pipeline.errors import DataError, UsageError
 from pipeline.results.verdict import Observer
 from pipeline.runs import autocast
+from pipeline.sections import CoxTarget
 from pipeline.training.course import KeptWeights, clip, entropy_weight, learning_rate, more_samples
 from pipeline.training.epochs import TOTALS
 from pipeline.training.risks import RiskMemory

@@ -15,7 +15,7 @@ from typing import Any
 
 import cluster
 from nested_ats.targets import Classes
-from pipeline.config import ClassesTarget, Config, digest, dump_config, parse_config, plain
+from pipeline.config import Config, digest, dump_config, parse_config, plain
 from pipeline.data.manifest import Entry, plain_entries
 from pipeline.data.selection import Failure, Selection, select
 from pipeline.data.targets import columns, row_of
@@ -24,6 +24,7 @@ from pipeline.files import alone, make_folder, write_atomic, write_json
 from pipeline.progress import OnProgress, progress
 from pipeline.results.measures import measure_names
 from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, clear_run, read_metrics, read_run
+from pipeline.sections import ClassesTarget
 from pipeline.training.epochs import describe
 from pipeline.training.mirror import Mirror
 from pipeline.training.normalize import normalized

@@ -25,7 +25,8 @@ from storage.conversion.target import partial_of
 from storage.errors import ConversionError, CorruptImageError, StorageError
 from storage.format import georeference as geo
 from storage.format.nodata import to_json
-from storage.format.ome_zarr import DTYPES, FORMAT, LevelInfo, PyramidInfo, metadata_files, with_shards
+from storage.format.ome_zarr import FORMAT, LevelInfo, PyramidInfo, metadata_files, with_shards
+from storage.format.own_array import DTYPES
 from storage.place.files import fingerprint
 from storage.place.location import split_page
 from storage.place.urls import is_remote

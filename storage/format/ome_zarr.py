@@ -28,7 +28,8 @@ from storage.format import georeference as geo
 from storage.format.levels import check_levels
 from storage.format.ngff import IMAGE_LABEL, load_json, parse_image
 from storage.format.nodata import from_json, to_json
-from storage.format.shard import BloscCodec, ShardLayout
+from storage.format.own_array import AXES, array_json, parse_layout
+from storage.format.shard import ShardLayout
 from storage.limits import LIMITS
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 FORMAT = 3  # version of the nested_ats block and of the contents of shards
 CHECKSUM = "crc32"  # name, in the nested_ats block, of the root document's checksum
 SHARD_COLUMNS = ("length", "crc32", "index_crc32c")
-AXES = ("c", "y", "x")
-DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 LABEL_RGBA = (60, 160, 60, 128)
 RGB_COLORS = ("FF0000", "00FF00", "0000FF")
 DOWNSAMPLING = {
@@ -136,7 +135,10 @@ class PyramidInfo:
 
 def metadata_files(info: PyramidInfo) -> dict[str, bytes]:
     """All metadata of a pyramid by key; the root's comes last, as it marks the pyramid as whole."""
-    arrays = {level.path: _array_json(level) | {"attributes": _place_json(info, level)} for level in info.levels}
+    arrays = {
+        level.path: array_json(level.layout, level.shape) | {"attributes": _place_json(info, level)}
+        for level in info.levels
+    }
     root = {
         "zarr_format": 3,
         "node_type": "group",
@@ -205,37 +207,6 @@ def _checksum(root: dict[str, Any]) -> int:
     own = {key: value for key, value in attributes["nested_ats"].items() if key != CHECKSUM}
     rest = root | {"attributes": attributes | {"nested_ats": own}}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def _array_json(level: LevelInfo) -> dict[str, Any]:
-    layout, codec = level.layout, level.layout.codec
-    to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
-    blosc = {
-        "cname": codec.cname,
-        "clevel": codec.clevel,
-        "shuffle": codec.shuffle,
-        "typesize": codec.typesize,
-        "blocksize": codec.blocksize,
-    }
-    sharding = {
-        "chunk_shape": list(layout.chunk_shape),
-        "codecs": [to_bytes, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
-        "index_codecs": [to_bytes, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    shard_shape = [layout.channels, layout.shard, layout.shard]
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(level.shape),
-        "data_type": layout.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard_shape}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0.0 if layout.dtype.kind == "f" else 0,
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "dimension_names": list(AXES),
-        "attributes": {},
-    }
 
 
 def _ome_json(info: PyramidInfo) -> dict[str, Any]:
@@ -348,7 +319,7 @@ def _window(ome: dict[str, Any]) -> tuple[float, float]:
 def _parse_level(dataset: Dataset, array: dict[str, Any], table: Any, where: str) -> LevelInfo:
     path = dataset.path
     channels, height, width = typed.integers(array.get("shape"), "shape", 1, LIMITS.side, count=len(AXES))
-    layout = _parse_layout(array, where)
+    layout = parse_layout(array, where)
     if layout.channels != channels or channels * height * width > LIMITS.samples:
         raise ValueError(f"level {path} has the shape {(channels, height, width)}")
     if layout.too_large:
@@ -381,31 +352,6 @@ def with_shards(level: LevelInfo, *columns: Sequence[int]) -> LevelInfo:
     if ((arrays[0] > 0) & (arrays[0] < layout.index_bytes)).any():
         raise ValueError(f"level {level.path} has no sound table of its shards (one is too short for its index)")
     return replace(level, shards=ShardTable(*arrays))
-
-
-def _parse_layout(array: dict[str, Any], where: str) -> ShardLayout:
-    """Layout of an array, refused where it is not exactly what ``storage.format.shard`` decodes."""
-    refused = NotAPyramidError(f"{where}: not sharded as this package writes it; convert the image again")
-    dtype = array.get("data_type")
-    try:
-        shard_shape = array["chunk_grid"]["configuration"]["chunk_shape"]
-        sharding = array["codecs"][0]["configuration"]
-        chunk_shape, blosc = sharding["chunk_shape"], sharding["codecs"][1]["configuration"]
-        key_encoding = array["chunk_key_encoding"]
-        separator = key_encoding.get("configuration", {}).get("separator", "/")
-        keyed = (key_encoding["name"], separator) == ("default", "/")
-        codec = BloscCodec(**blosc)
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise refused from None
-    channels, _, chunk = typed.integers(chunk_shape, "chunk_shape", 1, LIMITS.side, count=len(AXES))
-    _, _, shard = typed.integers(shard_shape, "chunk_shape", 1, LIMITS.side, count=len(AXES))
-    if dtype not in DTYPES or shard % chunk or not keyed:
-        raise refused
-    layout = ShardLayout(channels, chunk, shard, np.dtype(dtype), codec)
-    expected = _array_json(LevelInfo("", (channels, 1, 1), layout, (1, 1), (0, 0)))
-    if not all(array.get(key) == expected[key] for key in ("chunk_grid", "codecs", "fill_value")):
-        raise refused
-    return layout
 
 
 def _dump(value: dict[str, Any]) -> bytes:

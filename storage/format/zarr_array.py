@@ -20,7 +20,7 @@ from storage import typed
 from storage.errors import NotAPyramidError
 from storage.format.codecs import CODECS, MAX_CODECS, decode, room
 from storage.format.nodata import fitting
-from storage.format.ome_zarr import DTYPES
+from storage.format.own_array import DTYPES
 from storage.format.shard import CHECKSUM_BYTES, checksum_holds
 from storage.limits import LIMITS
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage.format.ome_zarr import DTYPES
+from storage.format.own_array import DTYPES
 from storage.images.orientation import UPRIGHT
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from nested_ats import ArrayImage
-from pipeline.config import AugmentConfig
 from pipeline.data.augment import AugmentedImage
 from pipeline.data.stain import StainJitter
+from pipeline.sections import AugmentConfig
 
 BACKGROUND = 0.25
 KEYS = st.integers(-(2**63), 2**63 - 1)

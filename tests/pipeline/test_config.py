@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from nested_ats.models.kinds import KINDS
-from pipeline.config import CacheConfig, Config, digest, dump_config, load_config, plain
+from pipeline.config import Config, digest, dump_config, load_config, plain
 from pipeline.errors import UsageError
+from pipeline.sections import CacheConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIGNS = EXAMPLES / "signs.yaml"

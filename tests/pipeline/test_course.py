@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipeline.config import TrainConfig
+from pipeline.sections import TrainConfig
 from pipeline.training.course import PAPERS_COURSE, KeptWeights, clip, entropy_weight, learning_rate, more_samples
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cluster import LocalContext
-from pipeline.config import FeaturesConfig, parse_config, plain
+from pipeline.config import parse_config, plain
 from pipeline.data import features as module
 from pipeline.data.features import DiskFeatures
 from pipeline.data.manifest import read_manifest
@@ -27,6 +27,7 @@ from pipeline.results.heatmap import heatmaps
 from pipeline.results.predict import predict
 from pipeline.results.settings import prediction_settings
 from pipeline.runs import read_metrics, read_run
+from pipeline.sections import FeaturesConfig
 from pipeline.training.dry_run import measure_step
 from pipeline.training.train import train, worker_arguments
 from storage import Slide, write_pyramid

@@ -10,13 +10,14 @@ import zarr
 
 from nested_ats import CNNConfig
 from nested_ats.images import find_level
-from pipeline.config import CacheConfig, parse_config, plain
+from pipeline.config import parse_config, plain
 from pipeline.data import slides as module
 from pipeline.data.manifest import Entry, read_manifest, write_manifest
 from pipeline.data.samples import SampleCache
 from pipeline.data.slides import SlideImage, check_slide, open_slide
 from pipeline.errors import DataError
 from pipeline.results.predict import predict
+from pipeline.sections import CacheConfig
 from pipeline.training.train import train
 from storage import Slide, StorageError, write_pyramid
 

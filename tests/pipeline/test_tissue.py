@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from nested_ats import LevelConfig, ModelConfig
 from pipeline.cli.app import app
-from pipeline.config import AugmentConfig, parse_config, plain
+from pipeline.config import parse_config, plain
 from pipeline.data.augment import AugmentedImage
 from pipeline.data.manifest import Entry, read_manifest
 from pipeline.data.outlines import read_mask, to_outlines
@@ -26,6 +26,7 @@ from pipeline.data.slides import open_image
 from pipeline.data.tissue import Finding, find_mask, put_into_pyramid
 from pipeline.errors import DataError
 from pipeline.results.predictions import receipt
+from pipeline.sections import AugmentConfig
 from storage import Slide, validate, write_pyramid
 
 EOSIN, HAEMATOXYLIN, DAB = (225, 150, 185), (110, 80, 150), (130, 85, 50)
