@@ -31,12 +31,14 @@ from pipeline.net import Net
 from pipeline.progress import each_slide
 from pipeline.stats import measure
 from storage import processors
+from storage.format.levels import MIN_LEVEL_SIZE
 
 KINDS = ("histology", "scenes", "megapixel", "features")
 _MOBILENET = "mobilenet_v2-b0353104.pth"
 _STEPS, _BATCH = 400, 4  # of a training on top of a network that stays as it is
 _FEWEST, _MOST = 10, 100  # epochs
 _COARSE = 4096  # pixels, the longer side of the coarsest view at most
+_SMALLEST = MIN_LEVEL_SIZE // 2  # pixels: every level that `convert` makes has a longer side above it
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,10 @@ def _levels(side: int, longer: float, downsample: int) -> str:
     longer
         Side of the largest image, in the same pixels.
     downsample
-        Of the last level but one; the last is four times finer.
+        Of the last level but one, or less where images are too small for it; the last level is four times finer.
     """
+    while downsample > 4 and longer / downsample <= _SMALLEST:
+        downsample //= 2
     cell = side // downsample * downsample  # of the last two maps, in pixels at downsample 1
     unit = 4 * cell  # what the last level but one draws
     fine = downsample // 4

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from storage.images.tiff_segments import Part, Plane
     from storage.place.files import Range
 
+_JPEG_TABLES = b"\xff\xdb"  # the marker of tables of quantisation
 SAMPLED_BYTES = 2**16  # of a segment
 STREAM_HEADERS = {
     "JPEG": whole_jpeg_header,
@@ -170,7 +171,9 @@ class TiffImage(TiffStructure):
                 f"{self._cut.where(i)} needs more memory than there is; use fewer workers"
             ) from error
         except Exception as error:  # each codec has its own errors
-            raise self._corrupt(f"{self._cut.where(i)} does not decode as {self._codec}") from error
+            bare = self._codec == "JPEG" and plane.jpegtables is None and _JPEG_TABLES not in data
+            why = ": neither it nor the file has the tables of its quantisation" if bare else ""
+            raise self._corrupt(f"{self._cut.where(i)} does not decode as {self._codec}{why}") from error
         if pixels is not None and self._codec == "CCITT":
             pixels = pixels.astype(bool)  # they came as bytes
         height, width = self._cut.inside(i)

@@ -79,6 +79,15 @@ def test_scale_epochs_and_levels_come_from_the_slides():
     assert "Made for 2 slides of a.csv: up to 600 x 900 pixels, 3 channels, 0.5 micrometres" in text
 
 
+@pytest.mark.parametrize("side", [150, 300, 500, 700, 1500])
+def test_levels_are_those_that_small_slides_have(side):
+    write_pyramid(Path("a.ome.zarr"), np.zeros((3, side, side // 2), np.uint8), mpp=0.5)
+    config, _ = init("histology", "--manifest", write_manifest(Path("a.csv"), [["a", "a.ome.zarr", "a"]]))
+    with Slide("a.ome.zarr") as slide:
+        there = {level.downsample for level in slide.levels}
+    assert {level.downsample for level in config.model.levels} <= there
+
+
 def test_weights_on_this_machine_are_found(monkeypatch):
     Path("mobilenet_v2-b0353104.pth").touch()
     assert Path(init("histology")[0].model.encoder["weights"]) == Path.cwd() / "mobilenet_v2-b0353104.pth"

@@ -146,6 +146,18 @@ def test_abbreviated_jpeg_streams_with_shared_tables(tmp_path, smooth):
     assert_equals_tifffile(tmp_path / "x.tif")
 
 
+def test_jpeg_tables_that_are_missing_are_named(tmp_path, smooth):
+    path = tmp_path / "x.tif"
+    Image.fromarray(smooth()).save(path, compression="jpeg", quality=85)
+    with tifffile.TiffFile(path) as tif:
+        tag, order = tif.pages[0].tags["JPEGTables"], tif.byteorder
+    with path.open("r+b") as file:
+        file.seek(tag.offset)
+        file.write(struct.pack(f"{order}H", tag.code + 1))  # a tag that nobody knows
+    with TiffImage(path) as image, pytest.raises(CorruptImageError, match="nor the file has the tables"):
+        whole(image)
+
+
 @pytest.mark.parametrize(
     ("channels", "settings", "names"),
     [
