@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from nested_ats.networks.mobilenet import MobileNetV2Encoder
 from pipeline.cli.app import app
 from pipeline.config import parse_config
+from pipeline.data.bags import Bag, bag_path, write_bag
 from pipeline.results.predictions import read_predictions
 from storage import Slide
 
@@ -106,6 +107,19 @@ def tissue(seed: int, *, nests: bool, side: int = 1024) -> np.ndarray:
     return (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
 
 
+def write_features(folder: Path) -> None:
+    """Files of features of twelve slides, as somebody else has extracted them, and their table."""
+    rng = np.random.default_rng(0)
+    rows = ["slide_id,path,label"]
+    coords = np.stack(np.meshgrid(range(0, 2048, 256), range(0, 2048, 256)), -1).reshape(-1, 2)
+    for number in range(12):
+        bag = Bag(rng.normal(number % 2, 1, (len(coords), 16)).astype(np.float32), coords)
+        write_bag(folder / "extracted", "trident", f"e{number}", bag, "")
+        place = bag_path(folder / "extracted", "trident", f"e{number}").relative_to(folder)
+        rows.append(f"e{number},{place},{('normal', 'tumour')[number % 2]}")
+    (folder / "features.csv").write_text("\n".join(rows) + "\n")
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """Working directory in which the README has been followed, with two slides and ten more."""
@@ -143,6 +157,8 @@ def test_a_page_can_be_followed(name, bench, monkeypatch):
         pytest.importorskip("pandas").read_csv(bench / "labels.csv", dtype=str)[["slide_id", "label"]].rename(
             columns={"label": "grade"}
         ).to_excel(bench / "clinical.xlsx", index=False)
+    if name == "encoders":
+        write_features(bench)
     follow(f"docs/{name}.md")
 
 
