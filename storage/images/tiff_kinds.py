@@ -53,15 +53,7 @@ REWRITTEN_BY_LIBTIFF = {6: "JPEG of an old style", 32809: "ThunderScan", 32909: 
 HELD_AS = {"bool": "uint8", "float16": "float32"}
 PREDICTORS = (1, 2, 3)
 PALETTE, MASK, YCBCR, CIELAB = 3, 4, 6, 8
-PHOTOMETRICS = {
-    0: "white is zero",
-    1: "black is zero",
-    2: "RGB",
-    PALETTE: "palette",
-    MASK: "mask",
-    5: "CMYK",
-    YCBCR: "YCbCr",
-}
+PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", PALETTE: "palette", 5: "CMYK", YCBCR: "YCbCr"}
 OUT = "'OUT.tif[tile,bigtiff,compression=deflate]'"
 GDAL = "gdal_translate -co TILED=YES -co COMPRESS=DEFLATE -co BIGTIFF=IF_SAFER"
 REWRITE = "rewrite it as a tiled TIFF: vips tiffsave IN OUT.tif --tile --bigtiff --compression deflate"
@@ -147,7 +139,7 @@ def why_refused(key: tifffile.TiffPage, samples: int) -> str:
         (kind == "c", "complex numbers; keep their magnitudes: " + by_tifffile(key, "abs(t.imread('IN.tif'))")),
         (not packed and HELD_AS.get(str(key.dtype), str(key.dtype)) not in DTYPES, _too_wide(key)),
         (key.compression not in COMPRESSIONS, _compression(key)),
-        (key.photometric not in PHOTOMETRICS, _colours(key)),
+        (key.photometric not in PHOTOMETRICS and not (key.photometric == MASK and key.is_mask), _colours(key)),
         (
             key.photometric == YCBCR and key.compression != 7,
             f"YCbCr colours that are not stored as JPEG; turn them to RGB: {GDAL} -b 1 -b 2 -b 3 IN.tif OUT.tif",
