@@ -17,7 +17,6 @@ from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
-    Discriminator,
     Field,
     Tag,
     TypeAdapter,
@@ -40,6 +39,7 @@ from pipeline.sections import (
     PredictConfig,
     Section,
     TrainConfig,
+    by_kind,
     whole,
 )
 from pipeline.units import in_pixels
@@ -51,17 +51,12 @@ _OF_A_UNION = re.compile(r"str|int|float|constrained-int|(literal|dict|tuple)\[.
 DEFAULT_LEVELS = levels_for((8192, 8192))
 
 
-def _kind(value: Any) -> str:
-    return str(value.get("kind", "ats") if isinstance(value, dict) else getattr(value, "kind", "ats"))
-
-
-# The kind says which model's keys are meant, so that errors are about those alone.
 AnyModel = Annotated[
     Annotated[ModelConfig, Tag("ats")]
     | Annotated[DeepMILConfig, Tag("deepmil")]
     | Annotated[UniformConfig, Tag("uniform")]
     | Annotated[CNNConfig, Tag("cnn")],
-    Discriminator(_kind),
+    by_kind("ats"),
 ]
 
 

@@ -27,16 +27,10 @@ def live_view(title: str, unit: str, console: Console | None = None) -> Iterator
 
     Parameters
     ----------
-    title
-        The name of the work.
-    unit
-        What is counted, in the plural.
+    title, unit
+        As for `pipeline.progress.progress`, whose function it yields.
     console
         Where to show it; default: standard error.
-
-    Yields
-    ------
-    A function to call with what is done, what there is in all, and a few words.
     """
     columns = (
         TextColumn("{task.description}", style="bold"),

@@ -32,7 +32,13 @@ def progress(title: str, unit: str = "slides") -> Iterator[OnProgress]:
     ------
     A function to call with what is done, what there is in all, and a few words.
     """
-    with _live(title, unit) if sys.stderr.isatty() else _lines(title) as update:
+    if sys.stderr.isatty():
+        from pipeline.live import live_view  # rich takes its time to come
+
+        shown = live_view(title, unit)
+    else:
+        shown = _lines(title)
+    with shown as update:
         yield update
 
 
@@ -164,14 +170,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
-
-
-@contextmanager
-def _live(title: str, unit: str) -> Iterator[OnProgress]:
-    from pipeline.live import live_view
-
-    with live_view(title, unit) as update:
-        yield update
 
 
 @contextmanager

@@ -74,8 +74,13 @@ class SurvivalTarget(Section):
     times: tuple[float, ...] | None = None  # or the ends of the intervals, increasing
 
 
-def _target_kind(value: Any) -> str:
-    return str(value.get("kind", "classes") if isinstance(value, dict) else getattr(value, "kind", "classes"))
+def by_kind(usual: str) -> Discriminator:
+    """Tell by the key `kind`, or the usual one, which keys are meant, so that errors are about those alone."""
+
+    def kind(value: Any) -> str:
+        return str(value.get("kind", usual) if isinstance(value, dict) else getattr(value, "kind", usual))
+
+    return Discriminator(kind)
 
 
 AnyTarget = Annotated[
@@ -85,7 +90,7 @@ AnyTarget = Annotated[
     | Annotated[RegressionTarget, Tag("regression")]
     | Annotated[CoxTarget, Tag("cox")]
     | Annotated[SurvivalTarget, Tag("survival")],
-    Discriminator(_target_kind),
+    by_kind("classes"),
 ]
 
 

@@ -123,12 +123,10 @@ def _resampled(row: Mapping[str, Any], own: Target, common: Target) -> Mapping[s
     old = (predictions.answer_columns(own), *predictions.error_columns(own))
     new = (predictions.answer_columns(common), *predictions.error_columns(common))
     found = dict(row)
-    for names, start in zip(old, at_zero, strict=True):
-        values = [start, *(np.nan if found[name] is None else found[name] for name in names)]
-        for name in names:
-            del found[name]
-        interpolated = np.interp(common.times, times, values)
-        found |= dict(zip(new[old.index(names)], interpolated.tolist(), strict=True))
+    for names, wanted, start in zip(old, new, at_zero, strict=True):
+        own_values = [found.pop(name) for name in names]
+        values = [start, *(np.nan if value is None else value for value in own_values)]
+        found |= dict(zip(wanted, np.interp(common.times, times, values).tolist(), strict=True))
     return found
 
 
@@ -252,9 +250,8 @@ def _about(found: Sequence[Member], target: Target, *, out_of_fold: bool) -> Row
         names = target.names
         facts["class_shares"] = {name: float(np.mean([each[name] for each in shares])) for name in names}
     chosen = [each.settings.thresholds for each in found]
-    if chosen[0] and all(
-        each.keys() == chosen[0].keys() for each in chosen
-    ):  # of a mean of probabilities, their mean
+    if chosen[0] and all(each.keys() == chosen[0].keys() for each in chosen):
+        # Of a mean of probabilities it is their mean.
         facts["thresholds"] = {name: float(np.mean([each[name] for each in chosen])) for name in chosen[0]}
     return about | {"fingerprint": fingerprint, "model": model} | facts
 
