@@ -34,6 +34,8 @@ _DRIVER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # This will be Ray's default; without it every worker with 0 GPUs warns of that.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Its 30 s are too few for a machine that is busy with other work.
+    "RAY_gcs_server_port_wait_time_s": "60",
 }
 
 # Ray has workers search the driver's folder first, where a `storage.py` of the user's may lie.
@@ -131,11 +133,17 @@ def _start(ray: ModuleType, address: str, folder: str, num_cpus: int | None, num
             "_temp_dir": folder,
         }
         environment |= {"TMPDIR": folder} | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())
-    try:
-        ray.init(runtime_env={"env_vars": environment, "worker_process_setup_hook": _OWN_PACKAGES}, **options)
-    except (Exception, SystemExit) as error:
-        hint = "" if address == "local" else "; if the cluster wants a token, set RAY_AUTH_MODE=token and its token"
-        raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}{hint}") from error
+    runtime_env = {"env_vars": environment, "worker_process_setup_hook": _OWN_PACKAGES}
+    hint = "" if address == "local" else "; if the cluster wants a token, set RAY_AUTH_MODE=token and its token"
+    # On a busy machine one of a local instance's processes may not come up in time: it is started once more.
+    for last in (address != "local", True):
+        try:
+            ray.init(runtime_env=runtime_env, **options)
+        except (Exception, SystemExit) as error:
+            if last:
+                raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}{hint}") from error
+        else:
+            break
 
 
 def _loopback() -> str:

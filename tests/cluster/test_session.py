@@ -40,6 +40,23 @@ except cluster.ClusterError as error:
 else:
     raise AssertionError
 """
+LATE = """
+import os, sys, ray, cluster
+starts, init = [], ray.init
+def late(**options):
+    starts.append(options)
+    os.environ["RAY_gcs_server_port_wait_time_s"] = "0" if len(starts) <= int(sys.argv[1]) else "60"
+    return init(**options)
+ray.init = late
+try:
+    with cluster.session("local", num_cpus=1):
+        assert [outcome.result for outcome in cluster.run_tasks(lambda: str, [1])] == ["1"]
+except cluster.ClusterError as error:
+    assert sys.argv[1] == "2" and "Timed out" in str(error), error
+else:
+    assert sys.argv[1] == "1"
+assert len(starts) == 2
+"""
 
 
 def run_python(code, *arguments):
@@ -68,6 +85,13 @@ def test_unreachable_cluster_is_refused_at_once(form):
     with socket.socket() as unused:  # bound, but nobody listens
         unused.bind(("127.0.0.1", 0))
         run_python(UNREACHABLE, form.format(unused.getsockname()[1]))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_local_instance_that_does_not_come_up_is_started_once_more(late, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    run_python(LATE, str(late))
 
 
 @pytest.mark.parametrize("address", ["head:port", "head:99999", "[::1"])
