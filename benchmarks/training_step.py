@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Ranges of files, each answered after the latency."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one packet: else each answer waits 40 ms for an acknowledgement
+    disable_nagle_algorithm = True  # else a body waits up to 40 ms for the acknowledgement of its head
     answered: ClassVar = [0, 0]  # requests, and bytes of files, by all handlers of the process
     lock = threading.Lock()
 
