@@ -94,7 +94,7 @@ class RandomFile:
             for run, (start, _), data in zip(share, whole, self._get(whole), strict=True):
                 found.update({pair: data[pair[0] - start : sum(pair) - start] for pair in run})
 
-        spread(work, list(_runs(sorted(set(ranges)), self._store.merge_gap)), self._store.concurrency)
+        spread(work, list(_runs(sorted(set(ranges)), self._store.merge_gap)), self._store.threads)
         return [found[pair] for pair in ranges]
 
     def _get(self, ranges: Sequence[Range]) -> Iterator[bytes]:

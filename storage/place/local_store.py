@@ -129,7 +129,7 @@ class LocalStore:
     ``follow_links`` is for files that the user has named; links that lead out of a pyramid are not followed.
     """
 
-    concurrency = 1
+    concurrency = threads = 1
     merge_gap = 0
 
     def __init__(self, root: str | os.PathLike[str], follow_links: bool = False) -> None:

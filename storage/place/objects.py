@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from storage.errors import CorruptImageError, TransferError
@@ -11,12 +12,12 @@ from storage.place.ranges import Entry, Occupied
 from storage.place.urls import begin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from obstore import GetOptions, ObjectMeta, PutResult, UpdateVersion
     from obstore.store import ObjectStore
 
-    from storage.place.ranges import Stat
+    from storage.place.ranges import Range, Stat
 
     PutMode = Literal["create", "overwrite"] | UpdateVersion
 
@@ -70,6 +71,10 @@ class ObjectRequests:
         """Return ``length`` bytes from ``start``, or the last where that is negative; fewer where the object ends."""
         wanted: GetOptions = {"range": (start, start + length) if start >= 0 else {"suffix": length}}
         return self._read(key, length, wanted)[0]
+
+    def first_tries(self, ranges: Sequence[Range]) -> Iterator[Callable[[], bytes]]:
+        """Yield what asks for each of some ranges, once it is called."""
+        return (partial(self.get_range, *each) for each in ranges)
 
     def stat(self, key: str) -> Stat:
         """Return the size of an object, and its tag or the time of its last change."""

@@ -13,6 +13,7 @@ from storage.place.objects import ObjectRequests, first_line, mark_of, tag_of
 from storage.place.ranges import Occupied
 from storage.place.urls import begin, check_not_forked, is_web
 from storage.place.web import WebRequests
+from storage.threads import processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ class RemoteStore:
         begin(url)
         self.name = url.rstrip("/")
         self.concurrency = CONCURRENCY
+        self.threads = min(CONCURRENCY, processors()) if is_web(url) else CONCURRENCY
         self._timeout_s, self._patience = timeout_s or retry.TIMEOUT_S, patience or retry.READING
         kind = WebRequests if is_web(url) else ObjectRequests
         self._requests = kind(self.name, self._timeout_s)
@@ -58,8 +60,9 @@ class RemoteStore:
 
     def get_ranges(self, ranges: Sequence[Range]) -> Iterator[bytes]:
         """Yield the bytes of each range in turn; raise if a server answers anything else."""
-        for key, start, length in ranges:
-            yield self._ask(key, partial(self._requests.get_range, key, start, length))
+        check_not_forked(self.name)
+        for each, first in zip(ranges, self._requests.first_tries(ranges), strict=True):
+            yield self._ask(each[0], partial(self._requests.get_range, *each), first=first)
 
     def stat(self, key: str) -> Stat:
         """Return the size of an object, and its tag or the time of its last change."""
@@ -111,15 +114,18 @@ class RemoteStore:
         except FileNotFoundError as error:
             raise TransferError(f"{self.name}: does not exist; check the URL") from error
 
-    def _ask(self, key: str, request: Callable[[], T], *, writes: bool = False) -> T:
+    def _ask(
+        self, key: str, request: Callable[[], T], *, first: Callable[[], T] | None = None, writes: bool = False
+    ) -> T:
         """Make a request, repeat it where that may help, or raise one of our errors, which names the object.
 
+        ``first`` waits for a request that was made before, and is the first try.
         A missing object raises ``FileNotFoundError``, a store that refuses to write ``ConversionError``.
         """
         location = f"{self.name}/{key}".rstrip("/")
         check_not_forked(location)
         try:
-            return retry.repeat(request, self._requests.passing, self._patience)
+            return retry.repeat(request, self._requests.passing, self._patience, first)
         except (FileNotFoundError, CorruptImageError, ConversionError):
             raise
         except Exception as error:  # each kind of store raises its own

@@ -35,14 +35,22 @@ class Retryable(Exception):  # noqa: N818  the last one becomes a ``TransferErro
     """A request failed in a way that may pass."""
 
 
-def repeat(request: Callable[[], T], passing: tuple[type[Exception], ...], patience: Patience) -> T:
-    """Repeat a request while it fails with one of the ``passing`` errors; in the end raise the last of them."""
-    started = time.monotonic()
-    for number in range(patience.retries):
+def repeat(
+    request: Callable[[], T],
+    passing: tuple[type[Exception], ...],
+    patience: Patience,
+    first: Callable[[], T] | None = None,
+) -> T:
+    """Repeat a request while it fails with one of the ``passing`` errors; in the end raise the last of them.
+
+    ``first`` is tried before it, in place of the first try.
+    """
+    started, number = time.monotonic(), 0
+    while True:
         try:
-            return request()
+            return (request if number or first is None else first)()
         except passing:
-            if time.monotonic() - started > patience.seconds:
+            if number == patience.retries or time.monotonic() - started > patience.seconds:
                 raise
         time.sleep(FIRST_PAUSE_S * 2**number * random.uniform(0.5, 1.5))  # noqa: S311  clients must not repeat in step
-    return request()
+        number += 1

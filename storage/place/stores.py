@@ -27,7 +27,8 @@ class Store(Protocol):
     """Files below one root."""
 
     name: str  # path or URL of the root, as messages name it
-    concurrency: int  # how many requests to have in flight
+    concurrency: int  # how many requests to have in flight, by as many threads
+    threads: int  # over how many threads to spread `get_ranges`, which may itself have several in flight
     merge_gap: int  # reading up to this many unneeded bytes is cheaper than another request
 
     def get(self, key: str, limit: int = LIMITS.metadata_bytes) -> bytes:

@@ -4,7 +4,7 @@ Notable: obstore serves s3, gs and az, but not these. It allocates the length th
 error, so that a server that claims 64 GB ends the process. Here no body is read further than was asked, that of an
 error is not kept, a request ends after its time however slowly it drips, and redirects lead to http and https only.
 
-The requests of all threads run on one event loop, in a thread of its own.
+The requests of all threads run on one event loop, in a thread of its own; ranges are asked for several at a time.
 """
 
 from __future__ import annotations
@@ -12,29 +12,34 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import os
 import re
 import threading
+from collections import deque
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 from urllib.parse import quote
+from urllib.request import getproxies
 
 from storage.errors import CorruptImageError, TransferError
 from storage.place.retry import Retryable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
     import aiohttp
 
-    from storage.place.ranges import Stat
+    from storage.place.ranges import Range, Stat
 
 T = TypeVar("T")
 PIECE_BYTES = 2**20  # bytes of a body that are read at once
 DRAINED_BYTES = 2**16  # bytes of an error's body that are read to reuse its connection
 REDIRECTS = 5
 CONNECTIONS = 128  # as many as there are reading threads
+TOGETHER, GROUPS_AHEAD = 8, 2  # requests that are waited for together, and such groups that are under way
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
@@ -61,6 +66,9 @@ class WebRequests:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start``, or from ``-start`` before the end; fewer where the file ends."""
+        return asyncio.run_coroutine_threadsafe(self._range(key, start, length), _event_loop()).result()
+
+    async def _range(self, key: str, start: int, length: int) -> bytes:
         wanted = f"bytes={start}-{start + length - 1}" if start >= 0 else f"bytes=-{length}"
 
         async def read(answer: aiohttp.ClientResponse) -> bytes:
@@ -77,7 +85,27 @@ class WebRequests:
                 raise TransferError(f"more bytes than the {length} that were requested")
             return body
 
-        return self._request("GET", key, {"Range": wanted}, read)
+        return await self._answer("GET", key, {"Range": wanted}, read)
+
+    def first_tries(self, ranges: Sequence[Range]) -> Iterator[Callable[[], bytes]]:
+        """Ask for ranges, some ahead of those that are taken, and yield what waits for each answer.
+
+        A thread for each request would cost more than the request.
+        """
+        groups = [ranges[start : start + TOGETHER] for start in range(0, len(ranges), TOGETHER)]
+        under_way = deque(map(self._begin, groups[:GROUPS_AHEAD]))
+        for number in range(len(groups)):
+            group = under_way.popleft()
+            for place in range(len(groups[number])):
+                yield partial(_outcome, group, place)
+            if number + GROUPS_AHEAD < len(groups):
+                under_way.append(self._begin(groups[number + GROUPS_AHEAD]))
+
+    def _begin(self, ranges: Sequence[Range]) -> Future[list[bytes | BaseException]]:
+        async def ask() -> list[bytes | BaseException]:
+            return await asyncio.gather(*(self._range(*each) for each in ranges), return_exceptions=True)
+
+        return asyncio.run_coroutine_threadsafe(ask(), _event_loop())
 
     def stat(self, key: str) -> Stat:
         """Size and version of a file."""
@@ -143,6 +171,13 @@ async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes | None:
     return bytes(body)
 
 
+def _outcome(group: Future[list[bytes | BaseException]], place: int) -> bytes:
+    found = group.result()[place]
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
 _making = threading.Lock()
 
 
@@ -159,6 +194,12 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def _has_proxies_or_passwords() -> bool:
+    """Whether the environment has any: aiohttp looks them up in another thread for each request, which costs most."""
+    passwords = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
+    return bool(getproxies()) or os.path.exists(passwords)
+
+
 @cache
 def _session() -> aiohttp.ClientSession:
     """Make the connections, on the loop."""
@@ -169,7 +210,7 @@ def _session() -> aiohttp.ClientSession:
         headers={"Accept-Encoding": "identity"},
         connector=aiohttp.TCPConnector(limit=CONNECTIONS),
         timeout=aiohttp.ClientTimeout(total=None),  # each request has its own timeout
-        trust_env=True,  # for proxies
+        trust_env=_has_proxies_or_passwords(),
     )
     atexit.register(lambda: asyncio.run_coroutine_threadsafe(session.close(), _event_loop()).result(1.0))
     return session

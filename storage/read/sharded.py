@@ -126,7 +126,7 @@ class ShardedSource:
         if self._cache is not None:
             self._from_cache(level, shard, places, stored, decode)
         runs = _group(shard, places, np.flatnonzero(stored), self._store.merge_gap)
-        spread(lambda share: self._read(level, share, decode), runs, self._store.concurrency)
+        spread(lambda share: self._read(level, share, decode), runs, self._store.threads)
 
     def close(self) -> None:
         """Close descriptors and connections."""

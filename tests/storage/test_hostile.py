@@ -169,7 +169,8 @@ class TestServers:
             Slide(f"{hostile.url}/p.zarr")
 
     def test_redirects_end(self, hostile):
-        hostile.head, hostile.piece = b"HTTP/1.1 302 Found\r\nLocation: /again\r\nContent-Length: 0\r\n\r\n", b""
+        ends = b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+        hostile.head, hostile.piece = b"HTTP/1.1 302 Found\r\nLocation: /again\r\n" + ends, b""
         with pytest.raises(TransferError, match="TooManyRedirects"):
             Slide(f"{hostile.url}/p.zarr")
 

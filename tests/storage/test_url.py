@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from storage import (
 )
 from storage.place.objects import connect
 from storage.place.retry import READING
-from storage.place.stores import list_below
+from storage.place.stores import list_below, open_store
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,26 @@ def _read_forked(slide, queue):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("failure", [503, "cut", "close"])
+def test_many_ranges_come_in_order_though_some_fail_at_first(web, tmp_path, failure):
+    (tmp_path / "f").write_bytes(bytes(range(256)))
+    ranges = [("f", i * 37 % 250, 5) for i in range(60)]
+    web.failures += [failure] * 12
+    found = list(open_store(web.url).get_ranges(ranges))
+    assert found == [bytes(range(start, start + 5)) for _, start, _ in ranges]
+    assert len(web.log) == len(ranges) + 12  # none but those that failed is asked for twice
+
+
+def test_ranges_are_asked_for_no_further_ahead_than_a_few(web, tmp_path):
+    (tmp_path / "f").write_bytes(bytes(256))
+    ranges = open_store(web.url).get_ranges([("f", i, 1) for i in range(200)])
+    next(ranges)
+    time.sleep(0.3)
+    assert 1 <= len(web.log) <= 16
+    with pytest.raises(FileNotFoundError):
+        list(open_store(web.url).get_ranges([("f", 0, 1), ("none", 0, 1)]))
+
+
 def test_a_forked_child_is_told_instead_of_waiting_for_ever(web, pixels):
     fork = multiprocessing.get_context("fork")
     queue = fork.Queue()
