@@ -28,6 +28,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     Reader = Callable[[Boxes], object]
 
 TILE, PATCH, QUALITY = 256, 256, 80
+SCALES = (1, 4, 16)  # of the levels that the SVS stores
 PEERS = ("OpenSlide", "tiles", "tiffslide", "COG, rasterio")  # of whose rates those of others are shown as shares
 MOST_DIFFERENT = 4  # in the mean, on noise: decoders of JPEG enlarge halved colours in two ways
 os.environ["GDAL_CACHEMAX"] = "32"  # megabytes, read at GDAL's first use of its cache
@@ -61,8 +63,11 @@ DESCRIPTION = (
 )
 
 
-def write_svs(path: Path, side: int, tissue: Path | None) -> None:
-    """Write a slide of (side, side) pixels and two coarser levels, of a few hundred different tiles."""
+def write_svs(path: Path, side: int, tissue: Path | None, glass: float = 0) -> None:
+    """Write a slide of (side, side) pixels and two coarser levels, of a few hundred different tiles.
+
+    `glass` is the share of the side that is glass at each border, 0 to 0.5.
+    """
     rng = np.random.default_rng(0)
     if tissue:
         whole = tifffile.imread(tissue)
@@ -71,12 +76,20 @@ def write_svs(path: Path, side: int, tissue: Path | None) -> None:
     else:
         ramp = np.add.outer(np.arange(TILE), np.arange(TILE))[..., None] // 3
         tiles = [(ramp + rng.integers(0, 80, (TILE, TILE, 3))).clip(0, 255).astype(np.uint8) for _ in range(200)]
-    encoded = [imagecodecs.jpeg_encode(tile, level=QUALITY, subsampling="444") for tile in tiles]
+    empty, *encoded = (
+        bytes(imagecodecs.jpeg_encode(tile, level=QUALITY, subsampling="444"))
+        for tile in (np.full((TILE, TILE, 3), 243, np.uint8), *tiles)
+    )
+
+    def drawn(count: int) -> Iterator[bytes]:
+        inside = range(int(count * glass), count - int(count * glass))
+        for row, column in product(range(count), repeat=2):
+            yield encoded[rng.integers(len(encoded))] if row in inside and column in inside else empty
+
     with tifffile.TiffWriter(path, bigtiff=True) as tif:
-        for scale in (1, 4, 16):
-            count = (side // scale // TILE) ** 2
+        for scale in SCALES:
             tif.write(
-                iter([encoded[i] for i in rng.integers(0, len(encoded), count)]),
+                drawn(side // scale // TILE),
                 shape=(side // scale, side // scale, 3),
                 dtype=np.uint8,
                 tile=(TILE, TILE),

@@ -38,63 +38,21 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import imagecodecs
-import numpy as np
 import openslide
 import psutil
-import tifffile
 from openslide.deepzoom import DeepZoomGenerator
+from slides_in_place import TILE, write_svs
 
 from pipeline.interrupt import run_main
 from pipeline.view import paint, tiles
 from storage import Slide, convert, processors
 
-TILE, SCREEN, QUALITY = 256, 8, 90
+SCREEN, QUALITY = 8, 90
 CONNECTIONS = 6  # of a browser, to one server
-SCALES = (1, 4, 16)  # of the levels that the SVS stores
 HALVINGS = (0, 1, 2)
 GIVEN_UP = 1 / 3
-DESCRIPTION = (
-    "Aperio Image Library v12\n{side}x{side} [0,0 {side}x{side}] (256x256) JPEG/RGB Q=80|AppMag = 40|MPP = 0.25"
-)
 
 Place = tuple[int, int, int]  # halvings, row and column of a tile
-
-
-def write_svs(path: Path, side: int, tissue: Path | None) -> None:
-    """Write a slide of (side, side) pixels with tissue in the middle."""
-    rng = np.random.default_rng(0)
-    if tissue:
-        whole = tifffile.imread(tissue)
-        corners = [(y, x) for y in range(0, whole.shape[0] - TILE, 128) for x in range(0, whole.shape[1] - TILE, 128)]
-        pool = [whole[y : y + TILE, x : x + TILE] for y, x in corners]
-    else:
-        ramp = np.add.outer(np.arange(TILE), np.arange(TILE))[..., None] // 3
-        pool = [(ramp + rng.integers(0, 80, (TILE, TILE, 3))).clip(0, 255).astype(np.uint8) for _ in range(200)]
-    encoded = [imagecodecs.jpeg_encode(tile, level=80, subsampling="444") for tile in pool]
-    glass = imagecodecs.jpeg_encode(np.full((TILE, TILE, 3), 243, np.uint8), level=80, subsampling="444")
-
-    def drawn(count: int) -> Iterator[bytes]:
-        for row in range(count):
-            for column in range(count):
-                inside = count // 4 <= row < count - count // 4 and count // 4 <= column < count - count // 4
-                yield bytes(encoded[rng.integers(len(encoded))] if inside else glass)
-
-    with tifffile.TiffWriter(path, bigtiff=True) as tif:
-        for scale in SCALES:
-            tif.write(
-                drawn(side // scale // TILE),
-                shape=(side // scale, side // scale, 3),
-                dtype=np.uint8,
-                tile=(TILE, TILE),
-                photometric="ycbcr",
-                subsampling=(1, 1),
-                compression="jpeg",
-                description=DESCRIPTION.format(side=side) if scale == 1 else "Aperio Image Library v12",
-                metadata=None,
-            )
-            if scale == 1:  # an SVS has a thumbnail in the second place
-                tif.write(pool[0], rowsperstrip=16, photometric="rgb", metadata=None, description="Aperio thumbnail")
 
 
 def screens(side: int, halvings: int, count: int, seed: int) -> list[list[Place]]:
@@ -276,7 +234,7 @@ def main() -> None:
     print(", ".join([about["machine"], *(f"{name} {each}" for name, each in about["versions"].items())]))
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         svs, pyramid = Path(folder, "slide.svs"), Path(folder, "pyramid.ome.zarr")
-        write_svs(svs, args.size, args.tissue)
+        write_svs(svs, args.size, args.tissue, glass=1 / 4)
         convert(svs, pyramid)
         size = sum(file.stat().st_size for file in pyramid.rglob("*") if file.is_file())
         print(
