@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Two processes, which two cores keep busy; `make test TESTS='-n 0 tests/storage'` runs some in one.
-TESTS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes keep two cores busy, as a third of their time is waiting; `make test TESTS='-n 0 tests/storage'` runs some in one.
+TESTS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-random lint docs clean
 
