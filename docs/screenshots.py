@@ -1,6 +1,7 @@
-"""Photograph the viewer, and a report, in Chromium: docs/viewer.jpg is made so.
+r"""Photograph the viewer, and a report, in Chromium: docs/viewer.jpg is made so.
 
-    python docs/screenshots.py pyramids/manifest.csv runs/first --slide slide-57 --out docs/viewer.jpg
+    python docs/screenshots.py pyramids/manifest.csv runs/first --out docs/viewer.jpg \
+        --slide 'slide-11&x=1250&y=1250&zoom=0.42'
     python docs/screenshots.py pyramids/manifest.csv runs/first --report runs/first/report.html --out report.jpg
 
 It needs the extras ``view`` and ``dev``, and Chromium (``apt-get install chromium``).
@@ -43,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--slide", help="the slide that is shown; default: the first")
+    parser.add_argument("--slide", help="the slide that is shown, as the viewer's address has it; default: the first")
     parser.add_argument("--report", type=Path, help="this page in place of the viewer")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
