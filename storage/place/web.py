@@ -38,7 +38,7 @@ T = TypeVar("T")
 PIECE_BYTES = 2**20  # bytes of a body that are read at once
 DRAINED_BYTES = 2**16  # bytes of an error's body that are read to reuse its connection
 REDIRECTS = 5
-CONNECTIONS = 128  # as many as there are reading threads
+CONNECTIONS = 128  # at a time, to all servers
 TOGETHER, GROUPS_AHEAD = 8, 2  # requests that are waited for together, and such groups that are under way
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
@@ -141,6 +141,7 @@ class WebRequests:
         url = URL(f"{URL(self.url)}/{quote(key)}", encoded=True)
         try:
             async with (
+                _connections(),  # to wait for one takes nothing of the request's time
                 asyncio.timeout(self.timeout_s),
                 _session().request(method, url, headers=headers, max_redirects=REDIRECTS) as answer,
             ):
@@ -192,6 +193,11 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="storage-web", daemon=True).start()
     return loop
+
+
+@cache
+def _connections() -> asyncio.Semaphore:
+    return asyncio.Semaphore(CONNECTIONS)
 
 
 def _has_proxies_or_passwords() -> bool:

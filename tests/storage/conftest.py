@@ -84,6 +84,7 @@ def halve():
 
 
 HANG_S = 1.0  # longer than clients of hanging servers wait in tests
+SLOW_S = 0.1  # before an answer
 
 
 class _RangeHandler(SimpleHTTPRequestHandler):
@@ -111,6 +112,7 @@ class _RangeHandler(SimpleHTTPRequestHandler):
         if failure in ("close", "hang"):
             time.sleep(HANG_S if failure == "hang" else 0)
             return
+        time.sleep(SLOW_S if failure == "slow" else 0)
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             self.send_error(404)

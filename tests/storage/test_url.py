@@ -19,6 +19,7 @@ from storage import (
 from storage.place.objects import connect
 from storage.place.retry import READING
 from storage.place.stores import list_below, open_store
+from storage.place.web import _connections, _session
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +144,20 @@ def test_ranges_are_asked_for_no_further_ahead_than_a_few(web, tmp_path):
     assert 1 <= len(web.log) <= 16
     with pytest.raises(FileNotFoundError):
         list(open_store(web.url).get_ranges([("f", 0, 1), ("none", 0, 1)]))
+
+
+def test_a_request_has_its_whole_time_however_many_are_before_it(web, tmp_path, monkeypatch):
+    (tmp_path / "f").write_bytes(bytes(256))
+    monkeypatch.setattr("storage.place.web.CONNECTIONS", 2)
+    web.failures += ["slow"] * 16  # together they take 0.8 s, and each has 0.3 s
+    for made in (_connections, _session):
+        made.cache_clear()
+    try:
+        assert list(open_store(web.url).get_ranges([("f", i, 1) for i in range(16)])) == [b"\0"] * 16
+    finally:
+        for made in (_connections, _session):
+            made.cache_clear()
+    assert len(web.log) == 16
 
 
 def test_a_forked_child_is_told_instead_of_waiting_for_ever(web, pixels):
