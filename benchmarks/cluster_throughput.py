@@ -164,7 +164,7 @@ def recovery_seconds(folder: Path, entries: Sequence[Entry], config: Config) -> 
 
     def kill_and_watch() -> None:
         _wait_for_epochs(folder, 2)
-        [worker, *_] = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _command(p)]
+        [worker, *_] = [p for p in psutil.Process().children(recursive=True) if "_TrainingWorker.run" in _command(p)]
         worker.kill()
         times.append(time.perf_counter())
         _wait_for_epochs(folder, 3)
