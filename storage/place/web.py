@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache, partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 from urllib.parse import quote
 from urllib.request import getproxies
@@ -27,7 +28,7 @@ from storage.errors import CorruptImageError, TransferError
 from storage.place.retry import Retryable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
     from concurrent.futures import Future
 
     import aiohttp
@@ -66,7 +67,7 @@ class WebRequests:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes from ``start``, or from ``-start`` before the end; fewer where the file ends."""
-        return asyncio.run_coroutine_threadsafe(self._range(key, start, length), _event_loop()).result()
+        return _submit(self._range(key, start, length)).result()
 
     async def _range(self, key: str, start: int, length: int) -> bytes:
         wanted = f"bytes={start}-{start + length - 1}" if start >= 0 else f"bytes=-{length}"
@@ -92,20 +93,18 @@ class WebRequests:
 
         A thread for each request would cost more than the request.
         """
-        groups = [ranges[start : start + TOGETHER] for start in range(0, len(ranges), TOGETHER)]
-        under_way = deque(map(self._begin, groups[:GROUPS_AHEAD]))
-        for number in range(len(groups)):
-            group = under_way.popleft()
-            for place in range(len(groups[number])):
-                yield partial(_outcome, group, place)
-            if number + GROUPS_AHEAD < len(groups):
-                under_way.append(self._begin(groups[number + GROUPS_AHEAD]))
+        groups = (self._begin(ranges[start : start + TOGETHER]) for start in range(0, len(ranges), TOGETHER))
+        under_way = deque(islice(groups, GROUPS_AHEAD))
+        while under_way:
+            yield from under_way.popleft()
+            under_way.extend(islice(groups, 1))
 
-    def _begin(self, ranges: Sequence[Range]) -> Future[list[bytes | BaseException]]:
+    def _begin(self, ranges: Sequence[Range]) -> list[Callable[[], bytes]]:
         async def ask() -> list[bytes | BaseException]:
             return await asyncio.gather(*(self._range(*each) for each in ranges), return_exceptions=True)
 
-        return asyncio.run_coroutine_threadsafe(ask(), _event_loop())
+        group = _submit(ask())
+        return [partial(_outcome, group, place) for place in range(len(ranges))]
 
     def stat(self, key: str) -> Stat:
         """Size and version of a file."""
@@ -129,8 +128,7 @@ class WebRequests:
     def _request(
         self, method: str, key: str, headers: dict[str, str], read: Callable[[aiohttp.ClientResponse], Awaitable[T]]
     ) -> T:
-        loop = _event_loop()
-        return asyncio.run_coroutine_threadsafe(self._answer(method, key, headers, read), loop).result()
+        return _submit(self._answer(method, key, headers, read)).result()
 
     async def _answer(
         self, method: str, key: str, headers: dict[str, str], read: Callable[[aiohttp.ClientResponse], Awaitable[T]]
@@ -170,6 +168,11 @@ async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes | None:
             answer.close()
             return None
     return bytes(body)
+
+
+def _submit(request: Coroutine[Any, Any, T]) -> Future[T]:
+    """Begin a request on the loop."""
+    return asyncio.run_coroutine_threadsafe(request, _event_loop())
 
 
 def _outcome(group: Future[list[bytes | BaseException]], place: int) -> bytes:
@@ -218,5 +221,5 @@ def _session() -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None),  # each request has its own timeout
         trust_env=_has_proxies_or_passwords(),
     )
-    atexit.register(lambda: asyncio.run_coroutine_threadsafe(session.close(), _event_loop()).result(1.0))
+    atexit.register(lambda: _submit(session.close()).result(1.0))
     return session

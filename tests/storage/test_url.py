@@ -125,7 +125,6 @@ def _read_forked(slide, queue):
         queue.put(str(error))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("failure", [503, "cut", "close"])
 def test_many_ranges_come_in_order_though_some_fail_at_first(web, tmp_path, failure):
     (tmp_path / "f").write_bytes(bytes(range(256)))
@@ -160,6 +159,7 @@ def test_a_request_has_its_whole_time_however_many_are_before_it(web, tmp_path, 
     assert len(web.log) == 16
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_is_told_instead_of_waiting_for_ever(web, pixels):
     fork = multiprocessing.get_context("fork")
     queue = fork.Queue()
