@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nested_ats import Draw, NestedATS
 from nested_ats.cells import curve_order
-from nested_ats.expectation import entropy, expectation
+from nested_ats.estimators import entropy, expectation
 from nested_ats.images import Image
 from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase
 from nested_ats.reading import Reading

@@ -24,8 +24,8 @@ import torch
 from sampling_variance import ENTROPIES, C, R, phase
 from torch import Tensor, nn
 
+from nested_ats.estimators import expectation
 from nested_ats.evaluation import Head, estimate, expected_error
-from nested_ats.expectation import expectation
 from nested_ats.sampling import METHODS, Method, fold_in
 from pipeline.interrupt import run_main
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nested_ats.cells import curve_order
-from nested_ats.expectation import expectation
+from nested_ats.estimators import expectation
 from nested_ats.phases import Phase, Population, draw_phase
 from nested_ats.sampling import Draw, Method, draw, fold_in
 from pipeline.interrupt import run_main

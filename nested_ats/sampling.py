@@ -3,7 +3,7 @@
 One rule serves every sampler: it returns units S and, for each, a number ``z`` with
 ``E[sum over S of z_i y_i] = sum of all y_i`` for every population ``y``. Whatever is built on that rule is
 unbiased for the value, and automatic differentiation of ``sum stop_gradient(z_i) a_i f_i`` is unbiased for the
-gradient, at any depth and without a hand-written backward pass (see `nested_ats.expectation`).
+gradient, at any depth and without a hand-written backward pass (see `nested_ats.estimators`).
 
 Shape letters: B batch, K units of the population, n units drawn.
 

@@ -7,8 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.crs import metres_per_pixel
-from pipeline.data.given import FeatureImage, is_features
-from pipeline.data.manifest import Entry, is_image_file, slide_name
+from pipeline.data.manifest import Entry, is_features, is_image_file, slide_name
 from pipeline.errors import PipelineError
 from storage import Slide
 from storage.format.nodata import to_json
@@ -71,6 +70,8 @@ def _describe_place(slide: Slide) -> dict[str, Any]:
 
 
 def _describe_features(location: str) -> dict[str, Any]:
+    from pipeline.data.given import FeatureImage  # torch with it, for which slides do not wait
+
     image = FeatureImage(Entry(slide_id=slide_name(location), path=location))
     tiles, features = image.slide.features.shape
     return {

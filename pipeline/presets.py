@@ -23,8 +23,8 @@ from typing import NamedTuple
 from nested_ats.config import LevelConfig, levels_for
 from nested_ats.networks.hub import cached
 from nested_ats.networks.presets import PRESETS
-from pipeline.data.given import FeatureImage, is_features
-from pipeline.data.manifest import Entry
+from pipeline.data.given import FeatureImage
+from pipeline.data.manifest import Entry, is_features
 from pipeline.data.slides import open_slide
 from pipeline.errors import DataError, UsageError
 from pipeline.net import Net

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from nested_ats.config import DeepMILConfig
-from nested_ats.expectation import entropy
+from nested_ats.estimators import entropy
 from nested_ats.images import Image
 from nested_ats.models.patches import PatchModel
 from nested_ats.phases import Output, Phase, Population, draw_phase, take_all

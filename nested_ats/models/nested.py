@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from nested_ats.cells import boxes_at, cell_centers, curve_order, grid_centers, image_sizes
 from nested_ats.config import ModelConfig
-from nested_ats.expectation import entropy, expectation
+from nested_ats.estimators import entropy, expectation
 from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.residual import group_logits, inherited

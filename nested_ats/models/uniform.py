@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nested_ats.config import UniformConfig
-from nested_ats.expectation import entropy, expectation
+from nested_ats.estimators import entropy, expectation
 from nested_ats.images import Image
 from nested_ats.models.patches import SamplingModel
 from nested_ats.phases import Leaves, Output, Population, Sampler, draw_phase, leaves_of, take_all

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.data.given import FeatureFile, is_features
-from pipeline.data.manifest import Entry
+from pipeline.data.given import FeatureFile
+from pipeline.data.manifest import Entry, is_features
 from pipeline.data.slides import open_slide
 from pipeline.net import Net
 from pipeline.progress import each_slide

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nested_ats.mask import Mask
 from pipeline.data.bags import Bag, read_bag_file
-from pipeline.data.manifest import FEATURES_SUFFIX, Entry
+from pipeline.data.manifest import Entry
 from pipeline.errors import DataError
 from pipeline.files import file_name
 from storage import ReadStatistics
@@ -33,11 +33,6 @@ _SPARSE, _SMALL = 100, 10_000  # cells of a grid for each tile, and beside them,
 _DENSE = 30  # cells of one grid for each tile, as where tissue is sparse
 _FEW_STEPS = 4  # of a grid, between most neighbours, where many tiles are left out
 _Cells = NDArray[np.int64]
-
-
-def is_features(path: str) -> bool:
-    """Tell whether a slide's place is a file of features rather than an image."""
-    return path.lower().endswith(FEATURES_SUFFIX)
 
 
 class FeatureFile:

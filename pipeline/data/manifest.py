@@ -185,6 +185,11 @@ def has_image_suffix(place: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
+def is_features(path: str) -> bool:
+    """Tell whether a slide's place is a file of features rather than an image."""
+    return path.lower().endswith(FEATURES_SUFFIX)
+
+
 def is_image_file(place: str) -> bool:
     """Whether a path or URL is an image file rather than a pyramid; a URL is told by its name."""
     return has_image_suffix(place) if is_remote(place) else os.path.isfile(files_of(place)[0])

@@ -12,8 +12,8 @@ from nested_ats.config import EncoderConfig
 from nested_ats.networks.builtin import GIVEN
 from nested_ats.networks.encoders import read_choice
 from pipeline.data.cases import CaseImage
-from pipeline.data.given import FeatureImage, is_features
-from pipeline.data.manifest import Entry
+from pipeline.data.given import FeatureImage
+from pipeline.data.manifest import Entry, is_features
 from pipeline.data.slides import Opening, SlideImage, check_slide, open_image
 from pipeline.errors import DataError
 

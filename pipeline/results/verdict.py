@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nested_ats import ImageModel, Output
-from nested_ats.expectation import uniform_entropy
+from nested_ats.estimators import uniform_entropy
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.uniform import UniformSampling
 from nested_ats.networks.builtin import GIVEN

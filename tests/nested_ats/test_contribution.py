@@ -7,7 +7,7 @@ import torch
 
 from nested_ats import ArrayImage, Classes, DeepMILConfig, Mask, Ordinal, UniformConfig, build_model
 from nested_ats.contribution import evidence, explained, score, whole_map
-from nested_ats.expectation import expectation
+from nested_ats.estimators import expectation
 from nested_ats.phases import leaves_of, take_all
 
 from .test_targets import TARGETS

@@ -17,7 +17,7 @@ from nested_ats import (
     UniformConfig,
     build_model,
 )
-from nested_ats.expectation import uniform_entropy
+from nested_ats.estimators import uniform_entropy
 from nested_ats.models.patches import spread
 from nested_ats.targets import Classes, Cox, Regression
 from pipeline.results.verdict import Observer, class_shares, guess_cross_entropy, is_background, run_shares, verdict
