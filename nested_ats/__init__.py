@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nested_ats.checkpoint import ModelInfo, inspect_model, load_model, save_model
+    from nested_ats.checkpoint import ModelInfo, inspect_model, load_model, save_model, take_weights
     from nested_ats.config import (
         AnyConfig,
         CNNConfig,
@@ -92,11 +92,12 @@ __all__ = [
     "read_batch",
     "save_model",
     "step_cost",
+    "take_weights",
 ]
 
 # Names are fetched from their modules at first use (PEP 562): who needs no torch does not wait for it.
 _MODULES = {
-    "checkpoint": ("ModelInfo", "inspect_model", "load_model", "save_model"),
+    "checkpoint": ("ModelInfo", "inspect_model", "load_model", "save_model", "take_weights"),
     "config": (
         "AnyConfig",
         "CNNConfig",

@@ -17,10 +17,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+
+from torch import Tensor
 
 from nested_ats.config import AnyConfig, LevelConfig
 from nested_ats.errors import ModelFileError, UntrustedEncoderError
@@ -32,7 +34,7 @@ from nested_ats.networks.encoders import is_import_path
 from nested_ats.networks.weights import read_tensors, sha256
 from nested_ats.targets import Classes, Target, read_target
 
-__all__ = ["CONFIG", "WEIGHTS", "ModelInfo", "inspect_model", "load_model", "save_model"]
+__all__ = ["CONFIG", "WEIGHTS", "ModelInfo", "inspect_model", "load_model", "save_model", "take_weights"]
 
 M = TypeVar("M", bound=ImageModel)
 
@@ -207,6 +209,52 @@ def load_model(
         reason = str(error).splitlines()[-1].strip()
         raise ModelFileError(f"{folder / WEIGHTS}: weights do not fit {CONFIG}: {reason}") from error
     return model, list(target.names)
+
+
+def take_weights(model: ImageModel, folder: Path) -> None:
+    """Give a model the weights of a saved one of the same networks, whose levels, samples and target may be others.
+
+    Parameters
+    ----------
+    model
+        Gets the weights; those of its head stay if the two have different targets.
+    folder
+        Was written by `save_model`. Nothing is imported, even if its encoder is code.
+
+    Raises
+    ------
+    ModelFileError
+        `inspect_model` refuses the folder, its networks are others, or they see pixels normalised otherwise.
+    """
+    info = inspect_model(folder, trust_encoder=True)
+    own, weights = model.state_dict(), read_tensors(folder / WEIGHTS, within=folder)
+    alike = info.target == model.target
+    if not alike:
+        weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
+        own = {name: value for name, value in own.items() if not name.startswith("head.")}
+    odd = [name for name in sorted(own.keys() | weights.keys()) if _shape(own, name) != _shape(weights, name)]
+    if odd:
+        name = odd[0]
+        raise ModelFileError(
+            f"{folder}: networks of another form: {len(odd)} of their tensors differ, such as {name}, "
+            f"{_shape(weights, name)} there and {_shape(own, name)} here; take its encoder, features, number "
+            f"of levels and channels of attention (see {CONFIG})"
+        )
+    for name in ("mean", "std"):
+        there, here = (_of_channels(getattr(each, name), info.in_channels) for each in (info.config, model.config))
+        if there != here:
+            raise ModelFileError(
+                f"{folder}: its networks saw pixels normalised by {name} {there}, not {here}; set model.{name} so"
+            )
+    model.load_state_dict(weights, strict=alike)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "none"
+
+
+def _of_channels(values: float | tuple[float, ...] | None, channels: int) -> list[float]:
+    return [float(value) for value in (values if isinstance(values, tuple) else (values or 0.0,) * channels)]
 
 
 def _check_format(description: dict[str, Any]) -> None:

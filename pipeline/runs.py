@@ -45,6 +45,15 @@ _ABOUT = {"run", "epoch", "step", "metrics"}  # what a state says about itself
 _SUM, _BLANK = "sha256", "-" * 64  # its checksum, and what stands there while it is computed
 
 
+class _Init(BaseModel):
+    """What a run.json says of the model that the run began with (`pipeline.training.init`)."""
+
+    folder: str
+    sha256: str
+    entries: list[Entry]
+    identities: dict[str, str]
+
+
 class _Run(BaseModel):
     """What a run.json must hold, by which it is checked before it is used."""
 
@@ -57,6 +66,7 @@ class _Run(BaseModel):
     versions: dict[str, str]
     entries: list[Entry]
     identities: dict[str, str] = {}  # of the pixels of slides, by slide id; runs of before have none
+    init: _Init | None = None
 
     @model_validator(mode="before")
     @classmethod

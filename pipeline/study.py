@@ -172,7 +172,7 @@ class Model:
             As `pipeline.results.settings.Options`: ``draws``, ``exact``, ``last``, ...
         """
         about = read_run(self.run)
-        entries = RunSplits(about["entries"], about["identities"]).fill(cohort.entries)
+        entries = RunSplits.of_run(about).fill(cohort.entries)
         chosen = [entry for entry in entries if split in (None, entry.split)]
         if not chosen:
             raise UsageError(f"split {split}: no slide is in it")

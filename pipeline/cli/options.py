@@ -71,7 +71,7 @@ def chosen_slides(slides: Sequence[str], split: str | None, run: Path) -> list[E
     if split is None:
         return entries
     about = read_run(run)
-    filled = RunSplits(about["entries"], about["identities"]).fill(entries)
+    filled = RunSplits.of_run(about).fill(entries)
     chosen = [entry for entry in filled if entry.split == split]
     counts = Counter(entry.split or "none" for entry in filled)
     if not chosen:

@@ -46,6 +46,9 @@ def train(
     mirror: Annotated[
         str | None, typer.Option(help="s3://, gs:// URL to copy the run to at every checkpoint, and to go on from.")
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A run or model whose weights to begin with, as of smaller images.")
+    ] = None,
     overwrite: Overwrite = False,
     fail_fast: FailFast = False,
     dry_run: Annotated[
@@ -66,7 +69,8 @@ def train(
     check_cluster(cluster, group[1], device)
     entries = labelled_slides(manifest, tables, wanted=columns(chosen.target))
     folds = fold_entries(entries, splits, fold, chosen, drop=tables.missing == "drop")
-    options: dict[str, Any] = {"device": device, "mirror": mirror, "overwrite": overwrite, "fail_fast": fail_fast}
+    options: dict[str, Any] = {"device": device, "mirror": mirror, "init": init}
+    options |= {"overwrite": overwrite, "fail_fast": fail_fast}
     if dry_run:
         _look(folds, chosen, out, options)
     elif len(folds) > 1:

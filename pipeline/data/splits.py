@@ -95,9 +95,17 @@ class RunSplits:
         The ``entries`` of the run's run.json.
     identities
         Its ``identities``: those of the pixels, by the ids of the slides; runs of before have none.
+    earlier
+        The splits of the training whose model the run began with, if it did: what that has seen counts, too.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], identities: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        identities: Mapping[str, str] | None = None,
+        earlier: RunSplits | None = None,
+    ) -> None:
+        self._earlier = earlier
         # A case is known by all of its slides.
         slides = [slide for row in rows for slide in (row.get("slides") or [row])]
         self._by_id: dict[str, Mapping[str, Any]] = {row["slide_id"]: row for row in (*rows, *slides)}
@@ -108,6 +116,12 @@ class RunSplits:
         for slide_id, identity in self._identities.items():
             if slide_id in self._by_id:
                 self._by_pixels.setdefault(identity, set()).add(self._by_id[slide_id]["split"])
+
+    @classmethod
+    def of_run(cls, about: Mapping[str, Any]) -> RunSplits:
+        """Take them from what a run.json says."""
+        init = about.get("init")  # runs of before have none
+        return cls(about["entries"], about["identities"], cls(init["entries"], init["identities"]) if init else None)
 
     def row(self, entry: Entry) -> Mapping[str, Any] | None:
         """Return the run's row of a slide, or None where the run does not have the slide."""
@@ -142,7 +156,8 @@ class RunSplits:
         found = {str(row["split"]) if row else self._by_case.get(entry.case_id, "")}
         for identity in self.pixels(entry).union(pixels):
             found |= self._by_pixels.get(identity, set())
-        return next((split for split in SEEN if split in found), "")
+        seen = next((split for split in SEEN if split in found), "")
+        return seen or (self._earlier.seen(entry, pixels) if self._earlier else "")
 
     def fill(self, entries: Sequence[Entry]) -> list[Entry]:
         """Give entries what the run knows of them and the manifest does not: labels, cases and splits.

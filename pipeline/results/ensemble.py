@@ -58,7 +58,7 @@ class Member:
     @cached_property
     def splits(self) -> RunSplits:
         """The splits of its slides."""
-        return RunSplits(self.about["entries"], self.about["identities"])
+        return RunSplits.of_run(self.about)
 
 
 Answers = list[tuple[Member, Mapping[str, Any]]]  # of models, to one slide

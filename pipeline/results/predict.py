@@ -88,7 +88,7 @@ def predict(
     """
     settings = prediction_settings(run, **options)
     about = read_run(run)
-    target, splits = read_target(about["target"]), RunSplits(about["entries"], about["identities"])
+    target, splits = read_target(about["target"]), RunSplits.of_run(about)
     entries, fingerprint, model = splits.fill(entries), settings.fingerprint, short(settings.model_sha256)
     if settings.unit == "case":
         entries = group_cases(entries)

@@ -55,6 +55,7 @@ def dry_run(
     *,
     device: str = "auto",
     mirror: str | None = None,
+    init: Path | None = None,
     overwrite: bool = False,
     fail_fast: bool = False,
 ) -> tuple[list[str], list[Failure]]:
@@ -67,7 +68,8 @@ def dry_run(
     """
     chosen = select(entries, config, fail_fast=fail_fast)
     config = chosen.config
-    arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast, overwrite=overwrite)
+    options: dict[str, Any] = {"mirror": mirror, "init": init, "fail_fast": fail_fast, "overwrite": overwrite}
+    arguments = worker_arguments(chosen, config, folder, **options)
     _check_out(folder, arguments["fingerprint"], overwrite=overwrite)
     if mirror:
         Mirror(mirror, folder).check(arguments["fingerprint"], overwrite=overwrite)

@@ -49,6 +49,7 @@ def train_folds(
     workers: int = 1,
     device: str = "auto",
     mirror: str | None = None,
+    init: Path | None = None,
     overwrite: bool = False,
     fail_fast: bool = False,
 ) -> Iterator[FoldResult]:
@@ -65,7 +66,7 @@ def train_folds(
     address, workers
         Where and how many folds are trained at the same time, each by one worker; ``none`` trains one after another
         in this process.
-    device, overwrite, fail_fast
+    device, init, overwrite, fail_fast
         See `train`.
     mirror
         URL below which each run has its copy.
@@ -83,7 +84,7 @@ def train_folds(
     if (folder / RUN).exists():
         raise UsageError(f"{folder}: holds a run; give the folds another --out, below which each has its own")
     make_folder(folder)
-    options = {"device": device, "overwrite": overwrite, "fail_fast": fail_fast}
+    options = {"device": device, "init": init, "overwrite": overwrite, "fail_fast": fail_fast}
     tasks = cluster.run_tasks(
         partial(_Worker, folds, config, folder, mirror, options),
         list(folds),

@@ -9,7 +9,7 @@ Shape letters: B slides of one worker in one step, Q numbers of the head.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,6 +35,7 @@ from pipeline.runs import autocast
 from pipeline.sections import CoxTarget
 from pipeline.training.course import KeptWeights, clip, entropy_weight, learning_rate, more_samples
 from pipeline.training.epochs import TOTALS
+from pipeline.training.init import begin_with
 from pipeline.training.risks import RiskMemory
 
 # This many parts of a batch read or compute while another goes backward: enough to keep a slow store busy, and at
@@ -55,11 +56,15 @@ class Learner:
         target: Target,
         channels: int,
         folder: Path,
+        init: Mapping[str, Any] | None = None,
     ) -> None:
         self.context, self.config, self.training, self.folder = context, config, training, folder
+        self.init = init
         self.target = target
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, in_channels=channels, classes=target).to(context.device)
+        if init:
+            begin_with(self.model, init)
         _check_statistics(self.model, context)
         self.optimizer = torch.optim.AdamW(
             self._trained(),

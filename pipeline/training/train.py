@@ -26,6 +26,7 @@ from pipeline.results.measures import measure_names
 from pipeline.runs import CONFIG, LOCK, METRICS, MODEL, RUN, STATE, clear_run, read_metrics, read_run
 from pipeline.sections import ClassesTarget
 from pipeline.training.epochs import describe
+from pipeline.training.init import find_init
 from pipeline.training.mirror import Mirror
 from pipeline.training.normalize import normalized
 from pipeline.training.trainer import train_worker
@@ -43,6 +44,7 @@ def train(
     workers: int | tuple[int, int] = 1,
     device: str = "auto",
     mirror: str | None = None,
+    init: Path | None = None,
     overwrite: bool = False,
     fail_fast: bool = False,
 ) -> tuple[dict[str, float], list[Failure]]:
@@ -64,6 +66,9 @@ def train(
         ``cpu``; ``cuda``, with Ray a GPU for each worker; or ``auto``, which is ``cuda`` where that is possible.
     mirror
         URL in an object store to which the run is copied at every checkpoint, and from which it goes on.
+    init
+        A finished run, or the folder of a model, whose weights the training begins with (`nested_ats.take_weights`);
+        all workers must see it.
     overwrite
         Start anew, whatever is in `folder` and in its copy.
     fail_fast
@@ -77,14 +82,18 @@ def train(
     Raises
     ------
     UsageError
-        `folder` or `mirror` holds another run, another process trains there, or labels or splits allow no training.
+        `folder` or `mirror` holds another run, another process trains there, or labels or splits allow no training;
+        or there is no model at `init`.
+    nested_ats.ModelFileError
+        The model at `init` has other networks, or is damaged.
     DataError
         No slide, or with `fail_fast` not every slide, can be used; or the loss became infinite.
     """
     copy = Mirror(mirror, folder) if mirror else None
     chosen = select(entries, config, fail_fast=fail_fast)
     config = chosen.config
-    arguments = worker_arguments(chosen, config, folder, mirror=mirror, fail_fast=fail_fast, overwrite=overwrite)
+    options: dict[str, Any] = {"mirror": mirror, "init": init, "fail_fast": fail_fast, "overwrite": overwrite}
+    arguments = worker_arguments(chosen, config, folder, **options)
     fingerprint = arguments["fingerprint"]
     make_folder(folder)
     unit = "steps" if address == "none" else "epochs"
@@ -116,6 +125,7 @@ def worker_arguments(
     folder: Path,
     *,
     mirror: str | None,
+    init: Path | None,
     fail_fast: bool,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -125,6 +135,9 @@ def worker_arguments(
     ------
     UsageError
         The validation slides do not have the figure that the best epoch is to be chosen by.
+        Or there is no model at `init`.
+    nested_ats.ModelFileError
+        That is damaged.
     DataError
         No training slide can be read, where `data.normalize` wants their statistics.
     """
@@ -136,6 +149,7 @@ def worker_arguments(
         "channels": chosen.channels,
         "folder": str(folder.absolute()),
         "mirror": mirror,
+        "init": init and find_init(init, chosen.target),
     }
     fingerprint = _fingerprint(config, arguments)
     if config.data.normalize:
@@ -175,6 +189,9 @@ def _fingerprint(config: Config, arguments: dict[str, Any]) -> str:
     ]
     identity = {**arguments, "folder": "", "entries": learnt}
     del identity["mirror"]
+    init = identity.pop("init")
+    if init:
+        identity["init"] = init["sha256"]
     if config.target == ClassesTarget():  # as of runs that know no other target
         del identity["target"]
         identity["classes"] = arguments["target"]["classes"]
@@ -230,6 +247,7 @@ def _prepare(folder: Path, arguments: dict[str, Any], chosen: Selection, *, over
         "target": arguments["target"],
         "channels": arguments["channels"],
         "config": arguments["config"],
+        "init": arguments["init"],
         "versions": versions(),
         "entries": plain_entries(chosen.entries),
         "identities": chosen.identities,

@@ -70,7 +70,8 @@ def train_worker(
     arguments
         ``config`` (plain values), ``entries`` (plain rows of training and validation slides), ``target`` (plain
         values), ``channels``, ``folder`` and ``fingerprint`` of the run; ``mirror``, the URL of its copy if it has
-        one; and ``fail_fast``, whether a slide that cannot be read ends the training.
+        one; ``init``, the model it begins with, if any (`pipeline.training.init.find_init`); and ``fail_fast``,
+        whether a slide that cannot be read ends the training.
     on_step
         Is called after every step.
 
@@ -101,6 +102,7 @@ def make_trainer(context: Context, arguments: Mapping[str, Any]) -> Trainer:
         Path(arguments["folder"]),
         arguments.get("mirror"),
         arguments.get("fingerprint", ""),
+        init=arguments.get("init"),
         fail_fast=arguments.get("fail_fast", False),
     )
 
@@ -119,6 +121,7 @@ class Trainer(Learner):
         mirror: str | None = None,
         fingerprint: str = "",
         *,
+        init: Mapping[str, Any] | None = None,
         fail_fast: bool = False,
     ) -> None:
         self.mirror, self.fingerprint = Mirror(mirror, folder) if mirror else None, fingerprint
@@ -126,7 +129,7 @@ class Trainer(Learner):
         self.slides = SampleCache(config.model, **config.data.opening)
         self.unreadable = Unreadable(fail_fast=fail_fast)
         training = [entry for entry in entries if entry.split == "train"]
-        super().__init__(context, config, training, target, channels, folder)
+        super().__init__(context, config, training, target, channels, folder, init)
         self.features: DiskFeatures | None = None
         self.guess = self._guess()
         self.saved_at = time.monotonic()
@@ -148,7 +151,7 @@ class Trainer(Learner):
         metrics: dict[str, Any] = {}
         curves_of = Curves(self.folder, position, self.context, self.config.train.tracker)
         with ThreadPoolExecutor(_READERS) as readers, curves_of as curves:
-            if position == Position():
+            if position == Position() and not self.init:
                 self._look_first(readers)
             for epoch in range(position.epoch, self.config.train.epochs):
                 if 0 < self.config.train.patience <= self.kept.stale:
