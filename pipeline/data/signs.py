@@ -272,7 +272,7 @@ def _wrapped(start: int, length: int, period: int) -> Iterator[tuple[slice, slic
 
 def _draw(window: NDArray[np.uint8], disc: Disc, y: int, x: int) -> None:
     """Blend a disc into a window whose first pixel is (y, x)."""
-    colour, coverage = _sprite(disc.radius, disc.kind)
+    colour, coverage = disc_sprite(disc.radius, disc.kind)
     side, period = len(colour), len(_dirt())
     dirt_y, dirt_x = disc.y % (period - side), disc.x % (period - side)
     colour = colour * _dirt()[dirt_y : dirt_y + side, dirt_x : dirt_x + side] // 255
@@ -285,7 +285,7 @@ def _draw(window: NDArray[np.uint8], disc: Disc, y: int, x: int) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _sprite(radius: int, kind: DiscKind) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+def disc_sprite(radius: int, kind: DiscKind) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """Return a clean disc's colour, (S, S, 3), and coverage, (S, S, 1), in 0..255; S is ``2 * radius + 3``."""
     offset = np.arange(-radius - 1.0, radius + 2.0)
     distance = np.hypot(offset[:, None], offset[None, :])

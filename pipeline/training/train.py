@@ -125,8 +125,8 @@ def worker_arguments(
     folder: Path,
     *,
     mirror: str | None,
-    init: Path | None,
     fail_fast: bool,
+    init: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `pipeline.training.trainer.train_worker`, from the parameters of `train`.
