@@ -29,7 +29,7 @@ def document(title: str, body: Iterable[str], *, plots: bool = False) -> str:
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{_static('report.css')}</style>{first}</head>"
+        f"<title>{text(title)}</title><style>{_static('colours.css')}{_static('report.css')}</style>{first}</head>"
         f"<body><main>{''.join(body)}</main>{last}</body></html>\n"
     )
 

@@ -78,7 +78,7 @@ class Viewer:
             Route(f"{case}/maps/{{name}}/{tile}", self._answer(self._map_tile)),
             Route(f"{case}/outlines/{{layer}}", self._answer(self._outlines)),
             Route("/colours/{name}", self._legend),
-            Mount("/static", StaticFiles(directory=STATIC)),
+            Mount("/static", StaticFiles(directory=STATIC, packages=[("pipeline.results", "static")])),  # its colours
         ]
 
     async def _page(self, _: Request) -> Response:

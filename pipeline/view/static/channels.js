@@ -1,6 +1,6 @@
 // Which channels are shown, in which colours, and between which values.
 
-import { element, settled } from "./server.js";
+import { element, settled, short } from "./server.js";
 
 const SPARE = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#ff00ff", "#00ffff", "#ffffff", "#ff8000"];
 const MOST = 12;
@@ -111,8 +111,4 @@ export class Channels {
     });
     return element("div", { className: "range" }, ...sliders);
   }
-}
-
-function short(value) {
-  return Math.abs(value) >= 100 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
 }

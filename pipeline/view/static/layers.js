@@ -1,6 +1,6 @@
 // What is drawn over a slide: attention as tiles, and outlines.
 
-import { ask, element, settled } from "./server.js";
+import { ask, element, settled, short } from "./server.js";
 import { Tiles, tileSource } from "./source.js";
 
 const COLOURS = { patches: "#00e5ff", regions: "#ffc400", annotations: "#ff4fa3", tissue: "#21d07a" };
@@ -162,8 +162,4 @@ export class Layers {
 
 function option(name) {
   return element("option", { value: name }, name);
-}
-
-function short(value) {
-  return String(Number(value.toPrecision(3)));
 }

@@ -41,3 +41,8 @@ export function element(tag, properties = {}, ...children) {
   made.append(...children);
   return made;
 }
+
+/** A number in three digits, and in all that it has before the point. */
+export function short(value) {
+  return Math.abs(value) >= 100 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
+}
