@@ -51,7 +51,7 @@ from pipeline.training.train import train, versions
 RESULTS = Path(__file__).parent / "results" / "gigapixel.json"
 SIDE, MEDIUM, SMALL = 32_768, 8_192, 1_024
 TRAINING, TESTS = 201, 102
-PATCHES, BATCH = 32, 8
+PATCHES, BATCH = 32, 4
 LEARNED = 0.9  # of the training scenes, within an epoch
 
 
@@ -90,11 +90,11 @@ def _cnn(downsample: int) -> dict[str, Any]:
 
 ARMS: dict[str, dict[str, Arm]] = {
     "villages": {
-        "nested 3": Arm(_nested(64, 16, 4), 40),
-        "nested 2": Arm(_nested(64, 16), 40),
+        "nested 3": Arm(_nested(64, 16, 4), 30),
+        "nested 2": Arm(_nested(64, 16), 30),
         "flat": Arm(_nested(16), 10),
-        "uniform": Arm(_UNIFORM, 40),
-        "CNN": Arm(_cnn(64), 40),
+        "uniform": Arm(_UNIFORM, 30),
+        "CNN": Arm(_cnn(64), 30),
     },
     "needles": {
         "small": Arm(_nested(16, 4), 30, side=SMALL, scenes=600),
@@ -115,7 +115,7 @@ def scenes(task: str, side: int, numbers: range, split: str) -> list[Entry]:
 
 def configure(arm: Arm, seed: int, epochs: int) -> Config:
     """Return the configuration of an arm."""
-    course = {"epochs": epochs, "batch_size": BATCH, "early_samples": 2 if arm.init else 4}
+    course = {"epochs": epochs, "batch_size": BATCH, "early_samples": 2 if arm.init else 4, "early_share": 0.3}
     values = {"seed": seed, "model": arm.model, "train": course, "data": {"background": 0.5}}
     return parse_config(values, "gigapixel")
 

@@ -6,7 +6,8 @@ same pixels in the reversed order of their distance from the centre, so that the
 at downsample 64 both are one pixel of haze. At downsample 16 a disc has three pixels, of which a sign's middle one
 is bright and a decoy's red. *Distractors* have rings of other colours and any number.
 
-- *villages*: 3 to 6 groups of some hundred signs among 24 to 36 groups of as many decoys and 4,000 distractors.
+- *villages*: 3 to 6 groups of 280 to 410 signs among 24 to 36 groups of as many decoys and 4,000 distractors
+  (in a gigapixel).
 - *needles*: 24 lone signs among 8,000 lone decoys in a gigapixel, and fewer in smaller scenes, but never less than 3
   signs. Nothing that is coarser than downsample 16 tells where to look.
 
@@ -211,8 +212,9 @@ class Scene:
         megapixels = self._side**2 / 2**20
         chosen: list[tuple[NDArray[np.int64], list[int]]] = []
         if self._task == "villages":
-            groups = [signs] * int(rng.integers(3, 7)) + [decoys] * int(rng.integers(24, 37))
-            chosen += [(_group(rng, free), kinds) for kinds in groups]
+            for kinds, most in ((signs, rng.integers(3, 7)), (decoys, rng.integers(24, 37))):
+                groups = max(1, round(int(most) / 1024 * megapixels))
+                chosen += [(_group(rng, free), kinds) for _ in range(groups)]
             lone = [(round(4000 / 1024 * megapixels), others)]
         else:
             lone = [(max(3, round(24 / 1024 * megapixels)), signs), (round(8000 / 1024 * megapixels), decoys)]
@@ -228,12 +230,12 @@ class Scene:
 
 
 def _group(rng: np.random.Generator, free: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Take the cells of a round group of 100 to 130 discs, clear of the others: (n, 2)."""
-    radius = int(rng.integers(6, 8))
+    """Take the cells of a round group of 280 to 410 discs, clear of the others: (n, 2)."""
+    radius = int(rng.integers(10, 13))
     cells = len(free)
     while True:
         y, x = rng.integers(radius, cells - radius, 2)
-        around = free[max(0, y - 2 * radius) : y + 2 * radius, max(0, x - 2 * radius) : x + 2 * radius]
+        around = free[max(0, y - radius - 3) : y + radius + 4, max(0, x - radius - 3) : x + radius + 4]
         if around.all():
             break
     offset = np.arange(-radius, radius + 1)

@@ -141,12 +141,10 @@ def _title(*, quick: bool, made: bool, what: str) -> str:
     return f"Colon cancer, {data}, 500 x 500 pixels, a fifth of them to test; {what}{width}"
 
 
-def draw(
-    experiment: Experiment, results: Sequence[Result], watched: Sequence[Entry], data: Path, out: Path, folder: Path
-) -> None:
+def draw(experiment: Experiment, watched: Sequence[Entry], data: Path, out: Path, folder: Path) -> None:
     """Draw each watched image beside its epithelial cells and the attention of each method (figures 4 and 8)."""
     points = colon_cancer_points(data)
-    methods = with_attention(experiment, results)
+    methods = with_attention(experiment, out)
     for number, entry in enumerate(watched if methods else ()):
         maps = {m.name: list(attention_maps(out, m.key, entry.slide_id).values())[-1] for m in methods}
         boxes: list[Box] = [(y - PATCH / 2, x - PATCH / 2, PATCH, PATCH) for y, x in points[entry.slide_id]]
@@ -155,11 +153,9 @@ def draw(
         attention_beside(image, maps, boxes, folder / f"{experiment.name}-figure8-{number}.png")
 
 
-def draw_ablation(
-    experiment: Experiment, results: Sequence[Result], watched: Sequence[Entry], out: Path, folder: Path
-) -> None:
+def draw_ablation(experiment: Experiment, watched: Sequence[Entry], out: Path, folder: Path) -> None:
     """Draw the attention of one image as training goes on, a row for each method (figures 6 and 7)."""
-    methods = with_attention(experiment, results)
+    methods = with_attention(experiment, out)
     if not (methods and watched):
         return
     rows = {method.name: attention_maps(out, method.key, watched[0].slide_id) for method in methods}
@@ -184,11 +180,11 @@ def main() -> None:
     what = {"quick": chosen.quick, "made": chosen.data is None}
     experiment = build_ablation(chosen.ablation, **what) if chosen.ablation else build(**what)
 
-    def figures(results: Sequence[Result], watched: Sequence[Entry], folder: Path) -> None:
+    def figures(_: Sequence[Result], watched: Sequence[Entry], folder: Path) -> None:
         if chosen.ablation:
-            draw_ablation(experiment, results, watched, chosen.out, folder)
+            draw_ablation(experiment, watched, chosen.out, folder)
         else:
-            draw(experiment, results, watched, data_folder(chosen), chosen.out, folder)
+            draw(experiment, watched, data_folder(chosen), chosen.out, folder)
 
     def make(folder: Path) -> Path:
         return write_colon_cancer(folder, images=IMAGES)

@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from commands import run
-from experiment import Experiment, Method, Result, measure_again, read_results, run_experiment, table
+from experiment import (
+    Experiment,
+    Method,
+    Result,
+    measure_again,
+    read_results,
+    run_experiment,
+    run_folder,
+    table,
+    take_results,
+)
 
 from pipeline.data.manifest import Entry, read_manifest, write_manifest
 from pipeline.errors import PipelineError, UsageError
@@ -26,7 +37,9 @@ def command_line(description: str, out: str, *, data: str = "") -> argparse.Argu
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--measure", action="store_true", help="measure time and memory of finished runs anew")
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of a results.json and end")
-    parser.add_argument("--save", type=Path, help="folder for results, table and figures to be committed")
+    parser.add_argument(
+        "--save", type=Path, help="folder for results, table and figures to be committed; runs that it has are done"
+    )
     if data:
         parser.add_argument("--data", type=Path, help=data)
     return parser
@@ -68,11 +81,17 @@ def conduct(
         watched = watch(read_manifest(manifest))
         if chosen.measure:
             measure_again(chosen.out, chosen.device)
-        kept = [entry.slide_id for entry in watched]
-        results = run_experiment(
-            experiment, manifest, chosen.out, only=chosen.only, attention_of=kept, device=chosen.device
-        )
         folder = chosen.save or chosen.out
+        take_results(chosen.out, folder / f"{experiment.name}.json")
+        results = run_experiment(
+            experiment,
+            manifest,
+            chosen.out,
+            only=chosen.only,
+            attention_of=[entry.slide_id for entry in watched],
+            device=chosen.device,
+            on_results=partial(save, experiment, folder=folder),
+        )
         save(experiment, results, folder)
         draw(results, watched, folder)
         print(table(experiment, results))
@@ -104,10 +123,9 @@ def data_folder(chosen: argparse.Namespace) -> Path:
     return Path(chosen.data or chosen.out / "made")
 
 
-def with_attention(experiment: Experiment, results: Sequence[Result]) -> list[Method]:
-    """Methods that learn an attention, and have a run of seed 0, which keeps it."""
-    ran = {result.method for result in results if result.seed == 0}
-    return [m for m in experiment.methods if m.key in ran and m.name.startswith(("ATS", "Deep MIL"))]
+def with_attention(experiment: Experiment, out: Path) -> list[Method]:
+    """Methods whose run of seed 0 has kept its attention here."""
+    return [m for m in experiment.methods if any((run_folder(out, m.key, 0) / "attention").glob("*.npz"))]
 
 
 def save(experiment: Experiment, results: Sequence[Result], folder: Path) -> None:

@@ -18,7 +18,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,7 @@ def run_experiment(
     only: Sequence[str] | None = None,
     attention_of: Sequence[str] = (),
     device: str = "auto",
+    on_results: Callable[[list[Result]], None] = lambda _: None,
 ) -> list[Result]:
     """Train and test every method `runs` times, but for the runs whose results are there.
 
@@ -155,6 +156,8 @@ def run_experiment(
         Slides whose attention is kept after every stage of the runs of seed 0; see `attention_maps`.
     device
         ``auto``, ``cpu`` or ``cuda``.
+    on_results
+        Is called after every run, with what is returned at the end.
 
     Returns
     -------
@@ -186,8 +189,22 @@ def run_experiment(
             # Read anew: another process may have added runs of other methods meanwhile.
             others = [other for other in _found(path) if (other.method, other.seed) != (method.key, seed)]
             _write_results(path, [*others, result])
-    keys = {method.key for method in experiment.methods}
-    return [result for result in _found(path) if result.method in keys]
+            on_results(_of(experiment, path))
+    return _of(experiment, path)
+
+
+def take_results(out: Path, saved: Path) -> None:
+    """Take over the results of a file that `out` lacks, as of runs on a machine that is gone.
+
+    Raises
+    ------
+    UsageError
+        The file is there and holds no results.
+    """
+    own = _found(make_folder(out) / RESULTS)
+    known = {(result.method, result.seed) for result in own}
+    more = [result for result in _found(saved) if (result.method, result.seed) not in known]
+    _write_results(out / RESULTS, [*own, *more])
 
 
 def measure_again(out: Path, device: str = "auto") -> list[Result]:
@@ -294,6 +311,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def _of(experiment: Experiment, path: Path) -> list[Result]:
+    keys = {method.key for method in experiment.methods}
+    return [result for result in _found(path) if result.method in keys]
 
 
 def _found(path: Path) -> list[Result]:

@@ -161,7 +161,7 @@ def draw(
 ) -> None:
     """Draw figures 2 and 3; the latter for ATS-10, or for the first ATS method where that was not run."""
     error_and_loss_against_time(results, folder / f"{experiment.name}-figure2.png")
-    methods = with_attention(experiment, results)
+    methods = with_attention(experiment, out)
     if not methods:
         return
     method = next((method for method in methods if method.name == "ATS-10"), methods[0])

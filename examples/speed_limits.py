@@ -111,11 +111,9 @@ def _title(*, quick: bool, made: bool) -> str:
     return f"Speed limits, {data}; Deep MIL sees 192 patches{less if quick else ''}"
 
 
-def draw(
-    experiment: Experiment, results: Sequence[Result], watched: Sequence[Entry], data: Path, out: Path, folder: Path
-) -> None:
+def draw(experiment: Experiment, watched: Sequence[Entry], data: Path, out: Path, folder: Path) -> None:
     """Draw each watched image, its signs, the attention of each method, and patches of signs (figures 5 and 9)."""
-    methods = with_attention(experiment, results)
+    methods = with_attention(experiment, out)
     boxes = traffic_sign_boxes(data)
     for number, entry in enumerate(watched if methods else ()):
         maps = {m.name: list(attention_maps(out, m.key, entry.slide_id).values())[-1] for m in methods}
@@ -139,8 +137,8 @@ def main() -> None:
     chosen = command_line(about, out="runs/limits", data="the published folder, with Set1 and Set2").parse_args()
     experiment = build(quick=chosen.quick, made=chosen.data is None)
 
-    def figures(results: Sequence[Result], watched: Sequence[Entry], folder: Path) -> None:
-        draw(experiment, results, watched, data_folder(chosen), chosen.out, folder)
+    def figures(_: Sequence[Result], watched: Sequence[Entry], folder: Path) -> None:
+        draw(experiment, watched, data_folder(chosen), chosen.out, folder)
 
     def make(folder: Path) -> Path:
         return write_traffic_signs(folder, train=TRAIN, test=TEST, size_yx=SIZE_YX)

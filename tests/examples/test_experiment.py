@@ -26,6 +26,7 @@ from experiment import (
     run_experiment,
     run_folder,
     table,
+    take_results,
 )
 from figures import (
     AttentionMap,
@@ -128,6 +129,31 @@ def test_training_in_stages_gives_the_model_that_training_at_once_gives(finished
     models = [load_model(run_folder(o, once.method, 0) / "run" / MODEL)[0] for o in (out, tmp_path)]
     for a, b in zip(*(model.state_dict().values() for model in models), strict=True):
         assert (a == b).all()
+
+
+def test_runs_of_a_machine_that_is_gone_are_taken_over(finished, manifest, monkeypatch, tmp_path):
+    """Their results were saved; what was run since then stays, and other configurations are run again."""
+    _, results = finished
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps([asdict(result) for result in results]))
+    take_results(tmp_path / "out", saved)
+    monkeypatch.setattr("experiment.train", lambda *_, **__: pytest.fail("trained again"))
+    assert run_experiment(EXPERIMENT, manifest, tmp_path / "out", device="cpu") == results
+    saved.write_text(json.dumps([asdict(replace(result, peak_bytes=1)) for result in results]))
+    take_results(tmp_path / "out", saved)
+    assert read_results(tmp_path / "out" / RESULTS) == results
+    saved.write_text(json.dumps([asdict(replace(result, fingerprint="other")) for result in results]))
+    take_results(tmp_path / "new", saved)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        run_experiment(EXPERIMENT, manifest, tmp_path / "new", device="cpu")
+    take_results(tmp_path / "none", tmp_path / "gone.json")
+    assert read_results(tmp_path / "none" / RESULTS) == []
+
+
+def test_results_are_told_as_they_come(manifest, tmp_path):
+    told = []
+    results = run_experiment(EXPERIMENT, manifest, tmp_path, device="cpu", on_results=told.append)
+    assert told == [results[:1], results]
 
 
 def test_finished_runs_are_not_done_again_and_others_are_added(finished, manifest, monkeypatch, tmp_path):
