@@ -67,13 +67,13 @@ class Arm(NamedTuple):
 
 
 def _levels(*downsamples: int) -> list[dict[str, Any]]:
-    """Levels of attention: the whole, and then views of 1024 or 256 pixels, down to cells of 32 pixels."""
+    """Levels of attention: the whole, and then what is drawn above, down to cells of 32 pixels."""
     last = downsamples[-1]
     levels: list[dict[str, Any]] = []
     for number, each in enumerate(downsamples):
         level: dict[str, Any] = {"downsample": each, "samples": PATCHES if each == last else PATCHES // 2}
         level |= {"stride": 32 // each, "group": 1} if each == last else {"stride": 2, "group": 4}
-        levels.append(level | ({"size": 64} if number else {}) | {"channels": [8, 8]})
+        levels.append(level | ({"size": 32} if number else {}) | {"channels": [8, 8]})
     return levels
 
 
@@ -115,7 +115,7 @@ def scenes(task: str, side: int, numbers: range, split: str) -> list[Entry]:
 
 def configure(arm: Arm, seed: int, epochs: int) -> Config:
     """Return the configuration of an arm."""
-    course = {"epochs": epochs, "batch_size": BATCH, "early_samples": 2 if arm.init else 4, "early_share": 0.3}
+    course = {"epochs": epochs, "batch_size": BATCH, "early_samples": 2 if arm.init else 4, "early_share": 0.6}
     values = {"seed": seed, "model": arm.model, "train": course, "data": {"background": 0.5}}
     return parse_config(values, "gigapixel")
 

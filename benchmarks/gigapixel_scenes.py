@@ -6,7 +6,7 @@ same pixels in the reversed order of their distance from the centre, so that the
 at downsample 64 both are one pixel of haze. At downsample 16 a disc has three pixels, of which a sign's middle one
 is bright and a decoy's red. *Distractors* have rings of other colours and any number.
 
-- *villages*: 3 to 6 groups of 280 to 410 signs among 24 to 36 groups of as many decoys and 4,000 distractors
+- *villages*: 3 to 6 groups of 550 to 920 signs among 24 to 36 groups of as many decoys and 4,000 distractors
   (in a gigapixel).
 - *needles*: 24 lone signs among 8,000 lone decoys in a gigapixel, and fewer in smaller scenes, but never less than 3
   signs. Nothing that is coarser than downsample 16 tells where to look.
@@ -230,8 +230,8 @@ class Scene:
 
 
 def _group(rng: np.random.Generator, free: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Take the cells of a round group of 280 to 410 discs, clear of the others: (n, 2)."""
-    radius = int(rng.integers(10, 13))
+    """Take the cells of a round group of 550 to 920 discs, clear of the others: (n, 2)."""
+    radius = int(rng.integers(14, 19))
     cells = len(free)
     while True:
         y, x = rng.integers(radius, cells - radius, 2)

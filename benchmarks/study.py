@@ -5,15 +5,17 @@
 of grade 2 or more? Both are pyramids, of which the same frozen MobileNetV2 sees tiles of 128 x 128 pixels.
 
 *ours* draws 25 tiles of a slide by attention, by `train` and `predict`, with a store of features that the folds
-share. The others encode all tiles first, once for all folds, and then learn from those in memory: *ABMIL* (gated
-attention; Ilse et al., 2018), *CLAM-style* (with a loss on the 8 tiles of most and of least attention; Lu et al.,
-2021, whose smooth SVM is cross-entropy here), and *mean-pooling* with a logistic regression. *CNN* trains the whole
-network, from the same weights, on whole images at half the scale, a quarter of what the tiles are enlarged to.
+share; *ours, HED* changes the amounts of stains in training, so that no features can be kept. The others encode all
+tiles first, once for all folds, and then learn from those in memory: *ABMIL* (gated attention; Ilse et al., 2018),
+*CLAM-style* (with a loss on the 8 tiles of most and of least attention; Lu et al., 2021, whose smooth SVM is
+cross-entropy here), and *mean-pooling* with a logistic regression. *CNN* trains the whole network, from the same
+weights, on whole images at half the scale, a quarter of what the tiles are enlarged to.
 All train for a fixed number of epochs, and no choice is made by a test fold; settings are those of this file.
 
 Each piece, a fold of a method, is written to the result file when it is done, and a rerun does only what is missing.
 Seconds, those of the processor, and bytes of a study are those of its folds and, of methods over all tiles, of
-encoding, once. A piece that was interrupted begins anew, for us with the features that are kept, and is marked so.
+encoding, once; those of an epoch are a fold's, test included, by its epochs, the median of folds. A piece that was
+interrupted begins anew, for us with the features that are kept, and is marked so.
 
     python benchmarks/study.py --data ../shared/data --work FOLDER [--tasks colon] [--methods ours ABMIL ...]
                                [--results FILE] [--show] [--quick]
@@ -28,6 +30,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections import Counter
@@ -69,13 +72,14 @@ from example_data.published import EPITHELIAL, colon_cancer
 RESULTS = Path(__file__).parent / "results" / "study_cpu.json"
 WEIGHTS = Path("weights/mobilenet_v2-b0353104.pth")
 TILE, DRAWN = 128, 25  # pixels of a tile; tiles of a slide that are drawn
-OURS, ABMIL, CLAM, MEAN, CNN = METHODS = ("ours", "ABMIL", "CLAM-style", "mean-pooling", "CNN")
+OURS, HED, ABMIL, CLAM, MEAN, CNN = METHODS = ("ours", "ours, HED", "ABMIL", "CLAM-style", "mean-pooling", "CNN")
 ENCODING = "encoding"  # the piece that methods over all tiles share
 BACKGROUND = {"colon": 1.0, "idrid": 0.0}
 YES, NO = "yes", "no"
 FOLDS = 10
 TOLD = 8  # tiles of most and of least attention that have a loss of their own
-EPOCHS = {OURS: 20, CNN: 10, ABMIL: 30, CLAM: 30}
+EPOCHS = {OURS: 20, HED: 20, CNN: 10, ABMIL: 30, CLAM: 30}
+STAINS = 0.05  # `train.augment.hed`
 
 
 def colon(data: Path) -> list[tuple[Entry, Path]]:
@@ -155,6 +159,7 @@ def configure(task: str, method: str, weights: Path, store: Path, epochs: int) -
         level = {"downsample": 8, "stride": TILE // 8, "samples": DRAWN, "channels": [16, 16]}
         model = {"levels": [level], "patch_size": TILE, "encoder": encoder, "trainable": "none", "standardise": True}
         course |= {"learning_rate": 3e-3, "early_samples": 1}
+        course |= {"augment": {"hed": STAINS}} if method == HED else {}
     data = {"background": BACKGROUND[task], "features": {"folder": str(store)}}
     return parse_config({"seed": 0, "model": model, "train": course, "data": data}, f"{task}, {method}")
 
@@ -309,7 +314,7 @@ def show(results: dict[str, Any]) -> None:
         ours = _scores(pieces, OURS)
         print(f"\n{task}: {len(labels)} images")
         print(f"{'method':14}{'folds':>6}{'AUC [95 %]':>24}{'ours is higher by':>26}", end="")
-        print(f"{'seconds':>9}{'of CPU':>9}{'MB read':>9}")
+        print(f"{'seconds':>9}{'of CPU':>9}{'an epoch':>9}{'MB read':>9}")
         for method in METHODS:
             own = [each for each in pieces if each["method"] == method]
             scores = _scores(pieces, method)
@@ -321,7 +326,9 @@ def show(results: dict[str, Any]) -> None:
             found = f"{area(truth, _columns(scores)):.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
             less = _difference(labels, scores, ours) if method != OURS and scores.keys() <= ours.keys() else ""
             sums = [sum(each[name] for each in both) for name in ("seconds", "cpu_seconds", "bytes")]
-            print(f"{method:14}{len(own):6}{found:>24}{less:>26}{sums[0]:9.0f}{sums[1]:9.0f}{sums[2] / 1e6:9.0f}")
+            print(f"{method:14}{len(own):6}{found:>24}{less:>26}{sums[0]:9.0f}{sums[1]:9.0f}", end="")
+            epoch = statistics.median(each["seconds"] for each in own) / EPOCHS.get(method, 1)
+            print(f"{epoch:9.2f}{sums[2] / 1e6:9.0f}")
     for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["pieces"]}:
         print(words)
 

@@ -53,7 +53,7 @@ def test_scenes_are_what_they_say():
         rows, _ = gigapixel_scenes._kinds()
         villages, needles = (Scene(task, index, gigapixel.SIDE) for task in ("villages", "needles"))
         assert villages.label == LABELS[index % 3]
-        for scene, fewest, most in ((villages, 840, 2500), (needles, 24, 24)):
+        for scene, fewest, most in ((villages, 1650, 5600), (needles, 24, 24)):
             kinds = scene.discs.kind
             assert fewest <= np.isin(kinds, rows[index % 3]).sum() <= most
             others = [row for label in range(3) if label != index % 3 for row in rows[label]]
