@@ -44,6 +44,7 @@ from pipeline.data import samples
 from pipeline.data.manifest import Entry
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
+from pipeline.results.intervals import wilson
 from pipeline.results.predict import predict
 from pipeline.runs import read_metrics
 from pipeline.training.train import train, versions
@@ -174,11 +175,9 @@ def step_ratio(place: Path) -> dict[str, Any]:
 
 
 def interval(right: int, tests: int) -> str:
-    """Accuracy with Wilson's 95 % interval."""
-    z, share = 1.96, right / tests
-    middle = (share + z * z / 2 / tests) / (1 + z * z / tests)
-    reach = z / (1 + z * z / tests) * math.sqrt(share * (1 - share) / tests + z * z / 4 / tests**2)
-    return f"{share:.3f} [{middle - reach:.3f}, {middle + reach:.3f}]"
+    """Accuracy with its 95 % interval."""
+    low, high = wilson(right / tests, tests)
+    return f"{right / tests:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def show(results: dict[str, Any]) -> None:

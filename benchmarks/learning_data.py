@@ -29,7 +29,7 @@ from pipeline.data.tissue import Finding, tissue
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
-from example_data.mnist import load_pools, mnist_scene
+from example_data.mnist import DigitPool, load_pools, mnist_scene
 from example_data.published import EPITHELIAL, colon_cancer
 
 
@@ -189,27 +189,30 @@ def sign_scenes(task: Task, places: Places) -> Render:
 
 
 def needle_scenes(task: Task, places: Places) -> Render:
-    """One whole digit, whose class is the label, among scraps of 14 x 14 pixels of others: 15 on 256 x 256 pixels."""
-    scraps = round(15 * (task.size / 256) ** 2)
+    """One whole digit, whose class is the label, among scraps of others: 15 on 256 x 256 pixels."""
     pools = load_pools(*_digits(places))
 
     def render(index: int, pixels: NDArray[np.uint8]) -> int:
-        rng = np.random.default_rng([1, index])
-        pool = pools[index >= task.train]
-        canvas = pixels[0]
-        canvas[:] = 0
-        for _ in range(scraps):
-            scrap = pool.images[rng.integers(len(pool.images))]
-            y, x = rng.integers(scrap.shape[0] - 14, size=2)
-            top, left = rng.integers(task.size - 14, size=2)
-            canvas[top : top + 14, left : left + 14] = scrap[y : y + 14, x : x + 14]
-        chosen = int(rng.integers(len(pool.images)))
-        digit = pool.images[chosen]
-        top, left = rng.integers(task.size - len(digit), size=2)
-        canvas[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
-        return int(pool.labels[chosen])
+        return draw_needle(index, pixels[0], pools[index >= task.train])
 
     return render
+
+
+def draw_needle(index: int, canvas: NDArray[np.uint8], pool: DigitPool) -> int:
+    """Fill a square canvas with scraps of 14 x 14 pixels and one whole digit over them, whose class is returned."""
+    rng = np.random.default_rng([1, index])
+    size = len(canvas)
+    canvas[:] = 0
+    for _ in range(round(15 * (size / 256) ** 2)):
+        scrap = pool.images[rng.integers(len(pool.images))]
+        y, x = rng.integers(scrap.shape[0] - 14, size=2)
+        top, left = rng.integers(size - 14, size=2)
+        canvas[top : top + 14, left : left + 14] = scrap[y : y + 14, x : x + 14]
+    chosen = int(rng.integers(len(pool.images)))
+    digit = pool.images[chosen]
+    top, left = rng.integers(size - len(digit), size=2)
+    canvas[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
+    return int(pool.labels[chosen])
 
 
 def colon_images(task: Task, places: Places) -> Render:
