@@ -52,7 +52,7 @@ from pipeline.training.train import train, versions
 RESULTS = Path(__file__).parent / "results" / "gigapixel.json"
 SIDE, MEDIUM, SMALL = 32_768, 8_192, 1_024
 TRAINING, TESTS = 201, 102
-PATCHES, BATCH = 32, 4
+PATCHES, BATCH = 32, 6
 LEARNED = 0.9  # of the training scenes, within an epoch
 
 
@@ -117,6 +117,7 @@ def scenes(task: str, side: int, numbers: range, split: str) -> list[Entry]:
 def configure(arm: Arm, seed: int, epochs: int) -> Config:
     """Return the configuration of an arm."""
     course = {"epochs": epochs, "batch_size": BATCH, "early_samples": 2 if arm.init else 4, "early_share": 0.6}
+    course |= {"sampling": "balanced"}
     values = {"seed": seed, "model": arm.model, "train": course, "data": {"background": 0.5}}
     return parse_config(values, "gigapixel")
 

@@ -141,7 +141,7 @@ class TrainConfig(Section):
     early_samples: int = Field(default=4, ge=1)  # factor on the samples of every level early in the training
     early_share: float = Field(default=0.2, ge=0, le=1)  # share of the training that is early
     class_weights: Literal["none", "balanced"] = "none"  # balanced weights a class by its inverse prior
-    sampling: Literal["all", "balanced"] = "all"  # an epoch has each slide once, or as many of each class
+    sampling: Literal["all", "balanced"] = "all"  # an epoch has each slide once, or a step as many of each class
     best_by: BestBy = "loss"  # the epoch is kept that has the best of these on the validation slides, of equal ones
     # the first: the loss, or a measure of the target (accuracy, balanced_accuracy, auc, quadratic_kappa; mae, r2,
     # pearson, spearman; concordance)

@@ -277,9 +277,10 @@ class Trainer(Learner):
                 yield step, [e for e, _, _ in loaded], [i for _, i, _ in loaded], [v for _, _, v in loaded]
 
     def _order(self, epoch: int) -> list[int]:
-        """Training slides of an epoch in order: each once, or, where balanced, as many of each class.
+        """Training slides of an epoch in order: each once, or, where balanced, as many of each class in every step.
 
-        Slides of a class below its share are repeated, those of one above it take turns over the epochs.
+        Slides of a class below its share are repeated, those of one above it take turns over the epochs. With as many
+        of each class in a step, what all slides have in common cancels in its gradient.
         """
         generator = torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
         order = torch.randperm(len(self.training), generator=generator)
@@ -287,8 +288,8 @@ class Trainer(Learner):
             labels = self._truth(self.training).cpu()  # classes
             classes = [order[labels[order] == number] for number in sorted(set(labels.tolist()))]
             share = -(-len(order) // len(classes))
-            order = torch.stack([rows.repeat(-(-share // len(rows)))[:share] for rows in classes], 1)
-            order = order.flatten()[torch.randperm(order.numel(), generator=generator)][: len(self.training)]
+            turns = torch.stack([rows.repeat(-(-share // len(rows)))[:share] for rows in classes], 1)
+            order = turns.flatten()[: len(order)]
         return order.tolist()
 
     def _augmented(self, epoch: int, entry: Entry) -> Image:

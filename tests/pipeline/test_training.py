@@ -396,7 +396,7 @@ def worse_every_time(kept, score):
     kept._stale += 1
 
 
-def test_balanced_epochs_have_as_many_slides_of_each_class(config, pyramids, tmp_path):
+def test_balanced_steps_have_as_many_slides_of_each_class(config, pyramids, tmp_path):
     balanced = parse_config({**plain(config), "train": {**plain(config)["train"], "sampling": "balanced"}}, "")
     job = arguments(balanced, pyramids, tmp_path / "run")
     rows = [row for row in job["entries"] if row["split"] == "train"]
@@ -414,7 +414,9 @@ def test_balanced_epochs_have_as_many_slides_of_each_class(config, pyramids, tmp
         order = trainer._order(epoch)
         labels = [trainer.training[i].label for i in order]
         assert len(order) == len(trainer.training)
-        assert abs(labels.count("bar") - labels.count("box")) <= 1
+        for start in range(0, len(labels), balanced.train.batch_size):
+            step = labels[start : start + balanced.train.batch_size]
+            assert abs(step.count("bar") - step.count("box")) <= 1
         seen |= set(order)
     assert seen == set(range(len(trainer.training)))
 
