@@ -117,6 +117,8 @@ ARMS = {
     "multinomial": Arm({"method": "multinomial"}),
     "learning rate 3e-3": Arm(train={"learning_rate": 3e-3}, tasks=TRAINED),
     "learning rate 1e-3": Arm(train={"learning_rate": 1e-3}, tasks=FROZEN),
+    "balanced steps": Arm(train={"sampling": "balanced"}),
+    "balanced steps, learning rate 3e-3": Arm(train={"sampling": "balanced", "learning_rate": 3e-3}, tasks=TRAINED),
     "weight decay 0.05": Arm(train={"weight_decay": 0.05}),
     "moved": Arm(train={"augment": {"translation": 0.1}}, tasks=TRAINED),
     "turned": Arm(train={"augment": {"flip": True}}, tasks=FROZEN),

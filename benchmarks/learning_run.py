@@ -21,7 +21,7 @@ from pipeline.data.augment import AugmentedImage
 from pipeline.data.features import DiskFeatures
 from pipeline.data.slides import draw_key
 from pipeline.sections import TrainConfig
-from pipeline.training.course import KeptWeights, clip, entropy_weight, learning_rate, more_samples
+from pipeline.training.course import KeptWeights, class_by_class, clip, entropy_weight, learning_rate, more_samples
 
 DRAWS = (1, 4)  # of a test image: as in the paper, and as `nested-ats predict` does by default
 FIRST_IMAGES = 16  # by which features are standardised
@@ -107,6 +107,8 @@ def train_epoch(
     model.train()
     device, coarsest = next(model.parameters()).device, max(model.config.downsamples)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(draw_key(seed, epoch) >> 1))
+    if course.sampling == "balanced":
+        order = class_by_class(order, data.labels[rows])
     shuffled = rows[order]
     sums = torch.zeros(3, device=device)
     batches = shuffled.split(course.batch_size)

@@ -142,6 +142,28 @@ class KeptWeights:
                 value.copy_(state[f"{part}.{number}"])
 
 
+def class_by_class(order: Tensor, labels: Tensor) -> Tensor:
+    """Take a slide of each class in turn, so that every step has as many of each.
+
+    Slides of a class below its share are repeated, those of one above it take turns over the epochs. What all slides
+    have in common then cancels in the gradient of a step.
+
+    Parameters
+    ----------
+    order
+        (S,) the slides of an epoch, in random order.
+    labels
+        (S,) int64: the class of each slide, by its number.
+
+    Returns
+    -------
+    (S,) slides.
+    """
+    classes = [order[labels[order] == number] for number in labels.unique().tolist()]
+    share = -(-len(order) // len(classes))
+    return torch.stack([rows.repeat(-(-share // len(rows)))[:share] for rows in classes], 1).flatten()[: len(order)]
+
+
 def clip(parameters: Sequence[nn.Parameter], largest: float) -> None:
     """Scale all gradients down to a common norm of at most `largest`; 0 leaves them alone."""
     if largest:

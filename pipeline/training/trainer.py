@@ -37,7 +37,7 @@ from pipeline.files import make_folder, write_atomic
 from pipeline.net import Net
 from pipeline.results.measures import badness
 from pipeline.runs import LAST, METRICS, MODEL, STATE, Position, load_state, read_metrics, save_state
-from pipeline.training.course import KeptWeights
+from pipeline.training.course import KeptWeights, class_by_class
 from pipeline.training.epochs import (
     TOTALS,
     Curves,
@@ -277,19 +277,11 @@ class Trainer(Learner):
                 yield step, [e for e, _, _ in loaded], [i for _, i, _ in loaded], [v for _, _, v in loaded]
 
     def _order(self, epoch: int) -> list[int]:
-        """Training slides of an epoch in order: each once, or, where balanced, as many of each class in every step.
-
-        Slides of a class below its share are repeated, those of one above it take turns over the epochs. With as many
-        of each class in a step, what all slides have in common cancels in its gradient.
-        """
+        """Training slides of an epoch in order: each once, or, where balanced, as many of each class."""
         generator = torch.Generator().manual_seed(draw_key(self.config.seed, epoch) >> 1)
         order = torch.randperm(len(self.training), generator=generator)
         if self.config.train.sampling == "balanced":
-            labels = self._truth(self.training).cpu()  # classes
-            classes = [order[labels[order] == number] for number in sorted(set(labels.tolist()))]
-            share = -(-len(order) // len(classes))
-            turns = torch.stack([rows.repeat(-(-share // len(rows)))[:share] for rows in classes], 1)
-            order = turns.flatten()[: len(order)]
+            order = class_by_class(order, self._truth(self.training).cpu())
         return order.tolist()
 
     def _augmented(self, epoch: int, entry: Entry) -> Image:
