@@ -116,8 +116,8 @@ def scenes(task: str, side: int, numbers: range, split: str) -> list[Entry]:
 
 def configure(arm: Arm, seed: int, epochs: int) -> Config:
     """Return the configuration of an arm."""
-    course = {"epochs": epochs, "batch_size": BATCH, "early_samples": 2 if arm.init else 4, "early_share": 0.6}
-    course |= {"sampling": "balanced"}
+    course: dict[str, Any] = {"epochs": epochs, "batch_size": BATCH, "sampling": "balanced"}
+    course |= {"early_samples": 2 if arm.init else 4, "early_share": 0.6}
     values = {"seed": seed, "model": arm.model, "train": course, "data": {"background": 0.5}}
     return parse_config(values, "gigapixel")
 

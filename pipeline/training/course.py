@@ -159,7 +159,7 @@ def class_by_class(order: Tensor, labels: Tensor) -> Tensor:
     -------
     (S,) slides.
     """
-    classes = [order[labels[order] == number] for number in labels.unique().tolist()]
+    classes = [order[labels[order] == number] for number in sorted(set(labels.tolist()))]
     share = -(-len(order) // len(classes))
     return torch.stack([rows.repeat(-(-share // len(rows)))[:share] for rows in classes], 1).flatten()[: len(order)]
 
