@@ -11,7 +11,7 @@ their signs, one of three; 201 to train on, 102 to test.
 
 *needles*, 24 lone signs among 8,000 decoys of the same mean colour: levels begin at downsample 16.
 
-- *curriculum*: `--init` with a model of scenes of 1024 x 1024 pixels, then 201 labels of gigapixels;
+- *curriculum*: `--init` with a model of 402 scenes of 512 x 512 pixels, then 201 labels of gigapixels;
 - *small alone*: that model as it is; *scratch*: without it; *uniform*; *CNN* at downsample 16.
 
 Also measured is a training step of *nested 3* against one of 8192 x 8192 pixels by levels of its own size. Times are
@@ -50,7 +50,7 @@ from pipeline.runs import read_metrics
 from pipeline.training.train import train, versions
 
 RESULTS = Path(__file__).parent / "results" / "gigapixel.json"
-SIDE, MEDIUM, SMALL = 32_768, 8_192, 1_024
+SIDE, MEDIUM, SMALL = 32_768, 8_192, 512
 TRAINING, TESTS = 201, 102
 PATCHES, BATCH = 32, 6
 LEARNED = 0.9  # of the training scenes, within an epoch
@@ -98,7 +98,7 @@ ARMS: dict[str, dict[str, Arm]] = {
         "CNN": Arm(_cnn(64), 30),
     },
     "needles": {
-        "small": Arm(_nested(16, 4), 30, side=SMALL, scenes=600),
+        "small": Arm(_nested(16, 4), 20, side=SMALL, scenes=402),
         "small alone": Arm(_nested(16, 4), 0, init="small", trained=False),
         "curriculum": Arm(_nested(16, 4), 6, init="small"),
         "scratch": Arm(_nested(16, 4), 6),
