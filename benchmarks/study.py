@@ -281,9 +281,9 @@ class Study:
         for method, fold in pieces:
             again = method == ENCODING and not self.features.exists()
             if (self.task, method, fold) not in done or again:
-                self._keep(method, fold, again=again)
+                self._keep(method, fold)
 
-    def _keep(self, method: str, fold: int, *, again: bool) -> None:
+    def _keep(self, method: str, fold: int) -> None:
         mark = self.work / "begun"
         resumed = mark.exists() and mark.read_text() == f"{method} {fold}"
         mark.write_text(f"{method} {fold}")
@@ -292,7 +292,8 @@ class Study:
         print(f"{self.task}, {method}, fold {fold}: {found['seconds']:.0f} s", flush=True)
         about = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": "CPU"}
         piece = {"task": self.task, "method": method, "fold": fold, **found, "resumed": resumed, "versions": about}
-        others = [each for each in self.results["pieces"] if not again or each["method"] != ENCODING]
+        same = (self.task, method, fold)  # as of an encoding whose file is gone
+        others = [each for each in self.results["pieces"] if (each["task"], each["method"], each["fold"]) != same]
         self.results["pieces"] = [*others, piece]
         write_json(self.path, self.results)
 
