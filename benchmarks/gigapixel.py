@@ -98,12 +98,12 @@ ARMS: dict[str, dict[str, Arm]] = {
         "CNN": Arm(_cnn(64), 30),
     },
     "needles": {
-        "small": Arm(_nested(16, 4), 20, side=SMALL, scenes=402),
+        "small": Arm(_nested(16, 4), 8, side=SMALL, scenes=402),
         "small alone": Arm(_nested(16, 4), 0, init="small", trained=False),
-        "curriculum": Arm(_nested(16, 4), 6, init="small"),
-        "scratch": Arm(_nested(16, 4), 6),
+        "curriculum": Arm(_nested(16, 4), 3, init="small"),
+        "scratch": Arm(_nested(16, 4), 3),
         "uniform": Arm(_UNIFORM, 40),
-        "CNN": Arm(_cnn(16), 6),
+        "CNN": Arm(_cnn(16), 3),
     },
 }
 
