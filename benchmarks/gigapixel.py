@@ -191,7 +191,9 @@ def show(results: dict[str, Any]) -> None:
                 print(f"{each['read']:13.4%}{each['seconds_a_scene']:9.2f}", end="")
                 print(f"{each['updates']:9}{each['learned_after'] or 'never':>9}", end="")
                 print(f"{each['seconds_a_step']:8.2f}{each['cpu_seconds']:8}{each['peak_mb']:9}")
-    print(f"\nA draw of a lone sign by chance: {hit_by_chance():.4f} of the updates from scratch have one in a scene")
+    print(
+        f"\nDrawn anywhere, the patches of a scene show a lone sign in {hit_by_chance():.2%} of the scenes of needles"
+    )
     if "step" in results:
         print(f"A step of a gigapixel takes {results['step']['ratio']:.2f} times one of 64 megapixels (wanted: 1.25)")
     for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["runs"]}:
