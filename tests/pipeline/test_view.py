@@ -544,9 +544,18 @@ class TestCohort:
         assert np.allclose([ring.min(0), ring.max(0)], [[200, 100], [600, 300]], atol=6)
 
 
+# A shell that began the tests in the background has had SIGINT ignored, which children inherit.
+LISTENING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pipeline.cli.app import main
+main()
+"""
+
+
 class TestCommand:
     def test_prints_its_address_and_ends_by_ctrl_c(self, cohort):
-        command = [sys.executable, "-m", "pipeline.cli", "view", str(cohort / "labels.csv"), "--no-browser"]
+        command = [sys.executable, "-c", LISTENING, "view", str(cohort / "labels.csv"), "--no-browser"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout
             url = process.stdout.readline().strip()
