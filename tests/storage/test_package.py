@@ -34,6 +34,7 @@ def test_a_function_is_not_hidden_by_its_module():
 def test_every_public_name_exists():
     for name in storage.__all__:
         assert getattr(storage, name).__module__.startswith("storage.")
+        assert name in dir(storage)
     with pytest.raises(AttributeError, match="no attribute"):
         _ = storage.nothing
 
