@@ -20,7 +20,7 @@ those of a machine that may do other work; processor seconds stand beside them. 
 that is stopped goes on, and a rerun does only what is missing.
 
     python benchmarks/gigapixel.py --work FOLDER [--tasks villages needles] [--arms ARM ...] [--seeds 0]
-                                   [--results FILE] [--show] [--quick]
+                                   [--steps] [--results FILE] [--show] [--quick]
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import resource
 import statistics
 import sys
@@ -36,8 +35,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from gigapixel_scenes import LABELS, Scene
+from made_with import made_with, print_versions
 
 from nested_ats import levels_for
 from pipeline.config import Config, parse_config
@@ -48,7 +47,7 @@ from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.results.intervals import wilson
 from pipeline.results.predict import predict
 from pipeline.runs import read_metrics
-from pipeline.training.train import train, versions
+from pipeline.training.train import train
 
 RESULTS = Path(__file__).parent / "results" / "gigapixel.json"
 SIDE, MIDDLE, MEDIUM, SMALL = 32_768, 8_192, 4_096, 512
@@ -196,8 +195,7 @@ def show(results: dict[str, Any]) -> None:
     )
     if "step" in results:
         print(f"A step of a gigapixel takes {results['step']['ratio']:.2f} times one of 64 megapixels (wanted: 1.25)")
-    for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["runs"]}:
-        print(words)
+    print_versions(results["runs"])
 
 
 def hit_by_chance() -> float:
@@ -228,7 +226,7 @@ def main() -> None:
     path = chosen.work / "quick.json" if chosen.quick else chosen.results
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
     if chosen.steps:
-        results["step"] = step_ratio(chosen.work / "steps") | {"versions": about()}
+        results["step"] = step_ratio(chosen.work / "steps") | {"versions": made_with("auto")}
         write_json(path, results)
     else:
         run_missing(chosen, results, path)
@@ -248,17 +246,12 @@ def run_missing(chosen: argparse.Namespace, results: dict[str, Any], path: Path)
         first = _place(chosen.work, task, arm.init, seed, quick=chosen.quick) / "run" if arm.init else None
         found = train_and_test(task, arm, seed, place, first, quick=chosen.quick)
         print(f"{task}, {name}, seed {seed}: {found}", flush=True)
-        results["runs"].append({"task": task, "arm": name, "seed": seed, **found, "versions": about()})
+        results["runs"].append({"task": task, "arm": name, "seed": seed, **found, "versions": made_with("auto")})
         write_json(path, results)
 
 
 def _place(work: Path, task: str, name: str, seed: int, *, quick: bool) -> Path:
     return work / f"{'quick-' if quick else ''}{task}-{name.replace(' ', '-')}-{seed}"
-
-
-def about() -> dict[str, Any]:
-    """Versions and machine."""
-    return versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Shape letters: S side of a disc, K kinds of discs, N discs.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.signs import DISTRACTOR_RINGS, SIGN_RING, DiscKind, disc_sprite
-from storage.read.source import ReadStatistics
+from storage.format.levels import Level
+from storage.read.source import Counters, ReadStatistics
 
 LABELS = ("50", "70", "80")
 DOWNSAMPLES = (1, 4, 16, 64)
@@ -132,7 +133,7 @@ class Scene:
         self.downsamples = tuple(float(each) for each in DOWNSAMPLES)
         self.shapes = tuple((side // each, side // each) for each in DOWNSAMPLES)
         self.sources = list(range(len(DOWNSAMPLES)))
-        self.statistics = ReadStatistics()
+        self._counters = Counters()
         self._task, self._index, self._side = task, index, side
 
     @classmethod
@@ -140,6 +141,11 @@ class Scene:
         """Return the scene that has this place."""
         task, side, index = location.split("/")
         return cls(task, int(index), int(side))
+
+    @property
+    def statistics(self) -> ReadStatistics:
+        """Counts of what was read."""
+        return self._counters.snapshot()
 
     @property
     def slide(self) -> Self:
@@ -152,10 +158,8 @@ class Scene:
         return [self]
 
     @property
-    def levels(self) -> list[Any]:
+    def levels(self) -> list[Level]:
         """Levels as a slide has them."""
-        from storage.format.levels import Level
-
         both = zip(self.shapes, self.downsamples, strict=True)
         return [Level(shape, each, None, 1, 1, (each, each), (0.0, 0.0)) for shape, each in both]
 
@@ -171,7 +175,7 @@ class Scene:
     def read(self, level: int, boxes: Tensor) -> Tensor:
         """Return (N, 3, h, w) uint8 of boxes of a level; off the scene the plane goes on without discs."""
         found = np.stack([self._render(DOWNSAMPLES[level], *box) for box in boxes.tolist()])
-        self.statistics += ReadStatistics(len(boxes), found.nbytes)
+        self._counters.add(requests=len(boxes), read=found.nbytes)
         return torch.from_numpy(found).permute(0, 3, 1, 2)
 
     def _render(self, downsample: int, y: int, x: int, h: int, w: int) -> NDArray[np.uint8]:

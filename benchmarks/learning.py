@@ -28,7 +28,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -42,11 +41,11 @@ import torch
 from learning_arms import ARMS, FROZEN, TASKS, TRAINED
 from learning_data import Data, Places, Task, make_data
 from learning_run import DRAWS, Place, run
+from made_with import made_with, print_versions
 
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.sections import TrainConfig
-from pipeline.training.train import versions
 
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "learning_cpu.json"
@@ -103,9 +102,7 @@ def run_one(seed: int, name: str, arm: str) -> dict[str, Any]:
     title = f"{name}, {arm}, seed {seed}"
     found = run(arm, _given["tasks"][name], _given["made"][name], seed, place, title)
     print(f"{title}: test error {found['test_error_1']:.1%}, {found['seconds']:.0f} s", flush=True)
-    device = torch.cuda.get_device_name() if place.device == "cuda" else "CPU"
-    made_with = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
-    return {"seed": seed, "task": name, "arm": arm, **found, "versions": made_with}
+    return {"seed": seed, "task": name, "arm": arm, **found, "versions": made_with(place.device)}
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -130,8 +127,7 @@ def show(results: dict[str, Any]) -> None:
                 cells = "".join(f"{each + ' %':>20}" for each in errors)
                 print(f"{arm:32}{len(runs):6}{cells}{auc:>24}{epochs:>16}{seconds:6.0f}")
     print("\nmedian [range] over seeds; inf: never reached. Test and AUC: one draw an image, where not four.")
-    for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["runs"]}:
-        print(words)
+    print_versions(results["runs"])
 
 
 def spread(values: list[float], form: str) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from made_with import made_with, print_versions
 from torch.nn import functional
 
 from pipeline.config import Config, load_config
@@ -38,7 +38,7 @@ from pipeline.data.signs import LABELS, sign_scene
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.results.predict import predict
-from pipeline.training.train import train, versions
+from pipeline.training.train import train
 from storage import ConvertOptions, write_pyramid
 
 HERE = Path(__file__).parent
@@ -128,8 +128,7 @@ def show(results: dict[str, Any]) -> None:
             rates = [each[f"right of {mpp}"] / tests for each in runs]
             line += f"{f'{statistics.mean(rates):.3f} [{min(rates):.3f}, {max(rates):.3f}]':>28}"
         print(line)
-    for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["runs"]}:
-        print(words)
+    print_versions(results["runs"])
 
 
 def main() -> None:
@@ -157,8 +156,7 @@ def main() -> None:
     for seed, name in [(seed, name) for seed in chosen.seeds for name in ARMS if (name, seed) not in done]:
         found = one_run(ARMS[name], seed, numbers, chosen.work, ["train.epochs=1"] if chosen.quick else [])
         print(f"{name}, seed {seed}: {found}", flush=True)
-        made_with = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        results["runs"].append({"arm": name, "seed": seed, **found, "versions": made_with})
+        results["runs"].append({"arm": name, "seed": seed, **found, "versions": made_with("auto")})
         write_json(path, results)
     print(f"\npython {' '.join(sys.argv)}")
     show(results)

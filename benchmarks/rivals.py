@@ -29,12 +29,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from made_with import made_with
 from rivals_data import TASKS, make_images
 from rivals_run import METHODS, PRIOR, judge, run
 from rivals_show import draw, show
@@ -42,7 +41,6 @@ from rivals_show import draw, show
 from pipeline.data.manifest import Entry
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.training.train import versions
 
 RESULTS = Path(__file__).parent / "results" / "rivals_cpu.json"
 SEEN = {"mnist": 60_000, "needles": 60_000, "idrid": 7_000}  # images that a training sees, repeated ones included
@@ -88,12 +86,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Return the pieces of a result file, none where there is no file."""
     pieces: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return pieces
-
-
-def made_with() -> dict[str, Any]:
-    """Versions, the commit, and the machine."""
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": "CPU"}
-    return versions() | machine
 
 
 def main() -> None:

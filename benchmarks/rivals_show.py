@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from made_with import print_versions
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rivals_data import TASKS
@@ -43,8 +44,7 @@ def show(pieces: Sequence[Piece]) -> None:
     print(
         "\nkB: read of files, compressed. pixels: read at all levels, over those of the finest. hours: of training."
     )
-    for words in dict.fromkeys(", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in pieces):
-        print(words)
+    print_versions(pieces)
 
 
 def with_one_draw(pieces: Sequence[Piece]) -> list[Piece]:

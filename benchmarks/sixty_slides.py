@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_with import made_with, print_versions
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,7 +42,6 @@ from pipeline.data.slides import SlideImage
 from pipeline.data.tissue import find_mask
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
-from pipeline.training.train import versions
 from storage import Slide
 
 HERE = Path(__file__).parent
@@ -211,8 +211,7 @@ def show(results: dict[str, Any]) -> None:
             losses = [each["cross_entropy"] for each in runs]
             print(f"{arm:42}{len(aucs):6}{middle:>24}{seconds:18.0f}{f'{min(losses):.3f} to {max(losses):.3f}':>26}")
     print("\nmedian [range] over seeds")
-    for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["runs"]}:
-        print(words)
+    print_versions(results["runs"])
 
 
 def main() -> None:
@@ -249,9 +248,8 @@ def main() -> None:
             few = ["train.epochs=2"] if chosen.quick else []
             found = by_command(arm, seed, fold, chosen.work, chosen.weights, few)
         print(f"{arm}, seed {seed}, fold {fold}: {found['seconds']:.0f} s", flush=True)
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() and arm != ALL_TILES else "CPU"
-        made_with = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
-        results["runs"].append({"arm": arm, "seed": seed, "fold": fold, **found, "versions": made_with})
+        about = made_with("cpu" if arm == ALL_TILES else "auto")
+        results["runs"].append({"arm": arm, "seed": seed, "fold": fold, **found, "versions": about})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, results)
     print(f"\npython {' '.join(sys.argv)}")

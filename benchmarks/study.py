@@ -28,7 +28,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -44,6 +43,7 @@ import imagecodecs
 import numpy as np
 import safetensors.torch
 import torch
+from made_with import made_with, print_versions
 from numpy.typing import NDArray
 from sixty_slides import AttentionPool
 from sklearn.linear_model import LogisticRegression
@@ -62,7 +62,7 @@ from pipeline.files import write_atomic, write_json
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.results.intervals import area, area_interval, area_parts
 from pipeline.results.predict import predict
-from pipeline.training.train import train, versions
+from pipeline.training.train import train
 from storage import Slide, write_pyramid
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -290,8 +290,14 @@ class Study:
         found = self._piece(method, fold)
         mark.unlink()
         print(f"{self.task}, {method}, fold {fold}: {found['seconds']:.0f} s", flush=True)
-        about = versions() | {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": "CPU"}
-        piece = {"task": self.task, "method": method, "fold": fold, **found, "resumed": resumed, "versions": about}
+        piece = {
+            "task": self.task,
+            "method": method,
+            "fold": fold,
+            **found,
+            "resumed": resumed,
+            "versions": made_with(),
+        }
         same = (self.task, method, fold)  # as of an encoding whose file is gone
         others = [each for each in self.results["pieces"] if (each["task"], each["method"], each["fold"]) != same]
         self.results["pieces"] = [*others, piece]
@@ -330,8 +336,7 @@ def show(results: dict[str, Any]) -> None:
             print(f"{method:14}{len(own):6}{found:>24}{less:>26}{sums[0]:9.0f}{sums[1]:9.0f}", end="")
             epoch = statistics.median(each["seconds"] for each in own) / EPOCHS.get(method, 1)
             print(f"{epoch:9.2f}{sums[2] / 1e6:9.0f}")
-    for words in {", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in results["pieces"]}:
-        print(words)
+    print_versions(results["pieces"])
 
 
 def _since(began: float, used: float) -> dict[str, float]:

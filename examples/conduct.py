@@ -82,7 +82,8 @@ def conduct(
         if chosen.measure:
             measure_again(chosen.out, chosen.device)
         folder = chosen.save or chosen.out
-        take_results(chosen.out, folder / f"{experiment.name}.json")
+        if chosen.save:
+            take_results(chosen.out, folder / f"{experiment.name}.json")
         results = run_experiment(
             experiment,
             manifest,
