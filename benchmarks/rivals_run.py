@@ -55,6 +55,7 @@ _PAPERS_LEVEL = {  # the paper's view of a digit has 3 pixels; a scrap could not
 }
 _CNN_DOWNSAMPLE = {"mnist-1500": 4, "mnist-3000": 4, "needles-1024": 2, "needles-2048": 4}  # 256 to 750 pixels a side
 _PRIOR = {"prior": "valid", "nodata": 0.0, "min_tissue": 0.005}  # cells with something in them, as tissue on a slide
+_MOVED = {"translation": 0.011}  # by pixels of the coarse view, so that a digit is not cut out in one way alone
 _PAPERS_MODEL = {"attention": "independent", "scale": 1.0, "method": "desraj"}
 
 
@@ -87,7 +88,7 @@ def configure(name: str, method: str, seed: int, epochs: int, weights: Path, sto
         model |= {"patch_size": PATCH, "levels": _LEVELS[kind]}
         if method == PRIOR:
             model |= _PRIOR
-            course |= {"batch_size": 16, "learning_rate": 2e-3, "early_samples": 2}
+            course |= {"batch_size": 16, "learning_rate": 2e-3, "early_samples": 2, "augment": _MOVED}
     elif method == PAPER:
         model |= {"patch_size": PATCH, "levels": [_PAPERS_LEVEL[kind]], **_PAPERS_MODEL}
         course |= PAPERS_COURSE

@@ -41,6 +41,7 @@ _RGB = 3
 _VERSION = 1  # of the way in which masks are found: those that an earlier one kept are not looked at
 _VIEW_PIXELS = 1024  # on the longer side of the view of a slide that does not tell what its pixels measure
 _MOST_PIXELS = 2**24  # of a view
+_VALID_DOWNSAMPLE = 8.0  # least of the view on which recorded pixels are found: it needs no detail, and 1/64 is read
 _GLASS, _STAINED = 0.03, 0.12  # saturation: that of glass is below the first, that of stained tissue above the second
 _DARK = 0.15  # below this largest channel, hue and saturation are noise
 _INK, _INK_SATURATION, _RED = 0.06, 0.5, 0.42  # by which channels differ in ink, from 0 to 1
@@ -137,11 +138,12 @@ def find_mask(
     finding, mpp = finding or Finding(), entry.mpp or slide.mpp
     chosen = list(slide.data_channels if channels is None else channels)
     gaps = (slide.nodata,) if slide.alpha is None else (slide.nodata, slide.alpha)
-    name = _digest(slide.identity, slide.shape_yx, (prior, mpp, nodata, *gaps, finding, chosen))
+    coarse = (_VALID_DOWNSAMPLE,) if prior == "valid" else ()
+    name = _digest(slide.identity, slide.shape_yx, (prior, mpp, nodata, *gaps, *coarse, finding, chosen))
     kept = _recall(name)
     if kept:
         return kept
-    level = view_level(slide, finding.mpp, mpp)
+    level = view_level(slide, finding.mpp, mpp, least=_VALID_DOWNSAMPLE if prior == "valid" else 1.0)
     pitch = slide.levels[level].downsample
     if name and slide.is_own:
         with suppress(StorageError):  # it holds none
@@ -176,8 +178,11 @@ def put_into_pyramid(slide: Slide, prior: Prior, found: Found) -> None:
     write_label(slide.location, prior, found.pixels, downsample=found.pitch_yx[0], made_of={"mask": found.name})
 
 
-def view_level(slide: Slide, wanted_mpp: float, mpp: float | None) -> int:
-    """Number of the level on which masks are found: the one nearest to `wanted_mpp` micrometres per pixel."""
+def view_level(slide: Slide, wanted_mpp: float, mpp: float | None, *, least: float = 1.0) -> int:
+    """Number of the level on which masks are found: the one nearest to `wanted_mpp` micrometres per pixel.
+
+    Its downsample is to be no smaller than `least`, where there is such a level.
+    """
     downsample = wanted_mpp / mpp if mpp else max(slide.shape_yx) / _VIEW_PIXELS
     small = [i for i, level in enumerate(slide.levels) if math.prod(level.shape_yx) <= _MOST_PIXELS]
     if not small:
@@ -185,7 +190,7 @@ def view_level(slide: Slide, wanted_mpp: float, mpp: float | None) -> int:
             f"{slide.location}: its coarsest level has {math.prod(slide.levels[-1].shape_yx)} pixels, too many to "
             "find a mask on; convert it with a smaller --min-level-size"
         )
-    return min(small, key=lambda i: abs(math.log(slide.levels[i].downsample / max(downsample, 1))))
+    return min(small, key=lambda i: abs(math.log(slide.levels[i].downsample / max(downsample, least))))
 
 
 def tissue(view: NDArray[np.float32], finding: Finding, pixel_um: float | None, location: str) -> NDArray[np.bool_]:
