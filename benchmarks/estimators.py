@@ -119,10 +119,11 @@ class RememberingATS(NestedATS):
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
+        jitter: float = 0.0,
     ) -> Reading[Output]:
         """Draw from what is not remembered; see `NestedATS.sample`."""
         if not self.training:
-            draw = super().sample(images, population, keys, sampler=sampler, exact=exact, more=more)
+            draw = super().sample(images, population, keys, sampler=sampler, exact=exact, more=more, jitter=jitter)
             return (yield from draw)
         attention = population.log_attention[:, 0].exp()  # (B, K)
         remembered = [self._of(image, attention.shape[-1]) for image in images]

@@ -116,7 +116,7 @@ def show(results: dict[str, Any]) -> None:
         task = results["settings"][name]
         images = f"{task['train']} images" + ("" if task["folds"] else f" to train on and {task['test']} to test on")
         print(f"\n{name}: {images}, {task['folds'] or 'no'} folds, {task['epochs']} epochs")
-        print(f"{'arm':32}{'seeds':>6}{'test error':>20}{'four draws':>20}{'AUC':>24}{'epochs to 90 %':>16}{'s':>6}")
+        print(f"{'arm':58}{'seeds':>6}{'test error':>20}{'four draws':>20}{'AUC':>24}{'epochs to 90 %':>16}{'s':>6}")
         for arm in ARMS:
             runs = [each for each in results["runs"] if (each["task"], each["arm"]) == (name, arm)]
             if runs:
@@ -125,7 +125,7 @@ def show(results: dict[str, Any]) -> None:
                 epochs = spread([each["epochs_to_90"] or math.inf for each in runs], "{:.0f}")
                 seconds = statistics.median(each["seconds"] for each in runs)
                 cells = "".join(f"{each + ' %':>20}" for each in errors)
-                print(f"{arm:32}{len(runs):6}{cells}{auc:>24}{epochs:>16}{seconds:6.0f}")
+                print(f"{arm:58}{len(runs):6}{cells}{auc:>24}{epochs:>16}{seconds:6.0f}")
     print("\nmedian [range] over seeds; inf: never reached. Test and AUC: one draw an image, where not four.")
     print_versions(results["runs"])
 

@@ -92,6 +92,7 @@ class Arm:
 
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    batch: float = 1.0  # images of a step, as a share of the task's
     tasks: tuple[str, ...] = (*TRAINED, *FROZEN)
 
 
@@ -119,8 +120,16 @@ ARMS = {
     "learning rate 1e-3": Arm(train={"learning_rate": 1e-3}, tasks=FROZEN),
     "balanced steps": Arm(train={"sampling": "balanced"}),
     "balanced steps, learning rate 3e-3": Arm(train={"sampling": "balanced", "learning_rate": 3e-3}, tasks=TRAINED),
+    "half the batch": Arm(batch=0.5),
+    "half the batch, balanced steps": Arm(train={"sampling": "balanced"}, batch=0.5),
     "weight decay 0.05": Arm(train={"weight_decay": 0.05}),
     "moved": Arm(train={"augment": {"translation": 0.1}}, tasks=TRAINED),
+    "patches moved": Arm(train={"augment": {"jitter": 0.16}}, tasks=TRAINED),
+    "wider attention, moved, patches moved, learning rate 3e-3": Arm(
+        {"levels": (replace(_LEVEL, channels=(16, 32)),)},
+        {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3},
+        tasks=("mnist",),
+    ),
     "turned": Arm(train={"augment": {"flip": True}}, tasks=FROZEN),
     "stains changed": Arm(train={"augment": {"hed": 0.05}}, tasks=FROZEN),
     "stains changed more": Arm(train={"augment": {"hed": 0.2}}, tasks=FROZEN),

@@ -69,7 +69,8 @@ def train(
     torch.manual_seed(seed)
     model = make_model(arm, task, place.weights).to(place.device)
     model.store = DiskFeatures(place.features, 2**33)
-    course = TrainConfig(epochs=task.epochs, batch_size=task.batch, **task.course | ARMS[arm].train)
+    batch = round(task.batch * ARMS[arm].batch)
+    course = TrainConfig(epochs=task.epochs, batch_size=batch, **task.course | ARMS[arm].train)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=course.learning_rate, weight_decay=course.weight_decay, eps=1e-6)
     if model.config.standardise:
@@ -121,7 +122,7 @@ def train_epoch(
             )
             for row in batch.tolist()
         ]
-        output = model(images, keys, more=more_samples(course, progress))
+        output = model(images, keys, more=more_samples(course, progress), jitter=course.augment.jitter)
         labels = data.labels[batch].to(device)
         loss, cross_entropy = attention_sampling_loss(
             output.logits, labels, output.entropy, entropy_weight=entropy_weight(course, progress)

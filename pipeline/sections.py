@@ -117,6 +117,7 @@ class AugmentConfig(Section):
     hed: float = Field(default=0.0, ge=0, le=1)  # largest change of the amounts of hematoxylin, eosin and DAB
     translation: float = Field(default=0.0, ge=0, le=0.5)  # largest shift, as a share of the image's side; in whole
     # pixels of the coarsest level that the model reads
+    jitter: float = Field(default=0.0, ge=0, le=0.5)  # largest shift of each drawn patch, as a share of its side
     flip: bool = False  # one of the 8 symmetries of the square: mirror images and quarter turns
 
 

@@ -140,6 +140,7 @@ class NestedATS(SamplingModel):
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
+        jitter: float = 0.0,
     ) -> Reading[Output]:
         """Draw down the levels from a first population, encode the patches drawn, and classify.
 
@@ -151,7 +152,9 @@ class NestedATS(SamplingModel):
         if exact:
             pooled = yield from self._pool_all(images, last, exact)
         else:
-            pooled = self._pool(phases, (yield from self.encoding(images, last.centers_l0)))
+            pooled = self._pool(
+                phases, (yield from self.encoding(images, self._moved(last.centers_l0, jitter, keys)))
+            )
         total = torch.stack([_entropy(phases, depth) for depth in range(len(phases))]).sum(0)
         return Output(self.head(pooled), total, pooled, tuple(phases))
 

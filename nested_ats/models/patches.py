@@ -24,9 +24,11 @@ from nested_ats.models.base import ImageModel
 from nested_ats.networks.encoders import read_choice
 from nested_ats.phases import Leaves, Output, Phase, Population, Sampler
 from nested_ats.reading import Reading, run
+from nested_ats.sampling import fold_in, uniform
 from nested_ats.targets import Target
 
 _LEAST_SPREAD = 0.01  # least spread that a feature is divided by, as a part of the mean spread
+_JITTER = 1000  # the stream of a draw's keys that moves patches; the first ones are those of the levels
 _READS = 8  # parts in which one image's patches are read, so that several threads can read them
 # These keys do not change the features of a frozen encoder.
 _AFTER_FEATURES = (
@@ -314,9 +316,10 @@ class SamplingModel(PatchModel):
         readers: Executor | None = None,
         sampler: Sampler | None = None,
         more: int = 1,
+        jitter: float = 0.0,
     ) -> Output:
-        """Classify a batch of images; see `ImageModel.forward`, and `sample` for `sampler` and `more`."""
-        return run(self.classify(images, keys, views=views, sampler=sampler, more=more), readers)
+        """Classify a batch of images; see `ImageModel.forward`, and `sample` for the other parameters."""
+        return run(self.classify(images, keys, views=views, sampler=sampler, more=more, jitter=jitter), readers)
 
     def classify(
         self,
@@ -326,11 +329,13 @@ class SamplingModel(PatchModel):
         views: Sequence[Tensor] | None = None,
         sampler: Sampler | None = None,
         more: int = 1,
+        jitter: float = 0.0,
     ) -> Reading[Output]:
         """`forward` as a generator that yields its reads; see `ImageModel.classify`."""
         if views is None:
             views = yield from self.coarse_views(images)
-        return (yield from self.sample(images, self.attend(images, views), keys, sampler=sampler, more=more))
+        population = self.attend(images, views)
+        return (yield from self.sample(images, population, keys, sampler=sampler, more=more, jitter=jitter))
 
     def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
         """Attention over the whole images, the population of the first phase: (B, 1, K) with K of the largest."""
@@ -349,6 +354,7 @@ class SamplingModel(PatchModel):
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
+        jitter: float = 0.0,
     ) -> Reading[Output]:
         """Draw from a first population, encode the patches drawn, and classify.
 
@@ -365,8 +371,19 @@ class SamplingModel(PatchModel):
             is exact where there is one level, and this many patches are encoded at once.
         more
             Multiplies the samples of every level.
+        jitter
+            Each drawn patch is moved at random by at most this share of its side along each axis, so that a training
+            does not see things cut out in one way alone. F_hat is then unbiased for the mean over such moves.
         """
         raise NotImplementedError
+
+    def _moved(self, centers_l0: Tensor, jitter: float, keys: Tensor) -> Tensor:
+        """Centres (B, n, 2) of drawn patches, moved as `sample` has it."""
+        if not jitter:
+            return centers_l0
+        most = jitter * self.config.patch_size * self.config.patch_downsample
+        places = uniform(fold_in(keys.cpu(), _JITTER), centers_l0[0].numel()).reshape(centers_l0.shape)
+        return centers_l0 + (2 * places - 1) * most
 
     def _pool_all(self, images: Sequence[Image], phase: Phase, chunk: int) -> Reading[Tensor]:
         """Sum of z a f over the units of a phase, (B, D), `chunk` patches of one image in memory at a time."""

@@ -56,6 +56,7 @@ class UniformSampling(SamplingModel):
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
+        jitter: float = 0.0,
     ) -> Reading[Output]:
         """Draw patches, encode them, and classify by their mean; see `SamplingModel.sample`."""
         ones = torch.ones_like(population.log_attention[:, :, 0])
@@ -64,7 +65,7 @@ class UniformSampling(SamplingModel):
         if exact:
             pooled = yield from self._pool_all(images, phase, exact)
         else:
-            features = yield from self.encoding(images, phase.centers_l0)
+            features = yield from self.encoding(images, self._moved(phase.centers_l0, jitter, keys))
             pooled = expectation(phase.attention, features, phase.z)
         return Output(self.head(pooled), entropy(population.log_attention[:, 0]), pooled, (phase,))
 

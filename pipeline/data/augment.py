@@ -98,12 +98,13 @@ class AugmentedImage:
         shown = torch.where(self._mirrored, self._extents, shapes).tolist()
         self.shapes: Sequence[tuple[int, int]] = [(height, width) for height, width in shown]
         self._turn = turn
+        self._jittered = config.jitter > 0  # patches lie on no grid then, and hardly come again
 
     @property
     def identity(self) -> str | None:
-        """The identity of this symmetry of the image, if that has one; None where pixels are changed or moved."""
+        """The identity of this symmetry of the image, if that has one; None where pixels or patches are changed."""
         identity: str | None = getattr(self._image, "identity", None)
-        if identity is None or self._shifts.any() or self._changes_values:
+        if identity is None or self._shifts.any() or self._changes_values or self._jittered:
             return None
         return f"{identity}/{self._turn}/{self._extents.tolist()}" if self._turn else identity
 

@@ -140,7 +140,9 @@ class Learner:
 
         `purpose` and the slide's name key the draws; `more` multiplies the samples.
         """
-        options = {"more": more} if isinstance(self.model, SamplingModel) else {}
+        options: dict[str, Any] = {}
+        if isinstance(self.model, SamplingModel):
+            options = {"more": more, "jitter": self.config.train.augment.jitter if self.model.training else 0.0}
         while rows:
             entries, images, views = zip(*rows, strict=True)
             keys = torch.tensor([draw_key(self.config.seed, *purpose, entry.slide_id) for entry in entries])
