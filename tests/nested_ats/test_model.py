@@ -15,6 +15,7 @@ from nested_ats import (
     ModelConfig,
     NestedATS,
     UniformConfig,
+    UniformSampling,
     attention_sampling_loss,
     levels_for,
     predict,
@@ -112,6 +113,48 @@ def test_bf16_autocast_stays_close(method, depth):
     assert (low.features.float() - model(images, keys).features).abs().max() < 0.2
     (low.logits.float().logsumexp(-1).sum() + low.entropy.sum()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+class Seen(ArrayImage):
+    """Keeps the boxes that are read of its finest level."""
+
+    def read(self, level, boxes):
+        if level == 0:
+            self.boxes = boxes
+        return super().read(level, boxes)
+
+
+def boxes_of(network, key, **options):
+    seen = Seen(image(200, 300).read(0, torch.tensor([[0, 0, 200, 300]]))[0], levels=4)
+    output = network([seen], torch.tensor([key]), **options)
+    return seen.boxes, output
+
+
+@pytest.mark.parametrize("kind", ["ats", "uniform"])
+def test_jitter_moves_patches_alone(model, kind):
+    network = model
+    if kind == "uniform":
+        network = UniformSampling(UniformConfig(samples=6, cell=16, patch_size=28), in_channels=3, classes=4)
+    moves = []
+    for key in range(100):
+        plain, output = boxes_of(network, key)
+        moved, other = boxes_of(network, key, jitter=0.25)
+        assert torch.equal(moved, boxes_of(network, key, jitter=0.25)[0])  # by the key alone
+        for phase, its in zip(output.phases, other.phases, strict=True):
+            assert torch.equal(phase.drawn.indices, its.drawn.indices)
+            assert torch.equal(phase.centers_l0, its.centers_l0)
+        assert torch.equal(plain[:, 2:], moved[:, 2:])
+        moves.append(moved[:, :2] - plain[:, :2])
+    all_moves = torch.cat(moves).double()
+    assert all_moves.min() == -7  # a quarter of 28 pixels, either way
+    assert all_moves.max() == 7
+    assert len(all_moves.unique()) == 15
+    standard_error = all_moves.std(0) / len(all_moves) ** 0.5
+    assert (all_moves.mean(0).abs() < 4 * standard_error).all()
+    assert torch.corrcoef(all_moves.T)[0, 1].abs() < 0.2
+    images = [image(200, 300), image(200, 300)]
+    batch = network(images, torch.tensor([7, 0]), jitter=0.25).logits
+    torch.testing.assert_close(batch[:1], network(images[:1], torch.tensor([7]), jitter=0.25).logits)
 
 
 @pytest.mark.parametrize("encoder", ["lenet", "resnet"])

@@ -400,6 +400,7 @@ class TestTraining:
             ({"brightness": 0.1}, False),
             ({"contrast": 0.1}, False),
             ({"translation": 0.2}, False),
+            ({"jitter": 0.2}, False),
             ({"flip": True}, True),
         ],
     )

@@ -249,7 +249,7 @@ def test_an_extended_run_keeps_its_last_model_until_the_next_takes_its_place(con
     assert not torch.equal(weights(tmp_path / "run")["head.weight"], before["head.weight"])
 
 
-AUGMENT = {"brightness": 0.2, "contrast": 0.3, "translation": 0.2, "flip": True}
+AUGMENT = {"brightness": 0.2, "contrast": 0.3, "translation": 0.2, "jitter": 0.1, "flip": True}
 # As many samples as there are cells: all are drawn, whatever rounding does to the attention.
 EVERY = {
     "ats": {
@@ -311,6 +311,18 @@ def test_every_kind_trains_on_augmented_slides_and_validates_on_plain_ones(pyram
     plain_one, augmented = metrics["plain"], metrics["augmented"]
     assert augmented["val_cross_entropy"] == plain_one["val_cross_entropy"]
     assert augmented["cross_entropy"] != plain_one["cross_entropy"]
+
+
+def test_patches_move_in_training_alone(config, pyramids, tmp_path):
+    metrics = {}
+    for name, jitter in (("plain", 0.0), ("moved", 0.3)):
+        still = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-30, "augment": {"jitter": jitter}}
+        job = arguments(parse_config({**plain(config), "train": still}, "test"), pyramids, tmp_path / name)
+        job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
+        metrics[name], _ = train_worker(LocalContext(), job)
+    assert metrics["moved"]["val_cross_entropy"] == metrics["plain"]["val_cross_entropy"]
+    assert metrics["moved"]["entropy"] == metrics["plain"]["entropy"]  # as the attention sees what it saw
+    assert metrics["moved"]["cross_entropy"] != metrics["plain"]["cross_entropy"]
 
 
 def test_slides_change_from_epoch_to_epoch_and_resume_as_they_would_have(config, pyramids, tmp_path):
