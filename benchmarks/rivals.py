@@ -7,7 +7,8 @@ grade 0 against 2 and above. All images are pyramids on disk, the same for every
 
 Methods. *ours*: attention sampling at two levels as the defaults have it, on photographs at one (as in `study.py`),
 four draws of a test image, and one. *ours, prior*: the same where it draws among cells with something in them alone,
-with smaller batches, larger steps and moved images, chosen on digits of 384 x 384 pixels; not on photographs.
+with wider attention networks, smaller batches, larger steps, and images and patches that move, chosen on digits of
+384 x 384 pixels; not on photographs.
 *the paper's*: one level, its sampling without replacement and its training, one draw (`PAPERS_COURSE`).
 *Deep MIL*: attention over all patches.
 *IPS*: iterative patch selection, see `rivals_ips.py`. *CNN*: the image at a half or a quarter of the scale. Those of

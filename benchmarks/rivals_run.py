@@ -41,7 +41,7 @@ BATCH = 32
 # Two levels, as `levels_for` proposes for 3000 x 3000 pixels; a cell of the last map has 16 pixels, or 8.
 _LEVELS = {
     "mnist": [
-        {"downsample": 8, "stride": 2, "group": 4, "samples": 16},
+        {"downsample": 8, "stride": 2, "group": 4, "samples": 12},
         {"downsample": 2, "size": 32, "stride": 8, "samples": 10},
     ],
     "needles": [
@@ -55,7 +55,8 @@ _PAPERS_LEVEL = {  # the paper's view of a digit has 3 pixels; a scrap could not
 }
 _CNN_DOWNSAMPLE = {"mnist-1500": 4, "mnist-3000": 4, "needles-1024": 2, "needles-2048": 4}  # 256 to 750 pixels a side
 _PRIOR = {"prior": "valid", "nodata": 0.0, "min_tissue": 0.005}  # cells with something in them, as tissue on a slide
-_MOVED = {"translation": 0.011}  # by pixels of the coarse view, so that a digit is not cut out in one way alone
+_WIDER = {"channels": [16, 32]}  # of the attention networks, which tell digits from noise
+_MOVED = {"translation": 0.011, "jitter": 0.16}  # so that a digit is not cut out in one way alone
 _PAPERS_MODEL = {"attention": "independent", "scale": 1.0, "method": "desraj"}
 
 
@@ -87,7 +88,7 @@ def configure(name: str, method: str, seed: int, epochs: int, weights: Path, sto
     if method in (OURS, PRIOR):
         model |= {"patch_size": PATCH, "levels": _LEVELS[kind]}
         if method == PRIOR:
-            model |= _PRIOR
+            model |= _PRIOR | {"levels": [level | _WIDER for level in _LEVELS[kind]]}
             course |= {"batch_size": 16, "learning_rate": 2e-3, "early_samples": 2, "augment": _MOVED}
     elif method == PAPER:
         model |= {"patch_size": PATCH, "levels": [_PAPERS_LEVEL[kind]], **_PAPERS_MODEL}
