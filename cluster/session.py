@@ -34,8 +34,8 @@ _DRIVER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # This will be Ray's default; without it every worker with 0 GPUs warns of that.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Its 30 s are too few for a machine that is busy with other work.
-    "RAY_gcs_server_port_wait_time_s": "60",
+    # Its 30 s, and twice as many, were too few on machines that were busy with other work.
+    "RAY_gcs_server_port_wait_time_s": "180",
 }
 
 # Ray has workers search the driver's folder first, where a `storage.py` of the user's may lie.

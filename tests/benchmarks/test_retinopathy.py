@@ -20,6 +20,7 @@ def test_photographs_are_asked_both_questions(data, tmp_path, monkeypatch, capsy
     few += [each for each in study.idrid(data) if each[0].split == "test"][::10]
     monkeypatch.setattr(study, "idrid", lambda _: few)
     monkeypatch.setattr(retinopathy, "EPOCHS", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # which the pieces change, and which is put back so
     labels = {
         q: {e.label for e in retinopathy.photographs(q, data, tmp_path / "idrid")} for q in retinopathy.QUESTIONS
     }
