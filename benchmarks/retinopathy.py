@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -32,6 +31,7 @@ from statistics import mean, median
 from typing import Any
 
 from made_with import made_with, print_versions
+from rivals import read
 from rivals_run import counted_pixels
 from study import BACKGROUND, TILE, WEIGHTS, make_slides
 
@@ -134,12 +134,6 @@ def one_piece(
         "test_seconds": round(median(row["seconds"] for row in rows), 4),
         "training_seconds": round(sum(line["seconds"] for line in read_metrics(folder / "run")), 1),
     }
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the pieces of a result file, none where there is no file."""
-    pieces: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    return pieces
 
 
 def show(pieces: list[dict[str, Any]]) -> None:
