@@ -21,7 +21,6 @@ those of a method that finds what earlier ones have encoded; those of a test ima
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 from dataclasses import replace
@@ -90,16 +89,11 @@ def configure(question: str, method: str, encoder: str, seed: int, weights: Path
 
 def photographs(question: str, data: Path, folder: Path) -> list[Entry]:
     """Photographs as pyramids, made where they are missing, with the labels of a question."""
-    grades: dict[str, int] = {}
-    for split in ("train", "test"):
-        with (data / "idrid-half" / f"{split}.csv").open(newline="") as file:
-            rows = csv.DictReader(file)
-            grades |= {f"{split}-{Path(row['image']).stem}": int(row["retinopathy_grade"]) for row in rows}
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [(entry, grades[entry.slide_id]) for entry in make_slides("idrid", data, folder)]
+    entries = make_slides("idrid grades", data, folder)
     if question == GRADES:
-        return [replace(entry, label=str(grade)) for entry, grade in entries]
-    return [replace(entry, label="yes" if grade >= 2 else "no") for entry, grade in entries if grade != 1]
+        return entries
+    return [replace(entry, label="yes" if entry.label >= "2" else "no") for entry in entries if entry.label != "1"]
 
 
 def one_piece(

@@ -8,11 +8,10 @@ An image of Megapixel MNIST takes 0.2 MB on disk, as chunks without anything are
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -129,12 +128,8 @@ def _labels(folder: Path) -> dict[int, str]:
 
 def _photographs(images: int, tests: int, data: Path, folder: Path) -> list[Entry]:
     """Fundus photographs of grade 0 and of 2 and above, in the official split, or some of those to train on."""
-    mild = set()
-    for split in ("train", "test"):
-        with (data / "idrid-half" / f"{split}.csv").open(newline="") as file:
-            rows = csv.DictReader(file)
-            mild |= {f"{split}-{Path(row['image']).stem}" for row in rows if int(row["retinopathy_grade"]) == 1}
-    entries = [entry for entry in make_slides("idrid", data, folder) if entry.slide_id not in mild]
+    graded = [entry for entry in make_slides("idrid grades", data, folder) if entry.label != "1"]
+    entries = [replace(entry, label="yes" if entry.label >= "2" else "no") for entry in graded]
     shuffled = [entries[row] for row in np.random.default_rng(0).permutation(len(entries))]
     parts = {split: [entry for entry in shuffled if entry.split == split] for split in ("train", "test")}
     return parts["train"][:images] + parts["test"][:tests]

@@ -89,24 +89,29 @@ def colon(data: Path) -> list[tuple[Entry, Path]]:
     return [(replace(entry, label=YES if entry.label == EPITHELIAL else NO), Path(entry.path)) for entry in entries]
 
 
-def idrid(data: Path) -> list[tuple[Entry, Path]]:
-    """Photographs of the official split, without those of which there is a copy."""
+def idrid_grades(data: Path) -> list[tuple[Entry, Path]]:
+    """Photographs of the official split and their grades, without those of which there is a copy."""
     found = []
     for split in ("train", "test"):
         with (data / "idrid-half" / f"{split}.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 path = data / "idrid-half" / row["image"]
-                label = YES if int(row["retinopathy_grade"]) >= 2 else NO
-                found.append((Entry(slide_id=f"{split}-{path.stem}", path="", label=label, split=split), path))
+                grade = row["retinopathy_grade"]
+                found.append((Entry(slide_id=f"{split}-{path.stem}", path="", label=grade, split=split), path))
     digests = [hashlib.sha256(path.read_bytes()).digest() for _, path in found]
     counts = Counter(digests)
     return [each for each, digest in zip(found, digests, strict=True) if counts[digest] == 1]
 
 
+def idrid(data: Path) -> list[tuple[Entry, Path]]:
+    """The same, asked for grade 2 and above."""
+    return [(replace(entry, label=YES if int(entry.label) >= 2 else NO), path) for entry, path in idrid_grades(data)]
+
+
 def make_slides(task: str, data: Path, work: Path) -> list[Entry]:
     """Pyramids of the images, made where they are not there."""
     entries = []
-    for entry, image in {"colon": colon, "idrid": idrid}[task](data):
+    for entry, image in {"colon": colon, "idrid": idrid, "idrid grades": idrid_grades}[task](data):
         path = work / f"{entry.slide_id}.ome.zarr"
         if not (path / "zarr.json").exists():
             pixels = imagecodecs.imread(image).transpose(2, 0, 1)

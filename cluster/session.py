@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 OBJECT_STORE_BYTES = 200_000_000  # workers fetch their own chunks, so the store carries only small messages
 CONNECT_TIMEOUT_S = 10.0
+_LAST_LINES = 3  # of each log of a local instance that did not come up
 _SWEEPS, _SWEEP_PAUSE_S = 50, 0.1  # workers that are being ended may still write their logs
 
 # Ray reads these when it is imported or initialised; a value that the user has set wins.
@@ -141,9 +142,19 @@ def _start(ray: ModuleType, address: str, folder: str, num_cpus: int | None, num
             ray.init(runtime_env=runtime_env, **options)
         except (Exception, SystemExit) as error:
             if last:
-                raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}{hint}") from error
+                said = f"{one_line(error)}{hint}{_last_words(folder) if folder else ''}"
+                raise ClusterError(f"no Ray session at {address!r}: {said}") from error
         else:
             break
+
+
+def _last_words(folder: str) -> str:
+    """Tell the last lines that the servers of local instances wrote, whose logs go with the folder."""
+    words = []
+    for log in sorted(Path(folder).glob("session_[0-9]*/logs/gcs_server.*")):
+        records = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[")]
+        words += [line for line in records if not line.endswith(("stats:", "state:", "table:"))][-_LAST_LINES:]
+    return f"; its servers' last words: {' '.join(words)}" if words else ""
 
 
 def _loopback() -> str:

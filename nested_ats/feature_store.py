@@ -13,13 +13,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from nested_ats.reading import Reading
 
 _FORMAT = 1  # raise it when the same pixels, weights and code of an encoder come to give other numbers
 
@@ -49,6 +52,55 @@ class FeatureStore(Protocol):
     def put(self, name: str, places: Tensor, rows: Tensor) -> None:
         """Keep (N, W) float32 rows of (N, 2) distinct places if there is room."""
         ...
+
+
+def recall(
+    store: FeatureStore,
+    names: Sequence[str | None],
+    boxes: Tensor,
+    width: int,
+    device: torch.device,
+    encode: Callable[[list[int], list[Tensor]], Reading[list[Tensor]]],
+) -> Reading[Tensor]:
+    """Look up the rows of patches; encode those that are missing, each once, and store them.
+
+    Parameters
+    ----------
+    store
+        Is asked by as many reads as there are images, and put to by others.
+    names
+        B of them, of the images in the store; None for one whose patches cannot be kept.
+    boxes
+        (B, n, 4) int64: first y and x, height and width of patches in pixels of their level; they may repeat.
+    width, device
+        Numbers in a row, and where the rows are wanted.
+    encode
+        Given the numbers of images, and the distinct (P, 4) boxes wanted of each, gives the (P, width) rows of each.
+
+    Returns
+    -------
+    (B, n, width) float32
+    """
+    each = [rows.unique(dim=0, return_inverse=True) for rows in boxes.cpu()]
+    wanted = [own for own, _ in each]
+
+    def look(name: str | None, own: Tensor) -> tuple[Tensor, Tensor]:
+        if name is None:
+            return torch.empty(len(own), width), torch.zeros(len(own), dtype=torch.bool)
+        return store.get(name, own[:, :2], width)
+
+    looked = yield [partial(look, name, own) for name, own in zip(names, wanted, strict=True)]
+    tables = [rows.to(device, copy=True) for rows, _ in looked]
+    missing = {row: wanted[row][~found] for row, (_, found) in enumerate(looked) if not found.all()}
+    if missing:
+        encoded = yield from encode(list(missing), list(missing.values()))
+        puts = []
+        for row, rows in zip(missing, encoded, strict=True):
+            tables[row][~looked[row][1].to(device)] = rows
+            if (name := names[row]) is not None:
+                puts.append(partial(store.put, name, missing[row][:, :2], rows.cpu()))
+        yield puts
+    return torch.stack([table[places.to(device)] for table, (_, places) in zip(tables, each, strict=True)])
 
 
 class EncoderName:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from nested_ats.cells import boxes_at, image_cells, image_sizes
 from nested_ats.config import PatchConfig
-from nested_ats.feature_store import EncoderName, FeatureStore
+from nested_ats.feature_store import EncoderName, FeatureStore, recall
 from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.mask import worth_seeing
 from nested_ats.models.base import ImageModel
@@ -264,29 +264,13 @@ class PatchModel(ImageModel):
 
         A row of the store, and of a table here, holds the D numbers and the `spread` of a patch.
         """
-        store, device, width = self.store, self.head.weight.device, self.features + 1
-        assert store is not None  # noqa: S101 - the caller has checked it
-        names = self._store_names(images)
-        each = [rows.unique(dim=0, return_inverse=True) for rows in boxes.cpu()]
-        wanted = [own for own, _ in each]
+        assert self.store is not None  # noqa: S101 - the caller has checked it
 
-        def look(name: str | None, own: Tensor) -> tuple[Tensor, Tensor]:
-            if name is None:
-                return torch.empty(len(own), width), torch.zeros(len(own), dtype=torch.bool)
-            return store.get(name, own[:, :2], width)
+        def encode(rows: list[int], missing: list[Tensor]) -> Reading[list[Tensor]]:
+            return self._encode_boxes([images[row] for row in rows], missing)
 
-        looked = yield [partial(look, name, own) for name, own in zip(names, wanted, strict=True)]
-        tables = [rows.to(device, copy=True) for rows, _ in looked]
-        missing = {row: wanted[row][~found] for row, (_, found) in enumerate(looked) if not found.all()}
-        if missing:
-            encoded = yield from self._encode_boxes([images[row] for row in missing], list(missing.values()))
-            puts = []
-            for row, rows in zip(missing, encoded, strict=True):
-                tables[row][~looked[row][1].to(device)] = rows
-                if (name := names[row]) is not None:
-                    puts.append(partial(store.put, name, missing[row][:, :2], rows.cpu()))
-            yield puts
-        drawn = torch.stack([table[places.to(device)] for table, (_, places) in zip(tables, each, strict=True)])
+        names, width, device = self._store_names(images), self.features + 1, self.head.weight.device
+        drawn = yield from recall(self.store, names, boxes, width, device, encode)
         if self.observe is not None:
             self.observe(drawn[..., -1].flatten())
         return drawn[..., :-1]

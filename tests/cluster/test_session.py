@@ -41,18 +41,28 @@ else:
     raise AssertionError
 """
 LATE = """
-import os, sys, ray, cluster
+import os, sys, time, ray, cluster
+from pathlib import Path
 starts, init = [], ray.init
+def servers_speak(folder):
+    until = time.monotonic() + 100
+    while not any(log.stat().st_size for log in Path(folder).glob("session_[0-9]*/logs/gcs_server.out")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 def late(**options):
     starts.append(options)
-    os.environ["RAY_gcs_server_port_wait_time_s"] = "0" if len(starts) <= int(sys.argv[1]) else "60"
-    return init(**options)
+    os.environ["RAY_gcs_server_port_wait_time_s"] = "0" if len(starts) <= int(sys.argv[1]) else "180"
+    try:
+        return init(**options)
+    except RuntimeError:
+        servers_speak(options["_temp_dir"])
+        raise
 ray.init = late
 try:
     with cluster.session("local", num_cpus=1):
         assert [outcome.result for outcome in cluster.run_tasks(lambda: str, [1])] == ["1"]
 except cluster.ClusterError as error:
-    assert sys.argv[1] == "2" and "Timed out" in str(error), error
+    assert sys.argv[1] == "2" and "Timed out" in str(error) and "last words: [" in str(error), error
 else:
     assert sys.argv[1] == "1"
 assert len(starts) == 2
@@ -65,7 +75,7 @@ def run_python(code, *arguments):
         [sys.executable, "-W", "error", "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
