@@ -107,7 +107,7 @@ def configure(name: str, method: str, seed: int, epochs: int, weights: Path, sto
 def _configure_photographs(method: str, seed: int, epochs: int, weights: Path, store: Path) -> Config:
     """As in `study.py`; what it does not have is its own method with changes."""
     known = {OURS: "ours", CNN: "CNN"}
-    settings = plain(configure_study("idrid", known.get(method, "ours"), weights, store, epochs)) | {"seed": seed}
+    settings = plain(configure_study("idrid", known.get(method, "ours"), weights, store, epochs, seed))
     settings["predict"]["draws"] = 4 if method == OURS else 1
     if method == PAPER:
         settings["model"] |= {**_PAPERS_MODEL, "standardise": False}

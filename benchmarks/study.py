@@ -18,7 +18,7 @@ encoding, once; those of an epoch are a fold's, test included, by its epochs, th
 interrupted begins anew, for us with the features that are kept, and is marked so.
 
     python benchmarks/study.py --data ../shared/data --work FOLDER [--tasks colon] [--methods ours ABMIL ...]
-                               [--results FILE] [--show] [--quick]
+                               [--seeds 0 1 2] [--results FILE] [--show] [--quick]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -124,12 +125,12 @@ def make_slides(task: str, data: Path, work: Path) -> list[Entry]:
     return entries
 
 
-def folds_of(entries: Sequence[Entry]) -> list[list[Entry]]:
+def folds_of(entries: Sequence[Entry], seed: int = 0) -> list[list[Entry]]:
     """The entries of each fold, all with a split."""
     if entries[0].split:
         return [list(entries)]
     labels = [entry.label for entry in entries]
-    split = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(labels, labels)
+    split = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels)
     return [
         [replace(entry, split="test" if row in held else "train") for row, entry in enumerate(entries)]
         for held in (set(test.tolist()) for _, test in split)
@@ -153,7 +154,7 @@ def counted() -> Iterator[list[SlideImage]]:
         SlideImage.__init__ = original  # type: ignore[method-assign]
 
 
-def configure(task: str, method: str, weights: Path, store: Path, epochs: int) -> Config:
+def configure(task: str, method: str, weights: Path, store: Path, epochs: int, seed: int) -> Config:
     """Return the configuration of a method that the product trains."""
     encoder = {"name": "mobilenet_v2", "weights": str(weights)}
     course: dict[str, Any] = {"epochs": epochs, "batch_size": 4, "sampling": "balanced"}
@@ -166,7 +167,7 @@ def configure(task: str, method: str, weights: Path, store: Path, epochs: int) -
         course |= {"learning_rate": 3e-3, "early_samples": 1}
         course |= {"augment": {"hed": STAINS}} if method == HED else {}
     data = {"background": BACKGROUND[task], "features": {"folder": str(store)}}
-    return parse_config({"seed": 0, "model": model, "train": course, "data": data}, f"{task}, {method}")
+    return parse_config({"seed": seed, "model": model, "train": course, "data": data}, f"{task}, {method}")
 
 
 def by_product(entries: list[Entry], config: Config, folder: Path) -> dict[str, Any]:
@@ -225,7 +226,9 @@ class ClamPool(AttentionPool):
         return 0.7 * of_bag + 0.3 * functional.cross_entropy(told, sides)
 
 
-def pool(method: str, bags: list[Tensor], labels: list[int], train: list[int], epochs: int) -> list[float]:
+def pool(
+    method: str, bags: list[Tensor], labels: list[int], train: list[int], epochs: int, seed: int = 0
+) -> list[float]:
     """Scores of all slides by a method over all tiles, learned from some."""
     if method == MEAN:
         means = torch.stack([bag.mean(0) for bag in bags]).numpy()
@@ -233,7 +236,7 @@ def pool(method: str, bags: list[Tensor], labels: list[int], train: list[int], e
         found.fit(means[train], [labels[row] for row in train])
         scores: list[float] = found.predict_proba(means)[:, 1].tolist()
         return scores
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = ClamPool(bags[0].shape[1]) if method == CLAM else AttentionPool(bags[0].shape[1])
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, weight_decay=1e-5)
     for _ in range(epochs):
@@ -249,26 +252,26 @@ def pool(method: str, bags: list[Tensor], labels: list[int], train: list[int], e
         return [model.eval()(bag).softmax(-1)[1].item() for bag in bags]
 
 
-def by_pooling(method: str, entries: list[Entry], features: Path, epochs: int) -> dict[str, Any]:
+def by_pooling(method: str, entries: list[Entry], features: Path, epochs: int, seed: int) -> dict[str, Any]:
     """Train and test a fold over all tiles, whose features are there."""
     began, used = time.monotonic(), time.process_time()
     kept = safetensors.torch.load_file(features)
     bags = [kept[entry.slide_id] for entry in entries]
     rows = [row for row, entry in enumerate(entries) if entry.split == "train"]
-    scores = pool(method, bags, [int(entry.label == YES) for entry in entries], rows, epochs)
+    scores = pool(method, bags, [int(entry.label == YES) for entry in entries], rows, epochs, seed)
     held = {e.slide_id: round(s, 6) for e, s in zip(entries, scores, strict=True) if e.split == "test"}
     return {"scores": held, **_since(began, used), "bytes": 0}
 
 
 class Study:
-    """The pieces of a task, each kept as it is done."""
+    """The pieces of a task and a seed, each kept as it is done."""
 
-    def __init__(self, task: str, data: Path, work: Path, path: Path, *, quick: bool) -> None:
-        self.task, self.work, self.path = task, work / task, path
+    def __init__(self, task: str, seed: int, data: Path, work: Path, path: Path, *, quick: bool) -> None:
+        self.task, self.seed, self.work, self.path = task, seed, work / task, path
         self.work.mkdir(parents=True, exist_ok=True)
         self.weights = (data / WEIGHTS).absolute()
         entries = make_slides(task, data, self.work)
-        self.folds = folds_of(entries)
+        self.folds = folds_of(entries, seed)
         self.epochs = {**dict.fromkeys(METHODS, 1), **({} if quick else EPOCHS)}
         if quick:
             self.folds = [fold[:12] + fold[-12:] for fold in self.folds[:2]]
@@ -279,32 +282,36 @@ class Study:
 
     def run(self, methods: Sequence[str]) -> None:
         """Do what is missing, one fold of all methods after the other."""
-        done = {(each["task"], each["method"], each["fold"]) for each in self.results["pieces"]}
+        done = {_key(each) for each in self.results["pieces"]}
         pieces = [(method, fold) for fold in range(len(self.folds)) for method in methods]
         if {ABMIL, CLAM, MEAN}.intersection(methods):
             pieces.insert(0, (ENCODING, 0))
         for method, fold in pieces:
-            again = method == ENCODING and not self.features.exists()
-            if (self.task, method, fold) not in done or again:
+            if method == ENCODING:
+                there = self.features.exists() and (self.task, 0, ENCODING, 0) in done
+            else:
+                there = (self.task, self.seed, method, fold) in done
+            if not there:
                 self._keep(method, fold)
 
     def _keep(self, method: str, fold: int) -> None:
         mark = self.work / "begun"
-        resumed = mark.exists() and mark.read_text() == f"{method} {fold}"
-        mark.write_text(f"{method} {fold}")
+        resumed = mark.exists() and mark.read_text() == f"{method} {fold} {self.seed}"
+        mark.write_text(f"{method} {fold} {self.seed}")
         found = self._piece(method, fold)
         mark.unlink()
-        print(f"{self.task}, {method}, fold {fold}: {found['seconds']:.0f} s", flush=True)
+        print(f"{self.task}, {method}, seed {self.seed}, fold {fold}: {found['seconds']:.0f} s", flush=True)
         piece = {
             "task": self.task,
+            "seed": 0 if method == ENCODING else self.seed,  # which it does not depend on
             "method": method,
             "fold": fold,
             **found,
             "resumed": resumed,
             "versions": made_with(),
         }
-        same = (self.task, method, fold)  # as of an encoding whose file is gone
-        others = [each for each in self.results["pieces"] if (each["task"], each["method"], each["fold"]) != same]
+        # There may be an encoding whose file is gone.
+        others = [each for each in self.results["pieces"] if _key(each) != _key(piece)]
         self.results["pieces"] = [*others, piece]
         write_json(self.path, self.results)
 
@@ -313,35 +320,62 @@ class Study:
         if method == ENCODING:
             return encode(entries, self.weights, BACKGROUND[self.task], self.features)
         if method in (ABMIL, CLAM, MEAN):
-            return by_pooling(method, entries, self.features, self.epochs[method])
-        config = configure(self.task, method, self.weights, self.work / "store", self.epochs[method])
+            return by_pooling(method, entries, self.features, self.epochs[method], self.seed)
+        config = configure(self.task, method, self.weights, self.work / "store", self.epochs[method], self.seed)
         return by_product(entries, config, self.work / "run")
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print a table a task: pooled AUC, its difference from ours, seconds and bytes of the study."""
+    """Print a table a task and seed: pooled AUC, its difference from ours, errors, seconds and bytes of the study."""
     for task, labels in results["labels"].items():
         pieces = [each for each in results["pieces"] if each["task"] == task]
         encoding = [each for each in pieces if each["method"] == ENCODING]
-        ours = _scores(pieces, OURS)
-        print(f"\n{task}: {len(labels)} images")
-        print(f"{'method':14}{'folds':>6}{'AUC [95 %]':>24}{'ours is higher by':>26}", end="")
-        print(f"{'seconds':>9}{'of CPU':>9}{'an epoch':>9}{'MB read':>9}")
-        for method in METHODS:
-            own = [each for each in pieces if each["method"] == method]
-            scores = _scores(pieces, method)
-            truth = np.array([labels[name] == YES for name in scores], dtype=np.int64)
-            if len(set(truth.tolist())) < 2:
-                continue
-            both = own + (encoding if method in (ABMIL, CLAM, MEAN) else [])
-            interval = area_interval(truth, _columns(scores), np.arange(len(truth)))[0]
-            found = f"{area(truth, _columns(scores)):.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-            less = _difference(labels, scores, ours) if method != OURS and scores.keys() <= ours.keys() else ""
-            sums = [sum(each[name] for each in both) for name in ("seconds", "cpu_seconds", "bytes")]
-            print(f"{method:14}{len(own):6}{found:>24}{less:>26}{sums[0]:9.0f}{sums[1]:9.0f}", end="")
-            epoch = statistics.median(each["seconds"] for each in own) / EPOCHS.get(method, 1)
-            print(f"{epoch:9.2f}{sums[2] / 1e6:9.0f}")
+        found: dict[str, list[tuple[float, float]]] = {}
+        for seed in sorted({each["seed"] for each in pieces}):
+            print(f"\n{task}, seed {seed}: {len(labels)} images")
+            rows = show_seed([each for each in pieces if each["seed"] == seed], labels, encoding)
+            for method, values in rows.items():
+                found.setdefault(method, []).append(values)
+        for method, seeds in found.items():
+            areas, errors = zip(*seeds, strict=True)
+            print(
+                f"{method}, median and range of {len(seeds)} seeds: "
+                f"AUC {statistics.median(areas):.3f} [{min(areas):.3f}, {max(areas):.3f}], "
+                f"error {statistics.median(errors):.1%} [{min(errors):.1%}, {max(errors):.1%}]"
+            )
     print_versions(results["pieces"])
+
+
+def show_seed(
+    pieces: Sequence[dict[str, Any]], labels: dict[str, str], encoding: Sequence[dict[str, Any]]
+) -> dict[str, tuple[float, float]]:
+    """Print the table of a task and a seed; return AUC and error of each method."""
+    print(f"{'method':14}{'folds':>6}{'AUC [95 %]':>24}{'ours is higher by':>26}{'error':>8}", end="")
+    print(f"{'seconds':>9}{'of CPU':>9}{'an epoch':>9}{'MB read':>9}")
+    ours, told = _scores(pieces, OURS), {}
+    for method in METHODS:
+        own = [each for each in pieces if each["method"] == method]
+        scores = _scores(pieces, method)
+        truth = np.array([labels[name] == YES for name in scores], dtype=np.int64)
+        if len(set(truth.tolist())) < 2:
+            continue
+        both = [*own, *(encoding if method in (ABMIL, CLAM, MEAN) else [])]
+        auc, interval = (
+            area(truth, _columns(scores)),
+            area_interval(truth, _columns(scores), np.arange(len(truth)))[0],
+        )
+        error = float((_columns(scores).argmax(1) != truth).mean())
+        less = _difference(labels, scores, ours) if method != OURS and scores.keys() <= ours.keys() else ""
+        sums = [sum(each[name] for each in both) for name in ("seconds", "cpu_seconds", "bytes")]
+        epoch = statistics.median(each["seconds"] for each in own) / EPOCHS.get(method, 1)
+        print(f"{method:14}{len(own):6}{f'{auc:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]':>24}{less:>26}", end="")
+        print(f"{error:8.1%}{sums[0]:9.0f}{sums[1]:9.0f}{epoch:9.2f}{sums[2] / 1e6:9.0f}")
+        told[method] = (auc or math.nan, error)
+    return told
+
+
+def _key(piece: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(piece[name] for name in ("task", "seed", "method", "fold"))
 
 
 def _since(began: float, used: float) -> dict[str, float]:
@@ -376,6 +410,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for pyramids, features and runs: 1 GB, with idrid 8 GB")
     parser.add_argument("--tasks", nargs="+", choices=list(BACKGROUND), default=list(BACKGROUND))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of folds and trainings")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="print what there is and run nothing")
     parser.add_argument("--quick", action="store_true", help="see that it works: two folds of 24 images, one epoch")
@@ -386,8 +421,8 @@ def main() -> None:
         chosen.work = chosen.work / "quick" if chosen.quick else chosen.work
         chosen.work.mkdir(parents=True, exist_ok=True)
         chosen.results = chosen.work / "quick.json" if chosen.quick else chosen.results
-        for task in chosen.tasks:
-            Study(task, chosen.data, chosen.work, chosen.results, quick=chosen.quick).run(chosen.methods)
+        for task, seed in itertools.product(chosen.tasks, chosen.seeds):
+            Study(task, seed, chosen.data, chosen.work, chosen.results, quick=chosen.quick).run(chosen.methods)
         print(f"\npython {' '.join(sys.argv)}")
     show(json.loads(chosen.results.read_text()))
 

@@ -16,9 +16,9 @@ import study
 
 @pytest.mark.data
 def test_photographs_are_asked_both_questions(data, tmp_path, monkeypatch, capsys):
-    few = [each for each in study.idrid(data) if each[0].split == "train"][::40]
-    few += [each for each in study.idrid(data) if each[0].split == "test"][::10]
-    monkeypatch.setattr(study, "idrid", lambda _: few)
+    few = [each for each in study.idrid_grades(data) if each[0].split == "train"][::40]
+    few += [each for each in study.idrid_grades(data) if each[0].split == "test"][::10]
+    monkeypatch.setattr(study, "idrid_grades", lambda _: few)
     monkeypatch.setattr(retinopathy, "EPOCHS", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # which the pieces change, and which is put back so
     labels = {
