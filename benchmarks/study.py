@@ -46,7 +46,7 @@ import safetensors.torch
 import torch
 from made_with import made_with, print_versions
 from numpy.typing import NDArray
-from sixty_slides import AttentionPool
+from sixty_slides_auc import AttentionPool
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline

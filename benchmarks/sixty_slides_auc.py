@@ -9,8 +9,8 @@ A fold's scores are written to the result file when it is done, and a rerun does
 training, with features of tiles kept by nothing that ran before: each arm of each seed has a store of its own for the
 three folds, and the time of encoding all tiles is shared by the three folds likewise.
 
-    python benchmarks/sixty_slides.py --svs CMU-1-Small-Region.svs --weights mobilenet_v2-b0353104.pth --work FOLDER
-                                      [--arms ...] [--seeds 0 1 2] [--results FILE] [--show] [--quick]
+    python benchmarks/sixty_slides_auc.py --svs CMU-1-Small-Region.svs --weights mobilenet_v2-b0353104.pth
+                                          --work FOLDER [--arms ...] [--seeds 0 1 2] [--results FILE] [--show] [--quick]
 """
 
 from __future__ import annotations
