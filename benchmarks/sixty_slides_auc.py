@@ -10,7 +10,8 @@ training, with features of tiles kept by nothing that ran before: each arm of ea
 three folds, and the time of encoding all tiles is shared by the three folds likewise.
 
     python benchmarks/sixty_slides_auc.py --svs CMU-1-Small-Region.svs --weights mobilenet_v2-b0353104.pth
-                                          --work FOLDER [--arms ...] [--seeds 0 1 2] [--results FILE] [--show] [--quick]
+                                          --work FOLDER [--arms ...] [--seeds 0 1 2] [--results FILE] [--show]
+                                          [--quick]
 """
 
 from __future__ import annotations
