@@ -4,10 +4,10 @@ Questions. *referable*: is the retinopathy of grade 0, or of 2 and above (grade 
 curve. *grades*: which of five? Quadratic kappa of an ordinal target. Photographs have half their size, 2144 x 1424
 pixels, and are in the official split, without byte-identical pairs.
 
-Methods. *ATS-5*, *ATS-10*, *ATS-25*: so many tiles of 128 x 128 pixels by attention on downsample 8, four draws of a
-test image. *nested*: 8 regions by downsample 16, then 25 tiles by downsample 4. *Deep MIL*: gated attention over all
-tiles. *CNN*: the whole photograph at half the scale. All have the same MobileNetV2 of ImageNet, *frozen*, or
-*trained* as a whole by steps a thirtieth as long, as that of the CNN is.
+Methods. *ATS-5*, *ATS-10*, *ATS-25*: so many tiles of 128 x 128 pixels by attention on downsample 8. *nested*: 8
+regions by downsample 16, then 25 tiles by downsample 4. Both are tested by four, two and one draws. *Deep MIL*: gated
+attention over all tiles. *CNN*: the whole photograph at half the scale. All have the same MobileNetV2 of ImageNet,
+*frozen*, or *trained* as a whole by steps a thirtieth as long, as that of the CNN is.
 
 All train for the same number of epochs on all training images, and nothing is chosen by test images. Frozen features
 are kept and shared in training; a test reads and encodes all that it looks at. A piece is written to the result file
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -46,7 +47,9 @@ from pipeline.training.train import train
 RESULTS = Path(__file__).parent / "results" / "retinopathy_cpu.json"
 REFERABLE, GRADES = QUESTIONS = ("referable", "grades")
 MEASURES = {REFERABLE: "auc", GRADES: "quadratic_kappa"}
-METHODS = ("ATS-5", "ATS-10", "ATS-25", "nested", "Deep MIL", "CNN")
+SAMPLING = ("ATS-5", "ATS-10", "ATS-25", "nested")
+METHODS = (*SAMPLING, "Deep MIL", "CNN")
+DRAWS = (4, 2, 1)  # of a test image, by methods that sample
 FROZEN, TRAINED = ENCODERS = ("frozen", "trained")
 EPOCHS = 20
 PIXELS = 2144 * 1424
@@ -107,51 +110,61 @@ def one_piece(
     folder = work / "runs" / f"{question}-{method.replace(' ', '-')}-{encoder}-{seed}"
     os.environ["XDG_CACHE_HOME"] = str(work / "kept")  # features that trainings share
     train(entries, config, folder / "run", device="cpu", fail_fast=True)
+    held = [entry for entry in entries if entry.split == "test"]
+    tests = [one_test(question, held, folder, draws) for draws in (DRAWS if method in SAMPLING else (1,))]
+    seconds = sum(line["seconds"] for line in read_metrics(folder / "run"))
+    return {"training_seconds": round(seconds, 1), "tests": tests}
+
+
+def one_test(question: str, held: list[Entry], folder: Path, draws: int) -> dict[str, Any]:
+    """Test a finished run by so many draws of each photograph."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "kept")  # a test reads and encodes what it looks at, once
     shutil.rmtree(folder / "kept", ignore_errors=True)
-    held = [entry for entry in entries if entry.split == "test"]
     with counted_pixels() as pixels:
-        rows = predict(held, folder / "run", folder / "test", device="cpu", overwrite=True)
+        rows = predict(held, folder / "run", folder / "test", device="cpu", draws=draws, overwrite=True)
     shutil.rmtree(folder / "kept", ignore_errors=True)
     if failed := [row["error"] for row in rows if row["status"] != "ok"]:
         raise SystemExit(failed[0])
     told = evaluate(folder / "test")
     measure = MEASURES[question]
     return {
+        "draws": draws,
         "measure": measure,
         "value": round(told[measure]["value"], 4),
         "interval_95": [round(end, 4) for end in told[measure]["interval_95"] or ()],
         "accuracy": round(told["accuracy"]["value"], 4),
-        "tests": len(rows),
+        "photographs": len(rows),
         "bytes": round(mean(row["bytes_read"] for row in rows)),
         "pixels": round(sum(pixels) / len(rows) / PIXELS, 4),
         "test_seconds": round(median(row["seconds"] for row in rows), 4),
-        "training_seconds": round(sum(line["seconds"] for line in read_metrics(folder / "run")), 1),
     }
 
 
 def show(pieces: list[dict[str, Any]]) -> None:
     """Print a table a question: medians over seeds, and the interval that so many photographs leave to the first."""
+    every = [piece | test for piece in pieces for test in piece["tests"]]
     for question in QUESTIONS:
-        own = [piece for piece in pieces if piece["question"] == question]
+        own = [test for test in every if test["question"] == question]
         if not own:
             continue
-        print(f"\n{question}: {own[0]['tests']} photographs to test on, {MEASURES[question]}")
-        print(f"{'method':10}{'encoder':>9}{'seeds':>6}{'[95 %, first seed]':>32}{'accuracy':>10}", end="")
+        print(f"\n{question}: {own[0]['photographs']} photographs to test on, {MEASURES[question]}")
+        print(
+            f"{'method':10}{'encoder':>9}{'draws':>6}{'seeds':>6}{'[95 %, first seed]':>32}{'accuracy':>10}", end=""
+        )
         print(f"{'MB read':>9}{'pixels':>8}{'s/test image':>14}{'training s':>12}")
-        for method, encoder in [(m, e) for m in METHODS for e in ENCODERS]:
-            group = [piece for piece in own if (piece["method"], piece["encoder"]) == (method, encoder)]
-            if group:
+        for key in product(METHODS, ENCODERS, DRAWS):
+            if group := [test for test in own if (test["method"], test["encoder"], test["draws"]) == key]:
                 print(line(group))
     print_versions(pieces)
 
 
-def line(group: list[dict[str, Any]]) -> str:
+def line(group: Sequence[dict[str, Any]]) -> str:
     """One line of the table."""
     middle = {name: median(piece[name] for piece in group) for name in group[0] if isinstance(group[0][name], float)}
     interval = ", ".join(f"{end:.3f}" for end in group[0]["interval_95"])
-    words = f"{group[0]['method']:10}{group[0]['encoder']:>9}{len(group):6}{middle['value']:12.3f} [{interval}]"
-    words = f"{words:57}{middle['accuracy']:10.3f}{median(piece['bytes'] for piece in group) / 1e6:9.2f}"
+    words = f"{group[0]['method']:10}{group[0]['encoder']:>9}{group[0]['draws']:6}{len(group):6}"
+    words = f"{words}{middle['value']:12.3f} [{interval}]"
+    words = f"{words:63}{middle['accuracy']:10.3f}{median(piece['bytes'] for piece in group) / 1e6:9.2f}"
     return words + f"{middle['pixels']:8.1%}{middle['test_seconds']:14.3f}{middle['training_seconds']:12.0f}"
 
 

@@ -38,8 +38,10 @@ def test_photographs_are_asked_both_questions(data, tmp_path, monkeypatch, capsy
     pieces = json.loads(results.read_text())
     assert [each["question"] for each in pieces] == list(retinopathy.QUESTIONS)
     for piece in pieces:
-        assert 1 / 64 < piece["pixels"] < 0.2
-        assert piece["measure"] == retinopathy.MEASURES[piece["question"]]
+        assert [test["draws"] for test in piece["tests"]] == [4, 2, 1]
+        shares = [test["pixels"] for test in piece["tests"]]
+        assert 0.2 > shares[0] > shares[1] > shares[2] > 1 / 64
+        assert {test["measure"] for test in piece["tests"]} == {retinopathy.MEASURES[piece["question"]]}
     said = capsys.readouterr().out
     assert "photographs to test on, quadratic_kappa" in said
     monkeypatch.setattr(retinopathy, "one_piece", None)  # nothing is done again
