@@ -35,8 +35,8 @@ _DRIVER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # This will be Ray's default; without it every worker with 0 GPUs warns of that.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Its 30 s, and twice as many, were too few on machines that were busy with other work.
-    "RAY_gcs_server_port_wait_time_s": "180",
+    # Its 30 s are few on a machine that is busy with other work.
+    "RAY_gcs_server_port_wait_time_s": "60",
 }
 
 # Ray has workers search the driver's folder first, where a `storage.py` of the user's may lie.
@@ -133,6 +133,7 @@ def _start(ray: ModuleType, address: str, folder: str, num_cpus: int | None, num
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": folder,
         }
+        _forget_token(ray)
         environment |= {"TMPDIR": folder} | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())
     runtime_env = {"env_vars": environment, "worker_process_setup_hook": _OWN_PACKAGES}
     hint = "" if address == "local" else "; if the cluster wants a token, set RAY_AUTH_MODE=token and its token"
@@ -146,6 +147,16 @@ def _start(ray: ModuleType, address: str, folder: str, num_cpus: int | None, num
                 raise ClusterError(f"no Ray session at {address!r}: {said}") from error
         else:
             break
+
+
+def _forget_token(ray: ModuleType) -> None:
+    """Have Ray look for its token again, as the processes that it starts do.
+
+    This process may know a token of a home folder that was another one then, or of a file that is gone; Ray would
+    make none where they look, and they would not come up.
+    """
+    if (loader := getattr(ray._raylet, "AuthenticationTokenLoader", None)) is not None:
+        loader.instance().reset_cache()
 
 
 def _last_words(folder: str) -> str:

@@ -214,6 +214,7 @@ def test_a_click_on_a_slide_opens_it(opened, screenshots):
 def test_the_filter_lists_some(opened):
     page = opened().open()
     page.locator("#filter").fill("tumour wrong")
+    page.wait_for_function("() => document.querySelector('#cases a').innerText.startsWith('second')")  # a frame later
     assert page.locator("#cases a:visible").all_inner_texts()[0].startswith("second")
     assert page.locator("#count").inner_text() == "1 of 4"
 

@@ -51,7 +51,7 @@ def servers_speak(folder):
         time.sleep(0.1)
 def late(**options):
     starts.append(options)
-    os.environ["RAY_gcs_server_port_wait_time_s"] = "0" if len(starts) <= int(sys.argv[1]) else "180"
+    os.environ["RAY_gcs_server_port_wait_time_s"] = "0" if len(starts) <= int(sys.argv[1]) else "60"
     try:
         return init(**options)
     except RuntimeError:
@@ -68,6 +68,13 @@ else:
 assert len(starts) == 2
 """
 
+HOMES = """
+import os, sys, cluster
+for os.environ["HOME"] in sys.argv[1:]:
+    with cluster.session("local", num_cpus=1):
+        assert [outcome.result for outcome in cluster.run_tasks(lambda: str, [1])] == ["1"]
+"""
+
 
 def run_python(code, *arguments):
     """Run in a fresh process; its standard error is the assertion's message."""
@@ -75,7 +82,7 @@ def run_python(code, *arguments):
         [sys.executable, "-W", "error", "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -102,6 +109,11 @@ def test_unreachable_cluster_is_refused_at_once(form):
 def test_a_local_instance_that_does_not_come_up_is_started_once_more(late, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     run_python(LATE, str(late))
+
+
+@pytest.mark.ray
+def test_a_process_that_knows_the_token_of_another_home_starts_a_local_instance(tmp_path_factory):
+    run_python(HOMES, *(str(tmp_path_factory.mktemp("home")) for _ in range(2)))
 
 
 @pytest.mark.parametrize("address", ["head:port", "head:99999", "[::1"])
