@@ -23,8 +23,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -33,7 +31,7 @@ from typing import Any
 from made_with import made_with, print_versions
 from rivals import read
 from rivals_run import counted_pixels
-from study import BACKGROUND, TILE, WEIGHTS, make_slides
+from study import BACKGROUND, TILE, WEIGHTS, make_slides, referable
 
 from pipeline.config import Config, parse_config
 from pipeline.data.manifest import Entry
@@ -94,9 +92,7 @@ def photographs(question: str, data: Path, folder: Path) -> list[Entry]:
     """Photographs as pyramids, made where they are missing, with the labels of a question."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = make_slides("idrid grades", data, folder)
-    if question == GRADES:
-        return entries
-    return [replace(entry, label="yes" if entry.label >= "2" else "no") for entry in entries if entry.label != "1"]
+    return entries if question == GRADES else referable(entries)
 
 
 def one_piece(
@@ -158,7 +154,7 @@ def show(pieces: list[dict[str, Any]]) -> None:
     print_versions(pieces)
 
 
-def line(group: Sequence[dict[str, Any]]) -> str:
+def line(group: list[dict[str, Any]]) -> str:
     """One line of the table."""
     middle = {name: median(piece[name] for piece in group) for name in group[0] if isinstance(group[0][name], float)}
     interval = ", ".join(f"{end:.3f}" for end in group[0]["interval_95"])

@@ -11,14 +11,14 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 from learning_data import draw_needle
 from numpy.typing import NDArray
-from study import make_slides
+from study import make_slides, referable
 
 from pipeline.data.manifest import Entry
 from storage import ConvertOptions, write_pyramid
@@ -128,8 +128,7 @@ def _labels(folder: Path) -> dict[int, str]:
 
 def _photographs(images: int, tests: int, data: Path, folder: Path) -> list[Entry]:
     """Fundus photographs of grade 0 and of 2 and above, in the official split, or some of those to train on."""
-    graded = [entry for entry in make_slides("idrid grades", data, folder) if entry.label != "1"]
-    entries = [replace(entry, label="yes" if entry.label >= "2" else "no") for entry in graded]
+    entries = referable(make_slides("idrid grades", data, folder))
     shuffled = [entries[row] for row in np.random.default_rng(0).permutation(len(entries))]
     parts = {split: [entry for entry in shuffled if entry.split == split] for split in ("train", "test")}
     return parts["train"][:images] + parts["test"][:tests]

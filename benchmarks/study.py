@@ -74,6 +74,7 @@ RESULTS = Path(__file__).parent / "results" / "study_cpu.json"
 WEIGHTS = Path("weights/mobilenet_v2-b0353104.pth")
 TILE, DRAWN = 128, 25  # pixels of a tile; tiles of a slide that are drawn
 OURS, HED, ABMIL, CLAM, MEAN, CNN = METHODS = ("ours", "ours, HED", "ABMIL", "CLAM-style", "mean-pooling", "CNN")
+KEY = ("task", "seed", "method", "fold")  # of a piece
 ENCODING = "encoding"  # the piece that methods over all tiles share
 BACKGROUND = {"colon": 1.0, "idrid": 0.0}
 YES, NO = "yes", "no"
@@ -107,6 +108,11 @@ def idrid_grades(data: Path) -> list[tuple[Entry, Path]]:
 def idrid(data: Path) -> list[tuple[Entry, Path]]:
     """The same, asked for grade 2 and above."""
     return [(replace(entry, label=YES if int(entry.label) >= 2 else NO), path) for entry, path in idrid_grades(data)]
+
+
+def referable(graded: Sequence[Entry]) -> list[Entry]:
+    """Entries of `idrid_grades` without grade 1, asked for grade 2 and above."""
+    return [replace(entry, label=YES if int(entry.label) >= 2 else NO) for entry in graded if entry.label != "1"]
 
 
 def make_slides(task: str, data: Path, work: Path) -> list[Entry]:
@@ -287,12 +293,13 @@ class Study:
         if {ABMIL, CLAM, MEAN}.intersection(methods):
             pieces.insert(0, (ENCODING, 0))
         for method, fold in pieces:
-            if method == ENCODING:
-                there = self.features.exists() and (self.task, 0, ENCODING, 0) in done
-            else:
-                there = (self.task, self.seed, method, fold) in done
-            if not there:
+            again = method == ENCODING and not self.features.exists()
+            if again or self._key(method, fold) not in done:
                 self._keep(method, fold)
+
+    def _key(self, method: str, fold: int) -> tuple[Any, ...]:
+        """The values of `KEY`; an encoding depends on no seed."""
+        return (self.task, 0 if method == ENCODING else self.seed, method, fold)
 
     def _keep(self, method: str, fold: int) -> None:
         mark = self.work / "begun"
@@ -302,10 +309,7 @@ class Study:
         mark.unlink()
         print(f"{self.task}, {method}, seed {self.seed}, fold {fold}: {found['seconds']:.0f} s", flush=True)
         piece = {
-            "task": self.task,
-            "seed": 0 if method == ENCODING else self.seed,  # which it does not depend on
-            "method": method,
-            "fold": fold,
+            **dict(zip(KEY, self._key(method, fold), strict=True)),
             **found,
             "resumed": resumed,
             "versions": made_with(),
@@ -360,22 +364,21 @@ def show_seed(
         if len(set(truth.tolist())) < 2:
             continue
         both = [*own, *(encoding if method in (ABMIL, CLAM, MEAN) else [])]
-        auc, interval = (
-            area(truth, _columns(scores)),
-            area_interval(truth, _columns(scores), np.arange(len(truth)))[0],
-        )
-        error = float((_columns(scores).argmax(1) != truth).mean())
+        columns = _columns(scores)
+        auc = area(truth, columns)
+        low, high = area_interval(truth, columns, np.arange(len(truth)))[0]
+        error = float((columns.argmax(1) != truth).mean())
         less = _difference(labels, scores, ours) if method != OURS and scores.keys() <= ours.keys() else ""
         sums = [sum(each[name] for each in both) for name in ("seconds", "cpu_seconds", "bytes")]
         epoch = statistics.median(each["seconds"] for each in own) / EPOCHS.get(method, 1)
-        print(f"{method:14}{len(own):6}{f'{auc:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]':>24}{less:>26}", end="")
+        print(f"{method:14}{len(own):6}{f'{auc:.3f} [{low:.3f}, {high:.3f}]':>24}{less:>26}", end="")
         print(f"{error:8.1%}{sums[0]:9.0f}{sums[1]:9.0f}{epoch:9.2f}{sums[2] / 1e6:9.0f}")
         told[method] = (auc or math.nan, error)
     return told
 
 
 def _key(piece: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(piece[name] for name in ("task", "seed", "method", "fold"))
+    return tuple(piece[name] for name in KEY)
 
 
 def _since(began: float, used: float) -> dict[str, float]:

@@ -136,15 +136,16 @@ def _start(ray: ModuleType, address: str, folder: str, num_cpus: int | None, num
         _forget_token(ray)
         environment |= {"TMPDIR": folder} | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())
     runtime_env = {"env_vars": environment, "worker_process_setup_hook": _OWN_PACKAGES}
-    hint = "" if address == "local" else "; if the cluster wants a token, set RAY_AUTH_MODE=token and its token"
     # On a busy machine one of a local instance's processes may not come up in time: it is started once more.
     for last in (address != "local", True):
         try:
             ray.init(runtime_env=runtime_env, **options)
         except (Exception, SystemExit) as error:
             if last:
-                said = f"{one_line(error)}{hint}{_last_words(folder) if folder else ''}"
-                raise ClusterError(f"no Ray session at {address!r}: {said}") from error
+                hint = "; if the cluster wants a token, set RAY_AUTH_MODE=token and its token"
+                if address == "local":
+                    hint = _last_words(folder)
+                raise ClusterError(f"no Ray session at {address!r}: {one_line(error)}{hint}") from error
         else:
             break
 
