@@ -1,7 +1,8 @@
 """What each choice does to learning: test error at equal patches and epochs, and epochs to 90 % accuracy.
 
 Tasks. *mnist*: Megapixel MNIST at 384 x 384 with 8 noise patches; one level, 10 patches of 50 pixels out of 2304
-cells. *signs*: the scenes of ``make demo``, 1024 x 1024; 8 regions, then 8 patches of 64 pixels out of 4096 leaves.
+cells; in MNIST's own split where there are both pairs of files, else 8,000 of the test digits, and the other 2,000.
+*signs*: the scenes of ``make demo``, 1024 x 1024; 8 regions, then 8 patches of 64 pixels out of 4096 leaves.
 *needles*: one digit of a class among 15 scraps of digits, 256 x 256, two levels. *colon*: the 100 published images of
 500 x 500 pixels, enlarged twice, in ten folds, by a frozen MobileNetV2; 25 of 64 tiles of 128 pixels. *slides*: sixty
 slides with planted nests (`examples/sixty_slides.py`) in three folds, by the same network, as examples/histology.yaml
@@ -42,6 +43,7 @@ from learning_arms import ARMS, FROZEN, TASKS, TRAINED
 from learning_data import Data, Places, Task, make_data
 from learning_run import DRAWS, Place, run
 from made_with import made_with, print_versions
+from megapixel_mnist import digit_files
 
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
@@ -67,14 +69,11 @@ def run_missing(
 ) -> None:
     """Do the runs that the result file lacks, so many at once, and add each to it."""
     settings: dict[str, Any] = {name: asdict(task) for name, task in tasks.items()}
-    settings |= {
-        "digits": "MNIST t10k" if place.data.digits else "scikit-learn",
-        "course": TrainConfig().model_dump(mode="json"),
-    }
+    settings |= {"digits": digits_of(place.data.digits), "course": TrainConfig().model_dump(mode="json")}
     settings = json.loads(json.dumps(settings))
     results = read(path) or {"settings": settings, "runs": []}
-    if results["settings"] != settings:
-        raise SystemExit(f"{path}: of other settings; give another --results")
+    if other := differing(results["settings"], settings, names):
+        raise SystemExit(f"{path}: {', '.join(other)} of other settings; give another --results")
     done = {(each["seed"], each["task"], each["arm"]) for each in results["runs"]}
     missing = [each for each in grid(names, arms, seeds) if each not in done]
     made = {
@@ -83,8 +82,21 @@ def run_missing(
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), set_up, (tasks, made, place)) as pool:
         running = [pool.submit(run_one, *each) for each in missing]
         for ended in as_completed(running):
+            results = read(path) or results  # another process may have added runs meanwhile
             results["runs"].append(ended.result())
             write_json(path, results)
+
+
+def digits_of(folder: Path | None) -> str:
+    """Say which digits are drawn, as result files have it."""
+    files = digit_files(folder)
+    return "MNIST" if "test_images" in files else "MNIST t10k" if files else "scikit-learn"
+
+
+def differing(kept: dict[str, Any], settings: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Return which settings that matter to these tasks are not those of the result file."""
+    compared = [*names, "course", *(["digits"] if not {"mnist", "needles"}.isdisjoint(names) else [])]
+    return [each for each in compared if kept[each] != settings[each]]
 
 
 _given: dict[str, Any] = {}  # of a process that runs arms; what was there before it was forked is shared
@@ -139,7 +151,7 @@ def spread(values: list[float], form: str) -> str:
 def main() -> None:
     """Do the runs that are missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", type=Path, help="folder of MNIST's t10k files; scikit-learn's digits without")
+    parser.add_argument("--digits", type=Path, help="folder of MNIST's files; scikit-learn's digits without")
     parser.add_argument("--colon", type=Path, help="the published Classification folder")
     parser.add_argument("--slides", type=Path, help="what examples/sixty_slides.py wrote")
     parser.add_argument("--weights", type=Path, help="of torchvision's MobileNetV2, for colon and slides")

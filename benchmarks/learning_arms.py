@@ -130,6 +130,11 @@ ARMS = {
         {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3},
         tasks=("mnist",),
     ),
+    "wider attention, moved, patches moved, learning rate 3e-3, weight decay 0.1": Arm(
+        {"levels": (replace(_LEVEL, channels=(16, 32)),)},
+        {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3, "weight_decay": 0.1},
+        tasks=("mnist",),
+    ),
     "turned": Arm(train={"augment": {"flip": True}}, tasks=FROZEN),
     "stains changed": Arm(train={"augment": {"hed": 0.05}}, tasks=FROZEN),
     "stains changed more": Arm(train={"augment": {"hed": 0.2}}, tasks=FROZEN),

@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 from example_data.mnist import DigitPool, load_pools, mnist_scene
 from example_data.published import EPITHELIAL, colon_cancer
+from megapixel_mnist import digit_files
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Task:
 class Places(NamedTuple):
     """Where real data lie; what is None is not needed by the tasks, or made."""
 
-    digits: Path | None = None  # folder of MNIST's t10k files
+    digits: Path | None = None  # folder of MNIST's files, of both pairs or of t10k alone
     colon: Path | None = None  # the published ``Classification`` folder
     slides: Path | None = None  # what ``examples/sixty_slides.py`` wrote
 
@@ -162,8 +163,8 @@ def _shared(*shape: int) -> Tensor:
 
 
 def mnist_scenes(task: Task, places: Places) -> Render:
-    """Scenes of digits, of which the first four fifths are for training images and the others for test images."""
-    pools = load_pools(*_digits(places))
+    """Scenes of digits, those of test images of other digits than those of training images."""
+    pools = load_pools(**digit_files(places.digits))
 
     def render(index: int, pixels: NDArray[np.uint8]) -> int:
         pool = pools[index >= task.train]
@@ -190,7 +191,7 @@ def sign_scenes(task: Task, places: Places) -> Render:
 
 def needle_scenes(task: Task, places: Places) -> Render:
     """One whole digit, whose class is the label, among scraps of others: 15 on 256 x 256 pixels."""
-    pools = load_pools(*_digits(places))
+    pools = load_pools(**digit_files(places.digits))
 
     def render(index: int, pixels: NDArray[np.uint8]) -> int:
         return draw_needle(index, pixels[0], pools[index >= task.train])
@@ -246,12 +247,6 @@ def slide_images(task: Task, places: Places) -> Render:
         return int(rows[index]["label"] == "nests")
 
     return render
-
-
-def _digits(places: Places) -> list[Path | None]:
-    return [
-        places.digits / f"t10k-{kind}-ubyte.gz" if places.digits else None for kind in ("images-idx3", "labels-idx1")
-    ]
 
 
 def _table(places: Places) -> list[dict[str, str]]:

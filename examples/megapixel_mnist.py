@@ -165,13 +165,7 @@ def draw(
     if not methods:
         return
     method = next((method for method in methods if method.name == "ATS-10"), methods[0])
-    files = digit_files(digits)
-    test = load_pools(
-        files.get("images"),
-        files.get("labels"),
-        test_images=files.get("test_images"),
-        test_labels=files.get("test_labels"),
-    )[1]
+    test = load_pools(**digit_files(digits))[1]
     index = int(watched.slide_id.rpartition("-")[2])
     scene = mnist_scene(index, seed=0, pool=test, size=data.size, noise=data.noise)
     marks = [(digit.y + DIGIT / 2, digit.x + DIGIT / 2) for digit in scene.digits]

@@ -142,8 +142,8 @@ def noise_patterns(part: int) -> NDArray[np.uint8]:
 
 
 def load_pools(
-    images: Path | None,
-    labels: Path | None,
+    images: Path | None = None,
+    labels: Path | None = None,
     *,
     test_images: Path | None = None,
     test_labels: Path | None = None,

@@ -13,6 +13,7 @@ from nested_ats import ArrayImage
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, which import what lies beside them
 
+import learning
 from learning_arms import ARMS, TASKS
 from learning_data import Data, Places, make_data
 from learning_run import Place, run
@@ -43,3 +44,19 @@ def test_every_arm_is_trained_and_tested(needles, tmp_path, arm):
     found = run(arm, task, needles, 0, place, arm)
     assert found["test_error_1"] in (0.0, 0.5, 1.0)
     assert found["curve"]["cross_entropy"][0] > 0
+
+
+def test_a_result_file_takes_runs_of_tasks_whose_settings_are_the_same():
+    kept = {"course": 1, "digits": "MNIST t10k", "mnist": 1, "signs": 1}
+    new = {"course": 1, "digits": "MNIST", "mnist": 2, "signs": 1}
+    assert learning.differing(kept, new, ["signs"]) == []
+    assert learning.differing(kept, new, ["mnist", "signs"]) == ["mnist", "digits"]
+    assert learning.differing(kept, new | {"course": 2}, ["signs"]) == ["course"]
+
+
+def test_digits_are_named_by_the_files_that_are_there(tmp_path):
+    assert learning.digits_of(None) == "scikit-learn"
+    for part, name in ("t10k", "MNIST t10k"), ("train", "MNIST"):
+        for kind in "images-idx3", "labels-idx1":
+            (tmp_path / f"{part}-{kind}-ubyte.gz").touch()
+        assert learning.digits_of(tmp_path) == name
