@@ -5,9 +5,9 @@ curve. *grades*: which of five? Quadratic kappa of an ordinal target. Photograph
 pixels, and are in the official split, without byte-identical pairs.
 
 Methods. *ATS-5*, *ATS-10*, *ATS-25*: so many tiles of 128 x 128 pixels by attention on downsample 8. *nested*: 8
-regions by downsample 16, then 25 tiles by downsample 4. Both are tested by four, two and one draws. *Deep MIL*: gated
-attention over all tiles. *CNN*: the whole photograph at half the scale. All have the same MobileNetV2 of ImageNet,
-*frozen*, or *trained* as a whole by steps a thirtieth as long, as that of the CNN is.
+regions by downsample 16, then 25 tiles by downsample 4; *nested-100*: 16, then 100. All these are tested by four, two
+and one draws. *Deep MIL*: gated attention over all tiles. *CNN*: the whole photograph at half the scale. All have the
+same MobileNetV2 of ImageNet, *frozen*, or *trained* as a whole by steps a thirtieth as long, as that of the CNN is.
 
 All train for the same number of epochs on all training images, and nothing is chosen by test images. Frozen features
 are kept and shared in training; a test reads and encodes all that it looks at. A piece is written to the result file
@@ -45,18 +45,14 @@ from pipeline.training.train import train
 RESULTS = Path(__file__).parent / "results" / "retinopathy_cpu.json"
 REFERABLE, GRADES = QUESTIONS = ("referable", "grades")
 MEASURES = {REFERABLE: "auc", GRADES: "quadratic_kappa"}
-SAMPLING = ("ATS-5", "ATS-10", "ATS-25", "nested")
+SAMPLING = ("ATS-5", "ATS-10", "ATS-25", "nested", "nested-100")
 METHODS = (*SAMPLING, "Deep MIL", "CNN")
 DRAWS = (4, 2, 1)  # of a test image, by methods that sample
 FROZEN, TRAINED = ENCODERS = ("frozen", "trained")
 EPOCHS = 20
 PIXELS = 2144 * 1424
 NAMES = ("question", "method", "encoder", "seed")  # of a piece
-_NESTED = [
-    {"downsample": 16, "stride": 4, "group": 4, "samples": 8, "channels": [16, 16]},
-    {"downsample": 4, "size": 64, "stride": 16, "samples": 25, "channels": [16, 16]},
-]
-_FLAT = {"downsample": 8, "stride": TILE // 8, "channels": [16, 16]}
+_NESTED = {"nested": (8, 25), "nested-100": (16, 100)}  # regions and tiles
 
 
 def configure(question: str, method: str, encoder: str, seed: int, weights: Path, epochs: int) -> Config:
@@ -74,8 +70,7 @@ def configure(question: str, method: str, encoder: str, seed: int, weights: Path
             model |= {"kind": "deepmil", "stride": TILE, "attention": "gated"}
             course |= {"parts": 4}
         else:
-            levels = _NESTED if method == "nested" else [_FLAT | {"samples": int(method.removeprefix("ATS-"))}]
-            model |= {"levels": levels}
+            model |= {"levels": levels_of(method)}
         if not frozen:
             course |= {"augment": {"flip": True}, "parts": 4}
     settings = {
@@ -86,6 +81,18 @@ def configure(question: str, method: str, encoder: str, seed: int, weights: Path
         "target": {"kind": "ordinal" if question == GRADES else "classes"},
     }
     return parse_config(settings, f"{question}, {method}, {encoder}")
+
+
+def levels_of(method: str) -> list[dict[str, Any]]:
+    """Return the levels of a method that samples."""
+    networks = {"channels": [16, 16]}
+    if method not in _NESTED:
+        return [{"downsample": 8, "stride": TILE // 8, "samples": int(method.removeprefix("ATS-")), **networks}]
+    regions, tiles = _NESTED[method]
+    return [
+        {"downsample": 16, "stride": 4, "group": 4, "samples": regions, **networks},
+        {"downsample": 4, "size": 64, "stride": 16, "samples": tiles, **networks},
+    ]
 
 
 def photographs(question: str, data: Path, folder: Path) -> list[Entry]:
