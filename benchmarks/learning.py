@@ -43,7 +43,7 @@ from learning_arms import ARMS, FROZEN, TASKS, TRAINED
 from learning_data import Data, Places, Task, make_data
 from learning_run import DRAWS, Place, run
 from made_with import made_with, print_versions
-from megapixel_mnist import digit_files
+from megapixel_mnist import digit_files, name_digits
 
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
@@ -69,7 +69,10 @@ def run_missing(
 ) -> None:
     """Do the runs that the result file lacks, so many at once, and add each to it."""
     settings: dict[str, Any] = {name: asdict(task) for name, task in tasks.items()}
-    settings |= {"digits": digits_of(place.data.digits), "course": TrainConfig().model_dump(mode="json")}
+    settings |= {
+        "digits": name_digits(digit_files(place.data.digits)),
+        "course": TrainConfig().model_dump(mode="json"),
+    }
     settings = json.loads(json.dumps(settings))
     results = read(path) or {"settings": settings, "runs": []}
     if other := differing(results["settings"], settings, names):
@@ -85,12 +88,6 @@ def run_missing(
             results = read(path) or results  # another process may have added runs meanwhile
             results["runs"].append(ended.result())
             write_json(path, results)
-
-
-def digits_of(folder: Path | None) -> str:
-    """Say which digits are drawn, as result files have it."""
-    files = digit_files(folder)
-    return "MNIST" if "test_images" in files else "MNIST t10k" if files else "scikit-learn"
 
 
 def differing(kept: dict[str, Any], settings: dict[str, Any], names: Sequence[str]) -> list[str]:

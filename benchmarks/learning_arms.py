@@ -96,6 +96,11 @@ class Arm:
     tasks: tuple[str, ...] = (*TRAINED, *FROZEN)
 
 
+_MOVED = Arm(
+    {"levels": (replace(_LEVEL, channels=(16, 32)),)},
+    {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3},
+    tasks=("mnist",),
+)
 ARMS = {
     "default": Arm(),
     "independent levels": Arm({"attention": "independent"}, tasks=("signs", "needles", "slides")),
@@ -125,15 +130,9 @@ ARMS = {
     "weight decay 0.05": Arm(train={"weight_decay": 0.05}),
     "moved": Arm(train={"augment": {"translation": 0.1}}, tasks=TRAINED),
     "patches moved": Arm(train={"augment": {"jitter": 0.16}}, tasks=TRAINED),
-    "wider attention, moved, patches moved, learning rate 3e-3": Arm(
-        {"levels": (replace(_LEVEL, channels=(16, 32)),)},
-        {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3},
-        tasks=("mnist",),
-    ),
-    "wider attention, moved, patches moved, learning rate 3e-3, weight decay 0.1": Arm(
-        {"levels": (replace(_LEVEL, channels=(16, 32)),)},
-        {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3, "weight_decay": 0.1},
-        tasks=("mnist",),
+    "wider attention, moved, patches moved, learning rate 3e-3": _MOVED,
+    "the same, weight decay 0.1, entropy weight stays": replace(
+        _MOVED, train=_MOVED.train | {"weight_decay": 0.1, "entropy_fade": 0.0}
     ),
     "turned": Arm(train={"augment": {"flip": True}}, tasks=FROZEN),
     "stains changed": Arm(train={"augment": {"hed": 0.05}}, tasks=FROZEN),

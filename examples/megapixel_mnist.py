@@ -34,6 +34,7 @@ from experiment import Experiment, Method, Paper, Result, attention_maps
 from figures import attention_evolution, error_and_loss_against_time
 
 from pipeline.data.manifest import Entry
+from pipeline.errors import UsageError
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.progress import progress
 from storage import Slide
@@ -130,7 +131,13 @@ def make_data(data: Data, digits: Path | None, out: Path) -> Path:
 
 
 def digit_files(folder: Path | None) -> dict[str, Any]:
-    """The arguments that name the digits: MNIST's two pairs of files, or its test pair alone."""
+    """The arguments that name the digits: MNIST's two pairs of files, or its test pair alone.
+
+    Raises
+    ------
+    UsageError
+        The folder has no test images.
+    """
     if folder is None:
         return {}
     files: dict[str, Path] = {}
@@ -138,6 +145,8 @@ def digit_files(folder: Path | None) -> dict[str, Any]:
         for name, kind in zip(names, ("images-idx3", "labels-idx1"), strict=True):
             found = sorted(folder.glob(f"{part}-{kind}-ubyte*"))
             files |= {name: found[0]} if found else {}
+    if "test_images" not in files:
+        raise UsageError(f"{folder}: no t10k-images-idx3-ubyte.gz; give the folder of MNIST's files")
     if "images" in files:
         return files
     return {name.removeprefix("test_"): path for name, path in files.items()}

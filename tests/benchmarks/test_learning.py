@@ -52,11 +52,3 @@ def test_a_result_file_takes_runs_of_tasks_whose_settings_are_the_same():
     assert learning.differing(kept, new, ["signs"]) == []
     assert learning.differing(kept, new, ["mnist", "signs"]) == ["mnist", "digits"]
     assert learning.differing(kept, new | {"course": 2}, ["signs"]) == ["course"]
-
-
-def test_digits_are_named_by_the_files_that_are_there(tmp_path):
-    assert learning.digits_of(None) == "scikit-learn"
-    for part, name in ("t10k", "MNIST t10k"), ("train", "MNIST"):
-        for kind in "images-idx3", "labels-idx1":
-            (tmp_path / f"{part}-{kind}-ubyte.gz").touch()
-        assert learning.digits_of(tmp_path) == name

@@ -449,6 +449,12 @@ def test_options_change_the_data():
     assert (data.noise, data.train, data.size) == (0, 7, megapixel_mnist.QUICK.size)
 
 
+def test_a_folder_without_digits_is_refused(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte.gz").touch()
+    with pytest.raises(UsageError, match=f"{tmp_path}: no t10k"):
+        megapixel_mnist.digit_files(tmp_path)
+
+
 def test_digits_are_found_by_their_names(tmp_path):
     for name in ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"):
         (tmp_path / name).touch()
