@@ -9,11 +9,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a training step frees for the next one.
+    """Let glibc keep what a training step, or the look at a slide, frees for the next one.
 
     By default it gives blocks of activations back to the system at every step, and their pages are faulted in again
-    at the next: 10 to 25 % of a step's CPU time here, against some tens of megabytes kept. Nothing happens where the
-    C library is another one.
+    at the next: 10 to 25 % of a training step's CPU time here, and up to half of a prediction's, against some tens of
+    megabytes kept. Nothing happens where the C library is another one.
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

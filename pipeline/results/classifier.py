@@ -14,6 +14,7 @@ import torch
 
 from nested_ats import Image, ImageModel, ImpossibleWeightsError, Prediction, load_model
 from nested_ats import predict as estimate
+from pipeline.allocator import keep_freed_memory
 from pipeline.data.duplicates import identity_of
 from pipeline.data.features import use_features
 from pipeline.data.manifest import Entry
@@ -47,6 +48,7 @@ class Classifier:
     """
 
     def __init__(self, settings: Settings) -> None:
+        keep_freed_memory()
         if settings.device == "cuda" and choose_device(settings.device) == "cpu":
             raise UsageError(
                 f"--device cuda: PyTorch sees no GPU on {platform.node()}; install its CUDA build, or choose auto"

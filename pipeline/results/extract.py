@@ -21,6 +21,7 @@ from nested_ats.models.kinds import build_model
 from nested_ats.models.patches import PatchModel
 from nested_ats.networks.builtin import GIVEN
 from nested_ats.reading import interleave
+from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config
 from pipeline.data.bags import ENCODER, Bag, Layout, holds, read_bag, require_h5py, write_bag
 from pipeline.data.cases import group_cases
@@ -162,6 +163,7 @@ class Extractor:
     """A model that is loaded once and encodes the patches of one slide at a time, by a plan."""
 
     def __init__(self, plan: Plan) -> None:
+        keep_freed_memory()
         self._plan = plan
         self._device = choose_device(plan.device)
         self._models: dict[int, tuple[PatchModel, DiskFeatures | None]] = {}
