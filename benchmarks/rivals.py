@@ -1,14 +1,15 @@
 """Against those who look at everything: test error against bytes read, pixels and time per image; learning curves.
 
 Tasks. *mnist-1500*, *mnist-3000*: Megapixel MNIST, which class have three of five digits, among 50 patches of noise.
-*needles-1024*, *needles-2048*: the class of the one whole digit among 240 or 960 scraps of digits, after Needles in
-Haystacks (Pawlowski et al., 2019). *idrid*: fundus photographs of half the size in the official split, retinopathy of
-grade 0 against 2 and above. All images are pyramids on disk, the same for every method and seed.
+*needles-256*, *needles-1024*, *needles-2048*: the class of the one whole digit among 15, 240 or 960 scraps of digits,
+after Needles in Haystacks (Pawlowski et al., 2019). *idrid*: fundus photographs of half the size in the official split,
+retinopathy of grade 0 against 2 and above. All images are pyramids on disk, the same for every method and seed.
 
 Methods. *ours*: attention sampling at two levels as the defaults have it, on photographs at one (as in `study.py`),
 four draws of a test image, and one. *ours, prior*: the same where it draws among cells with something in them alone,
 with wider attention networks, smaller batches, larger steps, and images and patches that move, chosen on digits of
-384 x 384 pixels; not on photographs.
+384 x 384 pixels; not on photographs. *ours, curriculum*: that, begun on as many needles of smaller scenes, which
+take labels that the other methods do not have; its time is that of all.
 *the paper's*: one level, its sampling without replacement and its training, one draw (`PAPERS_COURSE`).
 *Deep MIL*: attention over all patches.
 *IPS*: iterative patch selection, see `rivals_ips.py`. *CNN*: the image at a half or a quarter of the scale. Those of
@@ -37,7 +38,7 @@ from typing import Any
 
 from made_with import made_with
 from rivals_data import TASKS, make_images
-from rivals_run import METHODS, PRIOR, judge, run
+from rivals_run import CURRICULA, CURRICULUM, METHODS, PRIOR, judge, run
 from rivals_show import draw, show
 
 from pipeline.data.manifest import Entry
@@ -56,7 +57,7 @@ def run_missing(chosen: argparse.Namespace) -> None:
     most, tests = QUICK if chosen.quick else (max(chosen.images or [task.images]), task.tests)
     entries = make_images(chosen.task, most, tests, chosen.data, chosen.work, chosen.jobs)
     training, held = ([entry for entry in entries if entry.split == split] for split in ("train", "test"))
-    methods = [each for each in chosen.methods if (task.kind, each) != ("idrid", PRIOR)]
+    methods = [each for each in chosen.methods if fits(each, chosen.task)]
     names = ("task", "images", "method", "seed", "epochs")
     sizes = sorted({min(each, len(training)) for each in chosen.images or [len(training)]})
     for seed, images, method in [(s, i, m) for s in chosen.seeds for i in sizes for m in methods]:
@@ -68,6 +69,11 @@ def run_missing(chosen: argparse.Namespace) -> None:
             piece = {**dict(zip(names, key, strict=True)), **found, "versions": made_with()}
             # Read anew: another process may have added pieces meanwhile.
             write_json(chosen.results, [*read(chosen.results), piece])
+
+
+def fits(method: str, task: str) -> bool:
+    """Whether there is such a method for a task."""
+    return {PRIOR: TASKS[task].kind != "idrid", CURRICULUM: task in CURRICULA}.get(method, True)
 
 
 def one_piece(

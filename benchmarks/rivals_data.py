@@ -31,7 +31,7 @@ from megapixel_mnist import digit_files
 FIRST_TEST = 1_000_000  # number of the first test image
 NOISE = 50  # patches of noise on a canvas of Megapixel MNIST
 _BATCH = 100  # images that a process makes before another takes over: glibc keeps what they took
-_OPTIONS = ConvertOptions(min_level_size=128)  # the coarse views of small images are levels too
+_OPTIONS = ConvertOptions(min_level_size=64)  # the coarse views of small images are levels too
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ TASKS = {
         published=(*_IPS_MARKS, "the authors' attention sampling with 5 patches: about 80 % accuracy"),
     ),
     "mnist-3000": Task("mnist", (3000, 3000), _DIGITS, published=_IPS_MARKS),
+    "needles-256": Task("needles", (256, 256), _DIGITS),
     "needles-1024": Task("needles", (1024, 1024), _DIGITS),
     "needles-2048": Task("needles", (2048, 2048), _DIGITS),
     "idrid": Task("idrid", (1424, 2144), ("no", "yes"), images=400, tests=103),

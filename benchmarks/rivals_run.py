@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from rivals_data import TASKS, Task
+from rivals_data import TASKS, Task, make_images
 from rivals_ips import IPS, Chunks, PatchEncoder, learn
 from study import TILE
 from study import configure as configure_study
@@ -33,8 +33,10 @@ from pipeline.training.course import PAPERS_COURSE
 from pipeline.training.train import train
 from storage import Slide
 
-OURS, PRIOR, PAPER, MIL, SELECTION, CNN = METHODS = ("ours", "ours, prior", "the paper's", "Deep MIL", "IPS", "CNN")
-KINDS = {OURS: "ats", PRIOR: "ats", PAPER: "ats", MIL: "deepmil", CNN: "cnn"}
+OURS, PRIOR, CURRICULUM = "ours", "ours, prior", "ours, curriculum"
+PAPER, MIL, SELECTION, CNN = "the paper's", "Deep MIL", "IPS", "CNN"
+METHODS = (OURS, PRIOR, CURRICULUM, PAPER, MIL, SELECTION, CNN)
+KINDS = {OURS: "ats", PRIOR: "ats", CURRICULUM: "ats", PAPER: "ats", MIL: "deepmil", CNN: "cnn"}
 PATCH, FEATURES = 50, 32  # side of patches of digits in pixels, as in both papers, and channels of LeNet
 MEAN, STD = 0.13, 0.31  # of MNIST's digits
 BATCH = 32
@@ -53,10 +55,21 @@ _PAPERS_LEVEL = {  # the paper's view of a digit has 3 pixels; a scrap could not
     "mnist": {"downsample": 8, "stride": 1, "samples": 10},
     "needles": {"downsample": 4, "stride": 1, "samples": 10},
 }
-_CNN_DOWNSAMPLE = {"mnist-1500": 4, "mnist-3000": 4, "needles-1024": 2, "needles-2048": 4}  # 256 to 750 pixels a side
+_CNN_DOWNSAMPLE = {  # to 256 to 750 pixels a side
+    "mnist-1500": 4,
+    "mnist-3000": 4,
+    "needles-256": 1,
+    "needles-1024": 2,
+    "needles-2048": 4,
+}
 _PRIOR = {"prior": "valid", "nodata": 0.0, "min_tissue": 0.005}  # cells with something in them, as tissue on a slide
 _WIDER = {"channels": [16, 32]}  # of the attention networks, which tell digits from noise
 _MOVED = {"translation": 0.011, "jitter": 0.16}  # so that a digit is not cut out in one way alone
+# Smaller scenes that a curriculum begins with, as many as of the task itself, and the epochs over them.
+CURRICULA = {
+    "needles-1024": (("needles-256", 20),),
+    "needles-2048": (("needles-256", 20), ("needles-1024", 4)),
+}
 _PAPERS_MODEL = {"attention": "independent", "scale": 1.0, "method": "desraj"}
 
 
@@ -84,10 +97,10 @@ def configure(name: str, method: str, seed: int, epochs: int, weights: Path, sto
     kind = TASKS[name].kind
     model: dict[str, Any] = {"kind": KINDS[method], "mean": MEAN, "std": STD, "features": FEATURES}
     course: dict[str, Any] = {"epochs": epochs, "batch_size": BATCH}
-    draws = 4 if method in (OURS, PRIOR) else 1
-    if method in (OURS, PRIOR):
+    draws = 4 if method in (OURS, PRIOR, CURRICULUM) else 1
+    if method in (OURS, PRIOR, CURRICULUM):
         model |= {"patch_size": PATCH, "levels": _LEVELS[kind]}
-        if method == PRIOR:
+        if method != OURS:
             model |= _PRIOR | {"levels": [level | _WIDER for level in _LEVELS[kind]]}
             course |= {"batch_size": 16, "learning_rate": 2e-3, "early_samples": 2, "augment": _MOVED}
     elif method == PAPER:
@@ -140,18 +153,28 @@ def by_product(
     """`run` by `train` and `predict`, with the draws of the configuration, and with one draw."""
     kept = folder / "kept"  # features of frozen networks, and masks of priors
     os.environ["XDG_CACHE_HOME"] = str(kept)
-    config = configure(name, method, seed, epochs, data / "weights/mobilenet_v2-b0353104.pth", kept / "features")
-    train(entries, config, folder / "run", device="cpu", fail_fast=True)
+    weights = data / "weights/mobilenet_v2-b0353104.pth"
+    stages = [(name, epochs, entries)]
+    if method == CURRICULUM:
+        count = sum(entry.split == "train" for entry in entries)
+        stages[:0] = [
+            (each, before, make_images(each, count, 0, data, folder.parents[1])) for each, before in CURRICULA[name]
+        ]
+    runs: list[Path] = []
+    for stage, duration, scenes in stages:
+        config = configure(stage, method, seed, duration, weights, kept / "features")
+        train(scenes, config, folder / stage, device="cpu", fail_fast=True, init=runs[-1] if runs else None)
+        runs.append(folder / stage)
     held = [entry for entry in entries if entry.split == "test"]
     tests = []
     for draws in dict.fromkeys((config.predict.draws, 1)):
         shutil.rmtree(kept, ignore_errors=True)  # what an earlier test read is to be read again
         with counted_pixels() as pixels:
-            rows = predict(held, folder / "run", folder / "test", device="cpu", draws=draws, overwrite=True)
+            rows = predict(held, runs[-1], folder / "test", device="cpu", draws=draws, overwrite=True)
         if failed := [row["error"] for row in rows if row["status"] != "ok"]:
             raise SystemExit(failed[0])
         tests.append(Test(rows, sum(pixels)))
-    return sum(line["seconds"] for line in read_metrics(folder / "run")), tests
+    return sum(line["seconds"] for run in runs for line in read_metrics(run)), tests
 
 
 def by_selection(

@@ -22,6 +22,7 @@ from rivals_ips import IPS, PatchEncoder, learn
 from rivals_show import draw
 
 from pipeline.data.slides import SlideImage
+from pipeline.runs import read_metrics
 from pipeline.sections import TrainConfig
 from storage import Slide, write_pyramid
 
@@ -142,11 +143,33 @@ def test_scenes_are_the_same_again_and_their_names_tell_the_label(tmp_path, monk
 @pytest.mark.parametrize("method", [m for m in rivals_run.METHODS if m != rivals_run.SELECTION])
 @pytest.mark.parametrize("task", rivals_data.TASKS)
 def test_every_method_has_a_configuration_of_every_task(tmp_path, task, method):
-    if (task, method) == ("idrid", rivals_run.PRIOR):
-        pytest.skip("is not for photographs")
+    if not rivals.fits(method, task):
+        pytest.skip("is not for that task")
     config = rivals_run.configure(task, method, 3, 5, tmp_path / "weights.pth", tmp_path / "store")
     assert (config.seed, config.train.epochs) == (3, 5)
     assert config.model.kind == rivals_run.KINDS[method]
+
+
+def test_a_curriculum_goes_from_smaller_scenes_to_those_of_the_task(tmp_path, monkeypatch):
+    pools = load_pools(None, None)
+    monkeypatch.setattr(rivals_data, "_pools", lambda data: pools)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a piece sets its own
+    monkeypatch.setattr(rivals_run, "CURRICULA", {"needles-1024": (("needles-256", 2),)})
+    numbers = [*range(8), *range(rivals_data.FIRST_TEST, rivals_data.FIRST_TEST + 16)]
+    for name in ("needles-256", "needles-1024"):
+        rivals_data.write_scenes(name, tmp_path, tmp_path / name, numbers)
+    entries = rivals_data.make_images("needles-1024", 8, 16, tmp_path, tmp_path)
+    known = {entry.label for entry in entries if entry.split == "train"}
+    entries = [entry for entry in entries if entry.label in known]
+    folder = tmp_path / "runs/piece"
+    seconds, (four, one) = rivals_run.run("needles-1024", rivals_run.CURRICULUM, 0, 1, entries, tmp_path, folder)
+    small, large = (read_metrics(folder / name) for name in ("needles-256", "needles-1024"))
+    assert (len(small), len(large)) == (2, 1)
+    assert seconds == pytest.approx(sum(line["seconds"] for line in [*small, *large]))
+    began = json.loads((folder / "needles-1024/run.json").read_text())["init"]
+    assert began["folder"] == str(folder / "needles-256/model")
+    assert len(four.rows) == len(one.rows) == len(entries) - 8 > 0
+    assert four.pixels > one.pixels > 0
 
 
 def test_rows_are_printed_and_drawn_of_the_result_file(tmp_path, monkeypatch, capsys):
