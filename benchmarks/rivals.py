@@ -3,7 +3,8 @@
 Tasks. *mnist-1500*, *mnist-3000*: Megapixel MNIST, which class have three of five digits, among 50 patches of noise.
 *needles-256*, *needles-1024*, *needles-2048*: the class of the one whole digit among 15, 240 or 960 scraps of digits,
 after Needles in Haystacks (Pawlowski et al., 2019). *idrid*: fundus photographs of half the size in the official
-split, retinopathy of grade 0 against 2 and above. All images are pyramids on disk, the same for every method and seed.
+split, retinopathy of grade 0 against 2 and above. All images are pyramids on disk, the same for every method and
+seed.
 
 Methods. *ours*: attention sampling at two levels as the defaults have it, on photographs at one (as in `study.py`),
 four draws of a test image, and one. *ours, prior*: the same where it draws among cells with something in them alone,
