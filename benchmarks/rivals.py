@@ -39,7 +39,7 @@ from typing import Any
 
 from made_with import made_with
 from rivals_data import TASKS, make_images
-from rivals_run import CURRICULA, CURRICULUM, METHODS, PRIOR, judge, run
+from rivals_run import BEFORE, CURRICULUM, METHODS, PRIOR, folder_of, judge, run
 from rivals_show import draw, show
 
 from pipeline.data.manifest import Entry
@@ -74,7 +74,7 @@ def run_missing(chosen: argparse.Namespace) -> None:
 
 def fits(method: str, task: str) -> bool:
     """Whether there is such a method for a task."""
-    return {PRIOR: TASKS[task].kind != "idrid", CURRICULUM: task in CURRICULA}.get(method, True)
+    return {PRIOR: TASKS[task].kind != "idrid", CURRICULUM: task in BEFORE}.get(method, True)
 
 
 def one_piece(
@@ -82,7 +82,7 @@ def one_piece(
 ) -> dict[str, Any]:
     """Train and test, and return the figures."""
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of memory begins anew
-    folder = runs / f"{name}-{images}-{method.replace(' ', '-')}-{seed}-{epochs}"
+    folder = folder_of(runs, name, images, method, seed, epochs)
     seconds, tests = run(name, method, seed, epochs, entries, data, folder)
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024

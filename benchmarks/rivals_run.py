@@ -65,11 +65,8 @@ _CNN_DOWNSAMPLE = {  # to 256 to 750 pixels a side
 _PRIOR = {"prior": "valid", "nodata": 0.0, "min_tissue": 0.005}  # cells with something in them, as tissue on a slide
 _WIDER = {"channels": [16, 32]}  # of the attention networks, which tell digits from noise
 _MOVED = {"translation": 0.011, "jitter": 0.16}  # so that a digit is not cut out in one way alone
-# Smaller scenes that a curriculum begins with, as many as of the task itself, and the epochs over them.
-CURRICULA = {
-    "needles-1024": (("needles-256", 20),),
-    "needles-2048": (("needles-256", 20), ("needles-1024", 4)),
-}
+# What a curriculum trains on before: as many smaller scenes, for so many epochs.
+BEFORE = {"needles-1024": ("needles-256", 20), "needles-2048": ("needles-1024", 12)}
 _PAPERS_MODEL = {"attention": "independent", "scale": 1.0, "method": "desraj"}
 
 
@@ -147,34 +144,43 @@ def run(
     return by_product(name, method, seed, epochs, entries, data, folder)
 
 
+def folder_of(runs: Path, name: str, images: int, method: str, seed: int, epochs: int) -> Path:
+    """Where a piece has its runs."""
+    return runs / f"{name}-{images}-{method.replace(' ', '-')}-{seed}-{epochs}"
+
+
 def by_product(
     name: str, method: str, seed: int, epochs: int, entries: list[Entry], data: Path, folder: Path
 ) -> tuple[float, list[Test]]:
     """`run` by `train` and `predict`, with the draws of the configuration, and with one draw."""
     kept = folder / "kept"  # features of frozen networks, and masks of priors
     os.environ["XDG_CACHE_HOME"] = str(kept)
-    weights = data / "weights/mobilenet_v2-b0353104.pth"
-    stages = [(name, epochs, entries)]
-    if method == CURRICULUM:
-        count = sum(entry.split == "train" for entry in entries)
-        stages[:0] = [
-            (each, before, make_images(each, count, 0, data, folder.parents[1])) for each, before in CURRICULA[name]
-        ]
-    runs: list[Path] = []
-    for stage, duration, scenes in stages:
-        config = configure(stage, method, seed, duration, weights, kept / "features")
-        train(scenes, config, folder / stage, device="cpu", fail_fast=True, init=runs[-1] if runs else None)
-        runs.append(folder / stage)
+    config = configure(name, method, seed, epochs, data / "weights/mobilenet_v2-b0353104.pth", kept / "features")
+    seconds = _train(config, name, method, entries, data, folder)
     held = [entry for entry in entries if entry.split == "test"]
     tests = []
     for draws in dict.fromkeys((config.predict.draws, 1)):
         shutil.rmtree(kept, ignore_errors=True)  # what an earlier test read is to be read again
         with counted_pixels() as pixels:
-            rows = predict(held, runs[-1], folder / "test", device="cpu", draws=draws, overwrite=True)
+            rows = predict(held, folder / "run", folder / "test", device="cpu", draws=draws, overwrite=True)
         if failed := [row["error"] for row in rows if row["status"] != "ok"]:
             raise SystemExit(failed[0])
         tests.append(Test(rows, sum(pixels)))
-    return sum(line["seconds"] for run in runs for line in read_metrics(run)), tests
+    return seconds, tests
+
+
+def _train(config: Config, name: str, method: str, entries: list[Entry], data: Path, folder: Path) -> float:
+    """Train, for a curriculum on smaller scenes before; return the seconds of all."""
+    seconds, first = 0.0, None
+    if method == CURRICULUM and name in BEFORE:
+        smaller, epochs = BEFORE[name]
+        count = sum(entry.split == "train" for entry in entries)
+        scenes = make_images(smaller, count, 0, data, folder.parents[1])
+        place = folder_of(folder.parent, smaller, count, method, config.seed, epochs)
+        easier = configure(smaller, method, config.seed, epochs, data, place)
+        seconds, first = _train(easier, smaller, method, scenes, data, place), place / "run"
+    train(entries, config, folder / "run", device="cpu", fail_fast=True, init=first)
+    return seconds + sum(line["seconds"] for line in read_metrics(folder / "run"))
 
 
 def by_selection(

@@ -154,7 +154,7 @@ def test_a_curriculum_goes_from_smaller_scenes_to_those_of_the_task(tmp_path, mo
     pools = load_pools(None, None)
     monkeypatch.setattr(rivals_data, "_pools", lambda data: pools)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a piece sets its own
-    monkeypatch.setattr(rivals_run, "CURRICULA", {"needles-1024": (("needles-256", 2),)})
+    monkeypatch.setattr(rivals_run, "BEFORE", {"needles-1024": ("needles-256", 2)})
     numbers = [*range(8), *range(rivals_data.FIRST_TEST, rivals_data.FIRST_TEST + 16)]
     for name in ("needles-256", "needles-1024"):
         rivals_data.write_scenes(name, tmp_path, tmp_path / name, numbers)
@@ -163,11 +163,11 @@ def test_a_curriculum_goes_from_smaller_scenes_to_those_of_the_task(tmp_path, mo
     entries = [entry for entry in entries if entry.label in known]
     folder = tmp_path / "runs/piece"
     seconds, (four, one) = rivals_run.run("needles-1024", rivals_run.CURRICULUM, 0, 1, entries, tmp_path, folder)
-    small, large = (read_metrics(folder / name) for name in ("needles-256", "needles-1024"))
+    before = rivals_run.folder_of(tmp_path / "runs", "needles-256", 8, rivals_run.CURRICULUM, 0, 2) / "run"
+    small, large = (read_metrics(run) for run in (before, folder / "run"))
     assert (len(small), len(large)) == (2, 1)
     assert seconds == pytest.approx(sum(line["seconds"] for line in [*small, *large]))
-    began = json.loads((folder / "needles-1024/run.json").read_text())["init"]
-    assert began["folder"] == str(folder / "needles-256/model")
+    assert json.loads((folder / "run/run.json").read_text())["init"]["folder"] == str(before / "model")
     assert len(four.rows) == len(one.rows) == len(entries) - 8 > 0
     assert four.pixels > one.pixels > 0
 
