@@ -15,8 +15,7 @@ of `pipeline.training.course`. Images are the same for all seeds, and held in me
 the median fold. The test draws once per image, as the paper does, and four times, as `predict` does; folds are
 pooled. The authors' gradient is for one level, so only *mnist* has such an arm.
 
-A run is written to the result file when it ends, and a rerun does only what is missing. Each takes one thread; to
-let glibc keep freed memory takes a third off the time: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592.
+A run is written to the result file when it ends, and a rerun does only what is missing. Each takes one thread.
 
     python benchmarks/learning.py [--digits ../shared/data/mnist] [--colon .../Classification] [--slides FOLDER]
                                   [--weights mobilenet_v2-b0353104.pth] [--tasks mnist signs] [--arms default ...]
@@ -45,6 +44,7 @@ from learning_run import DRAWS, Place, run
 from made_with import made_with, print_versions
 from megapixel_mnist import digit_files, name_digits
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
 from pipeline.sections import TrainConfig
@@ -102,6 +102,7 @@ _given: dict[str, Any] = {}  # of a process that runs arms; what was there befor
 def set_up(tasks: dict[str, Task], made: dict[str, Data], place: Place) -> None:
     """Begin a process that runs arms."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     _given.update(tasks=tasks, made=made, place=place)
 
 

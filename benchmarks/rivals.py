@@ -42,6 +42,7 @@ from rivals_data import TASKS, make_images
 from rivals_run import BEFORE, CURRICULUM, METHODS, PRIOR, folder_of, judge, run
 from rivals_show import draw, show
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.data.manifest import Entry
 from pipeline.files import write_json
 from pipeline.interrupt import RESUMABLE, run_main
@@ -53,6 +54,7 @@ QUICK = (64, 16)  # images to train and to test on
 
 def run_missing(chosen: argparse.Namespace) -> None:
     """Do the pieces of a task that the result file lacks, and add each to it."""
+    keep_freed_memory()  # for IPS, as the product does for the others
     task = TASKS[chosen.task]
     chosen.work.mkdir(parents=True, exist_ok=True)
     most, tests = QUICK if chosen.quick else (max(chosen.images or [task.images]), task.tests)
