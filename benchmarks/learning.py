@@ -20,15 +20,14 @@ A run is written to the result file when it ends, and a rerun does only what is 
     python benchmarks/learning.py [--digits ../shared/data/mnist] [--colon .../Classification] [--slides FOLDER]
                                   [--weights mobilenet_v2-b0353104.pth] [--tasks mnist signs] [--arms default ...]
                                   [--seeds 0 1 2] [--device cuda] [--jobs 2] [--results FILE] [--show] [--quick]
+    python benchmarks/learning.py --compare FILE FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -40,8 +39,9 @@ from typing import Any
 import torch
 from learning_arms import ARMS, FROZEN, TASKS, TRAINED
 from learning_data import Data, Places, Task, make_data
-from learning_run import DRAWS, Place, run
-from made_with import made_with, print_versions
+from learning_run import Place, run
+from learning_show import compare, show
+from made_with import made_with
 from megapixel_mnist import digit_files, name_digits
 
 from pipeline.allocator import keep_freed_memory
@@ -120,32 +120,6 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print a table for each task: median over seeds, and range."""
-    for name in TASKS:
-        task = results["settings"][name]
-        images = f"{task['train']} images" + ("" if task["folds"] else f" to train on and {task['test']} to test on")
-        print(f"\n{name}: {images}, {task['folds'] or 'no'} folds, {task['epochs']} epochs")
-        print(f"{'arm':58}{'seeds':>6}{'test error':>20}{'four draws':>20}{'AUC':>24}{'epochs to 90 %':>16}{'s':>6}")
-        for arm in ARMS:
-            runs = [each for each in results["runs"] if (each["task"], each["arm"]) == (name, arm)]
-            if runs:
-                errors = [spread([100 * each[f"test_error_{draws}"] for each in runs], "{:.1f}") for draws in DRAWS]
-                auc = spread([each[f"auc_{DRAWS[0]}"] for each in runs], "{:.3f}") if task["classes"] == 2 else ""
-                epochs = spread([each["epochs_to_90"] or math.inf for each in runs], "{:.0f}")
-                seconds = statistics.median(each["seconds"] for each in runs)
-                cells = "".join(f"{each + ' %':>20}" for each in errors)
-                print(f"{arm:58}{len(runs):6}{cells}{auc:>24}{epochs:>16}{seconds:6.0f}")
-    print("\nmedian [range] over seeds; inf: never reached. Test and AUC: one draw an image, where not four.")
-    print_versions(results["runs"])
-
-
-def spread(values: list[float], form: str) -> str:
-    """Median [range]."""
-    middle, low, high = (form.format(v) for v in (statistics.median(values), min(values), max(values)))
-    return f"{middle} [{low}, {high}]"
-
-
 def main() -> None:
     """Do the runs that are missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,8 +134,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--show", action="store_true", help="print what there is and run nothing")
+    parser.add_argument("--compare", type=Path, nargs="+", help="print one table of these result files, run nothing")
     parser.add_argument("--quick", action="store_true", help="see that it works: few images, two epochs, one seed")
     chosen = parser.parse_args()
+    if chosen.compare:
+        compare([json.loads(path.read_text()) for path in chosen.compare])
+        return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         tasks, seeds, path = TASKS, tuple(chosen.seeds), chosen.results

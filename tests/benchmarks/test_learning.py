@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,3 +53,21 @@ def test_a_result_file_takes_runs_of_tasks_whose_settings_are_the_same():
     assert learning.differing(kept, new, ["signs"]) == []
     assert learning.differing(kept, new, ["mnist", "signs"]) == ["mnist", "digits"]
     assert learning.differing(kept, new | {"course": 2}, ["signs"]) == ["course"]
+
+
+def test_choices_of_all_tasks_are_in_one_table(tmp_path, monkeypatch, capsys):
+    def made(task, arm, *errors):
+        return [{"task": task, "arm": arm, "test_error_4": error} for error in errors]
+
+    files = {
+        "a": made("mnist", "default", 0.04, 0.05, 0.045),
+        "b": [*made("slides", "default", 0.0, 0.0, 0.0), *made("slides", "uniform", 0.5, 0.4)],
+    }
+    for name, runs in files.items():
+        (tmp_path / name).write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr(sys, "argv", ["learning.py", "--compare", *(str(tmp_path / name) for name in files)])
+    learning.main()
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| default | 4.5 [4.0, 5.0] | 0.0 |",
+        "| uniform |  | 45.0 [40.0, 50.0] (2 seeds) |",
+    ]

@@ -1,0 +1,58 @@
+"""The tables of `learning.py`, from its result files alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from learning_arms import ARMS, TASKS
+from learning_run import DRAWS
+from made_with import print_versions
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print a table for each task: median over seeds, and range."""
+    for name in TASKS:
+        task = results["settings"][name]
+        images = f"{task['train']} images" + ("" if task["folds"] else f" to train on and {task['test']} to test on")
+        print(f"\n{name}: {images}, {task['folds'] or 'no'} folds, {task['epochs']} epochs")
+        print(f"{'arm':58}{'seeds':>6}{'test error':>20}{'four draws':>20}{'AUC':>24}{'epochs to 90 %':>16}{'s':>6}")
+        for arm in ARMS:
+            runs = [each for each in results["runs"] if (each["task"], each["arm"]) == (name, arm)]
+            if runs:
+                errors = [spread([100 * each[f"test_error_{draws}"] for each in runs], "{:.1f}") for draws in DRAWS]
+                auc = spread([each[f"auc_{DRAWS[0]}"] for each in runs], "{:.3f}") if task["classes"] == 2 else ""
+                epochs = spread([each["epochs_to_90"] or math.inf for each in runs], "{:.0f}")
+                seconds = statistics.median(each["seconds"] for each in runs)
+                cells = "".join(f"{each + ' %':>20}" for each in errors)
+                print(f"{arm:58}{len(runs):6}{cells}{auc:>24}{epochs:>16}{seconds:6.0f}")
+    print("\nmedian [range] over seeds; inf: never reached. Test and AUC: one draw an image, where not four.")
+    print_versions(results["runs"])
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median [range]."""
+    middle, low, high = (form.format(v) for v in (statistics.median(values), min(values), max(values)))
+    return f"{middle} [{low}, {high}]"
+
+
+def compare(files: Sequence[dict[str, Any]]) -> None:
+    """Print one table, in Markdown, of the arms of all tasks of some result files: medians over seeds, and ranges."""
+    runs = [each for file in files for each in file["runs"]]
+    tasks = [name for name in TASKS if any(each["task"] == name for each in runs)]
+    print(f"| test error of {DRAWS[-1]} draws in percent | {' | '.join(tasks)} |\n|{'---|' * (len(tasks) + 1)}")
+    for arm in ARMS:
+        cells = [[each for each in runs if (each["task"], each["arm"]) == (name, arm)] for name in tasks]
+        if any(cells):
+            print(f"| {arm} | {' | '.join(map(error_of, cells))} |")
+
+
+def error_of(runs: Sequence[dict[str, Any]]) -> str:
+    """Median and range over seeds, and the number of those where it is not three."""
+    if not runs:
+        return ""
+    errors = [100 * each[f"test_error_{DRAWS[-1]}"] for each in runs]
+    words = spread(errors, "{:.1f}") if len(set(errors)) > 1 else f"{errors[0]:.1f}"
+    return words if len(runs) == 3 else f"{words} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
