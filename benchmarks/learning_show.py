@@ -20,7 +20,7 @@ def show(results: dict[str, Any]) -> None:
         print(f"\n{name}: {images}, {task['folds'] or 'no'} folds, {task['epochs']} epochs")
         print(f"{'arm':58}{'seeds':>6}{'test error':>20}{'four draws':>20}{'AUC':>24}{'epochs to 90 %':>16}{'s':>6}")
         for arm in ARMS:
-            runs = [each for each in results["runs"] if (each["task"], each["arm"]) == (name, arm)]
+            runs = runs_of(results["runs"], name, arm)
             if runs:
                 errors = [spread([100 * each[f"test_error_{draws}"] for each in runs], "{:.1f}") for draws in DRAWS]
                 auc = spread([each[f"auc_{DRAWS[0]}"] for each in runs], "{:.3f}") if task["classes"] == 2 else ""
@@ -30,6 +30,11 @@ def show(results: dict[str, Any]) -> None:
                 print(f"{arm:58}{len(runs):6}{cells}{auc:>24}{epochs:>16}{seconds:6.0f}")
     print("\nmedian [range] over seeds; inf: never reached. Test and AUC: one draw an image, where not four.")
     print_versions(results["runs"])
+
+
+def runs_of(runs: Sequence[dict[str, Any]], task: str, arm: str) -> list[dict[str, Any]]:
+    """Those of one arm of a task."""
+    return [each for each in runs if (each["task"], each["arm"]) == (task, arm)]
 
 
 def spread(values: list[float], form: str) -> str:
@@ -44,7 +49,7 @@ def compare(files: Sequence[dict[str, Any]]) -> None:
     tasks = [name for name in TASKS if any(each["task"] == name for each in runs)]
     print(f"| test error of {DRAWS[-1]} draws in percent | {' | '.join(tasks)} |\n|{'---|' * (len(tasks) + 1)}")
     for arm in ARMS:
-        cells = [[each for each in runs if (each["task"], each["arm"]) == (name, arm)] for name in tasks]
+        cells = [runs_of(runs, name, arm) for name in tasks]
         if any(cells):
             print(f"| {arm} | {' | '.join(map(error_of, cells))} |")
 

@@ -35,7 +35,8 @@ from storage import Slide
 
 OURS, PRIOR, CURRICULUM = "ours", "ours, prior", "ours, curriculum"
 PAPER, MIL, SELECTION, CNN = "the paper's", "Deep MIL", "IPS", "CNN"
-METHODS = (OURS, PRIOR, CURRICULUM, PAPER, MIL, SELECTION, CNN)
+NESTED = (OURS, PRIOR, CURRICULUM)
+METHODS = (*NESTED, PAPER, MIL, SELECTION, CNN)
 KINDS = {OURS: "ats", PRIOR: "ats", CURRICULUM: "ats", PAPER: "ats", MIL: "deepmil", CNN: "cnn"}
 PATCH, FEATURES = 50, 32  # side of patches of digits in pixels, as in both papers, and channels of LeNet
 MEAN, STD = 0.13, 0.31  # of MNIST's digits
@@ -94,8 +95,8 @@ def configure(name: str, method: str, seed: int, epochs: int, weights: Path, sto
     kind = TASKS[name].kind
     model: dict[str, Any] = {"kind": KINDS[method], "mean": MEAN, "std": STD, "features": FEATURES}
     course: dict[str, Any] = {"epochs": epochs, "batch_size": BATCH}
-    draws = 4 if method in (OURS, PRIOR, CURRICULUM) else 1
-    if method in (OURS, PRIOR, CURRICULUM):
+    draws = 4 if method in NESTED else 1
+    if method in NESTED:
         model |= {"patch_size": PATCH, "levels": _LEVELS[kind]}
         if method != OURS:
             model |= _PRIOR | {"levels": [level | _WIDER for level in _LEVELS[kind]]}
@@ -177,7 +178,7 @@ def _train(config: Config, name: str, method: str, entries: list[Entry], data: P
         count = sum(entry.split == "train" for entry in entries)
         scenes = make_images(smaller, count, 0, data, folder.parents[1])
         place = folder_of(folder.parent, smaller, count, method, config.seed, epochs)
-        easier = configure(smaller, method, config.seed, epochs, data, place)
+        easier = configure(smaller, method, config.seed, epochs, data, place)  # digits need no weights and no store
         seconds, first = _train(easier, smaller, method, scenes, data, place), place / "run"
     train(entries, config, folder / "run", device="cpu", fail_fast=True, init=first)
     return seconds + sum(line["seconds"] for line in read_metrics(folder / "run"))
