@@ -44,20 +44,35 @@ def spread(values: list[float], form: str) -> str:
 
 
 def compare(files: Sequence[dict[str, Any]]) -> None:
-    """Print one table, in Markdown, of the arms of all tasks of some result files: medians over seeds, and ranges."""
+    """Print two tables, in Markdown, of the arms of all tasks of some result files: medians over seeds, and ranges.
+
+    Raises
+    ------
+    SystemExit
+        Runs of a task have other settings in one file than in another.
+    """
     runs = [each for file in files for each in file["runs"]]
     tasks = [name for name in TASKS if any(each["task"] == name for each in runs)]
-    print(f"| test error of {DRAWS[-1]} draws in percent | {' | '.join(tasks)} |\n|{'---|' * (len(tasks) + 1)}")
-    for arm in ARMS:
-        cells = [runs_of(runs, name, arm) for name in tasks]
-        if any(cells):
-            print(f"| {arm} | {' | '.join(map(error_of, cells))} |")
+    for name in tasks:
+        having = [file["settings"] for file in files if any(each["task"] == name for each in file["runs"])]
+        if any((each[name], each["course"]) != (having[0][name], having[0]["course"]) for each in having):
+            raise SystemExit(f"{name}: the files have it by different settings, which no one table can show")
+    for title, key, unit, form in (
+        (f"test error of {DRAWS[-1]} draws in percent", f"test_error_{DRAWS[-1]}", 100, "{:.1f}"),
+        ("epochs to 90 % of the training images", "epochs_to_90", 1, "{:.0f}"),
+    ):
+        print(f"| {title} | {' | '.join(tasks)} |\n|{'---|' * (len(tasks) + 1)}")
+        for arm in ARMS:
+            cells = [[each[key] for each in runs_of(runs, name, arm)] for name in tasks]
+            if any(cells):
+                told = [brief([math.inf if each is None else unit * each for each in cell], form) for cell in cells]
+                print(f"| {arm} | {' | '.join(told)} |")
+        print()
 
 
-def error_of(runs: Sequence[dict[str, Any]]) -> str:
+def brief(values: list[float], form: str) -> str:
     """Median and range over seeds, and the number of those where it is not three."""
-    if not runs:
+    if not values:
         return ""
-    errors = [100 * each[f"test_error_{DRAWS[-1]}"] for each in runs]
-    words = spread(errors, "{:.1f}") if len(set(errors)) > 1 else f"{errors[0]:.1f}"
-    return words if len(runs) == 3 else f"{words} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+    words = (spread(values, form) if len(set(values)) > 1 else form.format(values[0])).replace("inf", "never")
+    return words if len(values) == 3 else f"{words} ({len(values)} seed{'s' if len(values) > 1 else ''})"

@@ -55,19 +55,44 @@ def test_a_result_file_takes_runs_of_tasks_whose_settings_are_the_same():
     assert learning.differing(kept, new | {"course": 2}, ["signs"]) == ["course"]
 
 
-def test_choices_of_all_tasks_are_in_one_table(tmp_path, monkeypatch, capsys):
-    def made(task, arm, *errors):
-        return [{"task": task, "arm": arm, "test_error_4": error} for error in errors]
-
-    files = {
-        "a": made("mnist", "default", 0.04, 0.05, 0.045),
-        "b": [*made("slides", "default", 0.0, 0.0, 0.0), *made("slides", "uniform", 0.5, 0.4)],
-    }
-    for name, runs in files.items():
-        (tmp_path / name).write_text(json.dumps({"runs": runs}))
-    monkeypatch.setattr(sys, "argv", ["learning.py", "--compare", *(str(tmp_path / name) for name in files)])
+def compared(folder, monkeypatch, *files):
+    monkeypatch.setattr(sys, "argv", ["learning.py", "--compare"])
+    for number, (settings, runs) in enumerate(files):
+        path = folder / str(number)
+        path.write_text(json.dumps({"settings": {"course": 0, "mnist": 0, "slides": 0} | settings, "runs": runs}))
+        sys.argv.append(str(path))
     learning.main()
-    assert capsys.readouterr().out.splitlines()[2:] == [
+
+
+def runs_of(task, arm, *found):
+    return [{"task": task, "arm": arm, "test_error_4": error, "epochs_to_90": epochs} for error, epochs in found]
+
+
+def test_choices_of_all_tasks_are_in_one_table(tmp_path, monkeypatch, capsys):
+    compared(
+        tmp_path,
+        monkeypatch,
+        ({"slides": 1}, runs_of("mnist", "default", (0.04, 8), (0.05, 10), (0.045, 9))),
+        (
+            {"mnist": 1},  # of which it has no runs
+            [
+                *runs_of("slides", "default", (0.0, 3), (0.0, 3), (0.0, 3)),
+                *runs_of("slides", "uniform", (0.5, None), (0.4, 7)),
+            ],
+        ),
+    )
+    errors, epochs = capsys.readouterr().out.strip().split("\n\n")
+    assert errors.splitlines()[2:] == [
         "| default | 4.5 [4.0, 5.0] | 0.0 |",
         "| uniform |  | 45.0 [40.0, 50.0] (2 seeds) |",
     ]
+    assert epochs.splitlines()[2:] == [
+        "| default | 9 [8, 10] | 3 |",
+        "| uniform |  | never [7, never] (2 seeds) |",
+    ]
+
+
+def test_runs_of_other_settings_do_not_stand_in_one_table(tmp_path, monkeypatch):
+    runs = runs_of("mnist", "default", (0.04, 8))
+    with pytest.raises(SystemExit, match="mnist: .* different settings"):
+        compared(tmp_path, monkeypatch, ({}, runs), ({"mnist": 1}, runs))
