@@ -93,6 +93,7 @@ class Arm:
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     batch: float = 1.0  # images of a step, as a share of the task's
+    epochs: int = 1  # times those of the task
     tasks: tuple[str, ...] = (*TRAINED, *FROZEN)
 
 
@@ -101,6 +102,7 @@ _MOVED = Arm(
     {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3},
     tasks=("mnist",),
 )
+_EVEN = {"entropy_weight": 0.1, "entropy_fade": 0.0}
 ARMS = {
     "default": Arm(),
     "independent levels": Arm({"attention": "independent"}, tasks=("signs", "needles", "slides")),
@@ -112,6 +114,7 @@ ARMS = {
     REMEMBERING: Arm(tasks=("colon",)),
     ONE_REMEMBERING: Arm({"levels": _ONE_LEVEL}, tasks=("slides",)),
     "tissue prior": Arm({"prior": "tissue"}, tasks=("slides",)),
+    "three times the epochs": Arm(epochs=3),
     "encoder trained": Arm({"trainable": "all", "standardise": False}, {"learning_rate": 1e-4}, tasks=("colon",)),
     "encoder from nothing": Arm(
         {"encoder": "resnet16", "trainable": "all", "standardise": False},
@@ -145,6 +148,8 @@ ARMS = {
     "constant learning rate": Arm(train={"schedule": "constant", "warmup": 0.0}),
     "last weights": Arm(train={"average": 0.0}),
     "entropy weight stays": Arm(train={"entropy_fade": 0.0}),
+    "entropy weight 0.1 stays": Arm(train=_EVEN),
+    "entropy weight 0.1 stays, three times the epochs": Arm(train=_EVEN, epochs=3, tasks=FROZEN),
     "gradient not clipped": Arm(train={"clip": 0.0}),
     "the paper's training": Arm({"attention": "independent", "scale": 1.0, "method": "multinomial"}, PAPERS_COURSE),
     AUTHORS: Arm({"method": "desraj", "scale": 1.0}, PAPERS_COURSE, tasks=("mnist",)),

@@ -70,14 +70,14 @@ def train(
     model = make_model(arm, task, place.weights).to(place.device)
     model.store = DiskFeatures(place.features, 2**33)
     batch = round(task.batch * ARMS[arm].batch)
-    course = TrainConfig(epochs=task.epochs, batch_size=batch, **task.course | ARMS[arm].train)
+    course = TrainConfig(epochs=task.epochs * ARMS[arm].epochs, batch_size=batch, **task.course | ARMS[arm].train)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=course.learning_rate, weight_decay=course.weight_decay, eps=1e-6)
     if model.config.standardise:
         look_first(model, course, data, rows, seed)
     kept = KeptWeights(model, course.average)
     curve = []
-    for epoch in range(task.epochs):
+    for epoch in range(course.epochs):
         told = train_epoch(model, optimizer, kept, course, data, rows, seed, epoch)
         curve.append(told | getattr(model, "told", {}))  # what an estimator knows of itself
         print(f"{title}, fold {fold + 1}, epoch {epoch + 1}: {curve[-1]}", flush=True)
