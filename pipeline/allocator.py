@@ -12,7 +12,7 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 _GROWTH = 256 * 2**20  # bytes that the process may grow by before it gives back what it does not use
 _NAME = "give memory back"  # of the thread, of which a process has one
-_LOOK, _SETTLE = 1.0, 2.0  # seconds between looks, and until the blocks of a step are there again
+_LOOK, _SETTLE = 0.25, 0.5  # seconds between looks, and until the blocks of a step are there again
 
 
 def keep_freed_memory() -> None:
