@@ -49,5 +49,5 @@ def test_nothing_happens_with_another_c_library(monkeypatch):
         def __init__(self, _name):
             pass
 
-    monkeypatch.setattr(allocator.ctypes, "CDLL", Other)
+    monkeypatch.setattr("ctypes.CDLL", Other)
     allocator.keep_freed_memory()
