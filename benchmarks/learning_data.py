@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import ctypes
 import hashlib
 import math
 import mmap
@@ -11,7 +10,6 @@ import multiprocessing
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nested_ats import ArrayImage, Mask, ModelConfig
+from pipeline.allocator import keep_freed_memory
 from pipeline.data.signs import LABELS, sign_scene
 from pipeline.data.tissue import Finding, tissue
 
@@ -142,15 +141,12 @@ def make_data(name: str, task: Task, places: Places, jobs: int) -> Data:
     return Data(images, labels, folds)
 
 
-_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 _made: dict[str, Any] = {}  # of a process that makes images
 
 
 def _set_up(render: Render, images: list[ByteImage]) -> None:
     torch.set_num_threads(1)
-    with suppress(OSError, AttributeError):
-        # Blocks of an image between smaller ones that stay are not taken again by glibc: 7 MB of each were lost.
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+    keep_freed_memory()  # which gives back what images leave free: 7 MB of each
     _made.update(render=render, images=images)
 
 

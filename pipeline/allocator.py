@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+
+import psutil
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 _GROWTH = 256 * 2**20  # bytes that the process may grow by before it gives back what it does not use
@@ -37,10 +38,8 @@ def keep_freed_memory() -> None:
 
 def resident() -> int:
     """Bytes of memory of this process's own, without those of files; 0 where the system does not tell."""
-    with suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-    return 0
+    held = psutil.Process().memory_info()
+    return held.rss - held.shared if hasattr(held, "shared") else 0
 
 
 def _give_back(trim: Callable[[int], int]) -> None:
