@@ -23,6 +23,7 @@ from nested_ats import Draw, NestedATS
 from nested_ats.cells import curve_order
 from nested_ats.estimators import entropy, expectation
 from nested_ats.images import Image
+from nested_ats.patch_augment import AS_THEY_ARE, PatchAugment
 from nested_ats.phases import Output, Phase, Population, Sampler, draw_phase
 from nested_ats.reading import Reading
 from nested_ats.sampling import fold_in
@@ -119,11 +120,11 @@ class RememberingATS(NestedATS):
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
-        jitter: float = 0.0,
+        augment: PatchAugment = AS_THEY_ARE,
     ) -> Reading[Output]:
         """Draw from what is not remembered; see `NestedATS.sample`."""
         if not self.training:
-            draw = super().sample(images, population, keys, sampler=sampler, exact=exact, more=more, jitter=jitter)
+            draw = super().sample(images, population, keys, sampler=sampler, exact=exact, more=more, augment=augment)
             return (yield from draw)
         attention = population.log_attention[:, 0].exp()  # (B, K)
         remembered = [self._of(image, attention.shape[-1]) for image in images]

@@ -92,6 +92,8 @@ def run_missing(
 
 def differing(kept: dict[str, Any], settings: dict[str, Any], names: Sequence[str]) -> list[str]:
     """Return which settings that matter to these tasks are not those of the result file."""
+    # A key that came later is at its default, which changes nothing.
+    kept = {**kept, "course": TrainConfig(**kept["course"]).model_dump(mode="json")}
     compared = [*names, "course", *(["digits"] if not {"mnist", "needles"}.isdisjoint(names) else [])]
     return [each for each in compared if kept[each] != settings[each]]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nested_ats import attention_sampling_loss, predict
 from nested_ats.models.patches import SamplingModel
-from pipeline.data.augment import AugmentedImage
+from pipeline.data.augment import AugmentedImage, of_patches
 from pipeline.data.features import DiskFeatures
 from pipeline.data.slides import draw_key
 from pipeline.sections import TrainConfig
@@ -122,7 +122,7 @@ def train_epoch(
             )
             for row in batch.tolist()
         ]
-        output = model(images, keys, more=more_samples(course, progress), jitter=course.augment.jitter)
+        output = model(images, keys, more=more_samples(course, progress), augment=of_patches(course.augment))
         labels = data.labels[batch].to(device)
         loss, cross_entropy = attention_sampling_loss(
             output.logits, labels, output.entropy, entropy_weight=entropy_weight(course, progress)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nested_ats.models.nested import NestedATS
     from nested_ats.models.patches import SamplingModel
     from nested_ats.models.uniform import UniformSampling
+    from nested_ats.patch_augment import PatchAugment
     from nested_ats.phases import Output
     from nested_ats.profiling import Cost, step_cost
     from nested_ats.sampling import Draw, draw
@@ -73,6 +74,7 @@ __all__ = [
     "NestedATSError",
     "Ordinal",
     "Output",
+    "PatchAugment",
     "Prediction",
     "Regression",
     "SamplingModel",
@@ -121,6 +123,7 @@ _MODULES = {
     "models.nested": ("NestedATS",),
     "models.patches": ("SamplingModel",),
     "models.uniform": ("UniformSampling",),
+    "patch_augment": ("PatchAugment",),
     "phases": ("Output",),
     "profiling": ("Cost", "step_cost"),
     "sampling": ("Draw", "draw"),

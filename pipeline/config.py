@@ -85,10 +85,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _move_features_alone(self) -> Self:
         change = self.train.augment
-        if self.model.encoder_name == GIVEN and (change.brightness or change.contrast or change.hed or change.jitter):
+        if self.model.encoder_name == GIVEN and (
+            change.brightness or change.contrast or change.hed or change.jitter or change.warp
+        ):
             raise ValueError(
-                "train.augment: features have no brightness, contrast or stains, and lie on a grid without jitter; "
-                "flip and translation move tiles"
+                "train.augment: features have no brightness, contrast or stains, and lie on a grid without jitter or "
+                "warp; flip and translation move tiles"
             )
         return self
 

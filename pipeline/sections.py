@@ -118,6 +118,8 @@ class AugmentConfig(Section):
     translation: float = Field(default=0.0, ge=0, le=0.5)  # largest shift, as a share of the image's side; in whole
     # pixels of the coarsest level that the model reads
     jitter: float = Field(default=0.0, ge=0, le=0.5)  # largest shift of each drawn patch, as a share of its side
+    warp: float = Field(default=0.0, ge=0, le=0.5)  # how much each drawn patch is turned, stretched and sheared: the
+    # largest change of the entries of its linear map; 0.15 turns by up to 9 degrees
     flip: bool = False  # one of the 8 symmetries of the square: mirror images and quarter turns
 
 

@@ -25,6 +25,7 @@ from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.models.patches import SamplingModel
 from nested_ats.models.residual import group_logits, inherited
 from nested_ats.networks.attention import AttentionNetwork
+from nested_ats.patch_augment import AS_THEY_ARE, PatchAugment
 from nested_ats.phases import Leaves, Output, Phase, Population, Sampler, draw_phase, leaves_of, take_all
 from nested_ats.reading import Reading, run
 from nested_ats.sampling import Draw, draw, fold_in
@@ -140,7 +141,7 @@ class NestedATS(SamplingModel):
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
-        jitter: float = 0.0,
+        augment: PatchAugment = AS_THEY_ARE,
     ) -> Reading[Output]:
         """Draw down the levels from a first population, encode the patches drawn, and classify.
 
@@ -152,9 +153,8 @@ class NestedATS(SamplingModel):
         if exact:
             pooled = yield from self._pool_all(images, last, exact)
         else:
-            pooled = self._pool(
-                phases, (yield from self.encoding(images, self._moved(last.centers_l0, jitter, keys)))
-            )
+            features = yield from self._encode_drawn(images, last.centers_l0, augment, keys)
+            pooled = self._pool(phases, features)
         total = torch.stack([_entropy(phases, depth) for depth in range(len(phases))]).sum(0)
         return Output(self.head(pooled), total, pooled, tuple(phases))
 

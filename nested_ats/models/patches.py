@@ -22,13 +22,12 @@ from nested_ats.images import Image, batch_reads, find_level
 from nested_ats.mask import worth_seeing
 from nested_ats.models.base import ImageModel
 from nested_ats.networks.encoders import read_choice
+from nested_ats.patch_augment import AS_THEY_ARE, PatchAugment
 from nested_ats.phases import Leaves, Output, Phase, Population, Sampler
 from nested_ats.reading import Reading, run
-from nested_ats.sampling import fold_in, uniform
 from nested_ats.targets import Target
 
 _LEAST_SPREAD = 0.01  # least spread that a feature is divided by, as a part of the mean spread
-_JITTER = 1000  # the stream of a draw's keys that moves patches; the first ones are those of the levels
 _READS = 8  # parts in which one image's patches are read, so that several threads can read them
 # These keys do not change the features of a frozen encoder.
 _AFTER_FEATURES = (
@@ -212,7 +211,10 @@ class PatchModel(ImageModel):
 
     def _embed(self, pixels: Tensor, location: Tensor) -> Tensor:
         """Patches (P, C, H, W) and their (P, 2) places in [-1, 1] -> (P, D) of unit length (section 3.2.1)."""
-        seen = self._prepare(pixels)
+        return self._embed_seen(self._prepare(pixels), location)
+
+    def _embed_seen(self, seen: Tensor, location: Tensor) -> Tensor:
+        """`_embed` of patches as the encoder sees them."""
         if self.observe is not None:
             self.observe(spread(seen))
         return self._finish_features(self._encode_seen(seen), location)
@@ -300,10 +302,10 @@ class SamplingModel(PatchModel):
         readers: Executor | None = None,
         sampler: Sampler | None = None,
         more: int = 1,
-        jitter: float = 0.0,
+        augment: PatchAugment = AS_THEY_ARE,
     ) -> Output:
         """Classify a batch of images; see `ImageModel.forward`, and `sample` for the other parameters."""
-        return run(self.classify(images, keys, views=views, sampler=sampler, more=more, jitter=jitter), readers)
+        return run(self.classify(images, keys, views=views, sampler=sampler, more=more, augment=augment), readers)
 
     def classify(
         self,
@@ -313,13 +315,13 @@ class SamplingModel(PatchModel):
         views: Sequence[Tensor] | None = None,
         sampler: Sampler | None = None,
         more: int = 1,
-        jitter: float = 0.0,
+        augment: PatchAugment = AS_THEY_ARE,
     ) -> Reading[Output]:
         """`forward` as a generator that yields its reads; see `ImageModel.classify`."""
         if views is None:
             views = yield from self.coarse_views(images)
         population = self.attend(images, views)
-        return (yield from self.sample(images, population, keys, sampler=sampler, more=more, jitter=jitter))
+        return (yield from self.sample(images, population, keys, sampler=sampler, more=more, augment=augment))
 
     def attend(self, images: Sequence[Image], views: Sequence[Tensor]) -> Population:
         """Attention over the whole images, the population of the first phase: (B, 1, K) with K of the largest."""
@@ -338,7 +340,7 @@ class SamplingModel(PatchModel):
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
-        jitter: float = 0.0,
+        augment: PatchAugment = AS_THEY_ARE,
     ) -> Reading[Output]:
         """Draw from a first population, encode the patches drawn, and classify.
 
@@ -355,19 +357,24 @@ class SamplingModel(PatchModel):
             is exact where there is one level, and this many patches are encoded at once.
         more
             Multiplies the samples of every level.
-        jitter
-            Each drawn patch is moved at random by at most this share of its side along each axis, so that a training
-            does not see things cut out in one way alone. F_hat is then unbiased for the mean over such moves.
+        augment
+            How each drawn patch is changed at random.
         """
         raise NotImplementedError
 
-    def _moved(self, centers_l0: Tensor, jitter: float, keys: Tensor) -> Tensor:
-        """Centres (B, n, 2) of drawn patches, moved as `sample` has it."""
-        if not jitter:
-            return centers_l0
-        most = jitter * self.config.patch_size * self.config.patch_downsample
-        places = uniform(fold_in(keys.cpu(), _JITTER), centers_l0[0].numel()).reshape(centers_l0.shape)
-        return centers_l0 + (2 * places - 1) * most
+    def _encode_drawn(
+        self, images: Sequence[Image], centers_l0: Tensor, augment: PatchAugment, keys: Tensor
+    ) -> Reading[Tensor]:
+        """`encoding` of drawn patches, each changed at random."""
+        side, downsample = self.config.patch_size, self.config.patch_downsample
+        centers_l0 = augment.move(centers_l0, side * downsample, keys)
+        if not augment.warp:
+            return (yield from self.encoding(images, centers_l0))
+        boxes = boxes_at(centers_l0, downsample, augment.side(side))
+        patches = torch.stack((yield batch_reads(images, downsample, boxes)))
+        warped = augment.warped(self._prepare(patches.flatten(0, 1)), side, keys)
+        location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
+        return self._embed_seen(warped, location.flatten(0, 1)).reshape(*boxes.shape[:2], -1)
 
     def _pool_all(self, images: Sequence[Image], phase: Phase, chunk: int) -> Reading[Tensor]:
         """Sum of z a f over the units of a phase, (B, D), `chunk` patches of one image in memory at a time."""

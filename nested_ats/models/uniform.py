@@ -15,6 +15,7 @@ from nested_ats.config import UniformConfig
 from nested_ats.estimators import entropy, expectation
 from nested_ats.images import Image
 from nested_ats.models.patches import SamplingModel
+from nested_ats.patch_augment import AS_THEY_ARE, PatchAugment
 from nested_ats.phases import Leaves, Output, Population, Sampler, draw_phase, leaves_of, take_all
 from nested_ats.reading import Reading
 from nested_ats.sampling import Draw, draw, fold_in
@@ -56,7 +57,7 @@ class UniformSampling(SamplingModel):
         sampler: Sampler | None = None,
         exact: int = 0,
         more: int = 1,
-        jitter: float = 0.0,
+        augment: PatchAugment = AS_THEY_ARE,
     ) -> Reading[Output]:
         """Draw patches, encode them, and classify by their mean; see `SamplingModel.sample`."""
         ones = torch.ones_like(population.log_attention[:, :, 0])
@@ -65,7 +66,7 @@ class UniformSampling(SamplingModel):
         if exact:
             pooled = yield from self._pool_all(images, phase, exact)
         else:
-            features = yield from self.encoding(images, self._moved(phase.centers_l0, jitter, keys))
+            features = yield from self._encode_drawn(images, phase.centers_l0, augment, keys)
             pooled = expectation(phase.attention, features, phase.z)
         return Output(self.head(pooled), entropy(population.log_attention[:, 0]), pooled, (phase,))
 

@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from nested_ats import PatchAugment
 from nested_ats.images import HasArea, Image, find_level
 from nested_ats.sampling import uniform
 from pipeline.data.stain import StainJitter
 
 if TYPE_CHECKING:
     from pipeline.sections import AugmentConfig
+
+
+def of_patches(config: AugmentConfig) -> PatchAugment:
+    """What of a configuration's changes is of each drawn patch; the rest is of the image (`AugmentedImage`)."""
+    return PatchAugment(config.jitter, config.warp)
 
 
 class _MovedMask(NamedTuple):
@@ -98,13 +104,13 @@ class AugmentedImage:
         shown = torch.where(self._mirrored, self._extents, shapes).tolist()
         self.shapes: Sequence[tuple[int, int]] = [(height, width) for height, width in shown]
         self._turn = turn
-        self._jittered = config.jitter > 0  # patches lie on no grid then, and hardly come again
+        self._changes_patches = config.jitter > 0 or config.warp > 0  # which then hardly come again
 
     @property
     def identity(self) -> str | None:
         """The identity of this symmetry of the image, if that has one; None where pixels or patches are changed."""
         identity: str | None = getattr(self._image, "identity", None)
-        if identity is None or self._shifts.any() or self._changes_values or self._jittered:
+        if identity is None or self._shifts.any() or self._changes_values or self._changes_patches:
             return None
         return f"{identity}/{self._turn}/{self._extents.tolist()}" if self._turn else identity
 

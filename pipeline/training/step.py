@@ -25,6 +25,7 @@ from nested_ats.networks.trainable import batch_statistics
 from nested_ats.reading import Reading, interleave
 from nested_ats.targets import Target
 from pipeline.config import Config
+from pipeline.data.augment import of_patches
 from pipeline.data.manifest import Entry
 from pipeline.data.slides import draw_key
 from pipeline.data.targets import row_of, truth
@@ -142,7 +143,9 @@ class Learner:
         """
         options: dict[str, Any] = {}
         if isinstance(self.model, SamplingModel):
-            options = {"more": more, "jitter": self.config.train.augment.jitter if self.model.training else 0.0}
+            options = {"more": more}
+            if self.model.training:
+                options["augment"] = of_patches(self.config.train.augment)
         while rows:
             entries, images, views = zip(*rows, strict=True)
             keys = torch.tensor([draw_key(self.config.seed, *purpose, entry.slide_id) for entry in entries])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nested_ats import ArrayImage
+from pipeline.sections import TrainConfig
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, which import what lies beside them
 
@@ -48,11 +49,13 @@ def test_every_arm_is_trained_and_tested(needles, tmp_path, arm):
 
 
 def test_a_result_file_takes_runs_of_tasks_whose_settings_are_the_same():
-    kept = {"course": 1, "digits": "MNIST t10k", "mnist": 1, "signs": 1}
-    new = {"course": 1, "digits": "MNIST", "mnist": 2, "signs": 1}
+    course = TrainConfig().model_dump(mode="json")
+    older = {**course, "augment": {"flip": False}}  # from before the other changes could be chosen
+    kept = {"course": older, "digits": "MNIST t10k", "mnist": 1, "signs": 1}
+    new = {"course": course, "digits": "MNIST", "mnist": 2, "signs": 1}
     assert learning.differing(kept, new, ["signs"]) == []
     assert learning.differing(kept, new, ["mnist", "signs"]) == ["mnist", "digits"]
-    assert learning.differing(kept, new | {"course": 2}, ["signs"]) == ["course"]
+    assert learning.differing(kept, new | {"course": {**course, "clip": 2.0}}, ["signs"]) == ["course"]
 
 
 def compared(folder, monkeypatch, *files):

@@ -14,6 +14,7 @@ from nested_ats import (
     LevelConfig,
     ModelConfig,
     NestedATS,
+    PatchAugment,
     UniformConfig,
     UniformSampling,
     attention_sampling_loss,
@@ -138,8 +139,8 @@ def test_jitter_moves_patches_alone(model, kind):
     moves = []
     for key in range(100):
         plain, output = boxes_of(network, key)
-        moved, other = boxes_of(network, key, jitter=0.25)
-        assert torch.equal(moved, boxes_of(network, key, jitter=0.25)[0])  # by the key alone
+        moved, other = boxes_of(network, key, augment=PatchAugment(jitter=0.25))
+        assert torch.equal(moved, boxes_of(network, key, augment=PatchAugment(jitter=0.25))[0])  # by the key alone
         for phase, its in zip(output.phases, other.phases, strict=True):
             assert torch.equal(phase.drawn.indices, its.drawn.indices)
             assert torch.equal(phase.centers_l0, its.centers_l0)
@@ -153,8 +154,48 @@ def test_jitter_moves_patches_alone(model, kind):
     assert (all_moves.mean(0).abs() < 4 * standard_error).all()
     assert torch.corrcoef(all_moves.T)[0, 1].abs() < 0.2
     images = [image(200, 300), image(200, 300)]
-    batch = network(images, torch.tensor([7, 0]), jitter=0.25).logits
-    torch.testing.assert_close(batch[:1], network(images[:1], torch.tensor([7]), jitter=0.25).logits)
+    both = PatchAugment(0.25, 0.2)
+    batch = network(images, torch.tensor([7, 0]), augment=both).logits
+    torch.testing.assert_close(batch[:1], network(images[:1], torch.tensor([7]), augment=both).logits)
+
+
+class Plain(torch.nn.Module):
+    """In place of an encoder: the pixels themselves, which it remembers."""
+
+    def forward(self, seen):
+        self.seen = seen
+        return seen.flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_warp_turns_stretches_and_shears_each_patch_about_its_centre(dtype):
+    """On a ramp of rows and one of columns, the slopes of a warped patch are its map."""
+    config = UniformConfig(samples=6, cell=16, patch_size=28, mean=0.0, std=1.0)
+    network = UniformSampling(config, in_channels=3, classes=4)
+    network.encoder = Plain()
+    network.head = torch.nn.Linear(3 * 28 * 28, 4)
+    rows, columns = torch.meshgrid(torch.arange(60) * 4, torch.arange(60) * 4, indexing="ij")
+    pixels = torch.stack([rows, columns, torch.full_like(rows, 100)]).to(dtype)
+    scene = ArrayImage(pixels / 255 if dtype.is_floating_point else pixels)
+    offsets = torch.stack(torch.meshgrid(*2 * [torch.arange(28) - 13.5], indexing="ij")).flatten(1)
+    maps = []
+    for key in range(300):
+        output = network([scene], torch.tensor([key]), augment=PatchAugment(warp=0.2))
+        centers = output.phases[0].centers_l0[0].float()
+        inner = ((centers - 30).abs() < 30 - 14 * 1.4 - 1).all(-1)  # whose wider boxes lie within the image
+        seen = network.encoder.seen[inner].flatten(2) * 255
+        torch.testing.assert_close(seen[:, 2], torch.full_like(seen[:, 2], 100.0))
+        middles = seen[:, :2].mean(-1) / 4
+        assert ((middles - centers[inner] + 0.5).abs() <= 0.51).all()
+        steps = seen[:, :2] / 4 - middles[..., None]
+        slopes = steps @ offsets.T / offsets.square().sum(-1)
+        torch.testing.assert_close(slopes @ offsets, steps, atol=1e-3, rtol=0)
+        maps.append(slopes)
+    changes = (torch.cat(maps) - torch.eye(2)).flatten(1)
+    assert 0.19 < changes.max() < 0.201
+    assert -0.201 < changes.min() < -0.19
+    assert (changes.mean(0).abs() < 4 * changes.std(0) / len(changes) ** 0.5).all()
+    assert (torch.corrcoef(changes.T) - torch.eye(4)).abs().max() < 0.3
 
 
 @pytest.mark.parametrize("encoder", ["lenet", "resnet"])

@@ -200,6 +200,7 @@ class Known(ArrayImage):
         (AugmentConfig(brightness=0.1), 0),
         (AugmentConfig(contrast=0.1), 0),
         (AugmentConfig(jitter=0.1), 0),  # of patches, which then hardly come again
+        (AugmentConfig(warp=0.1), 0),
         (AugmentConfig(flip=True, translation=0.4), None),  # none but where it is not moved
     ],
 )

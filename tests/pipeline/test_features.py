@@ -401,6 +401,7 @@ class TestTraining:
             ({"contrast": 0.1}, False),
             ({"translation": 0.2}, False),
             ({"jitter": 0.2}, False),
+            ({"warp": 0.1}, False),
             ({"flip": True}, True),
         ],
     )

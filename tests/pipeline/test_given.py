@@ -210,7 +210,7 @@ def test_features_and_images_are_not_taken_for_each_other(cohort, pyramids, conf
         select(read_manifest(cohort), config, fail_fast=True)
 
 
-@pytest.mark.parametrize("change", [{"brightness": 0.1}, {"hed": 0.05}, {"jitter": 0.1}])
+@pytest.mark.parametrize("change", [{"brightness": 0.1}, {"hed": 0.05}, {"jitter": 0.1}, {"warp": 0.1}])
 def test_tiles_change_as_features_can(change):
     with pytest.raises(UsageError, match="flip and translation move tiles"):
         parse_config({"model": MODELS["abmil"], "train": {"augment": change}}, "test")

@@ -249,7 +249,7 @@ def test_an_extended_run_keeps_its_last_model_until_the_next_takes_its_place(con
     assert not torch.equal(weights(tmp_path / "run")["head.weight"], before["head.weight"])
 
 
-AUGMENT = {"brightness": 0.2, "contrast": 0.3, "translation": 0.2, "jitter": 0.1, "flip": True}
+AUGMENT = {"brightness": 0.2, "contrast": 0.3, "translation": 0.2, "jitter": 0.1, "warp": 0.1, "flip": True}
 # As many samples as there are cells: all are drawn, whatever rounding does to the attention.
 EVERY = {
     "ats": {
@@ -313,10 +313,11 @@ def test_every_kind_trains_on_augmented_slides_and_validates_on_plain_ones(pyram
     assert augmented["cross_entropy"] != plain_one["cross_entropy"]
 
 
-def test_patches_move_in_training_alone(config, pyramids, tmp_path):
+@pytest.mark.parametrize("change", [{"jitter": 0.3}, {"warp": 0.2}])
+def test_patches_change_in_training_alone(config, pyramids, tmp_path, change):
     metrics = {}
-    for name, jitter in (("plain", 0.0), ("moved", 0.3)):
-        still = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-30, "augment": {"jitter": jitter}}
+    for name, augment in (("plain", {}), ("moved", change)):
+        still = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-30, "augment": augment}
         job = arguments(parse_config({**plain(config), "train": still}, "test"), pyramids, tmp_path / name)
         job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
         metrics[name], _ = train_worker(LocalContext(), job)
