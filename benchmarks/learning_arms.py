@@ -102,6 +102,12 @@ _MOVED = Arm(
     {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3},
     tasks=("mnist",),
 )
+_SMALL_STEPS = replace(
+    _MOVED,
+    model={"levels": (replace(_LEVEL, channels=(16, 32, 32)),)},
+    train=_MOVED.train | {"weight_decay": 0.1, "entropy_fade": 0.0, "learning_rate": 2e-3},
+    batch=0.25,
+)
 _EVEN = {"entropy_weight": 0.1, "entropy_fade": 0.0}
 ARMS = {
     "default": Arm(),
@@ -136,6 +142,10 @@ ARMS = {
     "wider attention, moved, patches moved, learning rate 3e-3": _MOVED,
     "the same, weight decay 0.1, entropy weight stays": replace(
         _MOVED, train=_MOVED.train | {"weight_decay": 0.1, "entropy_fade": 0.0}
+    ),
+    "those, quarter of the batch, learning rate 2e-3, deeper attention": _SMALL_STEPS,
+    "those, and patches warped": replace(
+        _SMALL_STEPS, train=_SMALL_STEPS.train | {"augment": _MOVED.train["augment"] | {"warp": 0.15}}
     ),
     "turned": Arm(train={"augment": {"flip": True}}, tasks=FROZEN),
     "stains changed": Arm(train={"augment": {"hed": 0.05}}, tasks=FROZEN),

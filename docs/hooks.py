@@ -1,11 +1,13 @@
 """What pages of the site take from elsewhere: READMEs, commands, configuration, errors, and layers of modules.
 
-A page says what it wants by a line ``<!-- readme: PATH -->``, or by commands, keys, errors or layers in its place.
+A page says what it wants by a line ``<!-- readme: PATH -->``, ``<!-- names: PACKAGE -->`` for all that a package
+offers, or by commands, keys, errors or layers in its place.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import re
 import sys
@@ -56,6 +58,7 @@ SECTIONS = [
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in what a page wants."""
     markdown = re.sub(r"<!-- readme: (\S+) -->", lambda match: _readme(match[1]), markdown)
+    markdown = re.sub(r"<!-- names: (\S+) -->", lambda match: "\n\n".join(_names(match[1])), markdown)
     made = {"commands": _commands, "keys": _keys, "errors": errors_page.lines, "layers": _layers}
     for name, lines in made.items():
         if (wanted := f"<!-- {name} -->") in markdown:  # each takes its time
@@ -78,6 +81,11 @@ def _relink(text: str, folder: Path) -> str:
         return f"[{words}]({PAGES[path]}{mark}{place})" if path in PAGES else words
 
     return re.sub(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)", lead, text)
+
+
+def _names(package: str) -> Iterator[str]:
+    """Ask mkdocstrings for every public name of a package."""
+    yield from (f"::: {package}.{name}" for name in importlib.import_module(package).__all__)
 
 
 def _layers() -> Iterator[str]:

@@ -21,11 +21,18 @@ class PatchAugment(NamedTuple):
     """How much each drawn patch is changed at random, by the draw's key alone; by default not at all.
 
     F_hat is then unbiased for the mean over such changes.
+
+    Attributes
+    ----------
+    jitter
+        The largest shift along each axis, as a share of the patch's side.
+    warp
+        The largest change of each of the four entries of the patch's linear map, which turns, stretches and shears it
+        about its centre: 0.15 is up to 8.5 degrees and 15 % of a side. The patch is read with so much more around it.
     """
 
-    jitter: float = 0.0  # the largest shift along each axis, as a share of the patch's side
-    warp: float = 0.0  # the largest change of each of the four entries of the patch's linear map, which is one of
-    # rotation, scales and shear together: 0.15 turns by up to 8.5 degrees, stretches by up to 15 %
+    jitter: float = 0.0
+    warp: float = 0.0
 
     def move(self, centers_l0: Tensor, side_l0: float, keys: Tensor) -> Tensor:
         """Centres (B, n, 2) of patches with sides of so many level-0 pixels, each moved by the jitter."""
@@ -35,7 +42,7 @@ class PatchAugment(NamedTuple):
         return centers_l0 + places * self.jitter * side_l0
 
     def side(self, side: int) -> int:
-        """Side of the patches to read, so that warped ones of `side` pixels lie within: as even as that."""
+        """Side of the patches to read for warped ones of `side` pixels to lie within; even where that is."""
         return side + 2 * math.ceil(self.warp * side)
 
     def warped(self, patches: Tensor, side: int, keys: Tensor) -> Tensor:

@@ -55,6 +55,14 @@ def test_every_command_has_its_place():
         assert all(f"`{option}`" in text for each in command.params for option in each.opts if option[:2] == "--")
 
 
+@pytest.mark.parametrize("room", ["nested_ats", "storage", "cluster"])
+def test_the_reference_has_every_public_name(room):
+    page = hooks.on_page_markdown((ROOT / "docs" / "api" / f"{room}.md").read_text())
+    assert re.findall(r"^::: (.*)$", page, re.MULTILINE) == [
+        f"{room}.{name}" for name in importlib.import_module(room).__all__
+    ]
+
+
 def test_every_error_has_its_meaning_and_its_messages():
     page = "\n".join(errors_page.lines())
     for name, room, meaning in errors_page.error_types():
