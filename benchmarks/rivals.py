@@ -9,7 +9,9 @@ seed.
 Methods. *ours*: attention sampling at two levels as the defaults have it, on photographs at one (as in `study.py`),
 four draws of a test image, and one. *ours, prior*: the same where it draws among cells with something in them alone,
 with wider attention networks, smaller batches, larger steps, and images and patches that move, chosen on digits of
-384 x 384 pixels; not on photographs. *ours, curriculum*: that, begun on as many needles of smaller scenes, which
+384 x 384 pixels; not on photographs. *ours, warped*: that with patches that are turned, stretched and sheared, a
+third convolution of attention, weight decay and an entropy weight that stays, likewise. *ours, curriculum*: *ours,
+prior* begun on as many needles of smaller scenes, which
 take labels that the other methods do not have; its time is that of all.
 *the paper's*: one level, its sampling without replacement and its training, one draw (`PAPERS_COURSE`).
 *Deep MIL*: attention over all patches.
@@ -39,7 +41,7 @@ from typing import Any
 
 from made_with import made_with
 from rivals_data import TASKS, make_images
-from rivals_run import BEFORE, CURRICULUM, METHODS, PRIOR, folder_of, judge, run
+from rivals_run import BEFORE, CURRICULUM, METHODS, PRIOR, WARPED, folder_of, judge, run
 from rivals_show import draw, show
 
 from pipeline.allocator import keep_freed_memory
@@ -76,7 +78,8 @@ def run_missing(chosen: argparse.Namespace) -> None:
 
 def fits(method: str, task: str) -> bool:
     """Whether there is such a method for a task."""
-    return {PRIOR: TASKS[task].kind != "idrid", CURRICULUM: task in BEFORE}.get(method, True)
+    digits = TASKS[task].kind != "idrid"
+    return {PRIOR: digits, WARPED: digits, CURRICULUM: task in BEFORE}.get(method, True)
 
 
 def one_piece(

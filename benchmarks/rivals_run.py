@@ -33,11 +33,11 @@ from pipeline.training.course import PAPERS_COURSE
 from pipeline.training.train import train
 from storage import Slide
 
-OURS, PRIOR, CURRICULUM = "ours", "ours, prior", "ours, curriculum"
+OURS, PRIOR, WARPED, CURRICULUM = "ours", "ours, prior", "ours, warped", "ours, curriculum"
 PAPER, MIL, SELECTION, CNN = "the paper's", "Deep MIL", "IPS", "CNN"
-NESTED = (OURS, PRIOR, CURRICULUM)
+NESTED = (OURS, PRIOR, WARPED, CURRICULUM)
 METHODS = (*NESTED, PAPER, MIL, SELECTION, CNN)
-KINDS = {OURS: "ats", PRIOR: "ats", CURRICULUM: "ats", PAPER: "ats", MIL: "deepmil", CNN: "cnn"}
+KINDS = {**dict.fromkeys((*NESTED, PAPER), "ats"), MIL: "deepmil", CNN: "cnn"}
 PATCH, FEATURES = 50, 32  # side of patches of digits in pixels, as in both papers, and channels of LeNet
 MEAN, STD = 0.13, 0.31  # of MNIST's digits
 BATCH = 32
@@ -65,6 +65,7 @@ _CNN_DOWNSAMPLE = {  # to 256 to 750 pixels a side
 }
 _PRIOR = {"prior": "valid", "nodata": 0.0, "min_tissue": 0.005}  # cells with something in them, as tissue on a slide
 _WIDER = {"channels": [16, 32]}  # of the attention networks, which tell digits from noise
+_DEEPER = {"channels": [16, 32, 32]}  # which see more of a digit from each place
 _MOVED = {"translation": 0.011, "jitter": 0.16}  # so that a digit is not cut out in one way alone
 # What a curriculum trains on before: as many smaller scenes, for so many epochs.
 BEFORE = {"needles-1024": ("needles-256", 20), "needles-2048": ("needles-1024", 12)}
@@ -99,8 +100,11 @@ def configure(name: str, method: str, seed: int, epochs: int, weights: Path, sto
     if method in NESTED:
         model |= {"patch_size": PATCH, "levels": _LEVELS[kind]}
         if method != OURS:
-            model |= _PRIOR | {"levels": [level | _WIDER for level in _LEVELS[kind]]}
+            attention = _DEEPER if method == WARPED else _WIDER
+            model |= _PRIOR | {"levels": [level | attention for level in _LEVELS[kind]]}
             course |= {"batch_size": 16, "learning_rate": 2e-3, "early_samples": 2, "augment": _MOVED}
+        if method == WARPED:
+            course |= {"augment": _MOVED | {"warp": 0.15}, "weight_decay": 0.1, "entropy_fade": 0.0}
     elif method == PAPER:
         model |= {"patch_size": PATCH, "levels": [_PAPERS_LEVEL[kind]], **_PAPERS_MODEL}
         course |= PAPERS_COURSE
