@@ -10,9 +10,9 @@ Methods. *ours*: attention sampling at two levels as the defaults have it, on ph
 four draws of a test image, and one. *ours, prior*: the same where it draws among cells with something in them alone,
 with wider attention networks, smaller batches, larger steps, and images and patches that move, chosen on digits of
 384 x 384 pixels; not on photographs. *ours, warped*: that with patches that are turned, stretched and sheared, a
-third convolution of attention, weight decay and an entropy weight that stays, likewise. *ours, curriculum*: *ours,
-prior* begun on as many needles of smaller scenes, which
-take labels that the other methods do not have; its time is that of all.
+third convolution of attention, weight decay and an entropy weight that stays, likewise. *ours, curriculum*:
+*ours, prior* begun on as many needles of smaller scenes, which take labels that the other methods do not have; its
+time is that of all.
 *the paper's*: one level, its sampling without replacement and its training, one draw (`PAPERS_COURSE`).
 *Deep MIL*: attention over all patches.
 *IPS*: iterative patch selection, see `rivals_ips.py`. *CNN*: the image at a half or a quarter of the scale. Those of

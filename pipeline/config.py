@@ -95,6 +95,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _change_drawn_patches_alone(self) -> Self:
+        change = self.train.augment
+        if self.model.kind in ("deepmil", "cnn") and (change.jitter or change.warp):
+            raise ValueError(
+                f"train.augment: jitter and warp change drawn patches, and a model of kind {self.model.kind} draws "
+                "none; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _normalize_once(self) -> Self:
         if self.data.normalize and (self.model.mean is not None or self.model.std is not None):
             raise ValueError("data.normalize: auto measures model.mean and model.std; leave these out")

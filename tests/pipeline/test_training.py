@@ -304,6 +304,8 @@ def test_two_workers_augment_as_one_does(config, pyramids, tmp_path):
 def test_every_kind_trains_on_augmented_slides_and_validates_on_plain_ones(pyramids, tmp_path, kind):
     metrics = {}
     for name, augment in (("plain", {}), ("augmented", AUGMENT)):
+        if kind not in ("ats", "uniform"):  # which draw patches
+            augment = {key: value for key, value in augment.items() if key not in ("jitter", "warp")}
         still = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-30, "augment": augment}
         job = arguments(parse_config({"model": EVERY[kind], "train": still}, "test"), pyramids, tmp_path / name)
         job["entries"] = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(job["entries"])]
@@ -311,6 +313,13 @@ def test_every_kind_trains_on_augmented_slides_and_validates_on_plain_ones(pyram
     plain_one, augmented = metrics["plain"], metrics["augmented"]
     assert augmented["val_cross_entropy"] == plain_one["val_cross_entropy"]
     assert augmented["cross_entropy"] != plain_one["cross_entropy"]
+
+
+@pytest.mark.parametrize("kind", ["deepmil", "cnn"])
+@pytest.mark.parametrize("change", [{"jitter": 0.1}, {"warp": 0.1}])
+def test_patches_that_are_not_drawn_are_not_said_to_change(kind, change):
+    with pytest.raises(UsageError, match=f"kind {kind} draws none; leave them out"):
+        parse_config({"model": EVERY[kind], "train": {"augment": change}}, "test")
 
 
 @pytest.mark.parametrize("change", [{"jitter": 0.3}, {"warp": 0.2}])
