@@ -102,10 +102,11 @@ _MOVED = Arm(
     {"augment": {"translation": 0.03, "jitter": 0.16}, "learning_rate": 3e-3},
     tasks=("mnist",),
 )
+_STAYS = replace(_MOVED, train=_MOVED.train | {"weight_decay": 0.1, "entropy_fade": 0.0})
 _SMALL_STEPS = replace(
-    _MOVED,
+    _STAYS,
     model={"levels": (replace(_LEVEL, channels=(16, 32, 32)),)},
-    train=_MOVED.train | {"weight_decay": 0.1, "entropy_fade": 0.0, "learning_rate": 2e-3},
+    train=_STAYS.train | {"learning_rate": 2e-3},
     batch=0.25,
 )
 _EVEN = {"entropy_weight": 0.1, "entropy_fade": 0.0}
@@ -140,9 +141,7 @@ ARMS = {
     "moved": Arm(train={"augment": {"translation": 0.1}}, tasks=TRAINED),
     "patches moved": Arm(train={"augment": {"jitter": 0.16}}, tasks=TRAINED),
     "wider attention, moved, patches moved, learning rate 3e-3": _MOVED,
-    "the same, weight decay 0.1, entropy weight stays": replace(
-        _MOVED, train=_MOVED.train | {"weight_decay": 0.1, "entropy_fade": 0.0}
-    ),
+    "the same, weight decay 0.1, entropy weight stays": _STAYS,
     "those, quarter of the batch, learning rate 2e-3, deeper attention": _SMALL_STEPS,
     "those, and patches warped": replace(
         _SMALL_STEPS, train=_SMALL_STEPS.train | {"augment": _MOVED.train["augment"] | {"warp": 0.15}}

@@ -92,12 +92,12 @@ class PatchModel(ImageModel):
 
     def encoding(self, images: Sequence[Image], centers_l0: Tensor) -> Reading[Tensor]:
         """`encode` as a generator that yields its reads."""
-        boxes = self.patch_boxes(centers_l0)
-        location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
         if self._keeps:
-            return self._finish_features((yield from self._recall(images, boxes)), location)
-        patches = torch.stack((yield batch_reads(images, self.config.patch_downsample, boxes)))
-        return self._embed(patches.flatten(0, 1), location.flatten(0, 1)).reshape(*boxes.shape[:2], -1)
+            features = yield from self._recall(images, self.patch_boxes(centers_l0))
+            return self._finish_features(features, _location(images, centers_l0))
+        patches = yield from self._read_drawn(images, centers_l0, self.config.patch_size)
+        location = _location(images, centers_l0).flatten(0, 1)
+        return self._embed(patches, location).reshape(*centers_l0.shape[:2], -1)
 
     def encoding_of_many(self, image: Image, centers_l0: Tensor) -> Reading[Tensor]:
         """Features of many patches of one image, read in parts: (P, 2) level-0 pixels -> (P, D) of unit length."""
@@ -165,6 +165,11 @@ class PatchModel(ImageModel):
     def can_keep(self, image: Image) -> bool:
         """Whether the store takes features of an image: both the image and the encoder have a name there."""
         return self._keeps and self._store_names([image]) != [None]
+
+    def _read_drawn(self, images: Sequence[Image], centers_l0: Tensor, side: int) -> Reading[Tensor]:
+        """Pixels (B n, C, side, side) around (B, n, 2) points, as many of each image."""
+        boxes = boxes_at(centers_l0, self.config.patch_downsample, side)
+        return torch.cat((yield batch_reads(images, self.config.patch_downsample, boxes)))
 
     def _read(self, image: Image, centers_l0: Tensor) -> Reading[tuple[Tensor, Tensor]]:
         """Pixels (P, C, H, W) of patches of one image, and their (P, 2) places in [-1, 1]."""
@@ -290,6 +295,11 @@ class PatchModel(ImageModel):
         return list(torch.split(rows, [len(own) for own in boxes]))
 
 
+def _location(images: Sequence[Image], centers_l0: Tensor) -> Tensor:
+    """Places of (B, n, 2) points in their images, in [-1, 1]."""
+    return centers_l0 / image_sizes(images)[:, None] * 2 - 1
+
+
 class SamplingModel(PatchModel):
     """A `PatchModel` that draws the patches it sees, from an attention that does not depend on the draw."""
 
@@ -366,15 +376,14 @@ class SamplingModel(PatchModel):
         self, images: Sequence[Image], centers_l0: Tensor, augment: PatchAugment, keys: Tensor
     ) -> Reading[Tensor]:
         """`encoding` of drawn patches, each changed at random."""
-        side, downsample = self.config.patch_size, self.config.patch_downsample
-        centers_l0 = augment.move(centers_l0, side * downsample, keys)
+        side = self.config.patch_size
+        centers_l0 = augment.move(centers_l0, side * self.config.patch_downsample, keys)
         if not augment.warp:
             return (yield from self.encoding(images, centers_l0))
-        boxes = boxes_at(centers_l0, downsample, augment.side(side))
-        patches = torch.stack((yield batch_reads(images, downsample, boxes)))
-        warped = augment.warped(self._prepare(patches.flatten(0, 1)), side, keys)
-        location = centers_l0 / image_sizes(images)[:, None] * 2 - 1
-        return self._embed_seen(warped, location.flatten(0, 1)).reshape(*boxes.shape[:2], -1)
+        patches = yield from self._read_drawn(images, centers_l0, augment.side(side))
+        warped = augment.warped(self._prepare(patches), side, keys)
+        location = _location(images, centers_l0).flatten(0, 1)
+        return self._embed_seen(warped, location).reshape(*centers_l0.shape[:2], -1)
 
     def _pool_all(self, images: Sequence[Image], phase: Phase, chunk: int) -> Reading[Tensor]:
         """Sum of z a f over the units of a phase, (B, D), `chunk` patches of one image in memory at a time."""

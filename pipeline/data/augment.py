@@ -104,7 +104,7 @@ class AugmentedImage:
         shown = torch.where(self._mirrored, self._extents, shapes).tolist()
         self.shapes: Sequence[tuple[int, int]] = [(height, width) for height, width in shown]
         self._turn = turn
-        self._changes_patches = config.jitter > 0 or config.warp > 0  # which then hardly come again
+        self._changes_patches = any(of_patches(config))  # which then hardly come again
 
     @property
     def identity(self) -> str | None:
